@@ -1,0 +1,68 @@
+"""The part of the model that has a momentum twin: both encoders, the fusion, the MLM head and the projections."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .bert import FusionEncoder, MLMHead, TextEncoder, initialize
+from .bert_weights import load_bert
+from .config import SoftMaskPPConfig
+from .vision import VisionEncoder
+
+
+@dataclass
+class Encoded:
+    """tokens [B, P or T, D] and the L2-normalized feature [B, embed_dim] of the CLS token."""
+
+    tokens: Tensor
+    feature: Tensor
+
+
+class Backbone(nn.Module):
+    def __init__(self, config: SoftMaskPPConfig) -> None:
+        super().__init__()
+        self.vision = VisionEncoder(config.vision)
+        self.text = TextEncoder(config.text)
+        self.fusion = FusionEncoder(config.text, image_width=self.vision.width)
+        self.mlm_head = MLMHead(config.text)
+        self.image_projection = nn.Linear(self.vision.width, config.embed_dim)
+        self.text_projection = nn.Linear(config.text.width, config.embed_dim)
+        for part in (self.text, self.fusion, self.mlm_head, self.image_projection, self.text_projection):
+            part.apply(initialize)
+        if config.text.checkpoint:
+            load_bert(self, config.text.checkpoint)
+
+    def encode_image(self, images: Tensor) -> Encoded:
+        tokens = self.vision(images)
+        return Encoded(tokens, F.normalize(self.image_projection(tokens[:, 0]).float(), dim=-1))
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
+        tokens = self.text(input_ids, attention_mask)
+        return Encoded(tokens, F.normalize(self.text_projection(tokens[:, 0]).float(), dim=-1))
+
+    def predict_tokens(self, states: Tensor) -> Tensor:
+        """Fused states of any leading shape [..., D] -> logits [..., vocabulary]."""
+        return self.mlm_head(states, self.text.embeddings.word.weight)
+
+    def set_activation_checkpointing(self, enable: bool) -> None:
+        self.vision.set_activation_checkpointing(enable)
+        self.text.activation_checkpointing = enable
+        self.fusion.activation_checkpointing = enable
+
+
+def momentum_twin(backbone: Backbone) -> Backbone:
+    """A copy without gradients. As in ALBEF, its dropout is on while the model trains."""
+    return copy.deepcopy(backbone).requires_grad_(False)
+
+
+@torch.no_grad()
+def update_twin(twin: Backbone, backbone: Backbone, momentum: float) -> None:
+    """twin = momentum * twin + (1 - momentum) * backbone, in place; buffers are copied."""
+    torch._foreach_lerp_(list(twin.parameters()), [p.detach() for p in backbone.parameters()], 1.0 - momentum)
+    for ours, theirs in zip(twin.buffers(), backbone.buffers(), strict=True):
+        ours.copy_(theirs)

@@ -1,0 +1,112 @@
+"""Typed configuration of the models: the `model:` section of a training YAML."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """Token ids the model must know, read from the tokenizer."""
+
+    pad: int
+    cls: int
+    sep: int
+    mask: int
+
+
+@dataclass
+class ConvViTConfig:
+    """A small ViT behind a convolutional stem, for small pictures and small budgets."""
+
+    patch_size: int = 8
+    width: int = 192
+    depth: int = 4
+    heads: int = 3
+    mlp_ratio: float = 4.0
+    stem_width: int = 32
+
+
+@dataclass
+class VisionConfig:
+    """Image encoder: any timm ViT with a class token, or `conv_vit`."""
+
+    name: str = "vit_base_patch16_224"
+    image_size: int = 256
+    checkpoint: str = ""  # file of timm weights; position embeddings are resized to image_size
+    drop_path: float = 0.0
+    conv_vit: ConvViTConfig = field(default_factory=ConvViTConfig)
+
+
+@dataclass
+class TextConfig:
+    """BERT: the first `text_layers` read the caption, the following `fusion_layers` also read the image."""
+
+    vocab_size: int = 0  # 0: the tokenizer's
+    width: int = 768
+    heads: int = 12
+    intermediate_size: int = 3072
+    text_layers: int = 6
+    fusion_layers: int = 6
+    max_positions: int = 512
+    dropout: float = 0.1
+    attention_dropout: float = 0.1  # of self-attention; cross-attention maps are never dropped
+    layer_norm_eps: float = 1e-12
+    checkpoint: str = ""  # folder of a Hugging Face BERT, such as bert-base-uncased
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise ValueError(f"text.width: expected a multiple of text.heads ({self.heads}), got {self.width}")
+        if self.fusion_layers < 1:
+            raise ValueError(f"text.fusion_layers: expected at least 1, got {self.fusion_layers}")
+
+
+@dataclass
+class LossWeights:
+    """Weights of the four terms (SoftMask++: all one)."""
+
+    itc: float = 1.0
+    itm: float = 1.0
+    itm_soft: float = 1.0
+    mlm: float = 1.0
+
+
+@dataclass
+class SoftMaskPPConfig:
+    """SoftMask++ on ALBEF. `soft_mask: false`, `gamma: 0`, `mask_text: mlm` (and no distortions in `data:`) is ALBEF.
+
+    What the paper does not state is an option here; the defaults are those of the method's description.
+    """
+
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    weights: LossWeights = field(default_factory=LossWeights)
+    embed_dim: int = 256
+    # contrastive loss and momentum twin
+    temperature: float = 0.07
+    queue_size: int = 65536
+    momentum: float = 0.995
+    alpha: float = 0.4
+    alpha_warmup_steps: int = 0  # 0: alpha from the first step on
+    gamma: float = 2.0
+    share_positives: bool = False  # captions of one image are positives of each other
+    # masked text
+    mask_probability: float = 0.15
+    mask_text: str = "all"  # "all": every term sees the masked caption; "mlm": MLM alone, in a pass of its own
+    # text-driven soft mask
+    soft_mask: bool = True
+    soft_negatives: bool = True  # without them, "masked" would come to mean "match"
+    cam_layer: int = 2  # fusion layer, from 0; a layer must follow that mixes the words into CLS
+    strength: float = 1.0
+    normalize: str = "minmax"
+
+    def __post_init__(self) -> None:
+        if self.mask_text not in ("all", "mlm"):
+            raise ValueError(f"mask_text: expected 'all' or 'mlm', got {self.mask_text!r}")
+        if not 0 <= self.cam_layer < max(self.text.fusion_layers - 1, 1):
+            raise ValueError(
+                f"cam_layer: expected 0 <= cam_layer < text.fusion_layers - 1 = {self.text.fusion_layers - 1} "
+                f"(in the last layer only CLS has a gradient), got {self.cam_layer}"
+            )
+        if self.soft_mask and self.text.fusion_layers < 2:
+            raise ValueError(f"text.fusion_layers: soft masks need at least 2, got {self.text.fusion_layers}")

@@ -1,0 +1,74 @@
+"""Masked text, the choice of a word, and the choice of hard negatives: all without host synchronization."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .config import SpecialIds
+
+IGNORE = -100
+
+
+@dataclass
+class MaskedText:
+    input_ids: Tensor  # [B, T] with masked, replaced and kept tokens
+    labels: Tensor  # [B, T] the original token where one was chosen, else IGNORE
+
+
+def mask_tokens(input_ids: Tensor, special: SpecialIds, *, vocab_size: int, probability: float) -> MaskedText:
+    """BERT's masking as ALBEF does it: of the chosen tokens 80 % become MASK, 10 % a random token, 10 % stay.
+
+    PAD and CLS are never chosen. input_ids [B, T] int64.
+    """
+    chosen = torch.rand(input_ids.shape, device=input_ids.device) < probability
+    chosen &= (input_ids != special.pad) & (input_ids != special.cls)
+    labels = input_ids.masked_fill(~chosen, IGNORE)
+    how = torch.rand(input_ids.shape, device=input_ids.device)
+    masked = input_ids.masked_fill(chosen & (how < 0.8), special.mask)
+    random = torch.randint_like(input_ids, vocab_size)
+    replace = chosen & (how >= 0.8) & (how < 0.9)
+    return MaskedText(input_ids=torch.where(replace, random, masked), labels=labels)
+
+
+def pick_words(word_ids: Tensor, allowed: Tensor) -> Tensor:
+    """One word per caption, each with the same chance. -> [B] its number, -1 where no word can be picked.
+
+    word_ids [B, T]: the word a token belongs to, -1 for special tokens, padding and punctuation.
+    allowed [B, T] bool: a word is a candidate when all of its tokens are allowed.
+    """
+    batch, length = word_ids.shape
+    slot = word_ids.clamp_min(0)
+    real = word_ids >= 0
+    is_word = torch.zeros(batch, length, dtype=torch.bool, device=word_ids.device)
+    spoiled = is_word.clone()
+    is_word = is_word.scatter_reduce(1, slot, real, reduce="amax")
+    spoiled = spoiled.scatter_reduce(1, slot, real & ~allowed, reduce="amax")
+    candidates = is_word & ~spoiled
+    noise = torch.rand(batch, length, device=word_ids.device).masked_fill(~candidates, -1.0)
+    best, word = noise.max(dim=1)
+    return torch.where(best >= 0, word, -1)
+
+
+def word_positions(word_ids: Tensor, word: Tensor, *, max_tokens: int) -> Tensor:
+    """Token positions of a word: word_ids [B, T], word [B] -> [B, S], S = min(T, max_tokens), -1 pads."""
+    length = word_ids.shape[1]
+    member = (word_ids == word[:, None]) & (word[:, None] >= 0)
+    position = torch.arange(length, device=word_ids.device).expand_as(word_ids)
+    order = position.masked_fill(~member, length).sort(dim=1).values[:, :max_tokens]
+    return order.masked_fill(order == length, -1)
+
+
+def sample_negatives(similarity: Tensor, ids: Tensor) -> Tensor:
+    """A hard negative for every row. similarity [B, B] logits, ids [B] -> column [B].
+
+    Drawn from softmax(similarity) without the row's own column and those of the same image (equal ids); where that
+    leaves nothing, without its own column alone.
+    """
+    own = torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
+    same = ids[:, None] == ids[None, :]
+    same = torch.where(same.all(dim=1, keepdim=True), own, same)
+    weights = similarity.float().masked_fill(same, -torch.inf).softmax(dim=1)
+    return torch.multinomial(weights, 1).squeeze(1)
