@@ -1,0 +1,42 @@
+"""Session set-up: one thread per worker, no accelerator where there is none, caches away from the user's."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Set the environment before torch is imported; the subprocesses that tests start inherit it."""
+    in_worker = "PYTEST_XDIST_WORKER" in os.environ
+    os.environ.setdefault("OMP_NUM_THREADS", "1" if in_worker else str(min(4, os.cpu_count() or 1)))
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _isolate_cache(config)
+
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def _isolate_cache(config: pytest.Config) -> None:
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    # DeepSpeed compiles its CPU communication once; a throw-away cache would make every session compile it anew.
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(home / "torch_extensions" / "softmask-tests"))
+    folder = tempfile.TemporaryDirectory(prefix="softmask-cache-", ignore_cleanup_errors=True)
+    config.add_cleanup(folder.cleanup)
+    os.environ["XDG_CACHE_HOME"] = folder.name
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
