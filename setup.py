@@ -12,7 +12,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from setuptools import find_namespace_packages, setup
+from setuptools import find_packages, setup
 
 VERSION = "0.1.0"
 ROOT = Path(__file__).resolve().parent
@@ -52,12 +52,8 @@ def say(line: str) -> None:
 
 def packages() -> list[str]:
     """Every package folder, under the name it is imported by."""
-    found = []
-    for name, folder in FOLDERS.items():
-        if (ROOT / folder).is_dir():
-            inner = find_namespace_packages(str(ROOT / folder), exclude=["configs*", "*__pycache__*"])
-            found += [name, *(f"{name}.{package}" for package in inner)]
-    return found
+    inner = [f"{name}.{package}" for name, folder in FOLDERS.items() for package in find_packages(str(ROOT / folder))]
+    return [*FOLDERS, *inner]
 
 
 def cpp_extension(sources: list[str]):

@@ -1,0 +1,1 @@
+"""Training, evaluation and reports: scripts to run, installed as `softmask.train`."""
