@@ -1,4 +1,4 @@
-"""Build of `softmask`: three source folders make one package; C++ kernels are added when torch and a compiler are there.
+"""Build of `softmask`: three source folders make one package, with C++ kernels where torch and a compiler are.
 
 SOFTMASK_SKIP_EXT=1     leaves the C++ kernels out;
 SOFTMASK_FORCE_BUILD=1  fails when they cannot be built, instead of going on without them.
@@ -72,16 +72,11 @@ def cpp_extension(sources: list[str]):
         name="softmask._C",
         sources=sources,
         include_dirs=[str(ROOT / "csrc")],
-        extra_compile_args=["-O3", "-fopenmp", f"-DPy_LIMITED_API={limited_api_hex()}"],
+        extra_compile_args=["-O3", "-fopenmp"],
         extra_link_args=["-fopenmp"],
         py_limited_api=True,
     )
     return extension, tolerant(BuildExtension)
-
-
-def limited_api_hex() -> str:
-    major, minor = LIMITED_API[2], LIMITED_API[3:]
-    return f"0x{int(major):02x}{int(minor):02x}0000"
 
 
 def tolerant(build_extension):
@@ -127,7 +122,7 @@ def extension_arguments() -> dict:
 setup(
     name="softmask",
     version=VERSION,
-    description="Masking and contrastive ops for vision-language pre-training, with SoftMask++ pre-training on DeepSpeed",
+    description="Masking and contrastive ops for vision-language pre-training, and SoftMask++ pre-training",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8") if (ROOT / "README.md").exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
