@@ -7,6 +7,7 @@ SOFTMASK_FORCE_BUILD=1  fails when they cannot be built, instead of going on wit
 from __future__ import annotations
 
 import os
+import runpy
 import shlex
 import shutil
 import sys
@@ -14,8 +15,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-VERSION = "0.1.0"
 ROOT = Path(__file__).resolve().parent
+VERSION = runpy.run_path(str(ROOT / "softmask" / "_version.py"))["__version__"]
 FOLDERS = {"softmask": "softmask", "softmask.kernels": "kernels", "softmask.train": "train"}
 LIMITED_API = "cp310"
 
