@@ -1,0 +1,245 @@
+"""Endless batches of captioned pictures that depend on (seed, epoch, position) only.
+
+Epoch e is a permutation of the samples. Micro-batch i of rank r takes its positions [(i * world_size + r) * B, + B), so
+that two ranks with B/2 read what one rank with B reads, and a run resumes at any micro-batch at no cost.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from softmask.data.records import DataError, Record, SampleError, Source
+from softmask.data.text import CaptionTokenizer
+from softmask.data.transforms import TrainTransform, decode_image, normalize_images
+
+SHUFFLE_WINDOW = 65_536
+ATTEMPTS = 32
+FIRST_JUDGEMENT = 100
+
+
+@dataclass
+class DataConfig:
+    """The `data:` section of a run's configuration."""
+
+    train: str = ""  # glob or brace pattern of shards, or a JSON list
+    image_root: str = ""  # for JSON lists; empty: the list's folder
+    tokenizer: str = ""  # Hugging Face tokenizer directory; empty: a WordPiece is trained on the captions of `train`
+    vocab_size: int = 4096  # of that WordPiece
+    max_length: int = 25  # tokens, [CLS] and [SEP] included
+    image_size: int = 256
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    flip: bool = True
+    rand_augment: bool = False  # ALBEF's RandAugment(2, 7) without colour operations
+    distort: bool = True  # SoftMask++'s colour jitter, grayscale and blur:
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)  # brightness, contrast, saturation, hue
+    jitter_probability: float = 0.8
+    grayscale_probability: float = 0.2
+    blur_probability: float = 0.5
+    blur_radius: tuple[float, float] = (0.1, 2.0)  # standard deviation in pixels of a picture of 224
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    workers: int = 0
+    max_bad_share: float = 0.01  # a larger share of unreadable samples, once 100 were read, is a DataError
+
+    def __post_init__(self) -> None:
+        expected = {
+            "vocab_size": (self.vocab_size >= 7, "at least 7"),
+            "max_length": (self.max_length >= 3, "at least 3"),
+            "image_size": (self.image_size >= 1, "at least 1"),
+            "workers": (self.workers >= 0, "at least 0"),
+            "crop_scale": (0 < self.crop_scale[0] <= self.crop_scale[1] <= 1, "0 < low <= high <= 1"),
+            "blur_radius": (0 <= self.blur_radius[0] <= self.blur_radius[1], "0 <= low <= high"),
+            "jitter": (min(self.jitter) >= 0 and self.jitter[3] <= 0.5, "none negative, hue at most 0.5"),
+            "std": (min(self.std) > 0, "positive numbers"),
+        }
+        shares = [f.name for f in fields(self) if f.name.endswith("_probability")] + ["max_bad_share"]
+        expected |= {name: (0 <= getattr(self, name) <= 1, "a number in [0, 1]") for name in shares}
+        for name, (right, description) in expected.items():
+            if not right:
+                raise ValueError(f"data.{name}: expected {description}, got {getattr(self, name)}")
+
+
+@dataclass
+class Batch:
+    """B captioned pictures."""
+
+    images: Tensor  # [B, 3, H, W] float32, normalized
+    input_ids: Tensor  # [B, T] int64
+    attention_mask: Tensor  # [B, T] bool, True = real token
+    word_ids: Tensor  # [B, T] int64, see TokenBatch
+    image_id: Tensor  # [B] int64, equal for captions of the same picture
+    skipped: list[str] = field(default_factory=list)  # "shard.tar:key: reason" of samples that were replaced
+
+    def to(self, device: torch.device | str) -> Batch:
+        """A copy on `device`; asynchronous from pinned memory."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """A copy in page-locked memory; DataLoader calls this."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function) -> Batch:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{name: function(v) if isinstance(v, Tensor) else v for name, v in values.items()})
+
+
+@dataclass
+class BatchPlan:
+    """What one micro-batch is made of."""
+
+    epoch: int
+    position: int  # of its first sample in the epoch
+    indices: np.ndarray  # [B] int64, samples of the source
+
+
+def epoch_order(group_sizes: np.ndarray, *, seed: int, epoch: int, window: int = SHUFFLE_WINDOW) -> np.ndarray:
+    """Permutation [sum(group_sizes)] int64: groups (shards) in random order, samples mixed among as many groups as
+    hold at least `window` samples. Reading stays local, and data of up to `window` samples is shuffled in full."""
+    generator = np.random.default_rng([seed, epoch])
+    starts = np.cumsum(group_sizes) - group_sizes
+    groups = generator.permutation(len(group_sizes))
+    order = np.concatenate([np.arange(starts[g], starts[g] + group_sizes[g]) for g in groups])
+    ends = np.cumsum(group_sizes[groups])
+    begin = 0
+    for end in ends:
+        if end - begin >= window or end == len(order):
+            generator.shuffle(order[begin:end])
+            begin = end
+    return order
+
+
+class _Plans:
+    """The endless plans of one rank: a DataLoader's sampler."""
+
+    def __init__(self, group_sizes: np.ndarray, *, batch_size: int, rank: int, world_size: int, seed: int, start: int):
+        self.group_sizes, self.batch_size, self.seed, self.start = group_sizes, batch_size, seed, start
+        self.rank, self.world_size = rank, world_size
+        self.batches_per_epoch = int(group_sizes.sum()) // (batch_size * world_size)
+
+    def __iter__(self) -> Iterator[BatchPlan]:
+        epoch, batch = divmod(self.start, self.batches_per_epoch)
+        while True:
+            order = epoch_order(self.group_sizes, seed=self.seed, epoch=epoch)
+            for number in range(batch, self.batches_per_epoch):
+                first = (number * self.world_size + self.rank) * self.batch_size
+                yield BatchPlan(epoch, first, order[first : first + self.batch_size].copy())
+            epoch, batch = epoch + 1, 0
+
+
+class _BatchReader:
+    """Makes batches of plans: a DataLoader's dataset, called in the workers."""
+
+    def __init__(self, source: Source, config: DataConfig, tokenizer: CaptionTokenizer, seed: int):
+        self.source, self.config, self.tokenizer, self.seed = source, config, tokenizer, seed
+        self.transform = TrainTransform(config)
+
+    def __getitem__(self, plan: BatchPlan) -> Batch | DataError:
+        try:
+            return self._batch(plan)
+        except DataError as error:
+            return error  # raised in a worker, it would reach the user inside the text of a traceback
+
+    def _batch(self, plan: BatchPlan) -> Batch:
+        skipped: list[str] = []
+        samples = [
+            self._sample(int(index), f"{self.seed}/{plan.epoch}/{plan.position + offset}", skipped)
+            for offset, index in enumerate(plan.indices)
+        ]
+        tokens = self.tokenizer([record.caption for record, _ in samples], max_length=self.config.max_length)
+        return Batch(
+            images=normalize_images([pixels for _, pixels in samples], self.config.mean, self.config.std),
+            input_ids=tokens.input_ids,
+            attention_mask=tokens.attention_mask,
+            word_ids=tokens.word_ids,
+            image_id=torch.tensor([record.image_id for record, _ in samples], dtype=torch.int64),
+            skipped=skipped,
+        )
+
+    def _sample(self, index: int, seed: str, skipped: list[str]) -> tuple[Record, np.ndarray]:
+        """The sample, or when it is unreadable another one that follows from `seed`."""
+        replacements = random.Random(seed + "/replacement")
+        for _ in range(ATTEMPTS):
+            try:
+                return self._read(index, random.Random(seed))
+            except SampleError as error:
+                skipped.append(str(error))
+                index = replacements.randrange(len(self.source))
+        raise DataError(f"{ATTEMPTS} samples in a row are unreadable, the last: {skipped[-1]}")
+
+    def _read(self, index: int, rng: random.Random) -> tuple[Record, np.ndarray]:
+        record = self.source.read(index)
+        try:
+            image = decode_image(record.image_bytes)
+        except ValueError as error:
+            raise SampleError(record.name, str(error)) from None
+        return record, self.transform(image, rng)
+
+
+class Loader:
+    """Endless micro-batches of one rank, from micro-batch `start_batch` of its run on; every `iter` starts there.
+
+    Raises DataError when there are fewer samples than one batch over all ranks, and while iterating when more than
+    `config.max_bad_share` of the samples are unreadable. The global random generators are not touched.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        config: DataConfig,
+        tokenizer: CaptionTokenizer,
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        start_batch: int = 0,
+    ):
+        if batch_size < 1 or not 0 <= rank < world_size or seed < 0 or start_batch < 0:
+            given = f"batch_size={batch_size}, rank={rank}, world_size={world_size}, {seed=}, {start_batch=}"
+            raise ValueError(f"expected batch_size >= 1, 0 <= rank < world_size, seed, start_batch >= 0, got {given}")
+        if len(source) < batch_size * world_size:
+            raise DataError(f"{len(source)} samples are fewer than one batch of {world_size} x {batch_size}")
+        self.config = config
+        self._plans = _Plans(
+            np.asarray(source.group_sizes), batch_size=batch_size, rank=rank, world_size=world_size, seed=seed,
+            start=start_batch,
+        )  # fmt: skip
+        self._reader = _BatchReader(source, config, tokenizer, seed)
+        self.batches_per_epoch = self._plans.batches_per_epoch
+
+    def __iter__(self) -> Iterator[Batch]:
+        # without it the tokenizers of forked workers warn, as threads do not survive a fork
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        batches = DataLoader(
+            self._reader,
+            sampler=self._plans,
+            batch_size=None,
+            num_workers=self.config.workers,
+            collate_fn=_unchanged,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # DataLoader draws a number; not from the global generator
+        )
+        read, bad, names = 0, 0, deque(maxlen=3)
+        for batch in batches:
+            if isinstance(batch, DataError):
+                raise batch
+            bad += len(batch.skipped)
+            read += len(batch.images) + len(batch.skipped)
+            names.extend(batch.skipped)
+            if read >= FIRST_JUDGEMENT and bad > self.config.max_bad_share * read:
+                share = f"{bad} of {read} samples are unreadable, more than max_bad_share={self.config.max_bad_share}"
+                raise DataError(f"{share}; the last: {'; '.join(names)}")
+            yield batch
+
+
+def _unchanged(batch):
+    return batch

@@ -1,0 +1,143 @@
+"""From what the user wrote under `data.train` to a source of samples."""
+
+from __future__ import annotations
+
+import glob
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from braceexpand import UnbalancedBracesError, braceexpand
+
+from softmask.data.records import DataError, Record, SampleError, Source, clean_caption
+from softmask.data.shards import ShardSource
+
+logger = logging.getLogger("softmask.data")
+
+
+def open_source(data: str | Sequence[str], *, image_root: str = "") -> Source:
+    """Opens tar shards or JSON lists.
+
+    `data`: a path, a glob, a brace pattern ("cc3m-{000000..000331}.tar") or a sequence of these. Names that end in
+    .json are ALBEF-style lists `[{"image": path, "caption": str or [str, ...]}, ...]`, whose image paths are relative
+    to `image_root`, or to the list's folder when it is empty. Raises DataError with one line that names the pattern,
+    file or entry that is wrong.
+    """
+    patterns = [data] if isinstance(data, str | os.PathLike) else list(data)
+    if not patterns or not all(map(os.fspath, patterns)):
+        raise DataError("no data: expected shards (a path, glob or brace pattern) or a .json list, got nothing")
+    paths = [path for pattern in patterns for path in expand_pattern(os.fspath(pattern))]
+    lists = [path for path in paths if path.endswith(".json")]
+    if lists and len(lists) != len(paths):
+        raise DataError(f"shards and JSON lists cannot be mixed: {lists[0]} beside {len(paths) - len(lists)} others")
+    return JsonSource(lists, image_root=image_root) if lists else ShardSource(paths)
+
+
+def expand_pattern(pattern: str) -> list[str]:
+    """The existing files that a path, glob or brace pattern names, in order. Raises DataError when one is missing."""
+    pattern = os.path.expanduser(pattern)
+    if os.path.isfile(pattern):
+        return [pattern]
+    try:
+        names = list(braceexpand(pattern))
+    except UnbalancedBracesError as error:
+        raise DataError(f"{pattern}: {error}") from None
+    return [path for name in names for path in _existing(name)]
+
+
+def _existing(name: str) -> list[str]:
+    if os.path.isfile(name):
+        return [name]
+    if os.path.isdir(name):
+        raise DataError(f"{name} is a folder, expected shards: a file, a glob such as *.tar or a brace pattern")
+    if not glob.has_magic(name):
+        raise DataError(f"{name} does not exist")
+    found = sorted(path for path in glob.glob(name, recursive=True) if os.path.isfile(path))
+    if not found:
+        raise DataError(f"no file matches {name}")
+    return found
+
+
+class _Texts:
+    """Many strings in two arrays, which forked workers share without copying."""
+
+    def __init__(self, texts: Sequence[str]):
+        encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
+        self._bytes = b"".join(encoded)
+        self._ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+
+    def __getitem__(self, index: int) -> str:
+        return self._bytes[self._ends[index] : self._ends[index + 1]].decode("utf-8", "surrogatepass")
+
+
+class JsonSource:
+    """ALBEF-style JSON lists. Every caption is a sample; captions of the same picture share `image_id`."""
+
+    def __init__(self, paths: Sequence[str], *, image_root: str = ""):
+        images: dict[str, int] = {}
+        captions: list[str] = []
+        ids: list[int] = []
+        for path in paths:
+            folder = os.path.expanduser(image_root) or os.path.dirname(os.path.abspath(path))
+            for image, texts in _entries(path):
+                image_id = images.setdefault(os.path.join(folder, image), len(images))
+                captions += texts
+                ids += [image_id] * len(texts)
+        if not captions:
+            raise DataError(f"no captioned pictures in {', '.join(paths)}")
+        self.problems: list[str] = []
+        self.group_sizes = np.array([len(captions)], np.int64)
+        self._captions, self._images = _Texts(captions), _Texts(list(images))
+        self._image_ids = np.array(ids, np.int64)
+
+    def __len__(self) -> int:
+        return len(self._image_ids)
+
+    def read(self, index: int, *, extra: bool = False) -> Record:
+        """Sample `index` in [0, len). Raises SampleError where its caption or picture cannot be read."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        image_id = int(self._image_ids[index])
+        path = self._images[image_id]
+        caption = clean_caption(self._captions[index], path)
+        try:
+            with open(path, "rb") as file:
+                image = file.read()
+        except OSError as error:
+            raise SampleError(path, f"cannot be read ({error.strerror})") from None
+        except ValueError as error:  # a zero byte in the path
+            raise SampleError(path, f"cannot be read ({error})") from None
+        return Record(image, caption, image_id, path, {"image": path, "caption": caption} if extra else None)
+
+    def captions(self) -> Iterator[str]:
+        """All readable captions in order."""
+        for index in range(len(self)):
+            try:
+                yield clean_caption(self._captions[index], "")
+            except SampleError:
+                continue  # named when the sample itself is read
+
+
+def _entries(path: str) -> Iterator[tuple[str, list[str]]]:
+    """Image path and captions of every entry. Raises DataError naming file and entry where it is malformed."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            entries = json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    if not isinstance(entries, list):
+        raise DataError(f"{path}: expected a list of entries, got {type(entries).__name__}")
+    for number, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            raise DataError(f"{path}: entry {number}: expected an object, got {type(entry).__name__}")
+        image, caption = entry.get("image"), entry.get("caption")
+        captions = [caption] if isinstance(caption, str) else caption
+        if not isinstance(image, str) or not image:
+            raise DataError(f'{path}: entry {number}: "image" must be a path, got {image!r}')
+        if not isinstance(captions, list) or not captions or not all(isinstance(text, str) for text in captions):
+            raise DataError(f'{path}: entry {number}: "caption" must be a text or a list of texts, got {caption!r:.80}')
+        yield image, captions

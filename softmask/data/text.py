@@ -1,0 +1,195 @@
+"""Captions to tokens, with the words and characters that the tokens came from."""
+
+from __future__ import annotations
+
+import json
+import os
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from tokenizers import Encoding, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor
+
+SPECIAL_TOKENS = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+SPECIAL_TOKENS |= {"mask_token": "[MASK]"}
+_PRIVATE_USE = 0xF0000
+
+
+@dataclass
+class TokenBatch:
+    """Tokens of B captions, padded to the longest, T tokens."""
+
+    input_ids: Tensor  # [B, T] int64
+    attention_mask: Tensor  # [B, T] bool, True = real token
+    word_ids: Tensor  # [B, T] int64: number of the word in its caption; -1 for special tokens, padding, punctuation
+    offsets: Tensor  # [B, T, 2] int64: character span in the caption; (0, 0) for special tokens and padding
+
+
+class CaptionTokenizer:
+    """A Hugging Face tokenizer that wraps every caption as [CLS] ... [SEP] and knows its words."""
+
+    def __init__(self, tokenizer: Tokenizer, *, pad_id: int, cls_id: int, sep_id: int, mask_id: int, tokens: dict):
+        self._tokenizer = Tokenizer.from_str(tokenizer.to_str())
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        # a caption that spells "[MASK]" must not become a mask token
+        self._tokenizer.encode_special_tokens = True
+        self.pad_id, self.cls_id, self.sep_id, self.mask_id = pad_id, cls_id, sep_id, mask_id
+        self.special_ids: tuple[int, ...] = (pad_id, cls_id, sep_id, mask_id)
+        # added tokens may lie beyond the model's vocabulary, with gaps
+        self.vocab_size: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self._tokens = tokens
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> CaptionTokenizer:
+        """Loads any Hugging Face tokenizer directory.
+
+        Raises ValueError when it cannot be loaded, has no fast tokenizer (offsets come from it), or lacks one of the
+        tokens cls, sep, pad and mask.
+        """
+        from transformers import AutoTokenizer  # seconds to import, needed nowhere else
+
+        path = os.fspath(path)
+        if not os.path.isdir(path):
+            raise ValueError(f"tokenizer: {path} is not a folder")
+        try:
+            loaded = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"tokenizer: {path} cannot be loaded: {str(error).splitlines()[0]}") from error
+        return cls.from_hugging_face(loaded, name=path)
+
+    @classmethod
+    def from_hugging_face(cls, loaded, *, name: str) -> CaptionTokenizer:
+        """From a transformers tokenizer; `name` stands in the errors."""
+        backend = getattr(loaded, "backend_tokenizer", None)
+        if backend is None:
+            raise ValueError(f"tokenizer: {name} has no fast tokenizer (tokenizer.json), got {type(loaded).__name__}")
+        ids = {token: getattr(loaded, f"{token}_token_id") for token in ("pad", "cls", "sep", "mask")}
+        lacking = [token for token, value in ids.items() if value is None]
+        if lacking:
+            raise ValueError(f"tokenizer: {name} lacks the special tokens {', '.join(lacking)}")
+        tokens = {key: getattr(loaded, key) for key in SPECIAL_TOKENS if getattr(loaded, key) is not None}
+        return cls(backend, tokens=tokens, **{f"{token}_id": value for token, value in ids.items()})
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes a directory that `load` and transformers' AutoTokenizer read."""
+        os.makedirs(path, exist_ok=True)
+        self._tokenizer.save(os.path.join(path, "tokenizer.json"))
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **self._tokens}
+        with open(os.path.join(path, "tokenizer_config.json"), "w", encoding="utf-8") as file:
+            json.dump(config, file, indent=2, ensure_ascii=False)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_tokenizer": self._tokenizer.to_str()}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state, _tokenizer=Tokenizer.from_str(state["_tokenizer"]))
+        self._tokenizer.encode_special_tokens = True  # not part of the tokenizer's own state
+
+    def __call__(self, captions: Sequence[str], *, max_length: int) -> TokenBatch:
+        """[CLS] caption [SEP], at most `max_length` tokens with both, padded to the longest of the batch."""
+        if max_length < 3:
+            raise ValueError(f"max_length: expected at least 3 ([CLS], a token, [SEP]), got {max_length}")
+        encodings = self._tokenizer.encode_batch(list(captions), add_special_tokens=False)
+        rows = [self._row(text, encoding, max_length) for text, encoding in zip(captions, encodings, strict=True)]
+        width = max((len(row[0]) for row in rows), default=0)
+
+        def padded(column: int, value) -> Tensor:
+            return torch.tensor([row[column] + [value] * (width - len(row[column])) for row in rows], dtype=torch.int64)
+
+        lengths = torch.tensor([len(row[0]) for row in rows], dtype=torch.int64)
+        return TokenBatch(
+            input_ids=padded(0, self.pad_id).view(len(rows), width),
+            attention_mask=torch.arange(width) < lengths[:, None],
+            word_ids=padded(1, -1).view(len(rows), width),
+            offsets=padded(2, (0, 0)).view(len(rows), width, 2),
+        )
+
+    def _row(self, caption: str, encoding: Encoding, max_length: int) -> tuple[list, list, list]:
+        """Ids, word numbers and character spans of one caption, special tokens included."""
+        keep = max_length - 2
+        numbers: dict[int, int] = {}
+        words, spans = [-1], [(0, 0)]
+        for word, (start, end) in zip(encoding.word_ids[:keep], encoding.offsets[:keep], strict=True):
+            while start < end and caption[start].isspace():  # SentencePiece counts the blank to the word
+                start += 1
+            spans.append((start, end))
+            words.append(-1 if _is_punctuation(caption[start:end]) else numbers.setdefault(word, len(numbers)))
+        return [self.cls_id, *encoding.ids[:keep], self.sep_id], [*words, -1], [*spans, (0, 0)]
+
+
+def _is_punctuation(text: str) -> bool:
+    """No letter, digit or part of one; also for the empty text."""
+    return not text.isalnum() and all(unicodedata.category(character)[0] in "PSZC" for character in text)
+
+
+def train_wordpiece(captions: Iterable[str], path: str | os.PathLike, *, vocab_size: int = 4096) -> CaptionTokenizer:
+    """Trains a lower-cased BERT-style WordPiece on `captions` and saves it as a Hugging Face directory.
+
+    The same captions give the same vocabulary, byte for byte. Raises ValueError when there are no words, or when
+    `vocab_size` has no room for the special tokens and the alphabet.
+    """
+    normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    counts: Counter[str] = Counter()
+    for caption in captions:
+        counts.update(word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(caption)))
+    if not counts:
+        raise ValueError("captions: no words to train a WordPiece on")
+    if vocab_size < len(SPECIAL_TOKENS) + 2:
+        raise ValueError(f"vocab_size: expected at least {len(SPECIAL_TOKENS) + 2}, got {vocab_size}")
+    tokens = [*SPECIAL_TOKENS.values(), *_learn_pieces(counts, vocab_size - len(SPECIAL_TOKENS))]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")],
+    )
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS.values()))
+    names = {"pad_id": "[PAD]", "cls_id": "[CLS]", "sep_id": "[SEP]", "mask_id": "[MASK]"}
+    ids = {name: vocabulary[token] for name, token in names.items()}
+    trained = CaptionTokenizer(tokenizer, tokens=SPECIAL_TOKENS, **ids)
+    trained.save(path)
+    return trained
+
+
+def _learn_pieces(counts: Counter[str], size: int) -> list[str]:
+    """At most `size` word pieces, "##" marking those inside a word.
+
+    `tokenizers`' WordPieceTrainer numbers the "##" characters in the order of a randomly seeded hash map, and its
+    vocabulary changes from run to run. Its BPE trainer is deterministic. So inner characters are written as private-use
+    characters, which BPE tells apart from initial ones, and are written back afterwards.
+    """
+    alphabet = sorted({character for word in counts for character in word})
+    inner = {character: chr(_PRIVATE_USE + number) for number, character in enumerate(alphabet)}
+    outer = {code: character for character, code in inner.items()}
+    coded = {word[0] + "".join(inner[character] for character in word[1:]): n for word, n in counts.items()}
+    kept = _frequent_characters(coded, size // 2)
+    lines = (line for word, n in sorted(coded.items()) if kept.issuperset(word) for line in _repeat(word, n))
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    bpe.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=size, show_progress=False))
+    ranked = sorted(bpe.get_vocab(), key=bpe.token_to_id)
+    return [("##" if code[0] in outer else "") + "".join(outer.get(c, c) for c in code) for code in ranked]
+
+
+def _frequent_characters(words: dict[str, int], limit: int) -> set[str]:
+    """The `limit` most frequent characters; words with others (rare scripts) would become [UNK] anyway."""
+    counts: Counter[str] = Counter()
+    for word, n in words.items():
+        for character in word:
+            counts[character] += n
+    return set(sorted(counts, key=lambda character: (-counts[character], character))[:limit])
+
+
+def _repeat(word: str, times: int, longest: int = 10_000) -> Iterator[str]:
+    """`word` as often as it was counted, in lines of bounded length: the trainer takes text, not counts."""
+    for start in range(0, times, longest):
+        yield " ".join([word] * min(longest, times - start))

@@ -1,0 +1,166 @@
+"""Pictures to normalized tensors: ALBEF's crop, flip and RandAugment, SoftMask++'s distortions.
+
+Everything works on PIL images, which at 64 to 256 pixels is several times as fast as tensors, and takes its random
+numbers from the `random.Random` it is given, so that a sample depends on its seed alone.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from softmask.data.loader import DataConfig
+
+RAND_AUGMENT_OPS = (
+    "AutoContrast", "Equalize", "Brightness", "Sharpness",
+    "ShearX", "ShearY", "TranslateXRel", "TranslateYRel", "Rotate",
+)  # fmt: skip
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """The picture as RGB, transparent parts on white. Raises ValueError where the bytes are no complete picture."""
+    try:
+        image = Image.open(io.BytesIO(data))
+        image.load()
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        if image.mode.startswith("I;16"):  # PIL would clip 16 bits at 255
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        return image.convert("RGB")
+    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error, ... on foreign bytes
+        raise ValueError(f"picture cannot be decoded ({type(error).__name__}: {error})") from error
+
+
+def normalize_images(pictures: Sequence[np.ndarray], mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """B pictures [H, W, 3] uint8 to [B, 3, H, W] float32: (x / 255 - mean) / std."""
+    pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous().float()
+    mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (mean, std))
+    return pixels.mul_((1 / (255 * std)).float()).sub_((mean / std).float())
+
+
+def eval_transform(config: DataConfig) -> Callable[[bytes | Image.Image], Tensor]:
+    """For evaluation: encoded or decoded picture to [3, image_size, image_size] float32.
+
+    The whole picture is resized to a square (bicubic, antialiased) and normalized. Raises ValueError where bytes are no
+    picture.
+    """
+
+    def transform(image: bytes | Image.Image) -> Tensor:
+        picture = decode_image(image) if isinstance(image, bytes) else image.convert("RGB")
+        picture = picture.resize((config.image_size, config.image_size), Image.Resampling.BICUBIC)
+        return normalize_images([np.asarray(picture)], config.mean, config.std)[0]
+
+    return transform
+
+
+class TrainTransform:
+    """Random crop, flip, RandAugment and distortions of `config`: PIL image to [H, W, 3] uint8."""
+
+    def __init__(self, config: DataConfig):
+        self.config = config
+        self._rand_augment = _rand_augment() if config.rand_augment else None
+
+    def __call__(self, image: Image.Image, rng: random.Random) -> np.ndarray:
+        config = self.config
+        box = crop_box(image.size, config.crop_scale, rng)
+        image = image.resize((config.image_size, config.image_size), Image.Resampling.BICUBIC, box=box)
+        if config.flip and rng.random() < 0.5:
+            image = ImageOps.mirror(image)
+        if self._rand_augment:
+            with _seeded(rng.getrandbits(32)):
+                image = self._rand_augment(image)
+        if config.distort:
+            image = distort(image, config, rng)
+        return np.asarray(image)
+
+
+def crop_box(
+    size: tuple[int, int], scale: tuple[float, float], rng: random.Random, ratio: tuple[float, float] = (3 / 4, 4 / 3)
+) -> tuple[int, int, int, int]:
+    """RandomResizedCrop's box (left, top, right, bottom): a share of the area in `scale`, log-uniform aspect ratio."""
+    width, height = size
+    for _ in range(10):
+        area = width * height * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = rng.randint(0, width - w), rng.randint(0, height - h)
+            return left, top, left + w, top + h
+    # no such box in a very long picture: the largest one in the middle with an admitted ratio
+    w = min(width, max(1, round(height * ratio[1])))
+    h = min(height, max(1, round(width / ratio[0])))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def distort(image: Image.Image, config: DataConfig, rng: random.Random) -> Image.Image:
+    """SoftMask++'s distortions: colour jitter, grayscale, Gaussian blur, each with its probability."""
+    if rng.random() < config.jitter_probability:
+        image = color_jitter(image, config.jitter, rng)
+    if rng.random() < config.grayscale_probability:
+        image = image.convert("L").convert("RGB")
+    if rng.random() < config.blur_probability:
+        # MoCo's radii are meant for 224 pixels
+        radius = rng.uniform(*config.blur_radius) * config.image_size / 224
+        image = image.filter(ImageFilter.GaussianBlur(radius))
+    return image
+
+
+def color_jitter(image: Image.Image, strength: Sequence[float], rng: random.Random) -> Image.Image:
+    """torchvision's ColorJitter(brightness, contrast, saturation, hue): factors in 1 +- strength, in random order."""
+    enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+    for number in rng.sample(range(4), 4):
+        if not strength[number]:
+            continue
+        if number == 3:
+            image = shift_hue(image, rng.uniform(-strength[3], strength[3]))
+        else:
+            factor = rng.uniform(max(0.0, 1 - strength[number]), 1 + strength[number])
+            image = enhancers[number](image).enhance(factor)
+    return image
+
+
+def shift_hue(image: Image.Image, turn: float) -> Image.Image:
+    """Turns the hue by `turn` in [-0.5, 0.5] of a full circle, as torchvision's adjust_hue does."""
+    hue, saturation, value = image.convert("HSV").split()
+    shift = int(turn * 255)
+    hue = hue.point([(level + shift) % 256 for level in range(256)])
+    return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+
+
+def _rand_augment() -> Callable[[Image.Image], Image.Image]:
+    """ALBEF's RandAugment(2, 7): two operations, each applied with probability 0.5, none of colour."""
+    from timm.data.auto_augment import RandAugment, rand_augment_ops
+
+    # ALBEF moves by up to 10 of its 256 pixels and interpolates bilinearly; timm's defaults differ
+    options = {"translate_pct": 10 / 256, "interpolation": Image.Resampling.BILINEAR}
+    ops = rand_augment_ops(magnitude=7, prob=0.5, hparams=options, transforms=list(RAND_AUGMENT_OPS))
+    return RandAugment([_identity, *ops], num_layers=2)
+
+
+def _identity(image: Image.Image) -> Image.Image:
+    return image
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seeds the global generators, which timm draws from, and puts them back."""
+    states = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
