@@ -1,0 +1,395 @@
+"""Scenes of OpenMoji drawings with captions, as WebDataset shards: the data that needs no network.
+
+    python -m softmask.data.scenes --out DIR [--train 40000 --val 512 --test 512 --size 64 --test-size 256 --seed 0]
+
+writes ``DIR/{train,val,test}-%06d.tar`` (members KEY.png, KEY.txt, KEY.json), ``DIR/ATTRIBUTION.txt``,
+``DIR/concepts.json`` and the stamp ``DIR/scenes.json``. A scene depends only on (seed, split, index): not on its size
+in pixels, nor on the number of processes. A tenth of the concept pairs, chosen by a hash of their names, occurs in test
+only, in about half of its scenes.
+
+The .json of a sample: ``{"caption", "objects": [{"phrase", "span": [start, end], "mask": {"size": [h, w], "counts"},
+"concept"}], "split"}``; spans count characters of the caption, masks are `softmask.data.rle` codes of the visible
+pixels of all drawings that the phrase names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from itertools import combinations
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import webdataset
+from PIL import Image
+
+from softmask.data import rle
+from softmask.data.captions import Box, Caption, Group, write_caption
+from softmask.data.openmoji import ATTRIBUTION, Concept, concepts, rasterize
+
+VERSION = 1
+"""Goes up when the same parameters give other scenes, so that old folders are written anew."""
+
+SPLITS = ("train", "val", "test")
+SHARD_SAMPLES = 5000
+HELD_OUT_SHARE = 0.1
+MIN_VISIBLE = 0.6
+SUPERSAMPLING = 2
+_GRID = 64  # side of the coarse picture on which drawings are placed, whatever the size rendered later
+_OPAQUE = 96  # alpha from which a pixel belongs to a drawing
+_SIDES = {1: (0.32, 0.6), 2: (0.28, 0.5), 3: (0.25, 0.45), 4: (0.25, 0.4)}
+_COUNTS = ((1,),) * 14 + ((1, 1),) * 29 + ((2,),) * 7 + ((1, 1, 1),) * 26 + ((2, 1),) * 7 + ((3,),) * 2
+_COUNTS += ((1, 1, 1, 1),) * 9 + ((2, 1, 1),) * 4 + ((2, 2),) * 2 + ((3, 1),)
+_TEST_PAIR_SHARE = 0.65  # of the test scenes with two concepts or more; these are 77 %, so that half of all hold one
+
+_COLORS = {
+    "white": (246, 246, 242), "gray": (178, 180, 184), "red": (218, 98, 92), "pink": (246, 184, 204),
+    "orange": (244, 172, 98), "yellow": (248, 228, 128), "green": (138, 198, 128), "blue": (122, 172, 232),
+    "purple": (176, 146, 216), "brown": (172, 132, 98),
+}  # fmt: skip
+_PATTERNS = {"plain": "", "gradient": "", "noise": "", "stripes": "striped ", "dots": "dotted ", "checks": "checkered "}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A drawing in a scene: centre and longer side in units of the picture's side, angle in radians."""
+
+    concept: int
+    x: float
+    y: float
+    side: float
+    angle: float
+    flip: bool
+
+
+@dataclass(frozen=True)
+class Background:
+    """Two colours mixed by a pattern; ``noise`` are the bytes of a square grey picture."""
+
+    pattern: str
+    name: str
+    colors: tuple[tuple[int, ...], tuple[int, ...]]
+    angle: float
+    frequency: float
+    phase: float
+    noise: bytes
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a picture shows, whatever its size. ``placements`` from back to front; ``groups[i]`` lists placements."""
+
+    placements: tuple[Placement, ...]
+    groups: tuple[tuple[int, ...], ...]
+    background: Background
+    caption: Caption
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything the files depend on."""
+
+    train: int = 40000
+    val: int = 512
+    test: int = 512
+    size: int = 64
+    test_size: int = 256
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Pyramid of a rasterized concept: ``colors[k]`` (RGBA) and ``alphas[k]`` (L) are reduced ``2**k`` times."""
+
+    colors: tuple[Image.Image, ...]
+    alphas: tuple[Image.Image, ...]
+
+
+def held_out(one: Concept, other: Concept) -> bool:
+    """Whether the pair occurs in test only; depends on the two names, in either order."""
+    names = "|".join(sorted((one.name, other.name)))
+    digest = hashlib.blake2b(names.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < HELD_OUT_SHARE * 2**64
+
+
+def sample_scene(split: str, index: int, *, seed: int = 0) -> Scene:
+    """Scene number ``index`` of a split; raises ValueError for an unknown split."""
+    if split not in SPLITS:
+        raise ValueError(f"sample_scene: split must be one of {SPLITS}, got {split!r}")
+    rng = Random(f"{seed}/{split}/{index}")
+    counts = rng.choice(_COUNTS)
+    chosen = _choose_concepts(counts, split, rng)
+    drawn = rng.sample([i for i, count in enumerate(counts) for _ in range(count)], sum(counts))
+    layout = None
+    while layout is None:
+        layout = _place([chosen[i] for i in drawn], rng)
+    placements, boxes = layout
+    groups = tuple(tuple(k for k, i in enumerate(drawn) if i == group) for group in range(len(counts)))
+    named = [Group(concepts()[chosen[i]], tuple(boxes[k] for k in group)) for i, group in enumerate(groups)]
+    background = _sample_background(rng)
+    return Scene(placements, groups, background, write_caption(named, background.name, rng))
+
+
+def render(scene: Scene, size: int) -> tuple[Image.Image, list[np.ndarray]]:
+    """Picture (RGB, ``size`` square) and one mask ``[size, size]`` bool of visible pixels per group.
+
+    Drawn at `SUPERSAMPLING` times the size, then averaged, so that a small picture looks like a reduced large one.
+    Drawings are rasterized for pictures up to 256 pixels; larger ones get soft.
+    """
+    side = size * SUPERSAMPLING
+    canvas = _paint_background(scene.background, side)
+    labels = np.zeros((side, side), dtype=np.uint8)
+    for number, placement in enumerate(scene.placements, start=1):
+        patch, (x, y) = _warp(_drawings()[placement.concept].colors, placement, side)
+        canvas.paste(patch, (x, y), patch)
+        window = labels[y : y + patch.height, x : x + patch.width]
+        opaque = np.asarray(patch.getchannel("A"))[: window.shape[0], : window.shape[1]] >= _OPAQUE
+        window[opaque] = number
+    taken = np.zeros((size, size), dtype=bool)
+    visible = []
+    for number in range(len(scene.placements), 0, -1):  # front to back: a pixel shared half and half is the front one's
+        mask = (_count(labels == number) >= SUPERSAMPLING**2 // 2) & ~taken
+        taken |= mask
+        visible.insert(0, mask)
+    masks = [np.logical_or.reduce([visible[k] for k in group]) for group in scene.groups]
+    return canvas.reduce(SUPERSAMPLING), masks
+
+
+def _count(inside: np.ndarray) -> np.ndarray:
+    """Of ``[H, W]`` bool, the count of True per block of `SUPERSAMPLING` squared: uint8."""
+    offsets = range(SUPERSAMPLING)
+    numbers = inside.view(np.uint8)  # strided sums: many times faster than a reduction over short axes
+    return sum(numbers[i::SUPERSAMPLING, j::SUPERSAMPLING] for i in offsets for j in offsets)
+
+
+def encode_sample(scene: Scene, split: str, size: int) -> dict[str, bytes]:
+    """Members of a sample: "png", "txt" and "json" (the grounding format of the module's docstring)."""
+    picture, masks = render(scene, size)
+    stream = io.BytesIO()
+    picture.save(stream, "PNG", compress_level=1)
+    objects = [
+        {
+            "phrase": scene.caption.phrase(i),
+            "span": list(scene.caption.spans[i]),
+            "mask": rle.encode(masks[i]),
+            "concept": concepts()[scene.placements[group[0]].concept].name,
+        }
+        for i, group in enumerate(scene.groups)
+    ]
+    record = {"caption": scene.caption.text, "objects": objects, "split": split}
+    return {"png": stream.getvalue(), "txt": scene.caption.text.encode(), "json": json.dumps(record).encode()}
+
+
+@lru_cache(maxsize=1)
+def _drawings() -> tuple[Drawing, ...]:
+    drawings = []
+    for concept in concepts():
+        picture = rasterize(concept)
+        colors = (picture, picture.reduce(2), picture.reduce(4))
+        drawings.append(Drawing(colors, tuple(level.getchannel("A") for level in colors)))
+    return tuple(drawings)
+
+
+def _choose_concepts(counts: Sequence[int], split: str, rng: Random) -> list[int]:
+    """One concept per count; those drawn more than once are countable."""
+    wanted = split == "test" and len(counts) > 1 and rng.random() < _TEST_PAIR_SHARE
+    known = concepts()
+    while True:
+        chosen = rng.sample(range(len(known)), len(counts))
+        if any(count > 1 and known[i].form == "some" for i, count in zip(chosen, counts, strict=True)):
+            continue
+        if any(held_out(known[a], known[b]) for a, b in combinations(chosen, 2)) == wanted:
+            return chosen
+
+
+def _place(chosen: Sequence[int], rng: Random) -> tuple[tuple[Placement, ...], list[Box]] | None:
+    """Placements back to front and the visible boxes, or None where a drawing found no room."""
+    placements: list[Placement] = []
+    areas: list[int] = []
+    visible: list[np.ndarray] = []
+    for concept in chosen:
+        side, angle = rng.uniform(*_SIDES[len(chosen)]), math.radians(rng.uniform(-25, 25))
+        trial = Placement(concept, 0.5, 0.5, side, angle, rng.random() < 0.5)
+        patch, origin = _warp(_drawings()[concept].alphas, trial, _GRID)
+        shape = np.asarray(patch) >= _OPAQUE
+        height, width = shape.shape
+        for attempt in range(24):
+            x, y = rng.randrange(_GRID - width + 1), rng.randrange(_GRID - height + 1)
+            window = np.s_[y : y + height, x : x + width]
+            left = [np.count_nonzero(seen) - np.count_nonzero(seen[window] & shape) for seen in visible]
+            # Little overlap is wanted: what may be covered grows with the attempts that failed.
+            least = 0.95 if attempt < 12 else 0.8 if attempt < 20 else MIN_VISIBLE + 0.05
+            if all(rest >= least * area for rest, area in zip(left, areas, strict=True)):
+                break
+        else:
+            return None
+        for seen in visible:
+            seen[window] &= ~shape
+        visible.append(np.zeros((_GRID, _GRID), dtype=bool))
+        visible[-1][window] = shape
+        areas.append(np.count_nonzero(shape))
+        placements.append(replace(trial, x=0.5 + (x - origin[0]) / _GRID, y=0.5 + (y - origin[1]) / _GRID))
+    return tuple(placements), [_box(mask) for mask in visible]
+
+
+def _box(mask: np.ndarray) -> Box:
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    edges = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+    return Box(*(float(edge) / len(mask) for edge in edges))
+
+
+def _warp(levels: Sequence[Image.Image], placement: Placement, side: int) -> tuple[Image.Image, tuple[int, int]]:
+    """The turned and scaled drawing within a picture of ``side`` pixels, and the place of its upper left corner."""
+    width, height = levels[0].size
+    scale = placement.side * side / max(width, height)
+    cos, sin = math.cos(placement.angle) * scale, math.sin(placement.angle) * scale
+    extents = abs(cos) * width + abs(sin) * height, abs(sin) * width + abs(cos) * height
+    centre = placement.x * side, placement.y * side
+    origin = tuple(math.floor(c - extent / 2) for c, extent in zip(centre, extents, strict=True))
+    # The smallest level that isn't enlarged: bilinear sampling then skips no pixel.
+    number = min(max(0, math.floor(-math.log2(scale))), len(levels) - 1)
+    level = levels[number]
+    step = 1 / (scale * scale * 2**number)
+    a, b, d, e = cos * step, sin * step, -sin * step, cos * step
+    u, v = centre[0] - origin[0], centre[1] - origin[1]
+    mirror = -1 if placement.flip else 1
+    w, h = width / 2**number / 2, height / 2**number / 2
+    matrix = (mirror * a, mirror * b, w - mirror * (a * u + b * v), d, e, h - (d * u + e * v))
+    size = tuple(math.ceil(extent) + 1 for extent in extents)
+    return level.transform(size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR), origin
+
+
+def _sample_background(rng: Random) -> Background:
+    pattern = rng.choice(tuple(_PATTERNS))
+    name = rng.choice(tuple(_COLORS))
+    base = tuple(value + rng.randint(-10, 9) for value in _COLORS[name])
+    # The second colour is a shade of the first, so that one name is true of both.
+    target, contrast = rng.choice((0, 255)) if name != "white" else 0, rng.uniform(0.08, 0.3)
+    shade = tuple(round(value + contrast * (target - value)) for value in base)
+    angle, frequency, phase = rng.uniform(0, 2 * math.pi), rng.uniform(3, 8), rng.random()
+    noise = rng.randbytes(rng.choice((4, 8, 16, 24)) ** 2) if pattern == "noise" else b""
+    return Background(pattern, _PATTERNS[pattern] + name, (base, shade), angle, frequency, phase, noise)
+
+
+def _paint_background(background: Background, side: int) -> Image.Image:
+    base, shade = (Image.new("RGB", (side, side), color) for color in background.colors)
+    if background.pattern == "plain":
+        return base
+    return Image.composite(shade, base, _pattern(background, side))
+
+
+def _pattern(background: Background, side: int) -> Image.Image:
+    """How much of the second colour stands where: grey picture (L)."""
+    if background.pattern == "noise":
+        grain = math.isqrt(len(background.noise))
+        return Image.frombytes("L", (grain, grain), background.noise).resize((side, side), Image.Resampling.BICUBIC)
+    axis = np.linspace(-0.5, 0.5, side, dtype=np.float32)
+    cos, sin = math.cos(background.angle), math.sin(background.angle)
+    u = axis[None, :] * cos + axis[:, None] * sin
+    if background.pattern == "gradient":
+        return Image.fromarray(((u / math.sqrt(2) + 0.5) * 255).astype(np.uint8))
+    offset = background.phase + 16  # keeps the coordinates positive, where a cast is a floor
+    u = u * background.frequency + offset
+    if background.pattern == "stripes":
+        return _two_tone((u * 2).astype(np.int32) & 1)
+    v = (axis[:, None] * cos - axis[None, :] * sin) * background.frequency + offset
+    if background.pattern == "checks":
+        return _two_tone(((u * 2).astype(np.int32) ^ (v * 2).astype(np.int32)) & 1)
+    u, v = u - u.astype(np.int32) - 0.5, v - v.astype(np.int32) - 0.5
+    return _two_tone(u * u + v * v < 0.08)
+
+
+def _two_tone(inside: np.ndarray) -> Image.Image:
+    return Image.fromarray(inside.astype(np.uint8) * 255)
+
+
+def _write_shard(job: tuple[str, str, int, int, int, int]) -> None:
+    path, split, start, stop, size, seed = job
+    with open(path, "wb") as stream:
+        # Fixed owner and time: the same scenes give the same bytes.
+        writer = webdataset.TarWriter(stream, user="softmask", group="softmask", mtime=0, encoder=False)
+        for index in range(start, stop):
+            scene = sample_scene(split, index, seed=seed)
+            writer.write({"__key__": f"{index:08d}", **encode_sample(scene, split, size)})
+        writer.close()
+
+
+def write_scenes(out: Path, options: Options, *, processes: int) -> bool:
+    """Write the folder ``out`` (see the module's docstring); False where it already holds these scenes.
+
+    All is written beside ``out`` first and renamed at the end, so that a folder with a stamp is complete.
+
+    Raises:
+        FileExistsError: ``out`` holds files that this function didn't write.
+    """
+    stamp = {"version": VERSION, **asdict(options)}
+    if _is_current(out, stamp):
+        return False
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    jobs = []
+    for split in SPLITS:
+        total, size = getattr(options, split), options.test_size if split == "test" else options.size
+        for number, start in enumerate(range(0, total, SHARD_SAMPLES)):
+            path = partial / f"{split}-{number:06d}.tar"
+            jobs.append((str(path), split, start, min(start + SHARD_SAMPLES, total), size, options.seed))
+    with multiprocessing.Pool(processes) as pool:
+        # Largest first, so that no process ends with a long job while the others idle.
+        for _ in pool.imap_unordered(_write_shard, sorted(jobs, key=lambda job: (job[2] - job[3]) * job[4])):
+            pass
+    known = [asdict(concept) for concept in concepts()]
+    (partial / "concepts.json").write_text(json.dumps(known, ensure_ascii=False, indent=1), encoding="utf-8")
+    (partial / "ATTRIBUTION.txt").write_text(ATTRIBUTION + "\n", encoding="utf-8")
+    files = sorted(path.name for path in partial.iterdir())
+    (partial / "scenes.json").write_text(json.dumps({**stamp, "files": files}, indent=1), encoding="utf-8")
+    if out.exists():
+        shutil.rmtree(out)
+    partial.rename(out)
+    return True
+
+
+def _is_current(out: Path, stamp: dict[str, int]) -> bool:
+    """Whether ``out`` was written with this stamp; FileExistsError where something else would be lost."""
+    present = {path.name for path in out.iterdir()} if out.exists() else set()
+    old = json.loads((out / "scenes.json").read_text(encoding="utf-8")) if "scenes.json" in present else {"files": []}
+    foreign = present - {"scenes.json", *old["files"]}
+    if foreign:
+        raise FileExistsError(f"{out} holds files that are no scenes, such as {min(foreign)!r}: choose another --out")
+    files = set(old.pop("files"))
+    return old == stamp and files <= present
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; 0 on success, 1 after an error that is told in one line."""
+    parser = argparse.ArgumentParser(prog="python -m softmask.data.scenes", description="Write captioned scenes.")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    for name, value in asdict(Options()).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help=f"default {value}")
+    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="default: all cores")
+    parsed = vars(parser.parse_args(arguments))
+    out, processes, begin = parsed.pop("out").absolute(), parsed.pop("processes"), time.perf_counter()
+    try:
+        written = write_scenes(out, Options(**parsed), processes=processes)
+    except FileExistsError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f"wrote {out} in {time.perf_counter() - begin:.0f} s" if written else f"{out} is up to date")
+    print(ATTRIBUTION)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
