@@ -1,0 +1,92 @@
+"""Which backend runs an op: ``softmask.backend(name)``, or the environment variable SOFTMASK_BACKEND.
+
+A backend that was named and cannot run raises BackendError; only "auto" chooses.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from torch import Tensor
+
+from softmask.ops import _checks, _library
+
+BACKENDS = ("auto", "reference", "cpp", "triton", "cuda")
+ENVIRONMENT_VARIABLE = "SOFTMASK_BACKEND"
+_AUTO = {"cpu": ("cpp",), "cuda": ("triton", "cuda")}  # tried in this order, before the reference
+
+
+class BackendError(RuntimeError):
+    """The named backend cannot run this op on these inputs; the text says why."""
+
+
+def _from_environment() -> str:
+    name = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+    _checks.one_of(ENVIRONMENT_VARIABLE, name, BACKENDS)
+    return name
+
+
+# Read once: torch.compile guards on the context variable, and could not on the environment.
+_DEFAULT = _from_environment()
+_chosen: ContextVar[str] = ContextVar("softmask_backend", default=_DEFAULT)
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run the ops inside the ``with`` by one backend: "reference", "cpp", "triton", "cuda", or "auto" (the default).
+
+    Holds for the current thread or task. Enter it outside of functions under torch.compile. The gradient of an op is
+    taken by the backend that ran it. The environment variable SOFTMASK_BACKEND, read at import, sets the default.
+
+    Raises:
+        ValueError: no backend of this name. BackendError is raised by an op that the named backend cannot run.
+    """
+    _checks.one_of("backend", name, BACKENDS)
+    token = _chosen.set(name)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def resolve(op: str, tensor: Tensor) -> str:
+    """The backend that runs op on the device of tensor; BackendError where the named one cannot."""
+    name, device = _chosen.get(), tensor.device.type
+    if name == "auto":
+        return choose(op, device)
+    reason = why_not(op, name, device)
+    if reason is not None:
+        raise BackendError(f"backend {name!r} cannot run {op}: {reason}")
+    return name
+
+
+def choose(op: str, device: str) -> str:
+    """What "auto" takes."""
+    for name in _AUTO.get(device, ()):
+        if why_not(op, name, device) is None:
+            return name
+    return "reference"
+
+
+def why_not(op: str, name: str, device: str) -> str | None:
+    """Why a backend cannot run op on a device; None where it can."""
+    if name == "reference":
+        return None
+    if name == "cpp":
+        return _why_not_cpp(op, device)
+    if name == "triton":
+        from softmask import kernels
+
+        return None if op in kernels.OPS else "there is no Triton kernel for it"
+    return "there is no CUDA C++ kernel for it"
+
+
+def _why_not_cpp(op: str, device: str) -> str | None:
+    if op not in _library.OPS:
+        return "there is no C++ kernel for it"
+    if device != "cpu":
+        return f"C++ kernels take CPU tensors, the inputs are on {device}"
+    return _library.MISSING

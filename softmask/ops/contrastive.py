@@ -1,0 +1,95 @@
+"""Symmetric contrastive loss with focal weights and shared positives."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from softmask import reference
+from softmask.ops import _checks
+from softmask.ops._backend import resolve
+from softmask.ops._distributed import first_row, gather_rows, gather_rows_no_grad
+
+
+def focal_contrastive_loss(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    gamma: Tensor | float = 0.0,
+    ids: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Mean over rows and both directions of ``-sum_j y_j (1 - p_j)^gamma log p_j``,
+    ``p = softmax(logit_scale * image @ text^T)``.
+
+    Args:
+        image, text: [B, D], L2-normalized rows; fp32, fp16, bf16 or fp64.
+        logit_scale: 1 / temperature; float or 0-dim tensor.
+        gamma: focal exponent >= 0, float or 0-dim tensor; 0 is exactly cross-entropy.
+        ids: [B] int64; rows of equal ids are positives of each other and share the target mass.
+        group: process group; columns are then the features of all its ranks, gathered with gradient. Every rank must
+            bring the same B. Gradients are exact for the global batch once the engine averages them over ranks.
+        reduction: "mean" or "sum" over the local rows, or "none": [B], the mean of both directions.
+
+    Returns:
+        The loss, fp32 (fp64 for fp64 inputs), differentiable in image, text and logit_scale. An empty batch gives 0.
+
+    Raises:
+        ValueError: an argument does not fit; the text names it, what was expected and what came.
+
+    Source: CLIP (arXiv 2103.00020), focal factor of arXiv 1708.02002 as in SoftMask++ (arXiv 2304.00719).
+    """
+    check_features(image, text, logit_scale, gamma=gamma, ids=ids, reduction=reduction)
+    resolve("focal_contrastive_loss", image)
+    columns = {}
+    if group is not None:  # one collective for both
+        all_image, all_text = gather_rows(torch.cat([image, text], -1), group).split(image.shape[1], -1)
+        columns = {"all_image": all_image, "all_text": all_text, "first_row": first_row(image, group)}
+        columns["all_ids"] = None if ids is None else gather_rows_no_grad(ids, group)
+    return reference.focal_contrastive_loss(
+        image, text, logit_scale, gamma=gamma, ids=ids, reduction=reduction, **columns
+    )
+
+
+def check_features(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    gamma: Tensor | float,
+    ids: Tensor | None,
+    reduction: str,
+) -> None:
+    """What both contrastive losses ask of their common arguments."""
+    _checks.shape("image", image, ("B", "D"))
+    _checks.shape("text", text, tuple(image.shape))
+    _checks.dtype("image", image)
+    _checks.dtype("text", text)
+    _checks.device(image, text=text, ids=ids)
+    _checks.scalar("logit_scale", logit_scale)
+    _checks.scalar("gamma", gamma)
+    if not isinstance(gamma, Tensor):
+        _checks.at_least("gamma", gamma, 0.0)
+    if ids is not None:
+        _checks.shape("ids", ids, (len(image),))
+        _checks.dtype("ids", ids, (torch.int64,))
+    _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
+
+
+class FocalContrastiveLoss(nn.Module):
+    """:func:`focal_contrastive_loss` as a layer without parameters."""
+
+    def __init__(self, *, gamma: float = 0.0, group: dist.ProcessGroup | None = None, reduction: str = "mean") -> None:
+        super().__init__()
+        self.gamma, self.group, self.reduction = gamma, group, reduction
+
+    def forward(self, image: Tensor, text: Tensor, logit_scale: Tensor | float, *, ids: Tensor | None = None) -> Tensor:
+        return focal_contrastive_loss(
+            image, text, logit_scale, gamma=self.gamma, ids=ids, group=self.group, reduction=self.reduction
+        )
+
+    def extra_repr(self) -> str:
+        return f"gamma={self.gamma}, reduction={self.reduction!r}"

@@ -1,0 +1,211 @@
+"""ALBEF's contrastive loss: teacher features and a queue as keys, soft targets, focal weights."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from softmask import reference
+from softmask.ops import _checks
+from softmask.ops._backend import resolve
+from softmask.ops._distributed import first_row, gather_rows_no_grad
+from softmask.ops.contrastive import check_features
+
+NO_ID = -1  # of queue rows that no sample has filled, or that came without an id
+
+
+def momentum_contrastive_loss(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    image_teacher: Tensor,
+    text_teacher: Tensor,
+    image_queue: Tensor | None = None,
+    text_queue: Tensor | None = None,
+    alpha: Tensor | float = 0.4,
+    gamma: Tensor | float = 0.0,
+    ids: Tensor | None = None,
+    queue_ids: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Mean over rows and both directions of ``-sum_j y_j (1 - p_j)^gamma log p_j`` over the keys j,
+    ``p = softmax(logit_scale * student @ keys^T)``, ``y = alpha * softmax(logit_scale * teacher @ keys^T)
+    + (1 - alpha) * positives``. Image rows meet text keys and the reverse; keys are the batch's teacher features
+    followed by the queue.
+
+    Args:
+        image, text: [B, D], L2-normalized student features; fp32, fp16, bf16 or fp64.
+        logit_scale: 1 / temperature, of student and teacher; float or 0-dim tensor.
+        image_teacher, text_teacher: [B, D], the momentum model's features; no gradient.
+        image_queue, text_queue: [K, D], both or neither, any strides: ALBEF's [D, K] buffer is passed as ``queue.T``.
+        alpha: weight of the soft targets, float or 0-dim tensor.
+        gamma: focal exponent >= 0, float or 0-dim tensor; 0 is exactly cross-entropy.
+        ids: [B] int64; keys of the row's id share the positive mass. Without ids a sample is its own only positive.
+        queue_ids: [K] int64, ids of the queue's rows; without it no queue row is a positive. Needs ids.
+        group: process group; keys are then the teacher features of all its ranks, then the queue. Same B on every rank.
+        reduction: "mean" or "sum" over the local rows, or "none": [B], the mean of both directions.
+
+    Returns:
+        The loss, fp32 (fp64 for fp64 inputs), differentiable in image, text and logit_scale (through the student's
+        logits only). An empty batch gives 0.
+
+    Raises:
+        ValueError: an argument does not fit; the text names it, what was expected and what came.
+
+    Source: ALBEF (arXiv 2107.07651), its public code; focal factor as in SoftMask++ (arXiv 2304.00719).
+    """
+    check_features(image, text, logit_scale, gamma=gamma, ids=ids, reduction=reduction)
+    _check_keys(image, image_teacher, text_teacher, image_queue, text_queue)
+    _check_queue_ids(image_queue, ids, queue_ids)
+    _checks.scalar("alpha", alpha)
+    resolve("momentum_contrastive_loss", image)
+    columns = {}
+    if group is not None:
+        teachers = _gather_pair(image_teacher, text_teacher, group)
+        columns = {"all_image_teacher": teachers[0], "all_text_teacher": teachers[1]}
+        columns["all_ids"] = None if ids is None else gather_rows_no_grad(ids, group)
+        columns["first_row"] = first_row(image, group)
+    return reference.momentum_contrastive_loss(
+        image,
+        text,
+        logit_scale,
+        image_teacher=image_teacher,
+        text_teacher=text_teacher,
+        image_queue=image_queue,
+        text_queue=text_queue,
+        alpha=alpha,
+        gamma=gamma,
+        ids=ids,
+        queue_ids=queue_ids,
+        reduction=reduction,
+        **columns,
+    )
+
+
+def _gather_pair(image: Tensor, text: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """One collective for both."""
+    return gather_rows_no_grad(torch.cat([image, text], -1), group).split(image.shape[1], -1)
+
+
+def _check_keys(
+    image: Tensor, image_teacher: Tensor, text_teacher: Tensor, image_queue: Tensor | None, text_queue: Tensor | None
+) -> None:
+    for name, teacher in (("image_teacher", image_teacher), ("text_teacher", text_teacher)):
+        _checks.shape(name, teacher, tuple(image.shape))
+        _checks.dtype(name, teacher)
+    if (image_queue is None) != (text_queue is None):
+        _checks.fail("image_queue, text_queue", "both or neither", "one")
+    if image_queue is not None:
+        _checks.shape("image_queue", image_queue, ("K", image.shape[1]))
+        _checks.shape("text_queue", text_queue, tuple(image_queue.shape))
+        _checks.dtype("image_queue", image_queue)
+        _checks.dtype("text_queue", text_queue)
+    _checks.device(
+        image, image_teacher=image_teacher, text_teacher=text_teacher, image_queue=image_queue, text_queue=text_queue
+    )
+
+
+def _check_queue_ids(queue: Tensor | None, ids: Tensor | None, queue_ids: Tensor | None) -> None:
+    if queue_ids is None:
+        return
+    if ids is None or queue is None:
+        _checks.fail("queue_ids", "ids and queues beside it", "ids None" if ids is None else "no queues")
+    _checks.shape("queue_ids", queue_ids, (len(queue),))
+    _checks.dtype("queue_ids", queue_ids, (torch.int64,))
+    _checks.device(queue, queue_ids=queue_ids)
+
+
+class MomentumContrastiveLoss(nn.Module):
+    """:func:`momentum_contrastive_loss` with its queue, kept in buffers: image_queue, text_queue [K, D] (at first
+    random unit rows, the same on every rank), queue_ids [K] and the 0-dim queue_pointer.
+
+    Call :meth:`enqueue` after the step's backward: it writes to tensors that backward reads.
+
+    Args:
+        feature_dim: D.
+        queue_size: K; 0 = no queue.
+        alpha, gamma, reduction, group: as in :func:`momentum_contrastive_loss`; forward may override alpha.
+    """
+
+    def __init__(
+        self,
+        feature_dim: int,
+        queue_size: int,
+        *,
+        alpha: float = 0.4,
+        gamma: float = 0.0,
+        group: dist.ProcessGroup | None = None,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        _checks.at_least("feature_dim", feature_dim, 1)
+        _checks.at_least("queue_size", queue_size, 0)
+        self.queue_size, self.alpha, self.gamma = queue_size, alpha, gamma
+        self.group, self.reduction = group, reduction
+        generator = torch.Generator().manual_seed(0)
+        for name in ("image_queue", "text_queue"):
+            rows = torch.randn(queue_size, feature_dim, generator=generator, device="cpu")
+            self.register_buffer(name, F.normalize(rows, dim=-1).to(torch.get_default_device()))
+        self.register_buffer("queue_ids", torch.full((queue_size,), NO_ID))
+        self.register_buffer("queue_pointer", torch.zeros((), dtype=torch.int64))
+
+    def forward(
+        self,
+        image: Tensor,
+        text: Tensor,
+        logit_scale: Tensor | float,
+        *,
+        image_teacher: Tensor,
+        text_teacher: Tensor,
+        alpha: Tensor | float | None = None,
+        ids: Tensor | None = None,
+    ) -> Tensor:
+        has_queue = self.queue_size > 0
+        return momentum_contrastive_loss(
+            image,
+            text,
+            logit_scale,
+            image_teacher=image_teacher,
+            text_teacher=text_teacher,
+            image_queue=self.image_queue if has_queue else None,
+            text_queue=self.text_queue if has_queue else None,
+            alpha=self.alpha if alpha is None else alpha,
+            gamma=self.gamma,
+            ids=ids,
+            queue_ids=self.queue_ids if has_queue and ids is not None else None,
+            group=self.group,
+            reduction=self.reduction,
+        )
+
+    @torch.no_grad()
+    def enqueue(self, image_teacher: Tensor, text_teacher: Tensor, *, ids: Tensor | None = None) -> None:
+        """Write the batch's teacher features [B, D] (of all ranks of the group) over the oldest rows of the queue.
+
+        Any B up to K, over all ranks, fits; rows without ids are no sample's positives. In place, without host
+        synchronization.
+        """
+        if self.queue_size == 0:
+            return
+        _checks.shape("image_teacher", image_teacher, ("B", self.image_queue.shape[1]))
+        _checks.shape("text_teacher", text_teacher, tuple(image_teacher.shape))
+        if ids is None:
+            ids = self.queue_ids.new_full((len(image_teacher),), NO_ID)
+        _checks.shape("ids", ids, (len(image_teacher),))
+        if self.group is not None:
+            image_teacher, text_teacher = _gather_pair(image_teacher, text_teacher, self.group)
+            ids = gather_rows_no_grad(ids, self.group)
+        count = len(image_teacher)
+        if count > self.queue_size:
+            _checks.fail("image_teacher", f"at most queue_size = {self.queue_size} rows over all ranks", count)
+        rows = (self.queue_pointer + torch.arange(count, device=self.queue_pointer.device)) % self.queue_size
+        self.image_queue.index_copy_(0, rows, image_teacher.to(self.image_queue.dtype))
+        self.text_queue.index_copy_(0, rows, text_teacher.to(self.text_queue.dtype))
+        self.queue_ids.index_copy_(0, rows, ids)
+        self.queue_pointer.add_(count).remainder_(self.queue_size)
+
+    def extra_repr(self) -> str:
+        return f"queue_size={self.queue_size}, alpha={self.alpha}, gamma={self.gamma}, reduction={self.reduction!r}"

@@ -1,0 +1,70 @@
+"""Soft masking of image tokens by a word's map."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from softmask import reference
+from softmask.ops import _checks, _library
+from softmask.ops._backend import resolve
+
+
+def soft_mask(
+    features: Tensor,
+    maps: Tensor,
+    *,
+    strength: float = 1.0,
+    normalize: str | None = "minmax",
+    num_prefix_tokens: int = 1,
+) -> Tensor:
+    """``out = features * (1 - strength * norm(map))``; prefix tokens are unchanged.
+
+    Args:
+        features: [B, P, D]; fp32, fp16, bf16 or fp64.
+        maps: [B, P'] or, for W masked copies of each image, [B, W, P'], P' = P - num_prefix_tokens.
+        strength: 1 takes the map's highest patch (of a normalized map) to zero.
+        normalize: "minmax", "max", "sum" or None, per map. A constant map masks nothing with "minmax".
+        num_prefix_tokens: leading tokens (CLS) that no map covers.
+
+    Returns:
+        [B, P, D] or [B, W, P, D] in the dtype of features, computed in fp32 (fp64 for fp64 inputs), differentiable in
+        features and maps.
+
+    Raises:
+        ValueError: an argument does not fit; the text names it, what was expected and what came.
+
+    Source: SoftMask++ (arXiv 2304.00719).
+    """
+    _checks.shape("features", features, ("B", "P", "D"))
+    _checks.dtype("features", features)
+    _checks.dtype("maps", maps)
+    _checks.device(features, maps=maps)
+    _checks.one_of("normalize", normalize, _checks.NORMALIZATIONS)
+    batch, tokens, _ = features.shape
+    if not 0 <= num_prefix_tokens < tokens:
+        _checks.fail("num_prefix_tokens", f"0 to {tokens - 1} of the {tokens} tokens", num_prefix_tokens)
+    patches = tokens - num_prefix_tokens
+    if maps.dim() not in (2, 3) or (maps.shape[0], maps.shape[-1]) != (batch, patches):
+        _checks.fail("maps", f"shape [{batch}, {patches}] or [{batch}, W, {patches}]", list(maps.shape))
+    run = _library.soft_mask if resolve("soft_mask", features) == "cpp" else reference.soft_mask
+    return run(features, maps, strength=strength, normalize=normalize, num_prefix_tokens=num_prefix_tokens)
+
+
+class SoftMask(nn.Module):
+    """:func:`soft_mask` as a layer without parameters."""
+
+    def __init__(self, *, strength: float = 1.0, normalize: str | None = "minmax", num_prefix_tokens: int = 1) -> None:
+        super().__init__()
+        self.strength, self.normalize, self.num_prefix_tokens = strength, normalize, num_prefix_tokens
+
+    def forward(self, features: Tensor, maps: Tensor) -> Tensor:
+        return soft_mask(
+            features,
+            maps,
+            strength=self.strength,
+            normalize=self.normalize,
+            num_prefix_tokens=self.num_prefix_tokens,
+        )
+
+    def extra_repr(self) -> str:
+        return f"strength={self.strength}, normalize={self.normalize!r}, num_prefix_tokens={self.num_prefix_tokens}"

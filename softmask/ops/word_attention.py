@@ -1,0 +1,143 @@
+"""Attention and Grad-CAM maps of chosen words."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from softmask import reference
+from softmask.ops import _checks
+from softmask.ops._backend import resolve
+
+
+def word_attention(
+    query: Tensor,
+    key: Tensor,
+    word_index: Tensor,
+    *,
+    value: Tensor | None = None,
+    grad_output: Tensor | None = None,
+    value_bias: Tensor | None = None,
+    scale: float | None = None,
+    key_padding_mask: Tensor | None = None,
+    num_prefix_tokens: int = 0,
+    normalize: str | None = None,
+) -> Tensor:
+    """Maps of words over image tokens: rows of the attention, or Grad-CAM inside a training step.
+
+    Without grad_output: mean over heads and sub-tokens of A's rows at the words, A = softmax(scale * q k^T). With
+    grad_output (gradient of a score at the attention output, before the output projection) and value: of
+    A * relu(grad_output (value + value_bias)^T), which is Grad-CAM on A. Only the words' rows are computed; nothing of
+    size T x P exists, and no ``.grad`` is touched::
+
+        (grad_output,) = torch.autograd.grad(score.sum(), attention_output, retain_graph=True)
+        maps = word_attention(query, key, word_index, value=value, grad_output=grad_output, num_prefix_tokens=1)
+
+    Args:
+        query: [B, H, T, E]; fp32, fp16, bf16 or fp64, as all floating arguments.
+        key: [B, H, P, E].
+        word_index: [B, W] or [B, W, S] int64, positions in T of the word or of its S sub-tokens, which are averaged.
+            -1 pads; a word of only -1 gives zeros.
+        value: [B, H, P, V], with grad_output only.
+        grad_output: [B, H, T, V].
+        value_bias: [H, V], added to value where values are stored without bias.
+        scale: default 1 / sqrt(E).
+        key_padding_mask: [B, P] bool, True = ignore. A row whose keys are all ignored gives zeros.
+        num_prefix_tokens: leading image tokens (CLS) dropped from the maps, before they are normalized.
+        normalize: None, "minmax", "max" or "sum", per map.
+
+    Returns:
+        [B, W, P - num_prefix_tokens], fp32 (fp64 for fp64 inputs), differentiable in query, key, value, value_bias
+        and grad_output where these require it.
+
+    Raises:
+        ValueError: an argument does not fit; the text names it, what was expected and what came.
+
+    Source: ALBEF's word-wise Grad-CAM (arXiv 2107.07651), in training as of SoftMask++ (arXiv 2304.00719).
+    """
+    _check(query, key, word_index, value, grad_output, value_bias, key_padding_mask)
+    _checks.one_of("normalize", normalize, _checks.NORMALIZATIONS)
+    if not 0 <= num_prefix_tokens < key.shape[2]:
+        _checks.fail("num_prefix_tokens", f"0 to {key.shape[2] - 1} of the {key.shape[2]} keys", num_prefix_tokens)
+    resolve("word_attention", query)
+    return reference.word_attention(
+        query,
+        key,
+        word_index,
+        value=value,
+        grad_output=grad_output,
+        value_bias=value_bias,
+        scale=scale,
+        key_padding_mask=key_padding_mask,
+        num_prefix_tokens=num_prefix_tokens,
+        normalize=normalize,
+    )
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    word_index: Tensor,
+    value: Tensor | None,
+    grad_output: Tensor | None,
+    value_bias: Tensor | None,
+    key_padding_mask: Tensor | None,
+) -> None:
+    _checks.shape("query", query, ("B", "H", "T", "E"))
+    batch, heads, length, width = query.shape
+    _checks.shape("key", key, (batch, heads, "P", width))
+    if word_index.dim() not in (2, 3) or len(word_index) != batch:
+        _checks.fail("word_index", f"shape [{batch}, W] or [{batch}, W, S]", list(word_index.shape))
+    _checks.dtype("word_index", word_index, (torch.int64,))
+    if (value is None) != (grad_output is None):
+        _checks.fail("value, grad_output", "both or neither", "grad_output alone" if value is None else "value alone")
+    if value_bias is not None and value is None:
+        _checks.fail("value_bias", "None where no value is given", list(value_bias.shape))
+    if value is not None:
+        _checks.shape("value", value, (batch, heads, key.shape[2], "V"))
+        _checks.shape("grad_output", grad_output, (batch, heads, length, value.shape[3]))
+    if value_bias is not None:
+        _checks.shape("value_bias", value_bias, (heads, value.shape[3]))
+    if key_padding_mask is not None:
+        _checks.shape("key_padding_mask", key_padding_mask, (batch, key.shape[2]))
+        _checks.dtype("key_padding_mask", key_padding_mask, (torch.bool,))
+    floating = {"query": query, "key": key, "value": value, "grad_output": grad_output, "value_bias": value_bias}
+    for name, tensor in floating.items():
+        if tensor is not None:
+            _checks.dtype(name, tensor)
+    _checks.device(query, word_index=word_index, key_padding_mask=key_padding_mask, **floating)
+
+
+class WordAttention(nn.Module):
+    """:func:`word_attention` as a layer without parameters."""
+
+    def __init__(self, *, scale: float | None = None, num_prefix_tokens: int = 0, normalize: str | None = None) -> None:
+        super().__init__()
+        self.scale, self.num_prefix_tokens, self.normalize = scale, num_prefix_tokens, normalize
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        word_index: Tensor,
+        *,
+        value: Tensor | None = None,
+        grad_output: Tensor | None = None,
+        value_bias: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        return word_attention(
+            query,
+            key,
+            word_index,
+            value=value,
+            grad_output=grad_output,
+            value_bias=value_bias,
+            scale=self.scale,
+            key_padding_mask=key_padding_mask,
+            num_prefix_tokens=self.num_prefix_tokens,
+            normalize=self.normalize,
+        )
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale}, num_prefix_tokens={self.num_prefix_tokens}, normalize={self.normalize!r}"

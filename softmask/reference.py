@@ -1,0 +1,359 @@
+"""Every op of softmask in plain PyTorch: the definition that all backends are held to, and the fallback.
+
+Shapes: B captions or images, T text tokens, P image tokens (prefix tokens such as CLS first), N pairs, H heads, E head
+width, D feature width, W words, S sub-word tokens of a word, K queue length, G rows of the batch over all ranks.
+
+All arithmetic is fp32, or fp64 where an input is fp64, also under autocast. Nothing here checks its arguments: that is
+the work of ``softmask.ops``, which also gathers features over ranks. This module imports nothing but torch.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NORMALIZE_EPS = 1e-7  # keeps a constant map at 0 (ALBEF's and AMC's value)
+PATCH_VARIANCE_EPS = 1e-6  # MAE's
+
+
+def word_attention(
+    query: Tensor,
+    key: Tensor,
+    word_index: Tensor,
+    *,
+    value: Tensor | None = None,
+    grad_output: Tensor | None = None,
+    value_bias: Tensor | None = None,
+    scale: float | None = None,
+    key_padding_mask: Tensor | None = None,
+    num_prefix_tokens: int = 0,
+    normalize: str | None = None,
+) -> Tensor:
+    """Attention maps, or Grad-CAM maps, of chosen words.
+
+    With ``A = softmax(scale * q k^T)`` over the keys that are not ignored, the map of word w is the mean over heads and
+    over the word's sub-tokens t of ``A[t]``, or of ``A[t] * relu(dO[t] (v + value_bias)^T)`` where ``dO = grad_output``
+    is the gradient at the attention output: O = A v, so dO v^T is the gradient at A, and only the words' rows are
+    computed. Prefix columns are dropped, then the map is normalized.
+
+    Shapes: query, grad_output [B, H, T, E]; key, value [B, H, P, E]; value_bias [H, E]; word_index [B, W] or [B, W, S]
+    int64, -1 pads; key_padding_mask [B, P] bool, True = ignore. Returns [B, W, P - num_prefix_tokens], fp32 (fp64 for
+    fp64 inputs). A word of only -1 and a row without any key give zeros.
+
+    Source: ALBEF's Grad-CAM of the cross-attention (Li et al. 2021, arXiv 2107.07651), used inside a training step by
+    SoftMask++ (Park & Han, CVPR 2023, arXiv 2304.00719).
+    """
+    dtype = _compute_dtype(query, key, value, grad_output)
+    index = word_index if word_index.dim() == 3 else word_index.unsqueeze(-1)  # [B, W, S]
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    with _no_autocast(query):
+        logits = _rows(query, index).to(dtype) @ key.to(dtype).transpose(-2, -1) * scale  # [B, H, W*S, P]
+        ignore = None if key_padding_mask is None else key_padding_mask[:, None, None]
+        maps = _masked_softmax(logits, ignore)
+        if grad_output is not None:
+            gradient = _rows(grad_output, index).to(dtype)
+            gradient_at_maps = gradient @ value.to(dtype).transpose(-2, -1)
+            if value_bias is not None:  # dO (v + b)^T without a copy of v
+                gradient_at_maps = gradient_at_maps + (gradient * value_bias.to(dtype)[:, None]).sum(-1, keepdim=True)
+            maps = maps * gradient_at_maps.relu()
+        maps = maps.mean(1).unflatten(1, index.shape[1:])  # [B, W, S, P]
+        padding = index < 0
+        maps = maps.masked_fill(padding.unsqueeze(-1), 0.0).sum(2)
+        maps = maps / (~padding).sum(2, keepdim=True).clamp_min(1)
+        return normalize_map(maps[..., num_prefix_tokens:], normalize)
+
+
+def normalize_map(maps: Tensor, normalize: str | None) -> Tensor:
+    """Each map [..., P] by itself: ``minmax`` (c - min) / (max - min + 1e-7), ``max`` c / (max + 1e-7),
+    ``sum`` c / (sum + 1e-7), None: as it is. Elements that tie for min or max share the gradient evenly."""
+    if normalize is None:
+        return maps
+    if normalize == "minmax":
+        low = maps.amin(-1, keepdim=True)
+        return (maps - low) / (maps.amax(-1, keepdim=True) - low + NORMALIZE_EPS)
+    total = maps.amax(-1, keepdim=True) if normalize == "max" else maps.sum(-1, keepdim=True)
+    return maps / (total + NORMALIZE_EPS)
+
+
+def soft_mask(
+    features: Tensor,
+    maps: Tensor,
+    *,
+    strength: float = 1.0,
+    normalize: str | None = "minmax",
+    num_prefix_tokens: int = 1,
+) -> Tensor:
+    """Text-driven soft masking: ``out = features * (1 - strength * norm(map))``, prefix tokens unchanged.
+
+    Shapes: features [B, P, D]; maps [B, P'] -> [B, P, D], or maps [B, W, P'] -> [B, W, P, D] with
+    P' = P - num_prefix_tokens. Returns the dtype of features. Gradient to features and to maps.
+
+    Source: SoftMask++ (arXiv 2304.00719), method.md section 1, steps 6 and 7.
+    """
+    dtype = _compute_dtype(features, maps)
+    with _no_autocast(features):
+        weight = 1.0 - strength * normalize_map(maps.to(dtype), normalize)
+        weight = F.pad(weight, (num_prefix_tokens, 0), value=1.0).unsqueeze(-1)
+        features_by_map = features if maps.dim() == 2 else features.unsqueeze(1)
+        return (features_by_map.to(dtype) * weight).to(features.dtype)
+
+
+def focal_contrastive_loss(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    gamma: Tensor | float = 0.0,
+    ids: Tensor | None = None,
+    all_image: Tensor | None = None,
+    all_text: Tensor | None = None,
+    all_ids: Tensor | None = None,
+    first_row: int = 0,
+    reduction: str = "mean",
+) -> Tensor:
+    """Symmetric InfoNCE with focal weights: the mean over rows and over both directions of
+    ``-sum_j y_j (1 - p_j)^gamma log p_j`` with ``p = softmax(logit_scale * image @ text^T)``.
+
+    y is one-hot, or with ids [B] shared evenly by all columns of the same id. all_image, all_text [G, D] and all_ids
+    [G] are the columns where they are more than the rows: those of all ranks, the local rows starting at first_row.
+    Shapes: image, text [B, D], L2-normalized; logit_scale, gamma float or 0-dim. Returns a scalar for reduction "mean"
+    and "sum", for "none" [B]: the mean of both directions. An empty batch gives 0. gamma = 0 is exactly cross-entropy.
+
+    Source: CLIP (arXiv 2103.00020) with focal factors (Lin et al., arXiv 1708.02002) as in SoftMask++.
+    """
+    dtype = _compute_dtype(image, text)
+    with _no_autocast(image):
+        image, text = image.to(dtype), text.to(dtype)
+        all_image = image if all_image is None else all_image.to(dtype)
+        all_text = text if all_text is None else all_text.to(dtype)
+        key_ids = ids if all_ids is None else all_ids
+        target = _positive_share(len(image), len(all_text), first_row, ids, key_ids, like=image)
+        loss = 0.5 * (
+            _focal_cross_entropy(logit_scale * (image @ all_text.T), target, gamma)
+            + _focal_cross_entropy(logit_scale * (text @ all_image.T), target, gamma)
+        )
+        return _reduce(loss, reduction)
+
+
+def momentum_contrastive_loss(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    image_teacher: Tensor,
+    text_teacher: Tensor,
+    image_queue: Tensor | None = None,
+    text_queue: Tensor | None = None,
+    alpha: Tensor | float = 0.4,
+    gamma: Tensor | float = 0.0,
+    ids: Tensor | None = None,
+    queue_ids: Tensor | None = None,
+    all_image_teacher: Tensor | None = None,
+    all_text_teacher: Tensor | None = None,
+    all_ids: Tensor | None = None,
+    first_row: int = 0,
+    reduction: str = "mean",
+) -> Tensor:
+    """ALBEF's momentum-distilled contrastive loss: the mean over rows and both directions of
+    ``-sum_j y_j (1 - p_j)^gamma log p_j``, ``y = alpha * softmax(teacher logits) + (1 - alpha) * positives``.
+
+    Image rows meet text keys and the reverse. Keys are the teacher features of the batch (all_..._teacher [G, D]: of
+    all ranks, the local rows starting at first_row) followed by the queue [K, D] of any strides. Student and teacher
+    share keys and logit_scale; gradient goes to image, text and logit_scale through the student's logits only.
+    ids [B] (all_ids [G]) and queue_ids [K]: keys of the row's id share the positive mass; without queue_ids no queue
+    row is a positive. Other shapes and reduction as in :func:`focal_contrastive_loss`.
+
+    Source: ALBEF (arXiv 2107.07651), its public code; focal factor as in SoftMask++.
+    """
+    dtype = _compute_dtype(image, text, image_teacher, text_teacher)
+    with _no_autocast(image):
+        image_teacher, text_teacher = image_teacher.detach().to(dtype), text_teacher.detach().to(dtype)
+        image_keys = _keys(image_teacher if all_image_teacher is None else all_image_teacher, image_queue, dtype)
+        text_keys = _keys(text_teacher if all_text_teacher is None else all_text_teacher, text_queue, dtype)
+        key_ids = ids if all_ids is None else all_ids
+        if ids is not None and queue_ids is not None:
+            key_ids = torch.cat([key_ids, queue_ids])
+        columns = sum(len(keys) for keys in text_keys)
+        positives = _positive_share(len(image), columns, first_row, ids, key_ids, like=image_teacher)
+        loss = 0.5 * (
+            _distilled_side(image.to(dtype), image_teacher, text_keys, positives, logit_scale, alpha, gamma)
+            + _distilled_side(text.to(dtype), text_teacher, image_keys, positives, logit_scale, alpha, gamma)
+        )
+        return _reduce(loss, reduction)
+
+
+def soft_mask_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    key_weight: Tensor | None = None,
+    kv_index: Tensor | None = None,
+    value_bias: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Cross-attention to soft-masked image tokens whose keys and values were projected once, from the unmasked tokens.
+
+    Masking commutes with a bias-free projection, (m * V) W = m * (V W), so with m = key_weight
+    ``a = softmax_p(m_p (q . k_p) scale)``, ``out = sum_p a_p m_p v_p + (sum_p a_p) value_bias``. The key projection's
+    bias adds a constant per row and drops out of the softmax.
+
+    Shapes: query [N, H, T, E]; key, value [B, H, P, E]; kv_index [N] int64, the image of each pair (None: N = B);
+    key_weight [N, P], 1 = keep, 0 = masked, a constant; value_bias [H, E]; key_padding_mask [B, P] bool, True = ignore.
+    Returns [N, H, T, E] in the dtype of query; a row whose keys are all ignored gives zeros.
+
+    Source: design.md, "Masking commutes with projection"; attention: Vaswani et al., arXiv 1706.03762.
+    """
+    dtype = _compute_dtype(query, key, value)
+    with _no_autocast(query):
+        query_, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        if kv_index is not None:
+            key, value = key.index_select(0, kv_index), value.index_select(0, kv_index)
+        if key_weight is not None:
+            weight = key_weight.detach().to(dtype)[:, None, :, None]
+            key, value = key * weight, value * weight
+        keep = empty = None
+        if key_padding_mask is not None:
+            ignore = key_padding_mask if kv_index is None else key_padding_mask.index_select(0, kv_index)
+            ignore = ignore[:, None, None]  # [N, 1, 1, P]
+            empty = ignore.all(-1, keepdim=True)
+            keep = ~ignore | empty  # no row of SDPA is ever empty: what it gives there differs by its backend
+        output = F.scaled_dot_product_attention(query_, key, value, attn_mask=keep, scale=scale)
+        if value_bias is not None:
+            output = output + value_bias.to(dtype)[:, None]
+        output = output if empty is None else output.masked_fill(empty, 0.0)
+        return output.to(query.dtype)
+
+
+def attentive_mask(
+    patches: Tensor,
+    tokens: Tensor,
+    *,
+    ratio: float,
+    select: str = "high",
+    token_padding_mask: Tensor | None = None,
+) -> Tensor:
+    """The round(ratio * P) patches of each image that are most ("high") or least ("low") relevant to the caption.
+
+    ``relevance_p = max_t cos(patch_p, token_t)`` over the tokens that are not padding; ties go to the lower position,
+    also where every token is padding. round is Python's (half to even). No gradient.
+
+    Shapes: patches [B, P, D]; tokens [B, T, D]; token_padding_mask [B, T] bool, True = ignore. Returns bool [B, P],
+    True = selected.
+
+    Source: SyCoCa (Ma et al., ICML 2024, arXiv 2401.02137), method.md section 2.
+    """
+    dtype = _compute_dtype(patches, tokens)
+    with _no_autocast(patches), torch.no_grad():
+        patches, tokens = F.normalize(patches.to(dtype), dim=-1), F.normalize(tokens.to(dtype), dim=-1)
+        similarity = patches @ tokens.transpose(-2, -1)  # [B, P, T]
+        if token_padding_mask is not None:
+            similarity = similarity.masked_fill(token_padding_mask[:, None], float("-inf"))
+        order = similarity.amax(-1).argsort(dim=-1, descending=select == "high", stable=True)
+        selected = torch.zeros_like(order, dtype=torch.bool)
+        return selected.scatter_(-1, order[:, : round(ratio * order.shape[-1])], True)
+
+
+def masked_patch_loss(
+    prediction: Tensor,
+    images: Tensor,
+    mask: Tensor,
+    *,
+    patch_size: int,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """MAE's reconstruction loss: mean squared error on the pixels of the masked patches, mean over masked patches.
+
+    With normalize every patch's pixels x become ``(x - mean) / sqrt(var + 1e-6)``, var unbiased. Images are targets:
+    gradient to prediction only. No masked patch gives 0 with zero gradient.
+
+    Shapes: prediction [B, P, 3 * patch_size**2], pixels ordered rows, columns, channels; images [B, 3, Hpx, Wpx],
+    patches row by row; mask [B, P] bool. Returns a scalar for "mean" and "sum", for "none" [B, P]: 0 where not masked.
+
+    Source: He et al., arXiv 2111.06377, its public code.
+    """
+    dtype = _compute_dtype(prediction, images)
+    rows, columns = images.shape[-2] // patch_size, images.shape[-1] // patch_size
+    with _no_autocast(prediction):
+        pixels = images.detach().to(dtype).unflatten(3, (columns, patch_size)).unflatten(2, (rows, patch_size))
+        pixels = pixels.permute(0, 2, 4, 3, 5, 1)  # a view [B, rows, columns, patch row, patch column, channel]
+        if normalize:
+            variance, mean = torch.var_mean(pixels, dim=(3, 4, 5), keepdim=True)
+            pixels = (pixels - mean) / (variance + PATCH_VARIANCE_EPS).sqrt()
+        loss = (prediction.to(dtype).reshape(pixels.shape) - pixels).square().mean((3, 4, 5)).flatten(1)
+        loss = loss.masked_fill(~mask, 0.0)
+        if reduction == "none":
+            return loss
+        return loss.sum() if reduction == "sum" else loss.sum() / mask.sum().clamp_min(1)
+
+
+def _compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if double else torch.float32
+
+
+def _no_autocast(tensor: Tensor) -> torch.autocast:
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def _rows(tensor: Tensor, index: Tensor) -> Tensor:
+    """Rows of [B, H, T, E] at index [B, W, S] -> [B, H, W*S, E]; a padding -1 takes row 0, which the caller blanks."""
+    flat = index.flatten(1).clamp_min(0)[:, None, :, None]
+    return tensor.gather(2, flat.expand(-1, tensor.shape[1], -1, tensor.shape[3]))
+
+
+def _masked_softmax(logits: Tensor, ignore: Tensor | None) -> Tensor:
+    """Softmax over the keys that are not ignored. A finite fill keeps rows without keys free of NaN, both ways."""
+    if ignore is None:
+        return logits.softmax(-1)
+    return logits.masked_fill(ignore, torch.finfo(logits.dtype).min).softmax(-1).masked_fill(ignore, 0.0)
+
+
+def _positive_share(
+    rows: int, columns: int, first_row: int, ids: Tensor | None, key_ids: Tensor | None, *, like: Tensor
+) -> Tensor:
+    """Target mass [rows, columns]: evenly on the row's positives, the keys of its id (keys beyond key_ids are none)."""
+    if ids is None:
+        row = torch.arange(rows, device=like.device)
+        return (row[:, None] + first_row == torch.arange(columns, device=like.device)).to(like.dtype)
+    same = F.pad((ids[:, None] == key_ids).to(like.dtype), (0, columns - len(key_ids)))
+    return same / same.sum(-1, keepdim=True)
+
+
+def _keys(batch: Tensor, queue: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
+    """Kept apart: joining them would copy the queue."""
+    parts = [batch] if queue is None else [batch, queue]
+    return [part.detach().to(dtype) for part in parts]
+
+
+def _distilled_side(
+    query: Tensor,
+    teacher: Tensor,
+    keys: list[Tensor],
+    positives: Tensor,
+    logit_scale: Tensor | float,
+    alpha: Tensor | float,
+    gamma: Tensor | float,
+) -> Tensor:
+    """One direction, [B]: student rows and teacher rows against the same keys."""
+    detached_scale = logit_scale.detach() if isinstance(logit_scale, Tensor) else logit_scale
+    soft = (detached_scale * torch.cat([teacher @ part.T for part in keys], -1)).softmax(-1)
+    logits = logit_scale * torch.cat([query @ part.T for part in keys], -1)
+    return _focal_cross_entropy(logits, alpha * soft + (1.0 - alpha) * positives, gamma)
+
+
+def _focal_cross_entropy(logits: Tensor, target: Tensor, gamma: Tensor | float) -> Tensor:
+    """-sum_j y_j (1 - p_j)^gamma log p_j per row. 1 - p from expm1 is exact near p = 1; the clamp keeps its power
+    differentiable at p = 1 for gamma in (0, 1), and exactly 1 for gamma = 0."""
+    log_p = logits.log_softmax(-1)
+    miss = (-torch.expm1(log_p)).clamp_min(torch.finfo(log_p.dtype).tiny)
+    return -(target * miss**gamma * log_p).sum(-1)
+
+
+def _reduce(loss: Tensor, reduction: str) -> Tensor:
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.sum() / max(len(loss), 1)
