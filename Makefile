@@ -26,6 +26,7 @@ help:  ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
 
 env: $(READY)  ## the environment: .venv with everything installed, C++ kernels built
+	@echo "env: ready in $(VENV)"
 
 $(VENV)/.torch: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.10 is needed, %s is %s" % (sys.executable, sys.version.split()[0]) if sys.version_info < (3, 10) else 0)'
