@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from softmask._version import __version__
+
 if TYPE_CHECKING:
     from softmask.ops._backend import BackendError, backend
 
-__version__ = "0.1.0"
 __all__ = ["BackendError", "__version__", "backend"]
 
 
