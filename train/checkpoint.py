@@ -1,0 +1,225 @@
+"""Checkpoints of a run: written whole or not at all, found again, compared with the configuration, read as a model.
+
+`output/checkpoints/step_00000800/` holds DeepSpeed's files, trainer.json, config.yaml and tokenizer/. It is written
+under the name `step_00000800.tmp` and renamed when complete, so that a process killed at any moment leaves either a
+complete checkpoint or a folder that nobody reads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pickle
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from softmask.data import CaptionTokenizer
+from softmask.models import SoftMaskPP, SpecialIds
+from softmask.train.config import Config, ConfigError, flatten, load_config, save_config
+
+COMPLETE = re.compile(r"step_\d{8,}")
+MODEL_FILE = "mp_rank_00_model_states.pt"
+# Keys that may change when a run goes on; all others of `model` and `data` must stay as they were.
+FREE_KEYS = ("data.workers", "data.max_bad_share")
+FIXED_KEYS = ("seed", "train.batch_size", "train.accumulation")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint or run folder that cannot be used; the message names it."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands, beside the engine's own state."""
+
+    step: int = 0  # optimizer steps done
+    micro_batches: int = 0  # consumed by every rank, those that were skipped included
+    seconds: float = 0.0  # of training, over all resumes
+    skipped_samples: int = 0  # unreadable ones that were replaced, over all ranks
+    nonfinite: int = 0  # micro-batches and steps skipped because a loss or gradient was not finite
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def complete_checkpoints(run: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    folders = (run / "checkpoints").glob("step_*")
+    found = [path for path in folders if COMPLETE.fullmatch(path.name) and (path / "trainer.json").is_file()]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """A checkpoint given as its own folder or as the run's, whose newest complete one is taken."""
+    path = Path(path)
+    if COMPLETE.fullmatch(path.name) and (path / "trainer.json").is_file():
+        return path
+    found = complete_checkpoints(path)
+    if not found:
+        reason = "no complete checkpoint in it" if path.is_dir() else "no such folder"
+        raise CheckpointError(f"{path}: expected a step_... checkpoint or a run that holds one, got {reason}")
+    return found[-1]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a run.
+
+    Raises:
+        CheckpointError: unreadable or no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def write_json(content: dict[str, Any], path: Path) -> None:
+    """Replace a JSON file in one step."""
+    partial = path.with_name(f"{path.name}.tmp")
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def save_checkpoint(engine: Any, config: Config, progress: Progress, extra: dict[str, Any]) -> Path:
+    """Write a checkpoint into the run; all ranks call it. `extra` goes into trainer.json beside the progress."""
+    run = Path(config.output)
+    folder = run / "checkpoints"
+    final = folder / checkpoint_name(progress.step)
+    partial = final.with_name(f"{final.name}.tmp")
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob("step_*.tmp"):
+            shutil.rmtree(leftover)
+    dist.barrier()
+    engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        save_config(config, partial / "config.yaml")
+        shutil.copytree(run / "tokenizer", partial / "tokenizer")
+        state = dataclasses.asdict(progress) | {"world_size": dist.get_world_size()} | extra
+        write_json(state, partial / "trainer.json")
+        partial.rename(final)
+        _prune(folder, config.train.keep_checkpoints)
+    dist.barrier()
+    return final
+
+
+def _prune(folder: Path, keep: int) -> None:
+    for old in complete_checkpoints(folder.parent)[:-keep]:
+        doomed = old.with_name(f"{old.name}.tmp")  # a half-deleted checkpoint must not look complete
+        old.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def load_checkpoint(engine: Any, checkpoint: Path) -> tuple[Progress, dict[str, Any]]:
+    """Put a checkpoint's state into the engine; returns the progress and all of trainer.json.
+
+    Raises:
+        CheckpointError: files that lack or cannot be read, or parameters that do not fit.
+    """
+    state = read_json(checkpoint / "trainer.json")
+    try:
+        loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    except (OSError, EOFError, pickle.UnpicklingError, RuntimeError, KeyError) as error:
+        raise CheckpointError(f"{checkpoint}: cannot be loaded: {_first_line(error)}") from error
+    if loaded is None:
+        raise CheckpointError(f"{checkpoint}: DeepSpeed found no state in it")
+    names = [item.name for item in dataclasses.fields(Progress)]
+    return Progress(**{name: state[name] for name in names}), state
+
+
+def check_resumable(checkpoint: Path, config: Config, *, world_size: int) -> None:
+    """Refuse a checkpoint that another model, other data or another distribution made.
+
+    Raises:
+        CheckpointError: naming every key that differs, with both values.
+    """
+    saved = load_config(checkpoint / "config.yaml")
+    differences = config_differences(saved, config)
+    made_by = read_json(checkpoint / "trainer.json").get("world_size")
+    if made_by != world_size:
+        differences.append(f"number of ranks (was {made_by}, now {world_size})")
+    if bool(saved.zero_stage) != bool(config.zero_stage):
+        differences.append(f"deepspeed.zero_optimization.stage (was {saved.zero_stage}, now {config.zero_stage})")
+    if differences:
+        raise CheckpointError(f"{checkpoint}: made with another configuration: {', '.join(differences)}")
+
+
+def config_differences(saved: Config, config: Config) -> list[str]:
+    """Keys that a resumed run may not change and that differ."""
+    old, new = flatten(saved), flatten(config)
+    fixed = [key for key in new if key in FIXED_KEYS or (key.startswith(("model.", "data.")) and key not in FREE_KEYS)]
+    return [f"{key} (was {old[key]!r}, now {new[key]!r})" for key in fixed if old[key] != new[key]]
+
+
+def build_model(config: Config, tokenizer: CaptionTokenizer) -> SoftMaskPP:
+    """The model of a configuration, its vocabulary taken from the tokenizer where the configuration says 0.
+
+    Raises:
+        ConfigError: a model that cannot be built from these keys.
+    """
+    model = config.model
+    if model.text.vocab_size == 0:
+        model = dataclasses.replace(model, text=dataclasses.replace(model.text, vocab_size=tokenizer.vocab_size))
+    if model.text.vocab_size < tokenizer.vocab_size:
+        raise ConfigError(
+            f"model.text.vocab_size: expected 0 or at least the tokenizer's {tokenizer.vocab_size}, "
+            f"got {model.text.vocab_size}"
+        )
+    if config.data.max_length > model.text.max_positions:
+        raise ConfigError(
+            f"data.max_length: expected at most model.text.max_positions = {model.text.max_positions}, "
+            f"got {config.data.max_length}"
+        )
+    ids = SpecialIds(pad=tokenizer.pad_id, cls=tokenizer.cls_id, sep=tokenizer.sep_id, mask=tokenizer.mask_id)
+    try:
+        return SoftMaskPP(model, special_ids=ids)
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(f"model: {_first_line(error)}") from error
+
+
+def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[SoftMaskPP, CaptionTokenizer, Config]:
+    """Model (evaluation mode), tokenizer and configuration of a checkpoint or of a run's newest one.
+
+    Raises:
+        CheckpointError: no checkpoint there, or one that cannot be read.
+    """
+    checkpoint = find_checkpoint(path)
+    config = load_config(checkpoint / "config.yaml")
+    vision, text = config.model.vision, config.model.text
+    bare = dataclasses.replace(  # its weights come from the checkpoint, not from the files it once started from
+        config.model,
+        vision=dataclasses.replace(vision, checkpoint=""),
+        text=dataclasses.replace(text, checkpoint=""),
+    )
+    try:
+        tokenizer = CaptionTokenizer.load(checkpoint / "tokenizer")
+        state = torch.load(checkpoint / MODEL_FILE, map_location="cpu", weights_only=False, mmap=True)["module"]
+    except (OSError, EOFError, ValueError, RuntimeError, pickle.UnpicklingError, KeyError) as error:
+        raise CheckpointError(f"{checkpoint}: cannot be read: {_first_line(error)}") from error
+    model = build_model(dataclasses.replace(config, model=bare), tokenizer)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(f"{checkpoint}: does not fit its config.yaml: {_first_line(error)}") from error
+    return model.to(device).eval(), tokenizer, config
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return " ".join(text.splitlines()[:2])

@@ -1,0 +1,282 @@
+"""Typed configuration of a training run, read from YAML (or JSON) with `key=value` overrides.
+
+Strict: a key nobody reads, a value of the wrong type or out of range is a `ConfigError` that names the dotted key,
+what was expected and what came.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from softmask.data import DataConfig
+from softmask.models import SoftMaskPPConfig
+
+# DeepSpeed keys that follow from keys of ours: set in two places, they could disagree.
+OWNED_DEEPSPEED_KEYS = {
+    "train_batch_size": "train.batch_size and train.accumulation",
+    "train_micro_batch_size_per_gpu": "train.batch_size",
+    "gradient_accumulation_steps": "train.accumulation",
+    "managed_gradient_accumulation": "train.accumulation",
+    "gradient_clipping": "train.clip_grad",
+    "optimizer": "optimizer",
+    "scheduler": "optimizer.lr, optimizer.min_lr and optimizer.warmup_steps",
+    "fp16": "train.precision=fp16",
+    "bf16": "train.precision=bf16",
+    "torch_autocast": "train.precision",
+    "activation_checkpointing": "train.activation_checkpointing",
+    "tensorboard": "output (a run's folder always holds tensorboard/)",
+}
+ZERO_STAGES = (0, 1, 2)
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key."""
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW, linear warm-up from 0 to `lr`, then a cosine to `min_lr` at the last step."""
+
+    lr: float = 1e-4
+    min_lr: float = 1e-5
+    warmup_steps: int = 2000
+    weight_decay: float = 0.02  # on matrices and kernels only
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, "lr", "a number > 0", self.lr)
+        _require(0 <= self.min_lr <= self.lr, "min_lr", f"a number in [0, lr = {self.lr:g}]", self.min_lr)
+        _require(self.warmup_steps >= 0, "warmup_steps", "an integer >= 0", self.warmup_steps)
+        _require(self.weight_decay >= 0, "weight_decay", "a number >= 0", self.weight_decay)
+        _require(all(0 <= beta < 1 for beta in self.betas), "betas", "two numbers in [0, 1)", list(self.betas))
+        _require(self.eps > 0, "eps", "a number > 0", self.eps)
+
+
+@dataclass
+class TrainConfig:
+    """Length, batches, precision and book-keeping of a run."""
+
+    steps: int = 0  # optimizer steps; or
+    epochs: float = 0.0  # passes over the captions
+    batch_size: int = 64  # per rank and micro-step
+    accumulation: int = 1  # micro-steps per optimizer step
+    clip_grad: float = 0.0  # largest global gradient norm, 0: not clipped
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the matrix products; weights stay fp32
+    activation_checkpointing: bool = False
+    checkpoint_every: int = 1000  # steps; 0: at the end only
+    keep_checkpoints: int = 2
+    log_every: int = 20
+    max_nonfinite: int = 20  # micro-batches in a row whose loss or gradients are not finite, before the run stops
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 0, "steps", "an integer >= 0", self.steps)
+        _require(self.epochs >= 0, "epochs", "a number >= 0", self.epochs)
+        if (self.steps > 0) == (self.epochs > 0):
+            raise ValueError(f"steps: expected either steps or epochs, got {self.steps} steps, {self.epochs:g} epochs")
+        _require(self.batch_size >= 2, "batch_size", "an integer >= 2 (negatives come from the batch)", self.batch_size)
+        for name in ("accumulation", "keep_checkpoints", "log_every", "max_nonfinite"):
+            _require(getattr(self, name) >= 1, name, "an integer >= 1", getattr(self, name))
+        _require(self.checkpoint_every >= 0, "checkpoint_every", "an integer >= 0", self.checkpoint_every)
+        _require(self.clip_grad >= 0, "clip_grad", "a number >= 0", self.clip_grad)
+
+
+@dataclass
+class Config:
+    """One run. `output` is its folder; `deepspeed` holds DeepSpeed's own keys (zero_optimization, ...)."""
+
+    output: str
+    train: TrainConfig
+    seed: int = 0
+    model: SoftMaskPPConfig = field(default_factory=SoftMaskPPConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _require(bool(self.output), "output", "the folder of the run", self.output)
+        _require(self.seed >= 0, "seed", "an integer >= 0", self.seed)
+        for key in self.deepspeed:
+            if key in OWNED_DEEPSPEED_KEYS:
+                raise ValueError(f"deepspeed.{key}: set by this configuration, use {OWNED_DEEPSPEED_KEYS[key]} instead")
+        _require(self.zero_stage in ZERO_STAGES, "deepspeed.zero_optimization.stage", "0, 1 or 2", self.zero_stage)
+        if self.data.image_size != self.model.vision.image_size:
+            raise ValueError(
+                f"data.image_size: expected model.vision.image_size = {self.model.vision.image_size}, "
+                f"got {self.data.image_size}"
+            )
+
+    @property
+    def zero_stage(self) -> int:
+        section = self.deepspeed.get("zero_optimization", {})
+        if not isinstance(section, dict):
+            raise ValueError(f"deepspeed.zero_optimization: expected a mapping, got {section!r}")
+        return section.get("stage", 0)
+
+
+def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
+    """The configuration in the YAML or JSON file `path`, with overrides like `train.steps=100` (values are YAML).
+
+    Raises:
+        ConfigError: no such file, no YAML, an unknown or ill-typed key, a value out of range.
+    """
+    path = Path(path)
+    tree = _read_mapping(path, "configuration")
+    for override in overrides:
+        _override(tree, override)
+    if isinstance(tree.get("deepspeed"), str):
+        tree["deepspeed"] = _read_mapping(_beside(path, tree["deepspeed"]), "deepspeed")
+    return _build(Config, tree, "")
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Write a YAML file from which `load_config` reads an equal configuration."""
+    tree = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists
+    Path(path).write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value of every leaf of a (nested) dataclass."""
+    leaves = {}
+    for item in dataclasses.fields(config):
+        value, key = getattr(config, item.name), f"{prefix}{item.name}"
+        leaves |= flatten(value, f"{key}.") if dataclasses.is_dataclass(value) else {key: value}
+    return leaves
+
+
+def _require(condition: bool, key: str, expected: str, value: Any) -> None:
+    if not condition:
+        raise ValueError(f"{key}: expected {expected}, got {value!r}")
+
+
+def _beside(path: Path, name: str) -> Path:
+    """`name` as given, or beside the file that mentions it."""
+    return Path(name) if Path(name).is_absolute() or Path(name).exists() else path.parent / name
+
+
+def _read_mapping(path: Path, what: str) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+    except OSError as error:
+        raise ConfigError(f"{what}: cannot read {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{what}: {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{what}: expected keys and values in {path}, got {_describe(tree)}")
+    return tree
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override: expected key=value such as train.steps=100, got {override!r}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{key}: the value {text!r} of the override is not YAML") from error
+    *parents, last = key.split(".")
+    node = tree
+    for name in parents:
+        if node.get(name) is None:
+            node[name] = {}
+        node = node[name]
+        if not isinstance(node, dict):
+            raise ConfigError(f"{key}: {name} is {_describe(node)}, it has no keys to override")
+    node[last] = "" if value is None else value
+
+
+def _build(cls: type, tree: Any, prefix: str) -> Any:
+    """A dataclass from a mapping; `prefix` is the dotted key of the mapping, with its dot."""
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{prefix[:-1]}: expected a mapping, got {_describe(tree)}")
+    hints = typing.get_type_hints(cls)
+    names = [item.name for item in dataclasses.fields(cls)]
+    for key in tree:
+        if key not in names:
+            raise ConfigError(_unknown(prefix, str(key), names))
+    for item in dataclasses.fields(cls):
+        needed = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        if needed and item.name not in tree:
+            raise ConfigError(f"{prefix}{item.name}: missing, it has no default")
+    values = {key: _convert(hints[key], value, f"{prefix}{key}") for key, value in tree.items()}
+    try:
+        return cls(**values)
+    except ConfigError:
+        raise
+    except ValueError as error:  # a value out of range; the message starts with the field, or with "section.field"
+        section = prefix[:-1].rpartition(".")[2]
+        raise ConfigError(prefix + str(error).removeprefix(f"{section}.")) from error
+
+
+def _unknown(prefix: str, key: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(key, names, n=3)
+    hint = f"did you mean {' or '.join(prefix + name for name in near)}?" if near else f"known: {', '.join(names)}"
+    return f"{prefix}{key}: unknown key; {hint}"
+
+
+def _convert(hint: Any, value: Any, key: str) -> Any:
+    """`value` as the type `hint`, or a ConfigError that names `key`."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, {} if value is None else value, f"{key}.")
+    if origin in (typing.Union, types.UnionType):
+        return _convert_union(arguments, value, key)
+    if origin is Literal:
+        if value in arguments and type(value) in {type(choice) for choice in arguments}:
+            return value
+        raise ConfigError(f"{key}: expected {' or '.join(map(str, arguments))}, got {_describe(value)}")
+    if origin in (tuple, list):
+        return _convert_sequence(origin, arguments, value, key)
+    if origin is dict:
+        if isinstance(value, dict):
+            return value
+        raise ConfigError(f"{key}: expected a mapping, got {_describe(value)}")
+    return _convert_scalar(hint, value, key)
+
+
+def _convert_union(choices: tuple[Any, ...], value: Any, key: str) -> Any:
+    if value is None and type(None) in choices:
+        return None
+    errors = []
+    for choice in choices:
+        if choice is not type(None):
+            try:
+                return _convert(choice, value, key)
+            except ConfigError as error:
+                errors.append(error)
+    raise errors[0]
+
+
+def _convert_sequence(origin: type, arguments: tuple[Any, ...], value: Any, key: str) -> Any:
+    if not isinstance(value, (list, tuple)):
+        raise ConfigError(f"{key}: expected a list, got {_describe(value)}")
+    if origin is tuple and arguments[-1] is not Ellipsis:
+        if len(value) != len(arguments):
+            raise ConfigError(f"{key}: expected a list of {len(arguments)}, got {_describe(value)}")
+    else:
+        arguments = (arguments[0],) * len(value)
+    pairs = zip(arguments, value, strict=True)
+    return origin(_convert(hint, item, f"{key}[{i}]") for i, (hint, item) in enumerate(pairs))
+
+
+def _convert_scalar(hint: type, value: Any, key: str) -> Any:
+    if hint is float and type(value) in (int, float, str):
+        with contextlib.suppress(ValueError):
+            return float(value)  # YAML 1.1 reads 1e-4 as a string
+    elif type(value) is hint:
+        return value
+    raise ConfigError(f"{key}: expected {hint.__name__}, got {_describe(value)}")
+
+
+def _describe(value: Any) -> str:
+    return "nothing" if value is None else f"{type(value).__name__} {value!r}"

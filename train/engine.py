@@ -1,0 +1,184 @@
+"""The DeepSpeed engine of a run: start-up, its configuration, and gradients that are scaled, checked and clipped alike
+at every ZeRO stage and precision."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from softmask.train.config import Config
+from softmask.train.schedule import parameter_groups, scheduler_factory
+
+AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}
+
+
+def start_distributed() -> None:
+    """Choose the accelerator, complete the environment of a single process and join the process group.
+
+    Called before anything imports DeepSpeed, which chooses its accelerator on import.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if "RANK" not in os.environ:
+        single = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_SIZE": 1}
+        single |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+        os.environ.update({key: str(value) for key, value in single.items()})
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # An all-reduce for inference alone, which DeepSpeed would compile at start-up (40 seconds) on every CPU machine.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(verbose=False)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class GradientGuard:
+    """Loss scale of fp16 (dynamic) and, at every precision, no step on gradients that are not finite.
+
+    DeepSpeed 0.19's own scaling under torch_autocast clips scaled gradients by the unscaled norm, updates the scale
+    once per parameter group, and neither lowers it after a skipped step nor saves it. Here one scale belongs to the
+    step. ZeRO 1 and 2 divide by it, clip and skip themselves (`override_loss_scale`); at stage 0 the engine calls
+    this object as its gradient scaler.
+    """
+
+    def __init__(self, *, dynamic: bool, growth_interval: int = 2000) -> None:
+        self.dynamic = dynamic
+        self.growth_interval = growth_interval
+        self.value = 65536.0 if dynamic else 1.0
+        self.good_steps = 0
+        self._checked = False
+
+    def attach(self, engine: Any) -> None:
+        if engine.zero_optimization():
+            engine.optimizer.torch_autocast_gradscaler = None
+        else:
+            engine.torch_autocast_z0_gradscaler = self
+        self._engine = engine
+        self._publish()
+
+    def _publish(self) -> None:
+        if self._engine.zero_optimization():
+            self._engine.optimizer.override_loss_scale(self.value)
+
+    def after_step(self) -> bool:
+        """Adjust the scale after an optimizer step; False: the gradients were not finite, nothing was changed."""
+        finite = not self._engine.optimizer.overflow
+        self._checked = False
+        if self.dynamic:
+            self.good_steps = self.good_steps + 1 if finite else 0
+            if not finite:
+                self.value /= 2
+            elif self.good_steps % self.growth_interval == 0:
+                self.value *= 2
+            self._publish()
+        return finite
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value, "good_steps": self.good_steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.value, self.good_steps = state["value"], state["good_steps"]
+        self._publish()
+
+    # -- what the engine calls at ZeRO stage 0 ----------------------------------------------------------------------
+
+    def scale(self, loss: torch.Tensor) -> torch.Tensor:
+        return loss * self.value if self.dynamic else loss
+
+    @torch.no_grad()
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._checked:
+            return
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if self.dynamic:
+            torch._foreach_div_(grads, self.value)
+        # All ranks hold the same, reduced gradients. The engine reads `overflow` and then leaves the schedule alone.
+        optimizer.overflow = not bool(torch.stack(torch._foreach_norm(grads)).isfinite().all())
+        self._checked = True
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.unscale_(optimizer)
+        if not optimizer.overflow:
+            optimizer.step()
+
+    def update(self) -> None:
+        """The scale is adjusted by `after_step`, the same way at every stage."""
+
+
+def deepspeed_config(config: Config) -> dict[str, Any]:
+    """The user's DeepSpeed section, completed by what follows from the rest of the configuration."""
+    train = config.train
+    section = {
+        **config.deepspeed,
+        "train_micro_batch_size_per_gpu": train.batch_size,
+        "gradient_accumulation_steps": train.accumulation,
+        "gradient_clipping": train.clip_grad,
+    }
+    if train.precision in AUTOCAST:
+        # Weights, momentum twin, queue and reduced gradients stay fp32; only the products of the forward are cast.
+        autocast = {"enabled": True, "dtype": AUTOCAST[train.precision], "lower_precision_safe_modules": []}
+        section["torch_autocast"] = autocast
+    return section
+
+
+def create_engine(model: nn.Module, config: Config, *, steps: int) -> tuple[Any, GradientGuard]:
+    """Engine around `model`, with AdamW and the schedule. A forward pass through it gives (loss, output)."""
+    import deepspeed
+
+    options = config.optimizer
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, options.weight_decay),
+        lr=options.lr,
+        betas=options.betas,
+        eps=options.eps,
+        fused=True,
+    )
+    # DeepSpeed prepares its backward in hooks on the output's tensors, and looks for them in tuples, not dataclasses.
+    model.register_forward_hook(lambda _module, _inputs, output: (output.loss, output))
+    with _scalars_as_vectors(model):
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            lr_scheduler=scheduler_factory(options, steps=steps),
+            config=deepspeed_config(config),
+            dist_init_required=False,
+        )
+    guard = GradientGuard(dynamic=config.train.precision == "fp16")
+    guard.attach(engine)
+    return engine, guard
+
+
+@contextmanager
+def _scalars_as_vectors(model: nn.Module) -> Iterator[None]:
+    """DeepSpeed broadcasts the parameters as bytes, and a tensor without dimensions has no such view."""
+    scalars = [parameter for parameter in model.parameters() if parameter.ndim == 0]
+    for parameter in scalars:
+        parameter.data = parameter.data.view(1)
+    yield
+    for parameter in scalars:
+        parameter.data = parameter.data.view(())
+
+
+def apply_hyperparameters(engine: Any, config: Config) -> None:
+    """Make the configuration win over the optimizer settings that a checkpoint brought along."""
+    options = config.optimizer
+    scheduler = engine.lr_scheduler
+    scheduler.base_lrs = [options.lr] * len(scheduler.base_lrs)
+    for group in scheduler.optimizer.param_groups:
+        decay = options.weight_decay if group["decayed"] else 0.0
+        group.update(initial_lr=options.lr, betas=options.betas, eps=options.eps, weight_decay=decay)
+        group["lr"] = options.lr * scheduler.lr_lambdas[0](scheduler.last_epoch)

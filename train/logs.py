@@ -1,0 +1,105 @@
+"""What a run tells: a header, a progress bar (plain lines where there is no terminal), log.jsonl, events.jsonl and
+TensorBoard. Only rank 0 writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+SHOWN_TERMS = ("itc", "itm", "itm_soft", "mlm")
+
+
+class RunLog:
+    """The logs of one run, continued after `step` steps: what an interrupted run wrote beyond that is cut off."""
+
+    def __init__(self, run: Path, *, step: int, steps: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.steps = steps
+        for name in ("log.jsonl", "events.jsonl"):
+            cut_back(run / name, step)
+        self._rows = (run / "log.jsonl").open("a", encoding="utf-8")
+        self._events = (run / "events.jsonl").open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+        self._started = time.monotonic()
+        self._start_step = step
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.05)
+
+    def advance(self) -> None:
+        """One optimizer step was done."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def row(self, row: dict[str, Any]) -> None:
+        """A logged step."""
+        _write_line(self._rows, row)
+        for name, value in row.items():
+            if name not in ("step", "seconds"):
+                self._board.add_scalar(f"train/{name}", value, row["step"])
+        shown = {name: f"{row[name]:.3f}" for name in ("loss", *SHOWN_TERMS) if name in row}
+        rate = f"{row['samples_per_second']:.0f}"
+        if self._bar is not None:
+            self._bar.set_postfix(shown | {"samples/s": rate})
+            return
+        terms = "  ".join(f"{name} {value}" for name, value in shown.items())
+        say(f"step {row['step']}/{self.steps}  {terms}  {rate} samples/s  {self._time_left(row['step'])} left")
+
+    def event(self, kind: str, text: str, **fields: Any) -> None:
+        """Something out of the ordinary: a line for the reader, an object in events.jsonl (which needs `step`)."""
+        self.note(kind, **fields)
+        say(f"{kind}: {text}")
+
+    def note(self, kind: str, **fields: Any) -> None:
+        """An object in events.jsonl, for what the reader was told already."""
+        _write_line(self._events, {"event": kind, **fields})
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._rows.close()
+        self._events.close()
+        self._board.close()
+
+    def _time_left(self, step: int) -> str:
+        per_step = (time.monotonic() - self._started) / max(step - self._start_step, 1)
+        return clock(per_step * (self.steps - step))
+
+
+def say(text: str) -> None:
+    """A line on stderr that leaves a progress bar in place."""
+    tqdm.write(text, file=sys.stderr)
+    sys.stderr.flush()
+
+
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds: 1:02:03 or 2:03."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Keep the JSON lines of `path` up to `step`, in one step; a last line torn by a kill goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.endswith("\n") or json.loads(line)["step"] > step:
+            break
+        kept.append(line)
+    partial = path.with_name(f"{path.name}.tmp")
+    partial.write_text("".join(kept), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _write_line(file: Any, content: dict[str, Any]) -> None:
+    file.write(json.dumps(content) + "\n")
+    file.flush()

@@ -1,0 +1,323 @@
+"""The training loop: batches in, optimizer steps, logs and checkpoints out.
+
+Exact resumption rests on three things: the engine's checkpoint holds weights, momentum twin, queue, optimizer and
+schedule; data order is a function of the number of micro-batches consumed; and so is the random state of every
+micro-step (`seed_everything`).
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from softmask.data import Batch, CaptionTokenizer, Loader, Source, open_source, train_wordpiece
+from softmask.models import SoftMaskPPOutput
+from softmask.train.checkpoint import (
+    Progress,
+    build_model,
+    check_resumable,
+    load_checkpoint,
+    save_checkpoint,
+    write_json,
+)
+from softmask.train.config import Config, ConfigError, save_config
+from softmask.train.engine import apply_hyperparameters, create_engine, start_distributed
+from softmask.train.logs import RunLog, clock, say
+from softmask.train.schedule import alpha_at, lr_factor, seed_everything
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on."""
+
+
+def train(config: Config, *, checkpoint: Path | None = None) -> Trainer:
+    """Train from scratch, or on from `checkpoint`, to the end or to a stop signal.
+
+    Every rank calls it with the same arguments. Returns the trainer; its `finished` says which of the two it was.
+    """
+    source = open_source(config.data.train, image_root=config.data.image_root)
+    start_distributed()
+    if checkpoint is not None:
+        check_resumable(checkpoint, config, world_size=dist.get_world_size())
+    tokenizer = prepare_run(config, source, checkpoint)
+    trainer = Trainer(config, source, tokenizer, checkpoint=checkpoint)
+    trainer.run()
+    return trainer
+
+
+def prepare_run(config: Config, source: Source, checkpoint: Path | None) -> CaptionTokenizer:
+    """Make the run's folder with config.yaml and tokenizer/ (rank 0), and load the tokenizer (all ranks).
+
+    Raises:
+        ConfigError: a tokenizer that cannot be used.
+    """
+    run = Path(config.output)
+    try:
+        if dist.get_rank() == 0:
+            run.mkdir(parents=True, exist_ok=True)
+            if checkpoint is None or not (run / "tokenizer").exists():
+                _write_tokenizer(config, source, checkpoint)
+            save_config(config, run / "config.yaml")
+        dist.barrier()
+        return CaptionTokenizer.load(run / "tokenizer")
+    except ValueError as error:
+        raise ConfigError(f"data.{error}") from error
+
+
+def _write_tokenizer(config: Config, source: Source, checkpoint: Path | None) -> None:
+    """The checkpoint's, the configured or one trained on the captions, into the run's folder; whole or not at all."""
+    final = Path(config.output) / "tokenizer"
+    partial = final.with_name("tokenizer.tmp")
+    given = checkpoint / "tokenizer" if checkpoint is not None else config.data.tokenizer
+    for folder in (partial, final):
+        if folder.exists():
+            shutil.rmtree(folder)
+    if given:
+        CaptionTokenizer.load(given).save(partial)
+    else:
+        train_wordpiece(source.captions(), partial, vocab_size=config.data.vocab_size)
+    partial.rename(final)
+
+
+class Trainer:
+    """One rank's part of a run."""
+
+    def __init__(
+        self, config: Config, source: Source, tokenizer: CaptionTokenizer, *, checkpoint: Path | None = None
+    ) -> None:
+        self.config = config
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        if not torch.cuda.is_available():
+            torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.manual_seed(config.seed)  # the same weights on every rank
+        model = build_model(config, tokenizer)
+        model.set_activation_checkpointing(config.train.activation_checkpointing)
+        options = {"batch_size": config.train.batch_size, "rank": self.rank, "world_size": self.world_size}
+        self._loader = lambda start: Loader(
+            source, config.data, tokenizer, seed=config.seed, start_batch=start, **options
+        )
+        self.batches_per_epoch = self._loader(0).batches_per_epoch
+        self.steps = self._count_steps()
+        self.engine, self.guard = create_engine(model, config, steps=self.steps)
+        self.device = self.engine.device
+        self.progress = Progress()
+        if checkpoint is not None:
+            self.progress, state = load_checkpoint(self.engine, checkpoint)
+            self.guard.load_state_dict(state["loss_scale"])
+            apply_hyperparameters(self.engine, config)
+        self.finished = False
+        self._stop_requested = False
+        self._nonfinite_in_row = 0
+        self._source = source
+        self._skipped: list[str] = []
+        self._log: RunLog | None = None
+        self._header()
+
+    @property
+    def model(self) -> torch.nn.Module:
+        return self.engine.module
+
+    def _count_steps(self) -> int:
+        options = self.config.train
+        return options.steps or max(1, math.ceil(options.epochs * self.batches_per_epoch / options.accumulation))
+
+    def _header(self) -> None:
+        if self.rank:
+            return
+        options = self.config.train
+        trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        batch = options.batch_size * options.accumulation * self.world_size
+        parts = f"{options.batch_size} x {options.accumulation} accumulated x {self.world_size} ranks"
+        steps_per_epoch = self.batches_per_epoch / options.accumulation
+        say(f"run    {self.config.output}: step {self.progress.step} to {self.steps}, {steps_per_epoch:.4g} per epoch")
+        say(f"model  {trained:,} trained parameters, {options.precision}")
+        say(f"data   {len(self._source):,} captions, batch {batch} = {parts}")
+        say(f"engine DeepSpeed on {self.device}, ZeRO stage {self.config.zero_stage}")
+
+    # -- the loop -----------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Train to the last step or to a stop signal, either with a checkpoint at the end."""
+        run = Path(self.config.output)
+        if self.rank == 0:
+            self._log = RunLog(run, step=self.progress.step, steps=self.steps)
+            for problem in self._source.problems if self.progress.step == 0 else ():
+                self._log.note("problem", step=0, problem=problem)
+        try:
+            with self._signals():
+                self._loop()
+            self.finished = self.progress.step >= self.steps
+            if self.finished and self.rank == 0:
+                write_json({"steps": self.progress.step, "seconds": self.progress.seconds}, run / "done.json")
+        finally:
+            if self._log is not None:
+                self._log.close()
+        if self.rank == 0:
+            state = "done" if self.finished else "stopped, go on with --resume auto"
+            say(f"{state}: {self.progress.step} steps in {clock(self.progress.seconds)}")
+
+    def _loop(self) -> None:
+        batches = iter(self._loader(self.progress.micro_batches))
+        self.engine.train()
+        started, before = time.monotonic(), self.progress.seconds
+        logged_at, logged_micro = started, self.progress.micro_batches
+        while self.progress.step < self.steps:
+            outputs, stop = self._step(batches)
+            step = self.progress.step
+            now = time.monotonic()
+            self.progress.seconds = before + now - started
+            if step % self.config.train.log_every == 0 or step == self.steps:
+                consumed = (self.progress.micro_batches - logged_micro) * self.config.train.batch_size
+                self._log_row(outputs, samples_per_second=consumed * self.world_size / (now - logged_at))
+                logged_at, logged_micro = time.monotonic(), self.progress.micro_batches
+            every = self.config.train.checkpoint_every
+            if stop or step == self.steps or (every and step % every == 0):
+                self._save()
+            if stop:
+                break
+
+    def _step(self, batches: Iterator[Batch]) -> tuple[list[SoftMaskPPOutput], bool]:
+        """One optimizer step. Returns the outputs of its micro-steps, and whether a rank was asked to stop.
+
+        A micro-batch whose loss is not finite on some rank is left out on all and the next one takes its place.
+        A step whose gradients are not finite (usual in fp16) is left out whole.
+        """
+        outputs: list[SoftMaskPPOutput] = []
+        stop = False
+        self.model.update_momentum()
+        while True:
+            loss, output, asked = self._forward(batches)
+            stop |= asked
+            if loss is None:
+                continue
+            last = self.engine.is_gradient_accumulation_boundary()
+            self.engine.backward(loss)
+            self.engine.step()
+            self.model.enqueue(output)
+            outputs.append(output)
+            if not last:
+                continue
+            if self.guard.after_step():
+                break
+            self._count_nonfinite("gradients", f"loss scale now {self.guard.value:g}")
+            outputs.clear()
+            self.model.update_momentum()
+        self.progress.step += 1
+        self._nonfinite_in_row = 0
+        if self._log is not None:
+            self._log.advance()
+        return outputs, stop
+
+    def _forward(self, batches: Iterator[Batch]) -> tuple[Tensor | None, SoftMaskPPOutput, bool]:
+        """Loss (None where it is not finite on some rank) and output of the next batch, and the request to stop."""
+        with _blocked(STOP_SIGNALS):  # workers inherit the mask and outlive a signal sent to the process group
+            batch = next(batches)
+        self._skipped += batch.skipped
+        seed_everything(self.config.seed, self.progress.micro_batches, self.rank)
+        self.progress.micro_batches += 1
+        options = self.config.model
+        alpha = alpha_at(self.progress.step, alpha=options.alpha, warmup_steps=options.alpha_warmup_steps)
+        loss, output = self.engine(batch.to(self.device), alpha=alpha)
+        flags = torch.stack([~loss.detach().isfinite(), torch.tensor(self._stop_requested, device=self.device)]).float()
+        if self.world_size > 1:
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        broken, stop = flags.bool().tolist()
+        if broken:
+            terms = ", ".join(f"{name} {float(value):.4g}" for name, value in output.terms.items())
+            self._count_nonfinite("loss", f"on rank 0: {terms}")
+            return None, output, stop
+        return loss, output, stop
+
+    def _count_nonfinite(self, what: str, detail: str) -> None:
+        """Log a loss or gradients that are not finite; too many in a row end the run."""
+        self.progress.nonfinite += 1
+        self._nonfinite_in_row += 1
+        micro_batch = self.progress.micro_batches - 1
+        if self._log is not None:
+            where = {"step": self.progress.step + 1, "micro_batch": micro_batch}
+            text = f"{what} not finite in micro-batch {micro_batch}, skipped ({detail})"
+            self._log.event("nonfinite", text, **where, what=what, detail=detail)
+        if self._nonfinite_in_row >= self.config.train.max_nonfinite:
+            raise TrainingError(
+                f"{what} not finite, {self._nonfinite_in_row} times in a row up to micro-batch {micro_batch}, "
+                f"after step {self.progress.step}: train.max_nonfinite reached"
+            )
+
+    # -- logs, checkpoints, signals -----------------------------------------------------------------------------------
+
+    def _log_row(self, outputs: list[SoftMaskPPOutput], *, samples_per_second: float) -> None:
+        """Means over the step's micro-batches and ranks."""
+        names = ["loss", *outputs[0].terms]
+        rows = [torch.stack([output.loss.detach(), *output.terms.values()]).double() for output in outputs]
+        values = torch.stack(rows).mean(dim=0)
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        self._report_skipped()
+        if self._log is None:
+            return
+        progress, options = self.progress, self.config.optimizer
+        self._log.row(
+            {
+                "step": progress.step,
+                "epoch": round(progress.micro_batches / self.batches_per_epoch, 4),
+                "lr": options.lr * lr_factor(progress.step - 1, options, steps=self.steps),
+                **dict(zip(names, (values / self.world_size).tolist(), strict=True)),
+                "samples_per_second": round(samples_per_second, 2),
+                "seconds": round(progress.seconds, 3),
+            }
+        )
+
+    def _report_skipped(self) -> None:
+        """Name the unreadable samples of all ranks since the last time."""
+        gathered: list[Any] = [self._skipped]
+        if self.world_size > 1:
+            gathered = [None] * self.world_size
+            dist.all_gather_object(gathered, self._skipped)
+        self._skipped = []
+        lines = [line for lines in gathered for line in lines]
+        self.progress.skipped_samples += len(lines)
+        if self._log is not None:
+            for line in lines:
+                self._log.event("skipped", line, step=self.progress.step, sample=line)
+
+    def _save(self) -> None:
+        self._report_skipped()
+        save_checkpoint(self.engine, self.config, self.progress, {"loss_scale": self.guard.state_dict()})
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Turn a stop signal into a request that all ranks follow after the current step."""
+        previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+
+        def request(number: int, _frame: Any) -> None:
+            self._stop_requested = True
+            signal.signal(signal.SIGINT, previous[signal.SIGINT])  # a second Ctrl-C interrupts at once
+
+        for number in STOP_SIGNALS:
+            signal.signal(number, request)
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+@contextmanager
+def _blocked(signals: tuple[signal.Signals, ...]) -> Iterator[None]:
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
