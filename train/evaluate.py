@@ -1,0 +1,222 @@
+"""Retrieval and word grounding of a checkpoint on captioned shards, as one metrics.json.
+
+    python train/evaluate.py CHECKPOINT --data 'data/test-*.tar' [--output metrics.json] [--pairs 256] [--rerank 16]
+
+CHECKPOINT is a run's folder (its newest complete checkpoint) or one step_... folder. `--data` is a glob or brace
+pattern of WebDataset shards, or a JSON list.
+
+Retrieval takes the first `--pairs` readable samples in the order of the shards (0: all) and reports R@1, R@5 and R@10
+both ways, as fractions, by cosine similarity of the ITC features and with the `--rerank` best of them re-ranked by
+ITM. Captions of one picture are all right answers.
+
+Grounding takes every sample whose .json holds objects and plays the pointing game with each phrase: does the word's
+map peak inside the object's mask? The format, with mask pixels as COCO's uncompressed run lengths (column-major,
+starting with the zeros) of the stored picture's [height, width]:
+
+    {"caption": "a dodo above a red apple",
+     "objects": [{"phrase": "red apple", "span": [15, 24], "mask": {"size": [256, 256], "counts": [1200, 31, ...]}}]}
+
+Unreadable samples are left out and named on stderr. On any failure nothing is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from softmask.data import DataError, open_source
+from softmask.train import metrics, scoring
+from softmask.train.checkpoint import CheckpointError, find_checkpoint, load_model, read_json
+from softmask.train.config import ConfigError
+from softmask.train.scoring import Reader, Sample, Scorer, Word
+
+MAP_KINDS = {"pointing": "gradcam", "attention": "attention"}  # key of metrics.json -> kind of map
+
+
+def retrieval(scorer: Scorer, samples: Iterable[Sample], *, rerank: int) -> dict:
+    """R@1/5/10 both ways by ITC and by ITM re-ranking, with the gallery's size and the chance level."""
+    gallery = scoring.build_gallery(scorer, samples)
+    ranking = scoring.rank_both_ways(scorer, gallery, rerank=rerank)
+    return {
+        "samples": len(gallery.captions),
+        "images": len(gallery.pictures),
+        "rerank": rerank,
+        "itc": {way: metrics.recall(rank.itc, rank.relevant) for way, rank in ranking.items()},
+        "itm": {way: metrics.recall(rank.itm, rank.relevant) for way, rank in ranking.items()},
+        "chance": {way: metrics.chance_recall(rank.relevant) for way, rank in ranking.items()},
+    }
+
+
+@dataclass
+class Tally:
+    """Counts of the pointing game. A random point's expected hits are the masks' shares of the picture."""
+
+    samples: int = 0
+    words: int = 0
+    truncated: int = 0  # phrases that the caption's truncation cut off
+    hidden: int = 0  # objects without a visible pixel: no point could hit them
+    random: float = 0.0
+    pointing: int = 0
+    attention: int = 0
+
+    def usable(self, words: list[Word]) -> list[Word]:
+        """The words that can be played, counting them and the others."""
+        kept = [word for word in words if word.tokens and word.mask.any()]
+        self.truncated += sum(not word.tokens for word in words)
+        self.hidden += sum(bool(word.tokens) and not word.mask.any() for word in words)
+        self.samples += bool(kept)
+        self.words += len(kept)
+        self.random += sum(word.mask.double().mean().item() for word in kept)
+        return kept
+
+    def result(self) -> dict:
+        shares = {key: getattr(self, key) / self.words for key in ("pointing", "random", "attention")}
+        counts = {key: getattr(self, key) for key in ("words", "samples", "truncated", "hidden")}
+        return shares | counts
+
+
+def count_hits(scorer: Scorer, samples: list[Sample], words: list[list[Word]], tally: Tally) -> None:
+    for key, kind in MAP_KINDS.items():
+        hits = 0
+        for maps, row in zip(scoring.word_maps(scorer, samples, words, kind=kind), words, strict=True):
+            for patches, word in zip(maps, row, strict=True):
+                plane = metrics.upsample_maps(patches[None], scorer.model.patch_grid, tuple(word.mask.shape))[0]
+                hits += metrics.pointing_hit(plane, word.mask)
+        setattr(tally, key, getattr(tally, key) + hits)
+
+
+def grounding(scorer: Scorer, samples: Iterable[Sample]) -> dict | None:
+    """The pointing game over all samples with objects; None where no phrase can be played."""
+    tally = Tally()
+    with_objects = (sample for sample in samples if sample.objects)
+    for batch in tqdm(scoring.batches(with_objects, scorer.batch_size), desc="grounding", disable=None, leave=False):
+        offsets = scorer.tokens([sample.caption for sample in batch]).offsets
+        words = [tally.usable(scoring.phrases(s, spans)) for s, spans in zip(batch, offsets, strict=True)]
+        played = [(sample, row) for sample, row in zip(batch, words, strict=True) if row]
+        if played:
+            count_hits(scorer, [sample for sample, _ in played], [row for _, row in played], tally)
+    return tally.result() if tally.words else None
+
+
+def evaluate(scorer: Scorer, reader: Reader, *, pairs: int, rerank: int) -> dict:
+    """The "retrieval" and "grounding" sections; the latter is absent where the data has no objects."""
+    result = {"retrieval": retrieval(scorer, islice(reader.all(), pairs or None), rerank=rerank)}
+    words = grounding(scorer, reader.all())
+    return result | ({"grounding": words} if words else {})
+
+
+def load_scorer(checkpoint: Path, *, batch_size: int) -> Scorer:
+    """The checkpoint's model on the GPU where there is one, else on the CPU."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer, config = load_model(checkpoint, device=device)
+    return Scorer(model, tokenizer, config, device=device, batch_size=batch_size)
+
+
+def training_facts(checkpoint: Path) -> dict:
+    """Seconds and steps of training behind a step_... folder, from its trainer.json."""
+    state = read_json(checkpoint / "trainer.json")
+    return {"seconds": state["seconds"], "steps": state["step"]}
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Either the whole text or the file as it was before."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def check_output(path: Path) -> None:
+    """Before the work, not after it: can the file be written at all?"""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"--output: no folder {str(path.parent)!r}")
+    if path.is_dir():
+        raise IsADirectoryError(f"--output: expected a file, got the folder {str(path)!r}")
+
+
+def name_skipped(reader: Reader) -> None:
+    for line in reader.skipped.values():
+        print(f"left out: {line}", file=sys.stderr)
+
+
+def summary(result: dict) -> str:
+    """The numbers in a few lines for the terminal."""
+    section = result["retrieval"]
+    lines = [f"retrieval among {section['images']} pictures and {section['samples']} captions, R@1 / R@5 / R@10:"]
+    for stage in ("itc", "itm", "chance"):
+        for way in ("i2t", "t2i"):
+            shares = " / ".join(f"{100 * value:5.1f}" for value in section[stage][way].values())
+            lines.append(f"  {stage:6s} {way}  {shares} %")
+    if "grounding" in result:
+        section = result["grounding"]
+        shares = ", ".join(f"{key} {100 * section[key]:.1f} %" for key in ("pointing", "attention", "random"))
+        lines.append(f"pointing game with {section['words']} phrases: {shares}")
+    return "\n".join(lines)
+
+
+def count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"expected 0 or more, got {number}")
+    return number
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {number}")
+    return number
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Retrieval and word grounding of a checkpoint on captioned shards.")
+    parser.add_argument("checkpoint", type=Path, help="a run's folder or one of its step_... folders")
+    parser.add_argument("--data", required=True, help="glob or brace pattern of shards, or a JSON list")
+    parser.add_argument("--output", type=Path, help="default: metrics.json in CHECKPOINT")
+    parser.add_argument("--pairs", type=count, default=256, help="size of the retrieval gallery; 0: all (default 256)")
+    parser.add_argument("--rerank", type=positive, default=16, help="candidates that ITM re-ranks (default 16)")
+    parser.add_argument("--batch-size", type=positive, default=64)
+    return parser.parse_args(argv)
+
+
+def run(options: argparse.Namespace) -> dict:
+    start = time.perf_counter()
+    output = options.output or options.checkpoint / "metrics.json"
+    checkpoint = find_checkpoint(options.checkpoint)
+    check_output(output)
+    scorer = load_scorer(checkpoint, batch_size=options.batch_size)
+    reader = Reader(open_source(options.data))
+    result = evaluate(scorer, reader, pairs=options.pairs, rerank=options.rerank)
+    name_skipped(reader)
+    result["training"] = training_facts(checkpoint)
+    seconds = round(time.perf_counter() - start, 1)
+    result["evaluation"] = {"seconds": seconds, "data": options.data, "checkpoint": str(checkpoint)}
+    write_atomically(output, json.dumps(result, indent=2) + "\n")
+    return result | {"output": str(output)}
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        result = run(parse(argv))
+    except (DataError, CheckpointError, ConfigError, OSError) as error:
+        print(f"evaluate: {error}", file=sys.stderr)
+        return 1
+    print(summary(result))
+    print(f"written: {result['output']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,331 @@
+"""The report as one HTML page: plain functions from what was measured to markup. No scripts, no outside resources."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from html import escape
+
+from softmask.train.report_pictures import heat_gradient
+from softmask.train.report_style import STYLE
+from softmask.train.report_svg import Series, line_chart
+
+
+@dataclass
+class Candidate:
+    """One answer to a retrieval query: a picture (`uri`) or a caption, and whether it is right."""
+
+    text: str
+    right: bool
+    uri: str = ""
+
+
+@dataclass
+class Query:
+    """A caption (`uri` empty) or a picture, with its best answers; `rank` counts wrong answers above the right one."""
+
+    text: str
+    candidates: list[Candidate]
+    rank: int
+    uri: str = ""
+
+
+@dataclass
+class WordView:
+    """A word of a scene: its map over the picture and the picture masked by it.
+
+    Attributes:
+        outline: path of the object's border in pixels; empty without a mask.
+        point: pixel (row, column) of the map's peak; None for a constant map.
+        hit: whether the peak lies in the mask; None without a mask.
+    """
+
+    text: str
+    span: tuple[int, int]
+    overlay: str
+    masked: str
+    outline: str
+    point: tuple[int, int] | None
+    hit: bool | None
+
+
+@dataclass
+class SceneView:
+    """A picture at its stored size (height, width), its caption and its words."""
+
+    name: str
+    caption: str
+    picture: str
+    size: tuple[int, int]
+    words: list[WordView]
+
+
+@dataclass
+class Page:
+    """All the report shows."""
+
+    run: str
+    lead: str
+    facts: list[tuple[str, str]]
+    curves: list[Series]  # the first is drawn large
+    metrics: dict  # metrics.json
+    captions: list[Query]
+    pictures: list[Query]
+    scenes: list[SceneView]
+    attribution: str
+
+
+def render(page: Page) -> str:
+    title = f"SoftMask++ · {escape(page.run)}"
+    sections = [
+        header(page),
+        facts_section(page.facts),
+        curves_section(page.curves),
+        metrics_section(page.metrics),
+        retrieval_section(page.captions, page.pictures),
+        scenes_section(page.scenes),
+        footer(page),
+    ]
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f"<title>{title}</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(sections)
+        + "\n</main>\n</body>\n</html>\n"
+    )
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def section(name: str, title: str, note: str, body: str) -> str:
+    return f'<section id="{name}">\n<h2>{title}</h2>\n<p class="note">{note}</p>\n{body}\n</section>'
+
+
+# -- head: title, headline numbers, facts ----------------------------------------------------------
+
+
+def header(page: Page) -> str:
+    best = page.metrics["retrieval"]["itm"]
+    among = f"R@1 among {page.metrics['retrieval']['images']}"
+    tiles = [
+        tile(percent(best["i2t"]["r1"]), "Picture → caption", among),
+        tile(percent(best["t2i"]["r1"]), "Caption → picture", among),
+    ]
+    if "grounding" in page.metrics:
+        ground = page.metrics["grounding"]
+        tiles.append(tile(percent(ground["pointing"]), "Pointing game", f"random point {percent(ground['random'])} %"))
+    training = page.metrics["training"]
+    tiles.append(tile(duration(training["seconds"]), "Training", f"{training['steps']:,} steps", unit=""))
+    return (
+        f'<header>\n<p class="kicker">Pre-training report</p>\n<h1>SoftMask++ <span>{escape(page.run)}</span></h1>\n'
+        f'<p class="lead">{escape(page.lead)}</p>\n<div class="tiles">{"".join(tiles)}</div>\n</header>'
+    )
+
+
+def tile(value: str, name: str, detail: str, *, unit: str = " %") -> str:
+    return (
+        f'<div class="tile"><p class="name">{escape(name)}</p>'
+        f'<p class="figure">{escape(value)}<span>{unit}</span></p><p class="detail">{escape(detail)}</p></div>'
+    )
+
+
+def duration(seconds: float) -> str:
+    """5 s, 14 min, 3.2 h: short enough for a headline."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def facts_section(facts: list[tuple[str, str]]) -> str:
+    rows = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts)
+    return f'<section id="facts">\n<h2>The run</h2>\n<dl class="facts">{rows}</dl>\n</section>'
+
+
+# -- curves ----------------------------------------------------------------------------------------
+
+
+def curves_section(curves: list[Series]) -> str:
+    if not curves:
+        return section("curves", "Training", "No step was logged.", "")
+    figures = [figure(curves[0], width=1060, height=300, kind="wide")]
+    small = "".join(figure(curve, width=340, height=210, kind="small") for curve in curves[1:])
+    note = "Every logged step (pale) and its Gaussian mean over the neighbouring steps; the number is where it ends."
+    return section("curves", "Training", note, figures[0] + f'<div class="charts">{small}</div>')
+
+
+def figure(series: Series, *, width: int, height: int, kind: str) -> str:
+    chart = line_chart(series, width=width, height=height)
+    return f'<figure class="{kind}"><figcaption>{escape(series.title)}</figcaption>{chart}</figure>'
+
+
+# -- metrics ---------------------------------------------------------------------------------------
+
+
+def metrics_section(metrics: dict) -> str:
+    retrieval = metrics["retrieval"]
+    note = (
+        f"A gallery of {retrieval['images']:,} pictures and {retrieval['samples']:,} captions. "
+        f"ITM re-ranks the {retrieval['rerank']} best of ITC. All numbers in percent."
+    )
+    body = retrieval_table(retrieval)
+    if "grounding" in metrics:
+        body += grounding_bars(metrics["grounding"])
+    return section("metrics", "Metrics", note, body)
+
+
+def retrieval_table(retrieval: dict) -> str:
+    stages = [("itc", "ITC"), ("itm", "ITC, re-ranked by ITM"), ("chance", "chance")]
+    ways = [("i2t", "Picture → caption"), ("t2i", "Caption → picture")]
+    groups = "".join(f'<th scope="colgroup" colspan="3">{name}</th>' for _, name in stages)
+    columns = "".join(f'<th scope="col"{edge(k)}>R@{k}</th>' for _ in stages for k in (1, 5, 10))
+    rows = []
+    for way, name in ways:
+        cells = "".join(
+            f'<td class="{stage}{" edge" if k == 1 else ""}">{percent(retrieval[stage][way][f"r{k}"])}</td>'
+            for stage, _ in stages
+            for k in (1, 5, 10)
+        )
+        rows.append(f'<tr><th scope="row">{name}</th>{cells}</tr>')
+    return (
+        f'<div class="scroll"><table>\n<thead><tr><th rowspan="2" scope="col">Retrieval</th>{groups}</tr>'
+        f"<tr>{columns}</tr></thead>\n<tbody>{''.join(rows)}</tbody></table></div>\n"
+    )
+
+
+def edge(k: int) -> str:
+    return ' class="edge"' if k == 1 else ""
+
+
+def grounding_bars(grounding: dict) -> str:
+    rows = [
+        ("Grad-CAM of the match score", grounding["pointing"], "strong"),
+        ("Cross-attention alone", grounding["attention"], ""),
+        ("A random point", grounding["random"], "faint"),
+    ]
+    bars = "".join(
+        f'<tr><th scope="row">{name}</th><td class="track"><div class="bar {kind}" style="width:{100 * share:.2f}%">'
+        f"</div></td><td>{percent(share)}</td></tr>"
+        for name, share, kind in rows
+    )
+    left_out = grounding["truncated"] + grounding["hidden"]
+    aside = f"; {left_out:,} more were cut off by the text length or have no visible pixel" if left_out else ""
+    return (
+        f'<table class="bars">\n<caption>Pointing game: the share of {grounding["words"]:,} phrases in '
+        f"{grounding['samples']:,} scenes whose map peaks inside the object{aside}.</caption>\n"
+        f"<tbody>{bars}</tbody></table>"
+    )
+
+
+# -- retrieval examples ----------------------------------------------------------------------------
+
+
+def retrieval_section(captions: list[Query], pictures: list[Query]) -> str:
+    rows = "".join(caption_query(query) for query in captions)
+    cards = "".join(picture_query(query) for query in pictures)
+    note = "The first five answers after re-ranking, best first, for queries spread evenly over the gallery. "
+    note += f"{mark(True)} marks the right one."
+    body = f'<h3>From a caption to pictures</h3>\n<div class="queries">{rows}</div>\n'
+    body += f'<h3>From a picture to captions</h3>\n<div class="cards">{cards}</div>'
+    return section("retrieval", "Retrieval", note, body)
+
+
+def mark(hit: bool) -> str:
+    return '<span class="mark hit">✓</span>' if hit else '<span class="mark miss">✗</span>'
+
+
+def standing(query: Query) -> str:
+    if query.rank == 0:
+        return '<span class="hit">right at once</span>'
+    return f'<span class="miss">right one at place {query.rank + 1}</span>'
+
+
+def caption_query(query: Query) -> str:
+    pictures = "".join(
+        f'<figure class="thumb{" right" if candidate.right else ""}">'
+        f'<img src="{candidate.uri}" alt="{escape(candidate.text)}" loading="lazy">'
+        f"{mark(True) if candidate.right else ''}</figure>"
+        for candidate in query.candidates
+    )
+    return (
+        f'<div class="query"><p class="quote">{escape(query.text)}<br><small>{standing(query)}</small></p>'
+        f'<div class="thumbs">{pictures}</div></div>'
+    )
+
+
+def picture_query(query: Query) -> str:
+    lines = "".join(
+        f"<li{' class=right' if candidate.right else ''}>{escape(candidate.text)}"
+        f"{' ' + mark(True) if candidate.right else ''}</li>"
+        for candidate in query.candidates
+    )
+    return (
+        f'<div class="card"><img src="{query.uri}" alt="{escape(query.text)}" loading="lazy">'
+        f"<div><ol>{lines}</ol><small>{standing(query)}</small></div></div>"
+    )
+
+
+# -- scenes ----------------------------------------------------------------------------------------
+
+
+def scenes_section(scenes: list[SceneView]) -> str:
+    note = (
+        "For each phrase of the caption: above, its Grad-CAM map, the ring on its peak and the object's true outline; "
+        "below, the picture softly masked by that map, as training sees it. The scenes are spread evenly over the "
+        "data, not chosen."
+    )
+    legend = (
+        f'<p class="legend"><span>0</span><i style="background:{heat_gradient()}"></i><span>1</span> map, scaled to '
+        f"its own range {mark(True)} peak inside the object {mark(False)} outside</p>\n"
+    )
+    return section("scenes", "Words and their regions", note, legend + "\n".join(map(scene, scenes)))
+
+
+def scene(view: SceneView) -> str:
+    words = "".join(word(item, view.size) for item in view.words)
+    return (
+        f'<article class="scene">\n<div class="whole"><img src="{view.picture}" alt="{escape(view.caption)}" '
+        f'width="{view.size[1]}" height="{view.size[0]}">'
+        f'<p class="quote">{marked_caption(view)}</p><p class="name">{escape(view.name)}</p></div>\n'
+        f'<div class="words">{words}</div>\n</article>'
+    )
+
+
+def marked_caption(view: SceneView) -> str:
+    """The caption with its phrases emphasized; overlapping ones are joined."""
+    parts, done = [], 0
+    for start, end in sorted(item.span for item in view.words):
+        if end > done:
+            start = max(start, done)
+            parts.append(f"{escape(view.caption[done:start])}<em>{escape(view.caption[start:end])}</em>")
+            done = end
+    return "".join(parts) + escape(view.caption[done:])
+
+
+def word(item: WordView, size: tuple[int, int]) -> str:
+    height, width = size
+    seen = {None: "", True: ", its peak inside the object", False: ", its peak outside the object"}[item.hit]
+    drawing = f'<path class="halo" d="{item.outline}"/><path class="line" d="{item.outline}"/>' if item.outline else ""
+    if item.point:
+        place = f'cx="{item.point[1] + 0.5}" cy="{item.point[0] + 0.5}" r="{0.026 * max(size):.1f}"'
+        drawing += f'<circle class="halo" {place}/><circle class="ring" {place}/>'
+    name = escape(item.text)
+    verdict = "" if item.hit is None else mark(item.hit)
+    return (
+        f'<div class="word"><p class="label"><span>{name}</span>{verdict}</p>'
+        f'<div class="layers"><img src="{item.overlay}" alt="Map of “{name}”{seen}">'
+        f'<svg viewBox="0 0 {width} {height}" aria-hidden="true">{drawing}</svg></div>'
+        f'<img src="{item.masked}" alt="The picture with “{name}” softly masked"></div>'
+    )
+
+
+# -- footer ----------------------------------------------------------------------------------------
+
+
+def footer(page: Page) -> str:
+    evaluation = page.metrics["evaluation"]
+    lines = f"<p>Evaluated on {escape(evaluation['data'])} in {duration(evaluation['seconds'])}.</p>"
+    if page.attribution:
+        lines += f'<div class="attribution">{escape(page.attribution.strip())}</div>'
+    return f"<footer>\n{lines}\n</footer>"

@@ -1,0 +1,69 @@
+"""Pictures of the report: heat over a picture, the soft-masked picture, and images as data URIs."""
+
+from __future__ import annotations
+
+import base64
+import io
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from softmask import ops
+
+# From a deep violet over red and orange to a pale yellow, lightness rising evenly: readable in grey print too.
+HEAT = np.array(
+    [[58, 18, 96], [110, 28, 104], [165, 44, 88], [207, 68, 70], [237, 105, 37], [251, 155, 6], [250, 208, 72]],
+    dtype=np.float64,
+)
+PALEST = 0.62  # share of white under the heat where the map is 0
+OPACITY = 0.88  # of the heat where the map is 1
+
+
+def heat_colours(values: np.ndarray) -> np.ndarray:
+    """Colours of map values in [0, 1], linear between the anchors. [...] -> [..., 3] in 0..255"""
+    place = np.clip(values, 0, 1) * (len(HEAT) - 1)
+    low = np.minimum(place.astype(np.int64), len(HEAT) - 2)
+    part = (place - low)[..., None]
+    return HEAT[low] * (1 - part) + HEAT[low + 1] * part
+
+
+def heat_gradient() -> str:
+    """The colours as a CSS gradient, for the legend."""
+    stops = ", ".join("rgb({:.0f} {:.0f} {:.0f})".format(*colour) for colour in HEAT)
+    return f"linear-gradient(90deg, {stops})"
+
+
+def heat_overlay(picture: Image.Image, plane: Tensor) -> Image.Image:
+    """A map [h, w] in [0, 1] over the picture in pale grey; the stronger, the more opaque."""
+    grey = np.asarray(picture.convert("L"), dtype=np.float64)[..., None]
+    base = 255 * PALEST + grey * (1 - PALEST)
+    values = plane.clamp(0, 1).numpy().astype(np.float64)
+    opacity = OPACITY * np.sqrt(values)[..., None]
+    mixed = base * (1 - opacity) + heat_colours(values) * opacity
+    return Image.fromarray(mixed.round().astype(np.uint8))
+
+
+def soft_masked(picture: Image.Image, plane: Tensor, *, mean: tuple[float, ...], strength: float) -> Image.Image:
+    """`ops.soft_mask` on pixels: what the map marks fades to the mean colour, the zero of the network's input."""
+    pixels = torch.from_numpy(np.array(picture)).double() / 255 - torch.tensor(mean, dtype=torch.float64)
+    flat = pixels.reshape(1, -1, 3)
+    masked = ops.soft_mask(flat, plane.double().reshape(1, -1), strength=strength, normalize=None, num_prefix_tokens=0)
+    faded = masked.reshape(pixels.shape) + torch.tensor(mean, dtype=torch.float64)
+    return Image.fromarray((255 * faded).round().clamp(0, 255).to(torch.uint8).numpy())
+
+
+def limited(picture: Image.Image, longest: int) -> Image.Image:
+    """The picture, made smaller where a side is longer than `longest` pixels."""
+    scale = longest / max(picture.size)
+    if scale >= 1:
+        return picture
+    return picture.resize([max(1, round(side * scale)) for side in picture.size], Image.Resampling.LANCZOS)
+
+
+def data_uri(picture: Image.Image, *, quality: int = 90) -> str:
+    """The picture inside its own address: WebP, which every browser since 2020 shows."""
+    stream = io.BytesIO()
+    picture.save(stream, "WEBP", quality=quality, method=4)
+    return "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode("ascii")

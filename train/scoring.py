@@ -1,0 +1,276 @@
+"""A trained model's scores and maps on captioned pictures: what evaluate.py counts and report.py shows.
+
+Reading never stops at a broken sample: it is left out and named. Everything runs under `torch.no_grad()`, in batches,
+and keeps the order of the source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from softmask.data import DataError, SampleError, decode_image, eval_transform, rle
+from softmask.train import metrics
+from softmask.train.config import Config
+
+
+class Model(Protocol):
+    """What is asked of a model here; `softmask.models.SoftMaskPP` has it."""
+
+    patch_grid: tuple[int, int]
+
+    def encode_image(self, images: Tensor) -> tuple[Tensor, Tensor]: ...
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]: ...
+    def match(
+        self, image_tokens: Tensor, text_tokens: Tensor, attention_mask: Tensor, *, kv_index: Tensor
+    ) -> Tensor: ...
+    def word_maps(
+        self,
+        images: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        word_index: Tensor,
+        *,
+        kind: str,
+        normalize: str | None,
+    ) -> Tensor: ...
+
+
+@dataclass
+class Scorer:
+    """A model with all it needs to look at pictures and captions.
+
+    Attributes:
+        model: in evaluation mode, on `device`.
+        tokenizer: captions -> TokenBatch.
+        config: the run's; its `data:` section holds image size, normalization and max_length.
+        batch_size: pictures, captions or pairs at a time.
+    """
+
+    model: Model
+    tokenizer: Any
+    config: Config
+    device: torch.device = torch.device("cpu")
+    batch_size: int = 64
+
+    def tokens(self, captions: Sequence[str]):
+        return self.tokenizer(captions, max_length=self.config.data.max_length)
+
+
+@dataclass
+class Sample:
+    """One caption and its picture (RGB, at the stored size); `index` is its number in the source."""
+
+    index: int
+    name: str
+    picture: Image.Image
+    caption: str
+    image_id: int
+    objects: list[dict] | None
+
+
+@dataclass
+class Reader:
+    """Samples of a source in order; `skipped` collects one line for each that cannot be read."""
+
+    source: Any
+    skipped: dict[int, str] = field(default_factory=dict)
+
+    def read(self, indices: Iterable[int]) -> Iterator[Sample]:
+        for index in indices:
+            if index in self.skipped:
+                continue
+            try:
+                record = self.source.read(index, extra=True)
+                picture = decode_image(record.image_bytes)
+            except SampleError as error:
+                self.skipped[index] = str(error)
+                continue
+            except ValueError as error:
+                self.skipped[index] = f"{record.name}: {error}"
+                continue
+            objects = (record.extra or {}).get("objects")
+            yield Sample(index, record.name, picture, record.caption, record.image_id, objects)
+
+    def all(self) -> Iterator[Sample]:
+        return self.read(range(len(self.source)))
+
+
+def batches(items: Iterable, size: int) -> Iterator[list]:
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+def pixels(scorer: Scorer, samples: Sequence[Sample]) -> Tensor:
+    """Normalized square pictures [B, 3, S, S] on the scorer's device."""
+    transform = eval_transform(scorer.config.data)
+    return torch.stack([transform(sample.picture) for sample in samples]).to(scorer.device)
+
+
+# -- retrieval -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Gallery:
+    """Encoded pictures (each once) and captions; `image_ids` and `caption_ids` say which belong together."""
+
+    captions: list[str]
+    pictures: list[int]  # for each picture the number of its first sample in the source
+    image_ids: Tensor  # [I] int64
+    caption_ids: Tensor  # [C] int64
+    image_tokens: Tensor  # [I, P, D]
+    image_features: Tensor  # [I, d]
+    text_tokens: Tensor  # [C, T, D]
+    text_features: Tensor  # [C, d]
+    attention_mask: Tensor  # [C, T] bool
+
+    @property
+    def relevant(self) -> Tensor:
+        """Right pairs [I, C] bool."""
+        return metrics.right_answers(self.image_ids, self.caption_ids)
+
+    @property
+    def similarity(self) -> Tensor:
+        """Cosine similarities [I, C] fp32, on the CPU."""
+        return (self.image_features @ self.text_features.T).float().cpu()
+
+
+@torch.no_grad()
+def build_gallery(scorer: Scorer, samples: Iterable[Sample]) -> Gallery:
+    """Encodes every picture once (equal image_id: the same picture) and every caption; keeps no pixels."""
+    captions, caption_ids, pictures, images = [], [], {}, []
+    for batch in tqdm(batches(samples, scorer.batch_size), desc="encoding", disable=None, leave=False):
+        captions += [sample.caption for sample in batch]
+        caption_ids += [sample.image_id for sample in batch]
+        new = []
+        for sample in batch:
+            if pictures.setdefault(sample.image_id, sample.index) == sample.index:
+                new.append(sample)
+        if new:
+            images.append(scorer.model.encode_image(pixels(scorer, new)))
+    if not captions:
+        raise DataError("no readable sample for the retrieval gallery")
+    tokens = scorer.tokens(captions)
+    ids = tokens.input_ids.to(scorer.device).split(scorer.batch_size)
+    masks = tokens.attention_mask.to(scorer.device).split(scorer.batch_size)
+    texts = [scorer.model.encode_text(i, m) for i, m in zip(ids, masks, strict=True)]
+    return Gallery(
+        captions=captions,
+        pictures=list(pictures.values()),
+        image_ids=torch.tensor(list(pictures)),
+        caption_ids=torch.tensor(caption_ids),
+        image_tokens=torch.cat([tokens for tokens, _ in images]),
+        image_features=torch.cat([feature for _, feature in images]),
+        text_tokens=torch.cat([tokens for tokens, _ in texts]),
+        text_features=torch.cat([feature for _, feature in texts]),
+        attention_mask=torch.cat(masks),
+    )
+
+
+@torch.no_grad()
+def match_scores(scorer: Scorer, gallery: Gallery, wanted: Tensor) -> Tensor:
+    """ITM logit of "match" minus that of "no match" for the wanted pairs [I, C] bool; NaN elsewhere. -> [I, C] fp32"""
+    scores = torch.full(wanted.shape, torch.nan)
+    chunks = wanted.nonzero().split(scorer.batch_size)
+    for pairs in tqdm(chunks, desc="matching", disable=None, leave=False):
+        images, kv_index = pairs[:, 0].unique(return_inverse=True)
+        images, texts = images.to(scorer.device), pairs[:, 1].to(scorer.device)
+        logits = scorer.model.match(
+            gallery.image_tokens[images],
+            gallery.text_tokens[texts],
+            gallery.attention_mask[texts],
+            kv_index=kv_index.to(scorer.device),
+        )
+        scores[pairs[:, 0], pairs[:, 1]] = (logits[:, 1] - logits[:, 0]).float().cpu()
+    return scores
+
+
+@dataclass
+class Ranking:
+    """First-stage (ITC) and re-ranked (ITM) scores; rows are queries."""
+
+    itc: Tensor
+    itm: Tensor
+    relevant: Tensor
+
+
+def rank_both_ways(scorer: Scorer, gallery: Gallery, *, rerank: int) -> dict[str, Ranking]:
+    """i2t [I, C] and t2i [C, I]: the `rerank` best of every row by ITC, re-ranked by ITM. Each pair is fused once."""
+    similarity, relevant = gallery.similarity, gallery.relevant
+    by_image = metrics.top_candidates(similarity, rerank)
+    by_text = metrics.top_candidates(similarity.T, rerank)
+    match = match_scores(scorer, gallery, by_image | by_text.T)
+    return {
+        "i2t": Ranking(similarity, metrics.rerank(similarity, by_image, match), relevant),
+        "t2i": Ranking(similarity.T, metrics.rerank(similarity.T, by_text, match.T), relevant.T),
+    }
+
+
+# -- grounding -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Word:
+    """A word or phrase of a caption, its tokens and, where the json holds one, its object's mask [h, w] bool."""
+
+    text: str
+    span: tuple[int, int]
+    tokens: list[int]
+    mask: Tensor | None = None
+
+
+def phrases(sample: Sample, offsets: Tensor) -> list[Word]:
+    """The sample's object phrases; `tokens` is empty for those that the caption's truncation cut off.
+
+    Raises:
+        DataError: an entry does not follow the documented format; names the sample, the entry and what is wrong.
+    """
+    words, (width, height) = [], sample.picture.size
+    for number, entry in enumerate(sample.objects or []):
+        where = f"{sample.name}: objects[{number}]"
+        try:
+            text, (start, end) = entry["phrase"], entry["span"]
+            mask = torch.as_tensor(rle.decode(entry["mask"])).bool()
+        except (KeyError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise DataError(
+                f"{where}: expected phrase, span [start, end] and mask {{size, counts}}: {reason}"
+            ) from error
+        if sample.caption[start:end] != text:
+            found = sample.caption[start:end]
+            raise DataError(f"{where}: span [{start}, {end}] of the caption is {found!r}, expected the phrase {text!r}")
+        if mask.shape != (height, width):
+            raise DataError(f"{where}: mask size {list(mask.shape)}, expected the picture's {[height, width]}")
+        words.append(Word(text, (start, end), metrics.tokens_of_span(offsets, (start, end)), mask))
+    return words
+
+
+@torch.no_grad()
+def word_maps(
+    scorer: Scorer,
+    samples: Sequence[Sample],
+    words: Sequence[Sequence[Word]],
+    *,
+    kind: str = "gradcam",
+    normalize: str | None = None,
+) -> list[Tensor]:
+    """Maps of each sample's words over the patches. -> for each sample [W, gh * gw] fp32, on the CPU"""
+    tokens = scorer.tokens([sample.caption for sample in samples])
+    index = metrics.stack_words([[word.tokens for word in row] for row in words])
+    maps = scorer.model.word_maps(
+        pixels(scorer, samples),
+        tokens.input_ids.to(scorer.device),
+        tokens.attention_mask.to(scorer.device),
+        index.to(scorer.device),
+        kind=kind,
+        normalize=normalize,
+    )
+    return [plane[: len(row)].float().cpu() for plane, row in zip(maps, words, strict=True)]
