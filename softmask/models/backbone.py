@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .bert import FusionEncoder, MLMHead, TextEncoder, initialize
+from .bert import FusionEncoder, MLMHead, TextEncoder, at_least_fp32, initialize
 from .bert_weights import load_bert
 from .config import SoftMaskPPConfig
 from .vision import VisionEncoder
@@ -39,11 +39,11 @@ class Backbone(nn.Module):
 
     def encode_image(self, images: Tensor) -> Encoded:
         tokens = self.vision(images)
-        return Encoded(tokens, F.normalize(self.image_projection(tokens[:, 0]).float(), dim=-1))
+        return Encoded(tokens, F.normalize(at_least_fp32(self.image_projection(tokens[:, 0])), dim=-1))
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
         tokens = self.text(input_ids, attention_mask)
-        return Encoded(tokens, F.normalize(self.text_projection(tokens[:, 0]).float(), dim=-1))
+        return Encoded(tokens, F.normalize(at_least_fp32(self.text_projection(tokens[:, 0])), dim=-1))
 
     def predict_tokens(self, states: Tensor) -> Tensor:
         """Fused states of any leading shape [..., D] -> logits [..., vocabulary]."""

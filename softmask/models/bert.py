@@ -28,6 +28,11 @@ def merge_heads(states: Tensor) -> Tensor:
     return states.transpose(1, 2).flatten(2)
 
 
+def at_least_fp32(values: Tensor) -> Tensor:
+    """Half precision (autocast's outputs) to fp32; fp32 and fp64 as they are."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+
+
 @dataclass
 class ImageKeys:
     """One fusion layer's keys and values of all images, [B, H, P, E], projected without bias."""

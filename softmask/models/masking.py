@@ -70,5 +70,5 @@ def sample_negatives(similarity: Tensor, ids: Tensor) -> Tensor:
     own = torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
     same = ids[:, None] == ids[None, :]
     same = torch.where(same.all(dim=1, keepdim=True), own, same)
-    weights = similarity.float().masked_fill(same, -torch.inf).softmax(dim=1)
+    weights = similarity.masked_fill(same, -torch.inf).softmax(dim=1)
     return torch.multinomial(weights, 1).squeeze(1)

@@ -17,7 +17,7 @@ from softmask import ops
 from softmask.data import Batch
 
 from .backbone import Backbone, Encoded, momentum_twin, update_twin
-from .bert import CrossRecord, ImageKeys, PairIndex, initialize
+from .bert import CrossRecord, ImageKeys, PairIndex, at_least_fp32, initialize
 from .config import SoftMaskPPConfig, SpecialIds
 from .masking import IGNORE, MaskedText, mask_tokens, pick_words, sample_negatives, word_positions
 
@@ -120,7 +120,7 @@ class SoftMaskPP(nn.Module):
     def enqueue(self, output: SoftMaskPPOutput) -> None:
         """Put the batch's teacher features (of all ranks) into the queue, after its loss was found finite."""
         self.contrast.group = self._group()
-        self.contrast.enqueue(output.image_teacher, output.text_teacher, output.image_id)
+        self.contrast.enqueue(output.image_teacher, output.text_teacher, ids=output.image_id)
 
     def _group(self) -> dist.ProcessGroup | None:
         distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
@@ -204,7 +204,7 @@ class SoftMaskPP(nn.Module):
         record, image = fused.record, keys[layer]
         options = {}
         if gradient:
-            score = fused.logits[:, 1].float().sum()
+            score = at_least_fp32(fused.logits[:, 1]).sum()
             (grad_output,) = torch.autograd.grad(score, record.output, retain_graph=True)
             bias = self.backbone.fusion.layers[layer].cross_attention.value_bias
             options = {"value": image.value.detach(), "grad_output": grad_output, "value_bias": bias.detach()}
@@ -276,7 +276,7 @@ class SoftMaskPP(nn.Module):
     ) -> Tensor:
         """(1 - alpha) * cross-entropy + alpha * soft cross-entropy with the twin, mean over the masked positions."""
         chosen = masked.labels != IGNORE
-        logits = self.backbone.predict_tokens(states[chosen]).float()  # [M, vocabulary]
+        logits = at_least_fp32(self.backbone.predict_tokens(states[chosen]))  # [M, vocabulary]
         log_p = logits.log_softmax(dim=-1)
         loss = F.nll_loss(log_p, masked.labels[chosen], reduction="sum")
         if alpha > 0:
@@ -286,7 +286,7 @@ class SoftMaskPP(nn.Module):
                     teacher_states = self._fuse_masked(self.twin, masked, attention_mask, keys)
                 else:
                     teacher_states = self.twin.fusion(teacher_tokens, attention_mask, keys)[0]
-                target = self.twin.predict_tokens(teacher_states[chosen]).float().softmax(dim=-1)
+                target = at_least_fp32(self.twin.predict_tokens(teacher_states[chosen])).softmax(dim=-1)
             loss = (1.0 - alpha) * loss - alpha * (target * log_p).sum()
         return loss / max(len(logits), 1)
 
@@ -337,7 +337,7 @@ class SoftMaskPP(nn.Module):
 
 def _match_loss(*, match: list[Tensor], mismatch: list[Tensor]) -> Tensor:
     """Cross-entropy of matching logits [N, 2], class 1 for `match`, 0 for `mismatch`, mean over all of them."""
-    logits = torch.cat(match + mismatch).float()
+    logits = at_least_fp32(torch.cat(match + mismatch))
     labels = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
     labels[: sum(len(part) for part in match)] = 1
     return F.cross_entropy(logits, labels)

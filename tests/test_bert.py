@@ -1,0 +1,99 @@
+"""BERT weights and image weights from files: equal outputs to the libraries they come from."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from model_fixtures import small_config
+
+from softmask.models.backbone import Backbone
+from softmask.models.bert_weights import convert, read_state
+from softmask.models.config import VisionConfig
+from softmask.models.vision import VisionEncoder
+
+transformers = pytest.importorskip("transformers")
+
+
+@pytest.fixture
+def hugging_face(tmp_path):
+    """A BertForMaskedLM of the small configuration's size, saved as a user would have it."""
+    torch.manual_seed(0)
+    text = small_config().text
+    config = transformers.BertConfig(
+        vocab_size=text.vocab_size,
+        hidden_size=text.width,
+        num_attention_heads=text.heads,
+        num_hidden_layers=text.text_layers + text.fusion_layers,
+        intermediate_size=text.intermediate_size,
+        max_position_embeddings=text.max_positions,
+    )
+    model = transformers.BertForMaskedLM(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(tmp_path / "bert")
+    return model, tmp_path / "bert"
+
+
+def _inputs():
+    input_ids = torch.randint(4, 60, (3, 9), generator=torch.Generator().manual_seed(1))
+    attention_mask = torch.arange(9) < torch.tensor([[9], [5], [7]])
+    return input_ids, attention_mask
+
+
+def test_text_and_fusion_layers_give_berts_outputs(hugging_face):
+    theirs, folder = hugging_face
+    config = small_config(text={"checkpoint": str(folder)})
+    ours = Backbone(config).eval()
+    input_ids, mask = _inputs()
+    with torch.no_grad():
+        expected = theirs.bert(input_ids, attention_mask=mask.long(), output_hidden_states=True)
+        tokens = ours.text(input_ids, mask)
+        states, _ = ours.fusion(tokens, mask, None)
+        logits = ours.predict_tokens(states)
+        expected_logits = theirs(input_ids, attention_mask=mask.long()).logits
+    middle = expected.hidden_states[config.text.text_layers]
+    torch.testing.assert_close(tokens[mask], middle[mask], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(states[mask], expected.last_hidden_state[mask], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits[mask], expected_logits[mask], rtol=1e-4, atol=1e-3)
+
+
+def test_old_names_and_binary_files_are_understood(hugging_face):
+    _, folder = hugging_face
+    state = read_state(folder)
+    old = {n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): t for n, t in state.items()}
+    (folder / "model.safetensors").unlink()
+    torch.save(old, folder / "pytorch_model.bin")
+    sizes = {"text_layers": 1, "fusion_layers": 3}
+    again = convert(read_state(folder), **sizes)
+    for name, tensor in convert(state, **sizes).items():
+        assert torch.equal(again[name], tensor), name
+
+
+def test_a_checkpoint_that_does_not_fit_says_what_differs(hugging_face, tmp_path):
+    _, folder = hugging_face
+    with pytest.raises(ValueError, match=r"at least 5 layers.*encoder\.layer\.4"):
+        Backbone(small_config(text={"checkpoint": str(folder), "text_layers": 2}))
+    with pytest.raises(ValueError, match=r"text\.embeddings\.word\.weight of shape \(61, 32\), got \(60, 32\)"):
+        Backbone(small_config(text={"checkpoint": str(folder), "vocab_size": 61}))
+    with pytest.raises(FileNotFoundError, match="model.safetensors or pytorch_model.bin"):
+        Backbone(small_config(text={"checkpoint": str(tmp_path / "nowhere")}))
+
+
+def test_timm_vit_loads_a_file_and_resizes_its_positions(tmp_path):
+    torch.manual_seed(0)
+    theirs = timm.create_model("vit_tiny_patch16_224", num_classes=10).eval()
+    torch.save(theirs.state_dict(), tmp_path / "vit.pth")
+    options = {"name": "vit_tiny_patch16_224", "checkpoint": str(tmp_path / "vit.pth")}
+    same = VisionEncoder(VisionConfig(image_size=224, **options)).eval()
+    images = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(same(images), theirs.forward_features(images))
+    larger = VisionEncoder(VisionConfig(image_size=256, **options)).eval()
+    assert larger.patch_grid == (16, 16) and larger.num_prefix_tokens == 1
+    assert larger(torch.randn(1, 3, 256, 256)).shape == (1, 257, 192)
+
+
+def test_a_timm_model_without_a_class_token_is_refused():
+    with pytest.raises(ValueError, match="class token"):
+        VisionEncoder(VisionConfig(name="vit_base_patch16_siglip_224", image_size=224))
