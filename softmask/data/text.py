@@ -134,8 +134,9 @@ def train_wordpiece(captions: Iterable[str], path: str | os.PathLike, *, vocab_s
     """
     normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
     counts: Counter[str] = Counter()
-    for caption in captions:
-        counts.update(word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(caption)))
+    for chunk, n in Counter(chunk for caption in captions for chunk in caption.split()).items():
+        for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(chunk)):
+            counts[word] += n
     if not counts:
         raise ValueError("captions: no words to train a WordPiece on")
     if vocab_size < len(SPECIAL_TOKENS) + 2:
