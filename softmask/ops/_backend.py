@@ -16,7 +16,7 @@ from softmask.ops import _checks, _library
 
 BACKENDS = ("auto", "reference", "cpp", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "SOFTMASK_BACKEND"
-_AUTO = {"cpu": ("cpp",), "cuda": ("triton", "cuda")}  # tried in this order, before the reference
+_KERNELS = {"cpu": ("cpp",), "cuda": ("triton", "cuda")}
 
 
 class BackendError(RuntimeError):
@@ -65,10 +65,12 @@ def resolve(op: str, tensor: Tensor) -> str:
 
 def choose(op: str, device: str) -> str:
     """What "auto" takes."""
-    for name in _AUTO.get(device, ()):
-        if why_not(op, name, device) is None:
-            return name
-    return "reference"
+    return next(name for name in preferred(device) if why_not(op, name, device) is None)
+
+
+def preferred(device: str) -> tuple[str, ...]:
+    """The order in which "auto" tries backends; the last one runs everywhere."""
+    return (*_KERNELS.get(device, ()), "reference")
 
 
 def why_not(op: str, name: str, device: str) -> str | None:
@@ -80,13 +82,13 @@ def why_not(op: str, name: str, device: str) -> str | None:
     if name == "triton":
         from softmask import kernels
 
-        return None if op in kernels.OPS else "there is no Triton kernel for it"
-    return "there is no CUDA C++ kernel for it"
+        return None if op in kernels.OPS else "no Triton kernel for it"
+    return "no CUDA C++ kernel for it"
 
 
 def _why_not_cpp(op: str, device: str) -> str | None:
     if op not in _library.OPS:
-        return "there is no C++ kernel for it"
+        return "no C++ kernel for it"
     if device != "cpu":
         return f"C++ kernels take CPU tensors, the inputs are on {device}"
     return _library.MISSING

@@ -1,0 +1,94 @@
+"""``python -m softmask.env``: what is installed, and which backend each op would take, and why."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+
+import torch
+
+import softmask
+from softmask import ops
+from softmask.ops import _backend, _library
+
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "triton",
+    "deepspeed",
+    "timm",
+    "transformers",
+    "tokenizers",
+    "webdataset",
+    "numpy",
+    "pillow",
+)
+DEVICES = ("cpu", "cuda")
+
+
+def op_names() -> list[str]:
+    return [name for name in ops.__all__ if name.islower()]
+
+
+def report() -> str:
+    lines = [f"softmask {softmask.__version__}", f"python {platform.python_version()} ({sys.executable})"]
+    lines += [f"{name} {_version(name)}" for name in PACKAGES]
+    lines += ["", *_machine(), "", *_table()]
+    return "\n".join(lines)
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _machine() -> Iterator[str]:
+    yield f"platform: {platform.platform()}"
+    yield f"CPU: {_cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            device = torch.cuda.get_device_properties(index)
+            memory = device.total_memory / 2**30
+            yield f"CUDA device {index}: {device.name}, sm_{device.major}{device.minor}, {memory:.0f} GiB"
+    else:
+        yield f"CUDA: no device (torch is built for CUDA {torch.version.cuda or 'not at all'})"
+    yield f"C++ extension: {_library.MISSING or 'loaded'}"
+    chosen = os.environ.get(_backend.ENVIRONMENT_VARIABLE)
+    yield f"{_backend.ENVIRONMENT_VARIABLE}: {chosen or 'not set (auto)'}"
+
+
+def _cpu_name() -> str:
+    if sys.platform.startswith("linux"):
+        with open("/proc/cpuinfo", encoding="utf-8") as info:
+            for line in info:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _table() -> Iterator[str]:
+    yield 'What "auto" takes, and why not another:'
+    yield "{:<28}{:<8}{:<12}{}".format("op", "on", "backend", "why")
+    for op in op_names():
+        for device in DEVICES:
+            backend = _backend.choose(op, device)
+            yield f"{op:<28}{device:<8}{backend:<12}{why(op, device, backend)}"
+
+
+def why(op: str, device: str, backend: str) -> str:
+    """Why "auto" takes this backend: it runs here, or every one preferred to it cannot."""
+    reasons = []
+    for name in _backend.preferred(device):
+        if name == backend:
+            break
+        reasons.append(f"{name}: {_backend.why_not(op, name, device)}")
+    return "; ".join(reasons) or "the first choice on this device"
+
+
+if __name__ == "__main__":
+    print(report())
