@@ -73,7 +73,7 @@ def cpp_extension(sources: list[str]):
         name="softmask._C",
         sources=sources,
         include_dirs=[str(ROOT / "csrc")],
-        extra_compile_args=["-O3", "-fopenmp"],
+        extra_compile_args=["-O3", "-g0", "-fopenmp"],
         extra_link_args=["-fopenmp"],
         py_limited_api=True,
     )
