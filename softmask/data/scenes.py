@@ -99,7 +99,11 @@ class Scene:
 
 @dataclass(frozen=True)
 class Options:
-    """Everything the files depend on."""
+    """Everything the files depend on: scenes per split, sides in pixels (``size`` is that of train and val), seed.
+
+    Raises:
+        ValueError: a count is negative, or a side is less than 16.
+    """
 
     train: int = 40000
     val: int = 512
@@ -107,6 +111,11 @@ class Options:
     size: int = 64
     test_size: int = 256
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("train", 0), ("val", 0), ("test", 0), ("size", 16), ("test_size", 16)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -346,7 +355,7 @@ def write_scenes(out: Path, options: Options, *, processes: int) -> bool:
         for number, start in enumerate(range(0, total, SHARD_SAMPLES)):
             path = partial / f"{split}-{number:06d}.tar"
             jobs.append((str(path), split, start, min(start + SHARD_SAMPLES, total), size, options.seed))
-    with multiprocessing.Pool(processes) as pool:
+    with multiprocessing.Pool(max(1, min(processes, len(jobs)))) as pool:
         # Largest first, so that no process ends with a long job while the others idle.
         for _ in pool.imap_unordered(_write_shard, sorted(jobs, key=lambda job: (job[2] - job[3]) * job[4])):
             pass
@@ -383,7 +392,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out, processes, begin = parsed.pop("out").absolute(), parsed.pop("processes"), time.perf_counter()
     try:
         written = write_scenes(out, Options(**parsed), processes=processes)
-    except FileExistsError as error:
+    except (FileExistsError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
     print(f"wrote {out} in {time.perf_counter() - begin:.0f} s" if written else f"{out} is up to date")
