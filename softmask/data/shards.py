@@ -7,6 +7,7 @@ The headers of a shard are read once; the positions are kept in a cache file nam
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
@@ -116,16 +117,16 @@ def _split_name(name: bytes) -> tuple[bytes, bytes]:
 def scan_shard(path: str) -> tuple[np.ndarray, list[str]]:
     """Index of one shard: its samples [n] (dtype SAMPLE) and, for everything wrong with it, a line without its name."""
     rows: list[tuple[int, ...]] = []
-    problems: list[str] = []
-    incomplete: list[bytes] = []
+    uncaptioned: list[bytes] = []
     key, parts = None, {}
 
     def close_sample() -> None:
         if "image" in parts and ("txt" in parts or "json" in parts):
             rows.append(tuple(n for part in ("image", "txt", "json") for n in parts.get(part, (0, 0))))
         elif "image" in parts:
-            incomplete.append(key)
+            uncaptioned.append(key)
 
+    broken = None
     with open(path, "rb") as file:
         try:
             for name, start, size in tar_members(file):
@@ -136,12 +137,13 @@ def scan_shard(path: str) -> tuple[np.ndarray, list[str]]:
                 if extension in PARTS:
                     parts.setdefault(PARTS[extension], (start // BLOCK, size))
         except BrokenTarError as error:
-            problems.append(f"{error}: the {len(rows)} complete samples before are used")
-            parts = {}  # the sample that was being read lacks members
+            broken = str(error)
+    if broken is None or len(parts) > 1:  # a picture whose caption is beyond the break is no mistake of its own
         close_sample()
-    if incomplete:
-        first = incomplete[0].decode("utf-8", "replace")
-        problems.append(f"has {len(incomplete)} pictures without .txt or .json, left out; the first is {first!r}")
+    problems = [f"{broken}: the {len(rows)} samples before are used"] if broken else []
+    if uncaptioned:
+        first = uncaptioned[0].decode("utf-8", "replace")
+        problems.append(f"has {len(uncaptioned)} pictures without .txt or .json, left out; the first is {first!r}")
     return np.array(rows, SAMPLE), problems
 
 
@@ -159,7 +161,7 @@ def _load_cache(file: Path) -> tuple[np.ndarray, list[str]] | None:
     """A cache file is the SHA-256 of what follows it, then an .npz."""
     try:
         stored = file.read_bytes()
-    except FileNotFoundError:
+    except OSError:  # most often there is none yet; where the folder is out of reach, `_store_cache` says so
         return None
     digest, content = stored[:32], stored[32:]
     if hashlib.sha256(content).digest() != digest:
@@ -178,7 +180,12 @@ def _store_cache(file: Path, samples: np.ndarray, problems: list[str]) -> None:
             temporary.write(hashlib.sha256(content.getvalue()).digest() + content.getvalue())
         os.replace(temporary.name, file)  # atomic: ranks index the same shards at the same time
     except OSError as error:
-        logger.warning("the shard index cannot be kept in %s (%s)", file.parent, error.strerror)
+        _warn_once(f"the shard index cannot be kept in {file.parent} ({error.strerror})")
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning("%s", message)
 
 
 def index_shard(path: str) -> tuple[np.ndarray, list[str]]:
