@@ -46,9 +46,9 @@ grapes:some melon watermelon lemon lime banana pineapple mango:mangoes red_apple
 blueberries:some kiwi_fruit=kiwi tomato:tomatoes coconut avocado eggplant potato:potatoes carrot ear_of_corn
 hot_pepper=chili_pepper bell_pepper cucumber leafy_green=lettuce:some broccoli:some garlic:some onion peanuts:some
 beans:some ginger_root root_vegetable=radish:radishes bread=loaf_of_bread:loaves_of_bread croissant
-baguette_bread=baguette pretzel pancakes:some cheese_wedge=piece_of_cheese meat_on_bone poultry_leg=chicken_leg
-bacon:some hamburger french_fries:some pizza hot_dog sandwich:sandwiches taco egg cooking=fried_egg
-green_salad=bowl_of_salad popcorn:some butter:some salt=salt_shaker canned_food=tin_can rice_ball
+baguette_bread=baguette pretzel pancakes:some cheese_wedge=piece_of_cheese meat_on_bone=piece_of_meat
+poultry_leg=chicken_leg bacon:some hamburger french_fries:some pizza hot_dog sandwich:sandwiches taco egg
+cooking=fried_egg green_salad=bowl_of_salad popcorn:some butter:some salt=salt_shaker canned_food=tin_can rice_ball
 cooked_rice=bowl_of_rice spaghetti=plate_of_spaghetti sushi:some dumpling takeout_box soft_ice_cream=ice_cream_cone
 ice_cream=bowl_of_ice_cream doughnut=donut cookie birthday_cake shortcake=slice_of_cake cupcake pie chocolate_bar
 candy=piece_of_candy lollipop custard honey_pot=jar_of_honey baby_bottle glass_of_milk hot_beverage=cup_of_coffee
@@ -71,7 +71,7 @@ mountain_cableway=cable_car satellite rocket flying_saucer=ufo
 
 bellhop_bell=service_bell luggage=suitcase hourglass_done=hourglass watch alarm_clock thermometer crescent_moon sun
 ringed_planet=planet star cloud cloud_with_lightning=thundercloud tornado:tornadoes rainbow umbrella
-high_voltage=lightning_bolt snowflake snowman comet fire:some droplet=water_drop water_wave=wave
+high_voltage=lightning_bolt snowflake snowman:snowmen comet fire:some droplet=water_drop water_wave=wave
 jack-o-lantern=halloween_pumpkin fireworks:some balloon party_popper ribbon=red_bow wrapped_gift=gift_box
 reminder_ribbon=red_ribbon admission_tickets=ticket military_medal=medal trophy soccer_ball baseball basketball
 volleyball american_football=football tennis=tennis_ball flying_disc=frisbee bowling=bowling_pins:some
@@ -80,25 +80,25 @@ fishing_pole=fishing_rod bullseye=dartboard yo-yo kite pool_8_ball=eight_ball cr
 video_game=game_controller joystick game_die=dice:dice puzzle_piece teddy_bear piñata=pinata mirror_ball=disco_ball
 nesting_dolls=nesting_doll framed_picture artist_palette=paint_palette thread=spool_of_thread yarn=ball_of_yarn
 
-sunglasses:pair goggles:pair safety_vest necktie t-shirt jeans:pair scarf:scarves gloves:pair socks:pair dress kimono
-one-piece_swimsuit=swimsuit shorts:pair purse backpack shopping_bags=shopping_bag thong_sandal=flip-flop
-man’s_shoe=shoe running_shoe=sneaker high-heeled_shoe=high_heel woman’s_boot=boot crown woman’s_hat=sun_hat top_hat
-graduation_cap military_helmet rescue_worker’s_helmet=firefighter_helmet lipstick ring gem_stone=diamond megaphone
-postal_horn=french_horn bell microphone headphone=headphones:pair saxophone accordion guitar musical_keyboard=piano
-trumpet violin drum maracas:pair harp trombone telephone electric_plug laptop desktop_computer printer
-computer_mouse:computer_mice floppy_disk optical_disk=compact_disc abacus:abacuses movie_camera film_frames=film_strip
-clapper_board television camera magnifying_glass_tilted_left=magnifying_glass candle light_bulb flashlight
-red_paper_lantern=paper_lantern closed_book=book open_book books=stack_of_books scroll newspaper money_bag coin
-dollar_banknote=dollar_bill envelope package=cardboard_box closed_mailbox_with_raised_flag=mailbox postbox pencil
-paintbrush:paintbrushes briefcase calendar clipboard pushpin paperclip straight_ruler=ruler scissors:pair wastebasket
-locked=padlock key hammer axe dagger bomb bow_and_arrow:bows_and_arrows shield carpentry_saw=saw wrench screwdriver
-gear balance_scale toolbox magnet ladder shovel test_tube dna=dna_strand microscope telescope
-satellite_antenna=satellite_dish syringe pill adhesive_bandage=bandage stethoscope door mirror window bed
-couch_and_lamp=couch chair toilet plunger shower bathtub broom basket bucket soap=bar_of_soap bubbles:some
-toothbrush:toothbrushes sponge fire_extinguisher shopping_cart cigarette coffin headstone=gravestone brain tooth:teeth
-bone anatomical_heart=human_heart ear eye nose robot ghost alien skull alien_monster=space_invader clown_face=clown
-pile_of_poo=poop astronaut mermaid zombie ninja Santa_Claus=santa folding_hand_fan=hand_fan
-performing_arts=theater_masks:some treasure_chest
+sunglasses:pair goggles:pair safety_vest necktie=shirt_and_tie:shirts_and_ties t-shirt jeans:pair scarf:scarves
+gloves:pair socks:pair dress kimono one-piece_swimsuit=swimsuit shorts:pair purse backpack shopping_bags=shopping_bag
+thong_sandal=flip-flop man’s_shoe=shoe running_shoe=sneaker high-heeled_shoe=high_heel woman’s_boot=boot crown
+woman’s_hat=sun_hat top_hat graduation_cap military_helmet rescue_worker’s_helmet=firefighter_helmet lipstick ring
+gem_stone=diamond megaphone postal_horn=french_horn bell microphone headphone=headphones:pair saxophone accordion
+guitar musical_keyboard=piano trumpet violin drum maracas:pair harp trombone telephone electric_plug laptop
+desktop_computer printer computer_mouse:computer_mice floppy_disk optical_disk=compact_disc abacus:abacuses
+movie_camera film_frames=film_strip clapper_board television camera magnifying_glass_tilted_left=magnifying_glass
+candle light_bulb flashlight red_paper_lantern=paper_lantern closed_book=book open_book books=stack_of_books scroll
+newspaper money_bag coin dollar_banknote=dollar_bill envelope package=cardboard_box
+closed_mailbox_with_raised_flag=mailbox postbox pencil paintbrush:paintbrushes briefcase calendar clipboard pushpin
+paperclip straight_ruler=ruler scissors:pair wastebasket locked=padlock key hammer axe dagger bomb
+bow_and_arrow:bows_and_arrows shield carpentry_saw=saw wrench screwdriver gear balance_scale toolbox magnet ladder
+shovel test_tube dna=dna_strand microscope telescope satellite_antenna=satellite_dish syringe pill
+adhesive_bandage=bandage stethoscope door mirror window bed couch_and_lamp=couch chair toilet plunger shower bathtub
+broom basket bucket soap=bar_of_soap bubbles:some toothbrush:toothbrushes sponge fire_extinguisher shopping_cart
+cigarette coffin headstone=gravestone brain tooth:teeth bone anatomical_heart=human_heart ear eye nose robot ghost
+alien skull alien_monster=space_invader clown_face=clown pile_of_poo=poop astronaut mermaid zombie ninja
+Santa_Claus=santa folding_hand_fan=hand_fan performing_arts=theater_masks:some treasure_chest
 """
 
 

@@ -120,7 +120,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Drawing:
-    """Pyramid of a rasterized concept: ``colors[k]`` (RGBA) and ``alphas[k]`` (L) are reduced ``2**k`` times."""
+    """Pyramid of a rasterized concept, halved level by level: ``colors`` (RGBa, as sampling needs), ``alphas`` (L)."""
 
     colors: tuple[Image.Image, ...]
     alphas: tuple[Image.Image, ...]
@@ -162,6 +162,7 @@ def render(scene: Scene, size: int) -> tuple[Image.Image, list[np.ndarray]]:
     labels = np.zeros((side, side), dtype=np.uint8)
     for number, placement in enumerate(scene.placements, start=1):
         patch, (x, y) = _warp(_drawings()[placement.concept].colors, placement, side)
+        patch = patch.convert("RGBA")
         canvas.paste(patch, (x, y), patch)
         window = labels[y : y + patch.height, x : x + patch.width]
         opaque = np.asarray(patch.getchannel("A"))[: window.shape[0], : window.shape[1]] >= _OPAQUE
@@ -178,16 +179,14 @@ def render(scene: Scene, size: int) -> tuple[Image.Image, list[np.ndarray]]:
 
 def _count(inside: np.ndarray) -> np.ndarray:
     """Of ``[H, W]`` bool, the count of True per block of `SUPERSAMPLING` squared: uint8."""
-    offsets = range(SUPERSAMPLING)
-    numbers = inside.view(np.uint8)  # strided sums: many times faster than a reduction over short axes
-    return sum(numbers[i::SUPERSAMPLING, j::SUPERSAMPLING] for i in offsets for j in offsets)
+    numbers, steps = inside.view(np.uint8), range(SUPERSAMPLING)  # strided sums: faster than sum() over short axes
+    return sum(numbers[i::SUPERSAMPLING, j::SUPERSAMPLING] for i in steps for j in steps)
 
 
 def encode_sample(scene: Scene, split: str, size: int) -> dict[str, bytes]:
     """Members of a sample: "png", "txt" and "json" (the grounding format of the module's docstring)."""
     picture, masks = render(scene, size)
-    stream = io.BytesIO()
-    picture.save(stream, "PNG", compress_level=1)
+    picture.save(stream := io.BytesIO(), "PNG", compress_level=1)
     objects = [
         {
             "phrase": scene.caption.phrase(i),
@@ -205,9 +204,9 @@ def encode_sample(scene: Scene, split: str, size: int) -> dict[str, bytes]:
 def _drawings() -> tuple[Drawing, ...]:
     drawings = []
     for concept in concepts():
-        picture = rasterize(concept)
+        picture = rasterize(concept).convert("RGBa")
         colors = (picture, picture.reduce(2), picture.reduce(4))
-        drawings.append(Drawing(colors, tuple(level.getchannel("A") for level in colors)))
+        drawings.append(Drawing(colors, tuple(level.getchannel("a") for level in colors)))
     return tuple(drawings)
 
 
@@ -255,22 +254,21 @@ def _place(chosen: Sequence[int], rng: Random) -> tuple[tuple[Placement, ...], l
 
 def _box(mask: np.ndarray) -> Box:
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    edges = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
-    return Box(*(float(edge) / len(mask) for edge in edges))
+    return Box(*(float(edge) / len(mask) for edge in (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)))
 
 
 def _warp(levels: Sequence[Image.Image], placement: Placement, side: int) -> tuple[Image.Image, tuple[int, int]]:
     """The turned and scaled drawing within a picture of ``side`` pixels, and the place of its upper left corner."""
     width, height = levels[0].size
     scale = placement.side * side / max(width, height)
-    cos, sin = math.cos(placement.angle) * scale, math.sin(placement.angle) * scale
-    extents = abs(cos) * width + abs(sin) * height, abs(sin) * width + abs(cos) * height
+    cos, sin = math.cos(placement.angle), math.sin(placement.angle)
+    extents = scale * (cos * width + abs(sin) * height), scale * (abs(sin) * width + cos * height)
     centre = placement.x * side, placement.y * side
     origin = tuple(math.floor(c - extent / 2) for c, extent in zip(centre, extents, strict=True))
     # The smallest level that isn't enlarged: bilinear sampling then skips no pixel.
     number = min(max(0, math.floor(-math.log2(scale))), len(levels) - 1)
     level = levels[number]
-    step = 1 / (scale * scale * 2**number)
+    step = 1 / (scale * 2**number)
     a, b, d, e = cos * step, sin * step, -sin * step, cos * step
     u, v = centre[0] - origin[0], centre[1] - origin[1]
     mirror = -1 if placement.flip else 1
@@ -294,9 +292,7 @@ def _sample_background(rng: Random) -> Background:
 
 def _paint_background(background: Background, side: int) -> Image.Image:
     base, shade = (Image.new("RGB", (side, side), color) for color in background.colors)
-    if background.pattern == "plain":
-        return base
-    return Image.composite(shade, base, _pattern(background, side))
+    return base if background.pattern == "plain" else Image.composite(shade, base, _pattern(background, side))
 
 
 def _pattern(background: Background, side: int) -> Image.Image:
@@ -330,8 +326,8 @@ def _write_shard(job: tuple[str, str, int, int, int, int]) -> None:
         # Fixed owner and time: the same scenes give the same bytes.
         writer = webdataset.TarWriter(stream, user="softmask", group="softmask", mtime=0, encoder=False)
         for index in range(start, stop):
-            scene = sample_scene(split, index, seed=seed)
-            writer.write({"__key__": f"{index:08d}", **encode_sample(scene, split, size)})
+            sample = encode_sample(sample_scene(split, index, seed=seed), split, size)
+            writer.write({"__key__": f"{index:08d}", **sample})
         writer.close()
 
 
