@@ -198,8 +198,10 @@ def run(options: argparse.Namespace) -> dict:
     check_output(output)
     scorer = load_scorer(checkpoint, batch_size=options.batch_size)
     reader = Reader(open_source(options.data))
-    result = evaluate(scorer, reader, pairs=options.pairs, rerank=options.rerank)
-    name_skipped(reader)
+    try:
+        result = evaluate(scorer, reader, pairs=options.pairs, rerank=options.rerank)
+    finally:
+        name_skipped(reader)
     result["training"] = training_facts(checkpoint)
     seconds = round(time.perf_counter() - start, 1)
     result["evaluation"] = {"seconds": seconds, "data": options.data, "checkpoint": str(checkpoint)}

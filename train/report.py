@@ -217,7 +217,7 @@ def scene_views(scorer: Scorer, samples: list[Sample]) -> list[SceneView]:
         for row, sample in enumerate(batch):
             known = scoring.phrases(sample, tokens.offsets[row])
             found = known if sample.objects else content_words(sample.caption, tokens, row)
-            words.append([word for word in found if word.tokens])
+            words.append(sorted((word for word in found if word.tokens), key=lambda word: word.span))
         maps = scoring.word_maps(scorer, batch, words, normalize=scorer.config.model.normalize)
         for sample, row, planes in zip(batch, words, maps, strict=True):
             drawn = [word_view(scorer, sample, word, plane) for word, plane in zip(row, planes, strict=True)]
@@ -229,16 +229,19 @@ def scene_views(scorer: Scorer, samples: list[Sample]) -> list[SceneView]:
 # -- command line ----------------------------------------------------------------------------------
 
 
-def build_page(run: Path, data: str, *, scenes: int, batch_size: int) -> tuple[Page, Reader]:
+def build_page(run: Path, data: str, *, scenes: int, batch_size: int) -> Page:
     checkpoint = find_checkpoint(run)
     result = read_json(run / "metrics.json")
     rows = read_log(run / "log.jsonl")
     scorer = load_scorer(checkpoint, batch_size=batch_size)
     reader = Reader(open_source(data))
-    section = result["retrieval"]
-    captions, pictures = retrieval_examples(scorer, reader, samples=section["samples"], rerank=section["rerank"])
-    samples = list(reader.read(spread(len(reader.source), scenes)))
-    page = Page(
+    try:
+        examples = result["retrieval"]
+        captions, pictures = retrieval_examples(scorer, reader, samples=examples["samples"], rerank=examples["rerank"])
+        drawn = scene_views(scorer, list(reader.read(spread(len(reader.source), scenes))))
+    finally:
+        name_skipped(reader)
+    return Page(
         run=run.resolve().name,
         lead=lead(scorer),
         facts=facts(scorer, read_json(checkpoint / "trainer.json"), rows),
@@ -246,10 +249,9 @@ def build_page(run: Path, data: str, *, scenes: int, batch_size: int) -> tuple[P
         metrics=result,
         captions=captions,
         pictures=pictures,
-        scenes=scene_views(scorer, samples),
+        scenes=drawn,
         attribution=attribution(data),
     )
-    return page, reader
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -267,12 +269,11 @@ def main(argv: list[str] | None = None) -> int:
     output = options.output or options.run / "report.html"
     try:
         check_output(output)
-        page, reader = build_page(options.run, options.data, scenes=options.scenes, batch_size=options.batch_size)
+        page = build_page(options.run, options.data, scenes=options.scenes, batch_size=options.batch_size)
         write_atomically(output, render(page))
     except (DataError, CheckpointError, ConfigError, OSError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 1
-    name_skipped(reader)
     print(f"written: {output} ({math.ceil(output.stat().st_size / 1e6)} MB)")
     return 0
 

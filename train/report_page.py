@@ -157,7 +157,8 @@ def curves_section(curves: list[Series]) -> str:
 
 def figure(series: Series, *, width: int, height: int, kind: str) -> str:
     chart = line_chart(series, width=width, height=height)
-    return f'<figure class="{kind}"><figcaption>{escape(series.title)}</figcaption>{chart}</figure>'
+    unit = f" <span>{escape(series.unit)}</span>" if series.unit else ""
+    return f'<figure class="{kind}"><figcaption>{escape(series.title)}{unit}</figcaption>{chart}</figure>'
 
 
 # -- metrics ---------------------------------------------------------------------------------------
@@ -244,7 +245,7 @@ def standing(query: Query) -> str:
 def caption_query(query: Query) -> str:
     pictures = "".join(
         f'<figure class="thumb{" right" if candidate.right else ""}">'
-        f'<img src="{candidate.uri}" alt="{escape(candidate.text)}" loading="lazy">'
+        f'<img src="{candidate.uri}" alt="{escape(candidate.text)}">'
         f"{mark(True) if candidate.right else ''}</figure>"
         for candidate in query.candidates
     )
@@ -261,7 +262,7 @@ def picture_query(query: Query) -> str:
         for candidate in query.candidates
     )
     return (
-        f'<div class="card"><img src="{query.uri}" alt="{escape(query.text)}" loading="lazy">'
+        f'<div class="card"><img src="{query.uri}" alt="{escape(query.text)}">'
         f"<div><ol>{lines}</ol><small>{standing(query)}</small></div></div>"
     )
 
@@ -271,8 +272,8 @@ def picture_query(query: Query) -> str:
 
 def scenes_section(scenes: list[SceneView]) -> str:
     note = (
-        "For each phrase of the caption: above, its Grad-CAM map, the ring on its peak and the object's true outline; "
-        "below, the picture softly masked by that map, as training sees it. The scenes are spread evenly over the "
+        "For each phrase of the caption: its Grad-CAM map with a ring on the peak and the object's true outline, and "
+        "the picture softly masked by that map, as training masks its tokens. The scenes are spread evenly over the "
         "data, not chosen."
     )
     legend = (
@@ -288,14 +289,14 @@ def scene(view: SceneView) -> str:
         f'<article class="scene">\n<div class="whole"><img src="{view.picture}" alt="{escape(view.caption)}" '
         f'width="{view.size[1]}" height="{view.size[0]}">'
         f'<p class="quote">{marked_caption(view)}</p><p class="name">{escape(view.name)}</p></div>\n'
-        f'<div class="words">{words}</div>\n</article>'
+        f'<div class="words{" few" if len(view.words) <= 2 else ""}">{words}</div>\n</article>'
     )
 
 
 def marked_caption(view: SceneView) -> str:
-    """The caption with its phrases emphasized; overlapping ones are joined."""
+    """The caption with its phrases emphasized, no character twice."""
     parts, done = [], 0
-    for start, end in sorted(item.span for item in view.words):
+    for start, end in sorted((item.span for item in view.words), key=lambda span: (span[0], -span[1])):
         if end > done:
             start = max(start, done)
             parts.append(f"{escape(view.caption[done:start])}<em>{escape(view.caption[start:end])}</em>")
@@ -314,9 +315,9 @@ def word(item: WordView, size: tuple[int, int]) -> str:
     verdict = "" if item.hit is None else mark(item.hit)
     return (
         f'<div class="word"><p class="label"><span>{name}</span>{verdict}</p>'
-        f'<div class="layers"><img src="{item.overlay}" alt="Map of “{name}”{seen}">'
+        f'<div class="pair"><div class="layers"><img src="{item.overlay}" alt="Map of “{name}”{seen}">'
         f'<svg viewBox="0 0 {width} {height}" aria-hidden="true">{drawing}</svg></div>'
-        f'<img src="{item.masked}" alt="The picture with “{name}” softly masked"></div>'
+        f'<img src="{item.masked}" alt="The picture with “{name}” softly masked"></div></div>'
     )
 
 

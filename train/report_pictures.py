@@ -17,7 +17,7 @@ HEAT = np.array(
     [[58, 18, 96], [110, 28, 104], [165, 44, 88], [207, 68, 70], [237, 105, 37], [251, 155, 6], [250, 208, 72]],
     dtype=np.float64,
 )
-PALEST = 0.62  # share of white under the heat where the map is 0
+PALEST = 0.55  # share of white under the heat where the map is 0
 OPACITY = 0.88  # of the heat where the map is 1
 
 
@@ -40,7 +40,7 @@ def heat_overlay(picture: Image.Image, plane: Tensor) -> Image.Image:
     grey = np.asarray(picture.convert("L"), dtype=np.float64)[..., None]
     base = 255 * PALEST + grey * (1 - PALEST)
     values = plane.clamp(0, 1).numpy().astype(np.float64)
-    opacity = OPACITY * np.sqrt(values)[..., None]
+    opacity = OPACITY * values[..., None] ** 0.8
     mixed = base * (1 - opacity) + heat_colours(values) * opacity
     return Image.fromarray(mixed.round().astype(np.uint8))
 

@@ -28,7 +28,7 @@ h2 { font-size: 27px; margin: 0 0 6px; }
 #facts h2 { margin-bottom: 18px; }
 h3 { font-size: 18px; margin: 32px 0 12px; }
 p { margin: 0; }
-small { font-size: 12.5px; color: var(--muted); }
+small { font: 12.5px/1.5 var(--sans); color: var(--muted); }
 img { display: block; max-width: 100%; }
 section { margin-top: 64px; padding-top: 22px; border-top: 1px solid var(--rule); }
 .kicker, .name, dt, thead th, figcaption {
@@ -54,6 +54,7 @@ dd { margin: 3px 0 0; font-variant-numeric: tabular-nums; overflow-wrap: anywher
 
 figure { margin: 0; }
 figcaption { margin-bottom: 6px; }
+figcaption span { text-transform: none; letter-spacing: 0; margin-left: 6px; opacity: 0.8; }
 .charts {
   display: grid; grid-template-columns: repeat(auto-fill, minmax(310px, 1fr)); gap: 26px 20px; margin-top: 30px;
 }
@@ -119,14 +120,17 @@ td.chance { color: var(--muted); }
 .whole img { height: auto; }
 .whole .quote { margin: 12px 0 6px; }
 .whole .name { text-transform: none; letter-spacing: 0; }
-.words { display: grid; grid-template-columns: repeat(auto-fill, minmax(168px, 1fr)); gap: 20px 14px; }
+.words { display: grid; grid-template-columns: repeat(4, 1fr); gap: 20px 14px; align-content: start; }
+.pair { display: grid; gap: 8px; }
+.words.few .word { grid-column: span 2; }
+.words.few .pair { grid-template-columns: 1fr 1fr; }
 .label { display: flex; justify-content: space-between; gap: 8px; align-items: baseline; margin-bottom: 6px; }
 .label span:first-child { font-weight: 600; font-size: 13.5px; overflow-wrap: anywhere; }
-.layers { position: relative; margin-bottom: 8px; }
+.layers { position: relative; }
 .layers svg { position: absolute; inset: 0; width: 100%; height: 100%; overflow: visible; }
 .layers path, .layers circle { fill: none; stroke-linecap: square; vector-effect: non-scaling-stroke; }
-.layers .halo { stroke: rgb(20 22 26 / 0.55); stroke-width: 3.5; }
-.layers .line { stroke: #ffffff; stroke-width: 1.6; }
+.layers .halo { stroke: rgb(20 22 26 / 0.55); stroke-width: 3; }
+.layers .line { stroke: #ffffff; stroke-width: 1.3; }
 .layers .ring { stroke: #7df3ff; stroke-width: 2; }
 
 footer { margin-top: 72px; padding-top: 20px; border-top: 1px solid var(--rule); color: var(--muted); font-size: 13px; }
@@ -136,6 +140,7 @@ footer { margin-top: 72px; padding-top: 20px; border-top: 1px solid var(--rule);
   main { padding: 32px 18px 48px; }
   h1 { font-size: 34px; }
   .query, .scene { grid-template-columns: 1fr; }
+  .words { grid-template-columns: repeat(2, 1fr); }
   .cards { grid-template-columns: 1fr; }
   .card { grid-template-columns: 104px 1fr; }
 }

@@ -12,7 +12,7 @@ from html import escape
 
 import numpy as np
 
-MARGIN_LEFT, MARGIN_RIGHT, MARGIN_TOP, MARGIN_BOTTOM = 48, 46, 12, 40
+MARGIN_LEFT, MARGIN_RIGHT, MARGIN_TOP, MARGIN_BOTTOM = 44, 62, 10, 40
 
 
 @dataclass
@@ -95,13 +95,12 @@ def line_chart(series: Series, *, width: int, height: int) -> str:
         y = up(tick)
         parts.append(f'<path class="grid" d="M{left} {y:.1f}H{right}"/>')
         parts.append(f'<text class="tick" x="{left - 8}" y="{y + 3.5:.1f}" text-anchor="end">{label(tick)}</text>')
-    for tick in ticks(first, last, max(2, (right - left) // 110)):
+    for tick in ticks(first, last, max(2, (right - left) // 70)):
         x = across(tick)
         parts.append(f'<path class="axis" d="M{x:.1f} {bottom}v4"/>')
         parts.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{label(tick)}</text>')
     parts.append(f'<path class="axis" d="M{left} {bottom}H{right}"/>')
     parts.append(f'<text class="tick" x="{(left + right) / 2:.1f}" y="{height - 6}" text-anchor="middle">step</text>')
-    parts.append(f'<text class="tick" x="{left + 6}" y="{top + 8}">{escape(series.unit)}</text>')
     course = smooth(values)
     parts.append(f'<path class="raw" d="{line_path(across(steps), up(values))}"/>')
     parts.append(f'<path class="course" d="{line_path(across(steps), up(course))}"/>')
@@ -118,7 +117,8 @@ def number(value: float) -> str:
 
 
 def describe(series: Series, values: np.ndarray) -> str:
-    return f"{series.title} from {number(values[0])} to {number(values[-1])} over {len(values)} logged steps"
+    unit = f" {series.unit}" if series.unit else ""
+    return f"{series.title}: from {number(values[0])} to {number(values[-1])}{unit} in {len(values)} logged steps"
 
 
 def outline_path(mask: np.ndarray) -> str:
