@@ -47,7 +47,7 @@ have had there here it its his her their they he she we you i as while who which
 EMPTY_WORDS = frozenset(EMPTY_TEXT.split())
 CURVES = {  # key of log.jsonl -> title and unit; other keys of the log follow under their own name
     "loss": ("Loss, all terms", "nats"),
-    "itc": ("ITC: focal image-text contrast", "nats"),
+    "itc": ("ITC: focal contrast", "nats"),
     "itm": ("ITM: image-text matching", "nats"),
     "itm_soft": ("ITM on softly masked pictures", "nats"),
     "mlm": ("MLM: masked words", "nats"),

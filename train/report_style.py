@@ -136,7 +136,9 @@ td.chance { color: var(--muted); }
 footer { margin-top: 72px; padding-top: 20px; border-top: 1px solid var(--rule); color: var(--muted); font-size: 13px; }
 .attribution { margin-top: 10px; white-space: pre-line; overflow-wrap: anywhere; }
 
-@media (max-width: 760px) {
+@media screen and (max-width: 760px) {
+  .wide { overflow-x: auto; }
+  .wide .chart { min-width: 680px; }
   main { padding: 32px 18px 48px; }
   h1 { font-size: 34px; }
   .query, .scene { grid-template-columns: 1fr; }
@@ -146,9 +148,15 @@ footer { margin-top: 72px; padding-top: 20px; border-top: 1px solid var(--rule);
 }
 @media print {
   @page { margin: 14mm; }
-  body { font-size: 10.5pt; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+  body { background: none; font-size: 10.5pt; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   main { max-width: none; padding: 0; }
   section { margin-top: 32px; }
+  .tiles { grid-template-columns: repeat(4, 1fr); }
+  .charts { grid-template-columns: repeat(3, 1fr); }
+  .query { grid-template-columns: 170px 1fr; }
+  .cards { grid-template-columns: 1fr 1fr; }
+  .card { grid-template-columns: 84px 1fr; }
+  .scene { grid-template-columns: 170px 1fr; gap: 20px; padding: 18px 0; }
   h2, h3, .note, .legend { break-after: avoid; }
   .tile, .query, .card, figure, table { break-inside: avoid; }
 }
