@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-from pathlib import Path
 
 import pytest
 
@@ -23,9 +22,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _isolate_cache(config: pytest.Config) -> None:
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    # DeepSpeed compiles its CPU communication once; a throw-away cache would make every session compile it anew.
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(home / "torch_extensions" / "softmask-tests"))
     folder = tempfile.TemporaryDirectory(prefix="softmask-cache-", ignore_cleanup_errors=True)
     config.add_cleanup(folder.cleanup)
     os.environ["XDG_CACHE_HOME"] = folder.name
