@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def distort(image: Image.Image, config: DataConfig, rng: random.Random) -> Image
     if rng.random() < config.jitter_probability:
         image = color_jitter(image, config.jitter, rng)
     if rng.random() < config.grayscale_probability:
-        image = image.convert("L").convert("RGB")
+        image = _grayscale(image)
     if rng.random() < config.blur_probability:
         # MoCo's radii are meant for 224 pixels
         radius = rng.uniform(*config.blur_radius) * config.image_size / 224
@@ -119,7 +119,6 @@ def distort(image: Image.Image, config: DataConfig, rng: random.Random) -> Image
 
 def color_jitter(image: Image.Image, strength: Sequence[float], rng: random.Random) -> Image.Image:
     """torchvision's ColorJitter(brightness, contrast, saturation, hue): factors in 1 +- strength, in random order."""
-    enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
     for number in rng.sample(range(4), 4):
         if not strength[number]:
             continue
@@ -127,8 +126,21 @@ def color_jitter(image: Image.Image, strength: Sequence[float], rng: random.Rand
             image = shift_hue(image, rng.uniform(-strength[3], strength[3]))
         else:
             factor = rng.uniform(max(0.0, 1 - strength[number]), 1 + strength[number])
-            image = enhancers[number](image).enhance(factor)
+            image = Image.blend((_black, _mean_gray, _grayscale)[number](image), image, factor)
     return image
+
+
+def _black(image: Image.Image) -> Image.Image:
+    return Image.new("RGB", image.size)
+
+
+def _mean_gray(image: Image.Image) -> Image.Image:
+    mean = int(np.asarray(image.convert("L")).mean() + 0.5)  # ImageEnhance.Contrast's, without its slow histogram
+    return Image.new("RGB", image.size, (mean, mean, mean))
+
+
+def _grayscale(image: Image.Image) -> Image.Image:
+    return image.convert("L").convert("RGB")
 
 
 def shift_hue(image: Image.Image, turn: float) -> Image.Image:
