@@ -99,9 +99,13 @@ class PlainALBEF:
         target = torch.tensor([1] * size + [0] * 2 * size)
         itm = -logits.log_softmax(-1)[torch.arange(3 * size), target].mean()
 
-        logits = self.token_logits("backbone", self.fuse("backbone", self.text("backbone", masked_ids, mask), mask, image)[0])
+        logits = self.token_logits(
+            "backbone", self.fuse("backbone", self.text("backbone", masked_ids, mask), mask, image)[0]
+        )
         with torch.no_grad():
-            teacher = self.token_logits("twin", self.fuse("twin", self.text("twin", masked_ids, mask), mask, image_m)[0])
+            teacher = self.token_logits(
+                "twin", self.fuse("twin", self.text("twin", masked_ids, mask), mask, image_m)[0]
+            )
         log_p = logits.log_softmax(-1)
         rows = labels != -100
         hard = -log_p.gather(-1, labels.clamp_min(0)[..., None])[..., 0][rows].mean()

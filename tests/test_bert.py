@@ -61,7 +61,10 @@ def test_text_and_fusion_layers_give_berts_outputs(hugging_face):
 def test_old_names_and_binary_files_are_understood(hugging_face):
     _, folder = hugging_face
     state = read_state(folder)
-    old = {n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): t for n, t in state.items()}
+    old = {
+        n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): t
+        for n, t in state.items()
+    }
     (folder / "model.safetensors").unlink()
     torch.save(old, folder / "pytorch_model.bin")
     sizes = {"text_layers": 1, "fusion_layers": 3}

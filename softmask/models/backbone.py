@@ -33,7 +33,7 @@ class Backbone(nn.Module):
         self.image_projection = nn.Linear(self.vision.width, config.embed_dim)
         self.text_projection = nn.Linear(config.text.width, config.embed_dim)
         for part in (self.text, self.fusion, self.mlm_head, self.image_projection, self.text_projection):
-            part.apply(initialize)
+            initialize(part, std=config.text.initializer_range)
         if config.text.checkpoint:
             load_bert(self, config.text.checkpoint)
 

@@ -245,9 +245,10 @@ class MLMHead(nn.Module):
         return F.linear(self.norm(F.gelu(self.dense(states))), word_embedding, self.bias)
 
 
-def initialize(module: nn.Module) -> None:
-    """BERT's initialization, for `module.apply`."""
-    if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)
+def initialize(module: nn.Module, *, std: float) -> None:
+    """BERT's initialization of a module and all within it: normal weights of linear and embedding layers, no bias."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Embedding):
+            nn.init.normal_(part.weight, std=std)
+        if isinstance(part, nn.Linear) and part.bias is not None:
+            nn.init.zeros_(part.bias)

@@ -46,11 +46,13 @@ def read_state(folder: str | Path) -> dict[str, Tensor]:
         return load_file(folder / "model.safetensors")
     if (folder / "pytorch_model.bin").is_file():
         return torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
-    raise FileNotFoundError(f"text.checkpoint: expected model.safetensors or pytorch_model.bin in {folder}, found neither")
+    raise FileNotFoundError(
+        f"text.checkpoint: expected model.safetensors or pytorch_model.bin in {folder}, found neither"
+    )
 
 
 def convert(state: dict[str, Tensor], *, text_layers: int, fusion_layers: int) -> dict[str, Tensor]:
-    """Hugging Face names -> ours. Old checkpoints' `gamma`/`beta` of LayerNorm and the `bert.` prefix are understood."""
+    """Hugging Face names -> ours; old checkpoints' `gamma`/`beta` of LayerNorm and a `bert.` prefix are known."""
     state = {_modern(name): tensor for name, tensor in state.items()}
     names = dict(EMBEDDINGS)
     for number in range(text_layers + fusion_layers):

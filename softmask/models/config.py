@@ -52,6 +52,7 @@ class TextConfig:
     dropout: float = 0.1
     attention_dropout: float = 0.1  # of self-attention; cross-attention maps are never dropped
     layer_norm_eps: float = 1e-12
+    initializer_range: float = 0.02  # standard deviation of fresh weights; small widths want more
     checkpoint: str = ""  # folder of a Hugging Face BERT, such as bert-base-uncased
 
     def __post_init__(self) -> None:

@@ -59,7 +59,7 @@ class SoftMaskPP(nn.Module):
         self.special_ids = special_ids
         self.backbone = Backbone(config)
         self.itm_head = nn.Linear(config.text.width, 2)
-        self.itm_head.apply(initialize)
+        initialize(self.itm_head, std=config.text.initializer_range)
         self.temperature = nn.Parameter(torch.tensor(config.temperature))
         self.twin = momentum_twin(self.backbone)
         self.contrast = ops.MomentumContrastiveLoss(
@@ -305,7 +305,7 @@ class SoftMaskPP(nn.Module):
     def match(
         self, image_tokens: Tensor, text_tokens: Tensor, attention_mask: Tensor, *, kv_index: Tensor | None = None
     ) -> Tensor:
-        """Matching logits [N, 2] (class 1: they match) of N captions' tokens with the images that kv_index [N] names."""
+        """Matching logits [N, 2] (class 1: they match) of N captions' tokens with the images kv_index [N] names."""
         keys = self.backbone.fusion.project(image_tokens)
         return self._fuse(text_tokens, attention_mask, keys, PairIndex(kv_index=kv_index)).logits
 

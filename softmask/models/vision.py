@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import timm
+import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -13,8 +14,21 @@ from .config import ConvViTConfig, VisionConfig
 CONV_VIT = "conv_vit"
 
 
+class ResidualConv(nn.Module):
+    """x + gelu(norm(conv3x3(x))), [B, C, H, W]."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm = nn.GroupNorm(1, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.gelu(self.norm(self.conv(x)))
+
+
 class ConvStem(nn.Module):
-    """Strided 3x3 convolutions in place of a patch projection ("Early Convolutions Help Transformers See Better").
+    """Strided 3x3 convolutions in place of a patch projection ("Early Convolutions Help Transformers See Better"),
+    the last two levels each followed by a residual one.
 
     images [B, 3, S, S] -> tokens [B, (S / patch_size)**2, embed_dim]. GroupNorm, unlike BatchNorm, gives the same
     result on one rank and on many.
@@ -26,7 +40,9 @@ class ConvStem(nn.Module):
         if patch_size != 2**halvings or halvings < 1:
             raise ValueError(f"conv_vit.patch_size: expected a power of two from 2 on, got {patch_size}")
         if img_size % patch_size:
-            raise ValueError(f"vision.image_size: expected a multiple of conv_vit.patch_size {patch_size}, got {img_size}")
+            raise ValueError(
+                f"vision.image_size: expected a multiple of conv_vit.patch_size {patch_size}, got {img_size}"
+            )
         self.grid_size = (img_size // patch_size, img_size // patch_size)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
         layers: list[nn.Module] = []
@@ -34,6 +50,8 @@ class ConvStem(nn.Module):
         for level in range(halvings):
             out = stem_width * 2**level
             layers += [nn.Conv2d(width, out, 3, stride=2, padding=1, bias=False), nn.GroupNorm(1, out), nn.GELU()]
+            if level >= halvings - 2:
+                layers.append(ResidualConv(out))
             width = out
         layers.append(nn.Conv2d(width, embed_dim, 1))
         self.layers = nn.Sequential(*layers)
@@ -52,6 +70,7 @@ def _conv_vit(config: ConvViTConfig, *, image_size: int, drop_path: float) -> Vi
         mlp_ratio=config.mlp_ratio,
         drop_path_rate=drop_path,
         num_classes=0,
+        weight_init="jax",  # Xavier: std 0.02 is too small for these widths
         embed_layer=partial(ConvStem, stem_width=config.stem_width),
     )
 
