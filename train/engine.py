@@ -50,17 +50,17 @@ class GradientGuard:
     """Loss scale of fp16 (dynamic) and, at every precision, no step on gradients that are not finite.
 
     DeepSpeed 0.19's own scaling under torch_autocast clips scaled gradients by the unscaled norm, updates the scale
-    once per parameter group, and neither lowers it after a skipped step nor saves it. Here one scale belongs to the
-    step. ZeRO 1 and 2 divide by it, clip and skip themselves (`override_loss_scale`); at stage 0 the engine calls
-    this object as its gradient scaler.
+    once per parameter group, and neither lowers it after a skipped step nor saves it; its clipping at stage 0 fails on
+    parameters without dimensions. Here one scale belongs to the step. ZeRO 1 and 2 divide by it, clip and skip
+    themselves (`override_loss_scale`); at stage 0 the engine calls this object as its gradient scaler.
     """
 
-    def __init__(self, *, dynamic: bool, growth_interval: int = 2000) -> None:
+    def __init__(self, *, dynamic: bool, clip_grad: float = 0.0, growth_interval: int = 2000) -> None:
         self.dynamic = dynamic
+        self.clip_grad = clip_grad
         self.growth_interval = growth_interval
         self.value = 65536.0 if dynamic else 1.0
         self.good_steps = 0
-        self._checked = False
 
     def attach(self, engine: Any) -> None:
         if engine.zero_optimization():
@@ -77,7 +77,6 @@ class GradientGuard:
     def after_step(self) -> bool:
         """Adjust the scale after an optimizer step; False: the gradients were not finite, nothing was changed."""
         finite = not self._engine.optimizer.overflow
-        self._checked = False
         if self.dynamic:
             self.good_steps = self.good_steps + 1 if finite else 0
             if not finite:
@@ -100,18 +99,17 @@ class GradientGuard:
         return loss * self.value if self.dynamic else loss
 
     @torch.no_grad()
-    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
-        if self._checked:
-            return
-        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Unscale, clip, and step unless a gradient is not finite; every rank holds the same, reduced gradients."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        grads = [parameter.grad for parameter in parameters]
         if self.dynamic:
             torch._foreach_div_(grads, self.value)
-        # All ranks hold the same, reduced gradients. The engine reads `overflow` and then leaves the schedule alone.
-        optimizer.overflow = not bool(torch.stack(torch._foreach_norm(grads)).isfinite().all())
-        self._checked = True
-
-    def step(self, optimizer: torch.optim.Optimizer) -> None:
-        self.unscale_(optimizer)
+        if self.clip_grad:
+            norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip_grad)
+        else:
+            norm = torch.stack(torch._foreach_norm(grads))
+        optimizer.overflow = not bool(norm.isfinite().all())  # the engine reads it and leaves the schedule alone
         if not optimizer.overflow:
             optimizer.step()
 
@@ -126,7 +124,7 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
         **config.deepspeed,
         "train_micro_batch_size_per_gpu": train.batch_size,
         "gradient_accumulation_steps": train.accumulation,
-        "gradient_clipping": train.clip_grad,
+        "gradient_clipping": train.clip_grad if config.zero_stage else 0.0,  # at stage 0 the guard clips
     }
     if train.precision in AUTOCAST:
         # Weights, momentum twin, queue and reduced gradients stay fp32; only the products of the forward are cast.
@@ -149,7 +147,7 @@ def create_engine(model: nn.Module, config: Config, *, steps: int) -> tuple[Any,
     )
     # DeepSpeed prepares its backward in hooks on the output's tensors, and looks for them in tuples, not dataclasses.
     model.register_forward_hook(lambda _module, _inputs, output: (output.loss, output))
-    with _scalars_as_vectors(model):
+    with _scalars_kept_from_broadcast(model):
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
@@ -157,20 +155,23 @@ def create_engine(model: nn.Module, config: Config, *, steps: int) -> tuple[Any,
             config=deepspeed_config(config),
             dist_init_required=False,
         )
-    guard = GradientGuard(dynamic=config.train.precision == "fp16")
+    guard = GradientGuard(dynamic=config.train.precision == "fp16", clip_grad=config.train.clip_grad)
     guard.attach(engine)
     return engine, guard
 
 
 @contextmanager
-def _scalars_as_vectors(model: nn.Module) -> Iterator[None]:
-    """DeepSpeed broadcasts the parameters as bytes, and a tensor without dimensions has no such view."""
+def _scalars_kept_from_broadcast(model: nn.Module) -> Iterator[None]:
+    """DeepSpeed 0.19 broadcasts the weights of rank 0 as bytes, and a tensor without dimensions has no such view.
+
+    Its mark for parameters that ranks do not share spares them; all ranks built the same weights from the seed.
+    """
     scalars = [parameter for parameter in model.parameters() if parameter.ndim == 0]
     for parameter in scalars:
-        parameter.data = parameter.data.view(1)
+        parameter.ds_optim_param = True
     yield
     for parameter in scalars:
-        parameter.data = parameter.data.view(())
+        del parameter.ds_optim_param
 
 
 def apply_hyperparameters(engine: Any, config: Config) -> None:

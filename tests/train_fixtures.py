@@ -1,0 +1,140 @@
+"""A small training run: data, configuration, and ways to start it and to read its state."""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from softmask.train.checkpoint import find_checkpoint
+from softmask.train.config import Config, load_config, save_config
+from softmask.train.trainer import Trainer, prepare_run, train
+
+ROOT = Path(__file__).resolve().parent.parent
+PRETRAIN = ROOT / "train" / "pretrain.py"
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (30, 60, 220), "white": (250, 250, 250)}
+# Written by DeepSpeed's start-up into the environment of this process; a child must find its own.
+DISTRIBUTED = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "CROSS_RANK",
+    "CROSS_SIZE",
+)
+
+YAML = """
+output: {output}
+seed: 3
+train: {{steps: 6, batch_size: 8, checkpoint_every: 0, log_every: 1}}
+optimizer: {{lr: 1e-3, min_lr: 1e-4, warmup_steps: 2}}
+model:
+  vision: {{name: conv_vit, image_size: 32, conv_vit: {{patch_size: 8, width: 32, depth: 2, heads: 2, stem_width: 8}}}}
+  text: {{width: 32, heads: 2, intermediate_size: 64, text_layers: 1, fusion_layers: 2, max_positions: 32}}
+  embed_dim: 16
+  queue_size: 32
+  cam_layer: 0
+  alpha_warmup_steps: 4
+data: {{train: {data}, image_size: 32, vocab_size: 64, max_length: 16}}
+"""
+
+
+def write_shard(path: Path, *, count: int = 64, broken: tuple[int, ...] = ()) -> Path:
+    """A tar shard of `count` two-coloured pictures; those numbered in `broken` cannot be decoded."""
+    rng = random.Random(0)
+    with tarfile.open(path, "w") as shard:
+        for number in range(count):
+            one, two = rng.sample(sorted(COLOURS), 2)
+            picture = Image.new("RGB", (32, 32), COLOURS[one])
+            picture.paste(COLOURS[two], (rng.randrange(20), rng.randrange(20), 30, 30))
+            encoded = io.BytesIO()
+            picture.save(encoded, "PNG")
+            pixels = b"no picture" if number in broken else encoded.getvalue()
+            _add(shard, f"{number:06d}.png", pixels)
+            _add(shard, f"{number:06d}.txt", f"a {two} box on {one} paper".encode())
+    return path
+
+
+def _add(shard: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    shard.addfile(member, io.BytesIO(content))
+
+
+def make_config(folder: Path, *overrides: str, data: Path | None = None) -> Config:
+    """Configuration of a run in `folder`/run on the data of `folder`, which is made when it is not there."""
+    data = data or folder / "train.tar"
+    if not data.exists():
+        write_shard(data)
+    path = folder / "base.yaml"
+    path.write_text(YAML.format(output=folder / "run", data=data), encoding="utf-8")
+    return load_config(path, overrides)
+
+
+def make_trainer(config: Config) -> Trainer:
+    """A trainer that has not run yet."""
+    from softmask.data import open_source
+    from softmask.train.engine import start_distributed
+
+    source = open_source(config.data.train)
+    start_distributed()
+    return Trainer(config, source, prepare_run(config, source, None))
+
+
+def run_here(config: Config, *, checkpoint: Path | None = None) -> Trainer:
+    return train(config, checkpoint=checkpoint)
+
+
+def child_environment() -> dict[str, str]:
+    environment = {key: value for key, value in os.environ.items() if key not in DISTRIBUTED}
+    return environment | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+
+
+def start_cli(config: Config, *arguments: str) -> subprocess.Popen:
+    """`python train/pretrain.py` on the configuration."""
+    path = Path(config.output).with_suffix(".yaml")
+    save_config(config, path)
+    command = [sys.executable, str(PRETRAIN), "--config", str(path), *arguments]
+    return subprocess.Popen(
+        command, env=child_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def run_cli(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(PRETRAIN), *arguments]
+    return subprocess.run(command, env=child_environment(), capture_output=True, text=True, timeout=240)
+
+
+def saved_state(path: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the newest checkpoint: weights, momentum twin, queue and optimizer state of all ranks."""
+    checkpoint = find_checkpoint(path)
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(checkpoint.glob("*.pt")):
+        _collect(torch.load(file, weights_only=False), file.name, tensors)
+    return tensors
+
+
+def _collect(node: object, name: str, tensors: dict[str, torch.Tensor]) -> None:
+    if isinstance(node, torch.Tensor):
+        tensors[name] = node
+    elif isinstance(node, dict):
+        for key, value in node.items():
+            _collect(value, f"{name}/{key}", tensors)
+    elif isinstance(node, (list, tuple)):
+        for number, value in enumerate(node):
+            _collect(value, f"{name}/{number}", tensors)
+
+
+def different(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
+    """Names of the tensors that are not equal to the bit."""
+    assert one.keys() == other.keys()
+    return [name for name in one if not torch.equal(one[name], other[name])]
