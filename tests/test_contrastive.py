@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
 from two_ranks import average_gradients, own_half, run_on_two_ranks
 
 from softmask import ops
@@ -150,6 +149,8 @@ def test_accumulates_in_fp32(dtype: torch.dtype) -> None:
 def test_compile_without_recompiling() -> None:
     """gamma and logit_scale as tensors change during training: one graph serves all their values."""
     image, text, _ = make()
+    from torch._dynamo.testing import CompileCounterWithBackend  # slow to import, and the two ranks import this file
+
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(ops.focal_contrastive_loss, fullgraph=True, backend=counter)
     for value in (0.0, 0.7, 2.0):

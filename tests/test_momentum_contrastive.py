@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
 from two_ranks import average_gradients, own_half, run_on_two_ranks
 
 from softmask import ops
@@ -254,6 +253,8 @@ def test_compile() -> None:
     case = make()
     module = ops.MomentumContrastiveLoss(4, 7).double()
     twin = ops.MomentumContrastiveLoss(4, 7).double()
+    from torch._dynamo.testing import CompileCounterWithBackend  # slow to import, and the two ranks import this file
+
     counter = CompileCounterWithBackend("aot_eager")
 
     def step(loss: ops.MomentumContrastiveLoss, image: Tensor, alpha: Tensor) -> Tensor:

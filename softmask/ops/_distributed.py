@@ -12,6 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+# torch 2.14 renames it and warns at each call of the old name.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
@@ -36,7 +39,7 @@ def gather_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
 def gather_rows_no_grad(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[B, ...] of each rank -> [world * B, ...] in order of ranks."""
     gathered = rows.new_empty((len(rows) * dist.get_world_size(group), *rows.shape[1:]))
-    dist.all_gather_into_tensor(gathered, rows.detach().contiguous(), group=group)
+    _all_gather(gathered, rows.detach().contiguous(), group=group)
     return gathered
 
 
