@@ -1,0 +1,187 @@
+"""The backend switch: what was named runs or says why not; only auto chooses."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import softmask
+from softmask import kernels, ops, reference
+from softmask.ops import _backend, _library
+
+needs_cpp = pytest.mark.skipif(_library.MISSING is not None, reason=f"make env builds it: {_library.MISSING}")
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess:
+
+    environment = {**os.environ, **environment}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+
+
+def inputs() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.rand(2, 4, 3), torch.rand(2, 3)
+
+
+def ran_by(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the implementations of soft_mask that were called."""
+    calls: list[str] = []
+    for module, name in ((reference, "reference"), (_library, "cpp")):
+        run = module.soft_mask
+        monkeypatch.setattr(module, "soft_mask", lambda *a, run=run, name=name, **k: calls.append(name) or run(*a, **k))
+    return calls
+
+
+@needs_cpp
+def test_chooses_and_nests(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = ran_by(monkeypatch)
+    with softmask.backend("auto"):
+        ops.soft_mask(*inputs())
+        with softmask.backend("reference"):
+            ops.soft_mask(*inputs())
+            with softmask.backend("cpp"):
+                ops.soft_mask(*inputs())
+            with pytest.raises(KeyError), softmask.backend("cpp"):
+                raise KeyError
+            ops.soft_mask(*inputs())
+        ops.soft_mask(*inputs())
+    assert calls == ["cpp", "reference", "cpp", "reference", "cpp"]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("triton", "no Triton kernel for it"), ("cuda", "no CUDA C\\+\\+ kernel for it")]
+)
+def test_named_backend_without_a_kernel_raises(name: str, reason: str) -> None:
+    with (
+        softmask.backend(name),
+        pytest.raises(softmask.BackendError, match=f"backend '{name}' cannot run soft_mask: {reason}"),
+    ):
+        ops.soft_mask(*inputs())
+
+
+def test_every_op_asks() -> None:
+    rows, index = torch.rand(2, 1, 3, 4), torch.zeros(2, 1, dtype=torch.int64)
+    pair = torch.rand(2, 4), torch.rand(2, 4)
+    calls = {
+        "word_attention": lambda: ops.word_attention(rows, rows, index),
+        "soft_mask": lambda: ops.soft_mask(*inputs()),
+        "focal_contrastive_loss": lambda: ops.focal_contrastive_loss(*pair, 1.0),
+        "momentum_contrastive_loss": lambda: ops.momentum_contrastive_loss(
+            *pair, 1.0, image_teacher=pair[0], text_teacher=pair[1]
+        ),
+        "soft_mask_attention": lambda: ops.soft_mask_attention(rows, rows, rows),
+        "attentive_mask": lambda: ops.attentive_mask(rows[:, 0], rows[:, 0], ratio=0.5),
+        "masked_patch_loss": lambda: ops.masked_patch_loss(
+            torch.rand(1, 1, 3), torch.rand(1, 3, 1, 1), torch.ones(1, 1, dtype=torch.bool), patch_size=1
+        ),
+    }
+    assert sorted(calls) == [name for name in sorted(ops.__all__) if name.islower()]
+    for op, call in calls.items():
+        with softmask.backend("cuda"), pytest.raises(softmask.BackendError, match=f"cannot run {op}: no CUDA"):
+            call()
+        with softmask.backend("reference"):
+            call()
+        if op not in _library.OPS:
+            with softmask.backend("cpp"), pytest.raises(softmask.BackendError, match=r"no C\+\+ kernel"):
+                call()
+
+
+def test_unbuilt_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_library, "MISSING", "the extension is not built")
+    calls = ran_by(monkeypatch)
+    with softmask.backend("auto"):
+        ops.soft_mask(*inputs())
+    assert calls == ["reference"]
+    with softmask.backend("cpp"), pytest.raises(softmask.BackendError, match="soft_mask: the extension is not built"):
+        ops.soft_mask(*inputs())
+
+
+def test_wrong_device() -> None:
+    on_meta = [tensor.to("meta") for tensor in inputs()]
+    with (
+        softmask.backend("cpp"),
+        pytest.raises(softmask.BackendError, match="CPU tensors, the inputs are on meta"),
+    ):
+        ops.soft_mask(*on_meta)
+    assert {_backend.choose(op, "cuda") for op in ops.__all__ if op.islower()} == {"reference"}
+    assert kernels.OPS == {}
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(ValueError, match="backend: expected one of 'auto', .*, got 'numpy'"), softmask.backend("numpy"):
+        pass
+
+
+def test_holds_for_this_thread_only() -> None:
+    seen = []
+    with softmask.backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(_backend.resolve("soft_mask", torch.ones(1))))
+        thread.start()
+        thread.join()
+        assert _backend.resolve("soft_mask", torch.ones(1)) == "reference"
+    assert seen == [_backend.resolve("soft_mask", torch.ones(1))]
+
+
+@needs_cpp
+def test_switch_reaches_compiled_functions() -> None:
+    """A graph compiled under one backend is not reused under another."""
+    graphs: list[str] = []
+
+    def record(graph: torch.fx.GraphModule, _) -> object:
+        graphs.append("cpp" if "softmask.soft_mask" in graph.code else "reference")
+        return graph.forward
+
+    compiled = torch.compile(ops.soft_mask, fullgraph=True, backend=record)
+    for name in ("cpp", "reference", "cpp"):
+        with softmask.backend(name):
+            compiled(*inputs())
+    assert graphs == ["cpp", "reference"]
+
+
+def test_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import torch; from softmask import ops; ops.soft_mask(torch.rand(2, 4, 3), torch.rand(2, 3))"
+    failed = python(code, SOFTMASK_BACKEND="triton")
+    assert "BackendError: backend 'triton' cannot run soft_mask: no Triton kernel" in failed.stderr
+    monkeypatch.setenv("SOFTMASK_BACKEND", "fast")
+    with pytest.raises(ValueError, match="SOFTMASK_BACKEND: expected one of 'auto', .*, got 'fast'"):
+        _backend._from_environment()
+
+
+def test_imports_are_light() -> None:
+    """The package alone loads no torch; ops and kernels load no Triton."""
+    code = """
+import sys
+import softmask
+assert softmask.__version__ and "torch" not in sys.modules
+sys.modules["triton"] = None
+import softmask.kernels, softmask.ops
+softmask.backend
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_reference_imports_nothing_of_ours() -> None:
+    tree = ast.parse(Path(reference.__file__).read_text())
+    names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    assert {name.split(".")[0] for name in names} == {"__future__", "torch"}
+
+
+def test_broken_extension_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Built for another torch: a warning with the reason, and PyTorch instead."""
+
+    def undefined_symbol(name: str) -> None:
+        raise ImportError("undefined symbol: c10")
+
+    monkeypatch.setattr(_library.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(_library.importlib, "import_module", undefined_symbol)
+    with pytest.warns(UserWarning, match="does not load.*undefined symbol: c10"):
+        reason = _library._load()
+    assert reason == "the C++ extension softmask._C does not load: undefined symbol: c10"
