@@ -20,9 +20,9 @@ needs_cpp = pytest.mark.skipif(_library.MISSING is not None, reason=f"make env b
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:
-
-    environment = {**os.environ, **environment}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}
+    )
 
 
 def inputs() -> tuple[torch.Tensor, torch.Tensor]:
