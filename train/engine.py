@@ -117,11 +117,16 @@ class GradientGuard:
         """The scale is adjusted by `after_step`, the same way at every stage."""
 
 
-def deepspeed_config(config: Config) -> dict[str, Any]:
-    """The user's DeepSpeed section, completed by what follows from the rest of the configuration."""
+def deepspeed_config(config: Config, *, parameters: int) -> dict[str, Any]:
+    """The user's DeepSpeed section, completed by what follows from the rest of the configuration and from the number
+    of trained parameters."""
     train = config.train
+    # DeepSpeed allocates whole buckets in every step, by default of 2 GB.
+    bucket = min(parameters, 500_000_000)
+    buckets = {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket} if config.zero_stage else {}
     section = {
         **config.deepspeed,
+        "zero_optimization": buckets | config.deepspeed.get("zero_optimization", {}),
         "train_micro_batch_size_per_gpu": train.batch_size,
         "gradient_accumulation_steps": train.accumulation,
         "gradient_clipping": train.clip_grad if config.zero_stage else 0.0,  # at stage 0 the guard clips
@@ -138,8 +143,10 @@ def create_engine(model: nn.Module, config: Config, *, steps: int) -> tuple[Any,
     import deepspeed
 
     options = config.optimizer
+    groups = parameter_groups(model, options.weight_decay)
+    parameters = sum(parameter.numel() for group in groups for parameter in group["params"])
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, options.weight_decay),
+        groups,
         lr=options.lr,
         betas=options.betas,
         eps=options.eps,
@@ -152,7 +159,7 @@ def create_engine(model: nn.Module, config: Config, *, steps: int) -> tuple[Any,
             model=model,
             optimizer=optimizer,
             lr_scheduler=scheduler_factory(options, steps=steps),
-            config=deepspeed_config(config),
+            config=deepspeed_config(config, parameters=parameters),
             dist_init_required=False,
         )
     guard = GradientGuard(dynamic=config.train.precision == "fp16", clip_grad=config.train.clip_grad)

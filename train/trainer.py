@@ -101,6 +101,7 @@ class Trainer:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         if not torch.cuda.is_available():
             torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # finds bugs, costs a pass over every buffer
         torch.manual_seed(config.seed)  # the same weights on every rank
         model = build_model(config, tokenizer)
         model.set_activation_checkpointing(config.train.activation_checkpointing)
