@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_fixtures import make_config, make_trainer, run_cli, run_here, saved_state, write_shard
+from train_fixtures import make_config, make_trainer, run_here, saved_state, write_shard
 
 from softmask.data import Loader, open_source
 from softmask.models import SoftMaskPP
@@ -15,7 +15,7 @@ from softmask.train.checkpoint import CheckpointError, build_model, find_checkpo
 from softmask.train.config import Config, OptimizerConfig, save_config
 from softmask.train.engine import GradientGuard
 from softmask.train.logs import cut_back
-from softmask.train.pretrain import choose_checkpoint
+from softmask.train.pretrain import choose_checkpoint, main
 from softmask.train.schedule import alpha_at, lr_factor, parameter_groups, seed_everything
 from softmask.train.trainer import TrainingError, prepare_run
 
@@ -162,8 +162,7 @@ def test_loss_scale_drops_out(tmp_path, monkeypatch, stage: int) -> None:
     assert_equal(weights(scaled), expected)
 
 
-@pytest.mark.parametrize("stage", ZERO)
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize(("precision", "stage"), [("bf16", 0), ("bf16", 2), ("fp16", 1)])
 def test_low_precision(tmp_path, precision: str, stage: int) -> None:
     """Products are cast; weights, twin, queue and optimizer state are not."""
     overrides = [f"train.precision={precision}", "train.clip_grad=1", f"deepspeed.zero_optimization.stage={stage}"]
@@ -185,7 +184,7 @@ def test_low_precision(tmp_path, precision: str, stage: int) -> None:
 # -- what is skipped --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", ZERO)
+@pytest.mark.parametrize("stage", [0, 2])
 @pytest.mark.parametrize("poison", [poison_loss, poison_gradients])
 def test_nonfinite_steps_are_skipped_and_counted(tmp_path, monkeypatch, stage: int, poison) -> None:
     config = make_config(tmp_path, "train.steps=4", f"deepspeed.zero_optimization.stage={stage}")
@@ -201,7 +200,7 @@ def test_nonfinite_steps_are_skipped_and_counted(tmp_path, monkeypatch, stage: i
     assert trainer.engine.lr_scheduler.last_epoch == 4  # the schedule counts the steps that were taken
 
 
-@pytest.mark.parametrize("stage", ZERO)
+@pytest.mark.parametrize("stage", [0, 2])
 @pytest.mark.parametrize("poison", [poison_loss, poison_gradients])
 def test_too_many_nonfinite_steps_stop_with_the_weights_unchanged(tmp_path, monkeypatch, stage: int, poison) -> None:
     overrides = ["train.max_nonfinite=3", "train.checkpoint_every=1", f"deepspeed.zero_optimization.stage={stage}"]
@@ -339,11 +338,11 @@ def test_logs_are_cut_back(tmp_path) -> None:
         (["data.tokenizer=nowhere"], "data.tokenizer: nowhere is not a folder"),
     ],
 )
-def test_a_failure_is_one_line(tmp_path, arguments: list[str], message: str) -> None:
+def test_a_failure_is_one_line(tmp_path, monkeypatch, capfd, arguments: list[str], message: str) -> None:
     config = make_config(tmp_path)
     save_config(config, tmp_path / "config.yaml")
-    result = run_cli("--config", str(tmp_path / "config.yaml"), *arguments)
-    lines = (result.stdout + result.stderr).strip().splitlines()
-    assert result.returncode == 2 and len(lines) == 1, result
-    assert lines[0].startswith("error: ") and message in lines[0]
+    monkeypatch.setattr("sys.argv", ["pretrain.py", "--config", str(tmp_path / "config.yaml"), *arguments])
+    assert main() == 2
+    lines = "".join(capfd.readouterr()).strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], lines
     assert not (Path(config.output) / "checkpoints").exists()
