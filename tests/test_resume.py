@@ -17,6 +17,7 @@ from train_fixtures import different, make_config, run_cli, run_here, saved_stat
 from softmask.train.checkpoint import CheckpointError, complete_checkpoints, find_checkpoint
 from softmask.train.config import Config, save_config
 from softmask.train.logs import RunLog
+from softmask.train.pretrain import choose_checkpoint
 
 LONG = ["train.steps=14", "train.checkpoint_every=4", "data.workers=1", "train.accumulation=2"]
 
@@ -136,6 +137,21 @@ def test_killed_while_writing_a_checkpoint(tmp_path, monkeypatch) -> None:
     assert find_checkpoint(config.output).name == "step_00000002"
     run_here(config, checkpoint=find_checkpoint(config.output))
     assert {path.name for path in folder.iterdir()} == {"step_00000002", "step_00000004"}
+
+
+def test_killed_before_the_first_checkpoint_starts_afresh(tmp_path, monkeypatch) -> None:
+    whole = make_config(tmp_path, "train.steps=3", f"output={tmp_path / 'whole'}")
+    run_here(whole)
+    config = make_config(tmp_path, "train.steps=3")
+    with monkeypatch.context() as patch:
+        kill_after(patch, 2)
+        with pytest.raises(Killed):
+            run_here(config)
+    checkpoint = choose_checkpoint(config, "auto")
+    assert checkpoint is None
+    run_here(config, checkpoint=checkpoint)
+    assert different(saved_state(whole.output), saved_state(config.output)) == []
+    assert logged_steps(config) == [1, 2, 3]
 
 
 def test_killed_while_pruning(tmp_path, monkeypatch) -> None:

@@ -15,7 +15,7 @@ import torch
 from train_fixtures import PRETRAIN, child_environment, different, make_config, saved_state
 
 from softmask.train.checkpoint import CheckpointError, check_resumable, find_checkpoint
-from softmask.train.config import save_config
+from softmask.train.config import load_config, save_config
 
 STAGES = (0, 1, 2)
 # Both ranks run this: every stage once to the end, and once stopped at step 2 and resumed.
@@ -57,42 +57,26 @@ def rows(run: str) -> list[dict]:
     return [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> str:
-    """Runs of every stage on two ranks; returns the beginning of their folders' names."""
-    folder = tmp_path_factory.mktemp("zero")
-    config = make_config(folder, "train.steps=4", "train.batch_size=4", "train.accumulation=2", "train.clip_grad=1")
-    save_config(config, folder / "config.yaml")
-    (folder / "worker.py").write_text(WORKER)
-    process = launch(folder / "worker.py", str(folder / "config.yaml"))
+def test_all_stages_train_alike_and_resume_exactly(tmp_path) -> None:
+    config = make_config(tmp_path, "train.steps=4", "train.batch_size=4", "train.accumulation=2", "train.clip_grad=1")
+    save_config(config, tmp_path / "config.yaml")
+    (tmp_path / "worker.py").write_text(WORKER)
+    process = launch(tmp_path / "worker.py", str(tmp_path / "config.yaml"))
     output, _ = process.communicate(timeout=400)
     assert process.returncode == 0, output
-    return config.output
 
-
-def test_all_stages_train_alike(trained) -> None:
-    """The stages add up the same gradients in another order: what differs is rounding."""
-    reference = rows(f"{trained}-0-whole")
+    reference = rows(f"{config.output}-0-whole")
     assert len(reference) == 4 and reference[-1]["epoch"] == 1.0
-    for stage in (1, 2):
-        for row, expected in zip(rows(f"{trained}-{stage}-whole"), reference, strict=True):
-            terms = {name for name in expected if name not in ("seconds", "samples_per_second")}
-            assert {name: row[name] for name in terms} == pytest.approx(
-                {name: expected[name] for name in terms}, rel=1e-5
-            )
+    names = reference[0].keys() - {"seconds", "samples_per_second"}
+    for stage in STAGES:
+        whole, halves = saved_state(f"{config.output}-{stage}-whole"), saved_state(f"{config.output}-{stage}-halves")
+        assert different(whole, halves) == []
+        assert any("optim_states" in name for name in whole) == (stage > 0)
+        # The stages add up the same gradients in another order: what differs is rounding.
+        for row, expected in zip(rows(f"{config.output}-{stage}-whole"), reference, strict=True):
+            assert {name: row[name] for name in names} == pytest.approx({n: expected[n] for n in names}, rel=1e-5)
 
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_two_ranks_resume_exactly(trained, stage: int) -> None:
-    whole, halves = saved_state(f"{trained}-{stage}-whole"), saved_state(f"{trained}-{stage}-halves")
-    assert different(whole, halves) == []
-    assert any("optim_states" in name for name in whole) == (stage > 0)
-
-
-def test_another_number_of_ranks_is_refused(trained) -> None:
-    checkpoint = find_checkpoint(f"{trained}-1-whole")
-    from softmask.train.config import load_config
-
+    checkpoint = find_checkpoint(f"{config.output}-1-whole")
     with pytest.raises(CheckpointError, match=r"number of ranks \(was 2, now 1\)"):
         check_resumable(checkpoint, load_config(checkpoint / "config.yaml"), world_size=1)
 

@@ -3,7 +3,9 @@
     deepspeed train/pretrain.py --config train/configs/demo.yaml [--resume auto] [train.steps=1000 ...]
     python train/pretrain.py --config ...        the same in one process
 
-A known failure prints one line and exits with 2; SIGTERM and Ctrl-C write a checkpoint and exit with 0.
+A known failure prints one line and exits with 2. SIGTERM and Ctrl-C write a checkpoint, and every rank exits with 0.
+The launcher hands SIGTERM on when its process group gets it (as from a batch system), not when its own process alone
+does; it gives the ranks 30 seconds and exits with 1 itself. Runs on several machines need `output` on a shared disk.
 """
 
 from __future__ import annotations
