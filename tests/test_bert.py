@@ -10,7 +10,7 @@ from model_fixtures import small_config
 from softmask.models.backbone import Backbone
 from softmask.models.bert_weights import convert, read_state
 from softmask.models.config import VisionConfig
-from softmask.models.vision import VisionEncoder
+from softmask.models.vision import GlobalBatchNorm, VisionEncoder
 
 transformers = pytest.importorskip("transformers")
 
@@ -97,6 +97,20 @@ def test_timm_vit_loads_a_file_and_resizes_its_positions(tmp_path):
     assert larger(torch.randn(1, 3, 256, 256)).shape == (1, 257, 192)
 
 
-def test_a_timm_model_without_a_class_token_is_refused():
+def test_a_timm_model_without_a_class_token_is_pooled_or_refused():
+    name = "vit_medium_patch16_gap_240"
     with pytest.raises(ValueError, match="class token"):
-        VisionEncoder(VisionConfig(name="vit_base_patch16_siglip_224", image_size=224))
+        VisionEncoder(VisionConfig(name=name, image_size=32))
+    encoder = VisionEncoder(VisionConfig(name=name, image_size=32, pool="mean"))
+    tokens = encoder(torch.randn(2, 3, 32, 32))
+    assert encoder.num_prefix_tokens == 0 and tokens.shape == (2, 4, 512)
+    torch.testing.assert_close(encoder.pool(tokens), tokens.mean(1))
+    with pytest.raises(ValueError, match="vision.pool"):
+        VisionConfig(pool="max")
+
+
+def test_batch_norm_of_one_rank_is_torchs():
+    torch.manual_seed(0)
+    ours, theirs = GlobalBatchNorm(5), torch.nn.BatchNorm2d(5)
+    x = torch.randn(4, 5, 3, 3)
+    assert torch.equal(ours(x), theirs(x)) and torch.equal(ours.eval()(x), theirs.eval()(x))

@@ -39,7 +39,7 @@ from softmask.data import rle
 from softmask.data.captions import Box, Caption, Group, write_caption
 from softmask.data.openmoji import ATTRIBUTION, Concept, concepts, rasterize
 
-VERSION = 1
+VERSION = 2
 """Goes up when the same parameters give other scenes, so that old folders are written anew."""
 
 SPLITS = ("train", "val", "test")
@@ -49,10 +49,10 @@ MIN_VISIBLE = 0.6
 SUPERSAMPLING = 2
 _GRID = 64  # side of the coarse picture on which drawings are placed, whatever the size rendered later
 _OPAQUE = 96  # alpha from which a pixel belongs to a drawing
-_SIDES = {1: (0.32, 0.6), 2: (0.28, 0.5), 3: (0.25, 0.45), 4: (0.25, 0.4)}
-_COUNTS = ((1,),) * 14 + ((1, 1),) * 29 + ((2,),) * 7 + ((1, 1, 1),) * 26 + ((2, 1),) * 7 + ((3,),) * 2
-_COUNTS += ((1, 1, 1, 1),) * 9 + ((2, 1, 1),) * 4 + ((2, 2),) * 2 + ((3, 1),)
-_TEST_PAIR_SHARE = 0.65  # of the test scenes with two concepts or more; these are 77 %, so that half of all hold one
+_SIDES = {1: (0.45, 0.7), 2: (0.38, 0.6), 3: (0.33, 0.5), 4: (0.3, 0.42)}
+_COUNTS = ((1,),) * 18 + ((1, 1),) * 36 + ((2,),) * 7 + ((1, 1, 1),) * 20 + ((2, 1),) * 7 + ((3,),) * 2
+_COUNTS += ((1, 1, 1, 1),) * 5 + ((2, 1, 1),) * 3 + ((2, 2),) + ((3, 1),)
+_TEST_PAIR_SHARE = 0.65  # of the test scenes with two concepts or more; these are 82 %, so that half of all hold one
 
 _COLORS = {
     "white": (246, 246, 242), "gray": (178, 180, 184), "red": (218, 98, 92), "pink": (246, 184, 204),

@@ -17,7 +17,7 @@ from .vision import VisionEncoder
 
 @dataclass
 class Encoded:
-    """tokens [B, P or T, D] and the L2-normalized feature [B, embed_dim] of the CLS token."""
+    """tokens [B, P or T, D] and the L2-normalized feature [B, embed_dim] (of the CLS token; images may be pooled)."""
 
     tokens: Tensor
     feature: Tensor
@@ -39,7 +39,7 @@ class Backbone(nn.Module):
 
     def encode_image(self, images: Tensor) -> Encoded:
         tokens = self.vision(images)
-        return Encoded(tokens, F.normalize(at_least_fp32(self.image_projection(tokens[:, 0])), dim=-1))
+        return Encoded(tokens, F.normalize(at_least_fp32(self.image_projection(self.vision.pool(tokens))), dim=-1))
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
         tokens = self.text(input_ids, attention_mask)

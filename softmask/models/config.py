@@ -29,13 +29,18 @@ class ConvViTConfig:
 
 @dataclass
 class VisionConfig:
-    """Image encoder: any timm ViT with a class token, or `conv_vit`."""
+    """Image encoder: any timm ViT, or `conv_vit`."""
 
     name: str = "vit_base_patch16_224"
     image_size: int = 256
     checkpoint: str = ""  # file of timm weights; position embeddings are resized to image_size
     drop_path: float = 0.0
+    pool: str = "cls"  # what the contrastive loss sees: "cls", or "mean" over the patches
     conv_vit: ConvViTConfig = field(default_factory=ConvViTConfig)
+
+    def __post_init__(self) -> None:
+        if self.pool not in ("cls", "mean"):
+            raise ValueError(f"vision.pool: expected 'cls' or 'mean', got {self.pool!r}")
 
 
 @dataclass
