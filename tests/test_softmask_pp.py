@@ -211,6 +211,20 @@ def test_temperature_is_clamped_and_can_come_back():
     assert model.temperature.grad.abs() > 0
 
 
+def test_pooled_features_and_a_fixed_temperature():
+    model, batch = small_model(text={"pool": "mean"}, learn_temperature=False), small_batch()
+    model.eval()
+    with torch.no_grad():
+        tokens, feature = model.encode_text(batch.input_ids, batch.attention_mask)
+    mean = torch.stack([row[mask].mean(0) for row, mask in zip(tokens, batch.attention_mask, strict=True)])
+    expected = torch.nn.functional.normalize(model.backbone.text_projection(mean), dim=-1)
+    torch.testing.assert_close(feature, expected)
+    model(batch).loss.backward()
+    assert model.temperature.grad is None
+    with pytest.raises(ValueError, match="text.pool"):
+        small_config(text={"pool": "max"})
+
+
 def test_bfloat16_autocast_runs_and_is_near():
     model, batch = small_model(spread=2.0), small_batch()
     torch.manual_seed(0)

@@ -17,7 +17,7 @@ from .vision import VisionEncoder
 
 @dataclass
 class Encoded:
-    """tokens [B, P or T, D] and the L2-normalized feature [B, embed_dim] (of the CLS token; images may be pooled)."""
+    """tokens [B, P or T, D] and the L2-normalized feature [B, embed_dim] of the CLS token (or the mean)."""
 
     tokens: Tensor
     feature: Tensor
@@ -28,6 +28,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.vision = VisionEncoder(config.vision)
         self.text = TextEncoder(config.text)
+        self.text_pooling = config.text.pool
         self.fusion = FusionEncoder(config.text, image_width=self.vision.width)
         self.mlm_head = MLMHead(config.text)
         self.image_projection = nn.Linear(self.vision.width, config.embed_dim)
@@ -43,7 +44,12 @@ class Backbone(nn.Module):
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
         tokens = self.text(input_ids, attention_mask)
-        return Encoded(tokens, F.normalize(at_least_fp32(self.text_projection(tokens[:, 0])), dim=-1))
+        if self.text_pooling == "cls":
+            pooled = tokens[:, 0]
+        else:
+            real = attention_mask[..., None]
+            pooled = (tokens * real).sum(dim=1) / real.sum(dim=1)
+        return Encoded(tokens, F.normalize(at_least_fp32(self.text_projection(pooled)), dim=-1))
 
     def predict_tokens(self, states: Tensor) -> Tensor:
         """Fused states of any leading shape [..., D] -> logits [..., vocabulary]."""

@@ -15,6 +15,11 @@ class SpecialIds:
     mask: int
 
 
+def _check_pool(name: str, pool: str) -> None:
+    if pool not in ("cls", "mean"):
+        raise ValueError(f"{name}: expected 'cls' or 'mean', got {pool!r}")
+
+
 @dataclass
 class ConvViTConfig:
     """A small ViT behind a convolutional stem, for small pictures and small budgets."""
@@ -39,8 +44,7 @@ class VisionConfig:
     conv_vit: ConvViTConfig = field(default_factory=ConvViTConfig)
 
     def __post_init__(self) -> None:
-        if self.pool not in ("cls", "mean"):
-            raise ValueError(f"vision.pool: expected 'cls' or 'mean', got {self.pool!r}")
+        _check_pool("vision.pool", self.pool)
 
 
 @dataclass
@@ -58,9 +62,11 @@ class TextConfig:
     attention_dropout: float = 0.1  # of self-attention; cross-attention maps are never dropped
     layer_norm_eps: float = 1e-12
     initializer_range: float = 0.02  # standard deviation of fresh weights; small widths want more
+    pool: str = "cls"  # what the contrastive loss sees: "cls", or "mean" over the caption's tokens
     checkpoint: str = ""  # folder of a Hugging Face BERT, such as bert-base-uncased
 
     def __post_init__(self) -> None:
+        _check_pool("text.pool", self.pool)
         if self.width % self.heads:
             raise ValueError(f"text.width: expected a multiple of text.heads ({self.heads}), got {self.width}")
         if self.fusion_layers < 1:
@@ -90,6 +96,7 @@ class SoftMaskPPConfig:
     embed_dim: int = 256
     # contrastive loss and momentum twin
     temperature: float = 0.07
+    learn_temperature: bool = True
     queue_size: int = 65536
     momentum: float = 0.995
     alpha: float = 0.4

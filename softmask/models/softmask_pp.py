@@ -60,7 +60,7 @@ class SoftMaskPP(nn.Module):
         self.backbone = Backbone(config)
         self.itm_head = nn.Linear(config.text.width, 2)
         initialize(self.itm_head, std=config.text.initializer_range)
-        self.temperature = nn.Parameter(torch.tensor(config.temperature))
+        self.temperature = nn.Parameter(torch.tensor(config.temperature), requires_grad=config.learn_temperature)
         self.twin = momentum_twin(self.backbone)
         self.contrast = ops.MomentumContrastiveLoss(
             config.embed_dim, config.queue_size, alpha=config.alpha, gamma=config.gamma

@@ -97,9 +97,10 @@ class ConvStem(nn.Module):
         return self.layers(images).flatten(2).transpose(1, 2)
 
 
-def _conv_vit(config: ConvViTConfig, *, image_size: int, drop_path: float) -> VisionTransformer:
+def _conv_vit(config: ConvViTConfig, *, image_size: int, drop_path: float, pool: str) -> VisionTransformer:
     return VisionTransformer(
         img_size=image_size,
+        global_pool="avg" if pool == "mean" else "token",  # "avg" normalizes after pooling: strong patches count more
         patch_size=config.patch_size,
         embed_dim=config.width,
         depth=config.depth,
@@ -122,12 +123,13 @@ def _timm_vit(config: VisionConfig) -> nn.Module:
 
 
 class VisionEncoder(nn.Module):
-    """images [B, 3, S, S] -> tokens [B, P, D], normalized, prefix tokens (CLS first) in front of the patches."""
+    """images [B, 3, S, S] -> tokens [B, P, D], prefix tokens (CLS first) in front of the patches."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         if config.name == CONV_VIT:
-            self.vit = _conv_vit(config.conv_vit, image_size=config.image_size, drop_path=config.drop_path)
+            options = {"image_size": config.image_size, "drop_path": config.drop_path, "pool": config.pool}
+            self.vit = _conv_vit(config.conv_vit, **options)
         else:
             self.vit = _timm_vit(config)
         self.pooling = config.pool
@@ -145,4 +147,6 @@ class VisionEncoder(nn.Module):
 
     def pool(self, tokens: Tensor) -> Tensor:
         """tokens [B, P, D] -> [B, D]: the CLS token, or the mean over the patches."""
-        return tokens[:, 0] if self.pooling == "cls" else tokens[:, self.num_prefix_tokens :].mean(dim=1)
+        if self.pooling == "cls":
+            return tokens[:, 0]
+        return self.vit.fc_norm(tokens[:, self.num_prefix_tokens :].mean(dim=1))
