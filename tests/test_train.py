@@ -13,7 +13,7 @@ from softmask.data import Loader, open_source
 from softmask.models import SoftMaskPP
 from softmask.train.checkpoint import CheckpointError, build_model, find_checkpoint, load_model
 from softmask.train.config import Config, OptimizerConfig, save_config
-from softmask.train.engine import GradientGuard
+from softmask.train.engine import GradientGuard, deepspeed_config
 from softmask.train.logs import cut_back
 from softmask.train.pretrain import choose_checkpoint, main
 from softmask.train.schedule import alpha_at, lr_factor, parameter_groups, seed_everything
@@ -346,3 +346,10 @@ def test_a_failure_is_one_line(tmp_path, monkeypatch, capfd, arguments: list[str
     lines = "".join(capfd.readouterr()).strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], lines
     assert not (Path(config.output) / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("parameters", [7, 8])
+def test_buckets_hold_the_model_and_are_even(parameters: int, tmp_path) -> None:
+    section = deepspeed_config(make_config(tmp_path, "deepspeed.zero_optimization.stage=1"), parameters=parameters)
+    assert section["zero_optimization"]["allgather_bucket_size"] == 8
+    assert section["zero_optimization"]["reduce_bucket_size"] == 8

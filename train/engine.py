@@ -121,8 +121,8 @@ def deepspeed_config(config: Config, *, parameters: int) -> dict[str, Any]:
     """The user's DeepSpeed section, completed by what follows from the rest of the configuration and from the number
     of trained parameters."""
     train = config.train
-    # DeepSpeed allocates whole buckets in every step, by default of 2 GB.
-    bucket = min(parameters, 500_000_000)
+    # DeepSpeed allocates whole buckets in every step, by default of 2 GB, and wants even sizes.
+    bucket = min(parameters + parameters % 2, 500_000_000)
     buckets = {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket} if config.zero_stage else {}
     section = {
         **config.deepspeed,
