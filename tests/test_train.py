@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from train_fixtures import make_config, make_trainer, run_here, saved_state, wri
 from softmask.data import Loader, open_source
 from softmask.models import SoftMaskPP
 from softmask.train.checkpoint import CheckpointError, build_model, find_checkpoint, load_model
-from softmask.train.config import Config, OptimizerConfig, save_config
+from softmask.train.config import Config, ConfigError, OptimizerConfig, save_config
 from softmask.train.engine import GradientGuard, deepspeed_config
 from softmask.train.logs import cut_back
 from softmask.train.pretrain import choose_checkpoint, main
@@ -45,6 +46,18 @@ def poison_loss(monkeypatch, broken) -> None:
         if broken(next(count)):
             output.loss = output.loss * float("nan")
         return output
+
+    monkeypatch.setattr(SoftMaskPP, "forward", poisoned)
+
+
+def poison_images(monkeypatch, broken) -> None:
+    """Give some forward passes pictures that are NaN: everything computed from them is."""
+    forward, count = SoftMaskPP.forward, iter(range(1 << 30))
+
+    def poisoned(self, batch, *, alpha=None):
+        if broken(next(count)):
+            batch = dataclasses.replace(batch, images=batch.images * float("nan"))
+        return forward(self, batch, alpha=alpha)
 
     monkeypatch.setattr(SoftMaskPP, "forward", poisoned)
 
@@ -185,7 +198,7 @@ def test_low_precision(tmp_path, precision: str, stage: int) -> None:
 
 
 @pytest.mark.parametrize("stage", [0, 2])
-@pytest.mark.parametrize("poison", [poison_loss, poison_gradients])
+@pytest.mark.parametrize("poison", [poison_loss, poison_images, poison_gradients])
 def test_nonfinite_steps_are_skipped_and_counted(tmp_path, monkeypatch, stage: int, poison) -> None:
     config = make_config(tmp_path, "train.steps=4", f"deepspeed.zero_optimization.stage={stage}")
     poison(monkeypatch, lambda forward: forward in (1, 2))
@@ -201,7 +214,7 @@ def test_nonfinite_steps_are_skipped_and_counted(tmp_path, monkeypatch, stage: i
 
 
 @pytest.mark.parametrize("stage", [0, 2])
-@pytest.mark.parametrize("poison", [poison_loss, poison_gradients])
+@pytest.mark.parametrize("poison", [poison_loss, poison_images, poison_gradients])
 def test_too_many_nonfinite_steps_stop_with_the_weights_unchanged(tmp_path, monkeypatch, stage: int, poison) -> None:
     overrides = ["train.max_nonfinite=3", "train.checkpoint_every=1", f"deepspeed.zero_optimization.stage={stage}"]
     trainer = make_trainer(make_config(tmp_path, *overrides))
@@ -211,9 +224,11 @@ def test_too_many_nonfinite_steps_stop_with_the_weights_unchanged(tmp_path, monk
     model, _, _ = load_model(trainer.config.output)
     saved = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("twin.")}
     kept = weights(trainer, twin=False)
-    if poison is poison_gradients:  # their losses were finite, so the queue has moved on
+    if poison is poison_gradients:  # their losses were finite, so queue and running statistics have moved on
+        moved = ("contrast.", "running_", "num_batches_tracked")
         saved, kept = (
-            {name: tensor for name, tensor in state.items() if "contrast." not in name} for state in (saved, kept)
+            {name: tensor for name, tensor in state.items() if not any(part in name for part in moved)}
+            for state in (saved, kept)
         )
     assert_equal(saved, kept)
     assert trainer.progress.step == 2
@@ -353,3 +368,17 @@ def test_buckets_hold_the_model_and_are_even(parameters: int, tmp_path) -> None:
     section = deepspeed_config(make_config(tmp_path, "deepspeed.zero_optimization.stage=1"), parameters=parameters)
     assert section["zero_optimization"]["allgather_bucket_size"] == 8
     assert section["zero_optimization"]["reduce_bucket_size"] == 8
+
+
+def test_a_longer_run_that_is_stopped_is_not_taken_for_finished(tmp_path) -> None:
+    run_here(make_config(tmp_path, "train.steps=2"))
+    config = make_config(tmp_path, "train.steps=4")
+    done = Path(config.output) / "done.json"
+    assert done.exists()
+    prepare_run(config, open_source(config.data.train), find_checkpoint(config.output))
+    assert not done.exists()
+
+
+def test_a_queue_smaller_than_the_batch_is_refused_before_the_first_step(tmp_path) -> None:
+    with pytest.raises(ConfigError, match="model.queue_size: expected 0 or at least the batch of all ranks, 8, got 4"):
+        make_trainer(make_config(tmp_path, "model.queue_size=4"))

@@ -27,8 +27,14 @@ from softmask.train.config import Config, ConfigError, flatten, load_config, sav
 COMPLETE = re.compile(r"step_\d{8,}")
 MODEL_FILE = "mp_rank_00_model_states.pt"
 # Keys that may change when a run goes on; all others of `model` and `data` must stay as they were.
-FREE_KEYS = ("data.workers", "data.max_bad_share")
-FIXED_KEYS = ("seed", "train.batch_size", "train.accumulation")
+FREE_KEYS = (
+    "data.workers",
+    "data.max_bad_share",
+    "data.tokenizer",  # the run has its copy
+    "model.text.checkpoint",  # only for fresh weights
+    "model.vision.checkpoint",
+)
+FIXED_KEYS = ("seed", "train.batch_size", "train.accumulation", "train.precision")
 
 
 class CheckpointError(RuntimeError):
@@ -189,7 +195,7 @@ def build_model(config: Config, tokenizer: CaptionTokenizer) -> SoftMaskPP:
     ids = SpecialIds(pad=tokenizer.pad_id, cls=tokenizer.cls_id, sep=tokenizer.sep_id, mask=tokenizer.mask_id)
     try:
         return SoftMaskPP(model, special_ids=ids)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, RuntimeError) as error:  # RuntimeError: timm knows no such model
         raise ConfigError(f"model: {_first_line(error)}") from error
 
 

@@ -67,7 +67,9 @@ def prepare_run(config: Config, source: Source, checkpoint: Path | None) -> Capt
     try:
         if dist.get_rank() == 0:
             run.mkdir(parents=True, exist_ok=True)
-            if checkpoint is None or not (run / "tokenizer").exists():
+            (run / "done.json").unlink(missing_ok=True)  # of a shorter run that goes on now
+            own = checkpoint is not None and checkpoint.resolve().parents[1] == run.resolve()
+            if not own or not (run / "tokenizer").exists():
                 _write_tokenizer(config, source, checkpoint)
             save_config(config, run / "config.yaml")
         dist.barrier()
@@ -111,8 +113,13 @@ class Trainer:
         )
         self.batches_per_epoch = self._loader(0).batches_per_epoch
         self.steps = self._count_steps()
+        queue, batch = config.model.queue_size, config.train.batch_size * self.world_size
+        if 0 < queue < batch:
+            raise ConfigError(f"model.queue_size: expected 0 or at least the batch of all ranks, {batch}, got {queue}")
         self.engine, self.guard = create_engine(model, config, steps=self.steps)
         self.device = self.engine.device
+        # BatchNorm's running statistics: the forward pass of a skipped step must leave no trace in them.
+        self._encoder_buffers = [*self.model.backbone.buffers(), *self.model.twin.buffers()]
         self.progress = Progress()
         if checkpoint is not None:
             self.progress, state = load_checkpoint(self.engine, checkpoint)
@@ -214,7 +221,6 @@ class Trainer:
                 break
             self._count_nonfinite("gradients", f"loss scale now {self.guard.value:g}")
             outputs.clear()
-            self.model.update_momentum()
         self.progress.step += 1
         self._nonfinite_in_row = 0
         if self._log is not None:
@@ -230,12 +236,15 @@ class Trainer:
         self.progress.micro_batches += 1
         options = self.config.model
         alpha = alpha_at(self.progress.step, alpha=options.alpha, warmup_steps=options.alpha_warmup_steps)
+        statistics = [(buffer, buffer.clone()) for buffer in self._encoder_buffers]
         loss, output = self.engine(batch.to(self.device), alpha=alpha)
         flags = torch.stack([~loss.detach().isfinite(), torch.tensor(self._stop_requested, device=self.device)]).float()
         if self.world_size > 1:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         broken, stop = flags.bool().tolist()
         if broken:
+            for buffer, before in statistics:
+                buffer.copy_(before)
             terms = ", ".join(f"{name} {float(value):.4g}" for name, value in output.terms.items())
             self._count_nonfinite("loss", f"on rank 0: {terms}")
             return None, output, stop

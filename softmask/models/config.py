@@ -40,7 +40,7 @@ class VisionConfig:
     image_size: int = 256
     checkpoint: str = ""  # file of timm weights; position embeddings are resized to image_size
     drop_path: float = 0.0
-    pool: str = "cls"  # what the contrastive loss sees: "cls", or "mean" over the patches
+    pool: str = "cls"  # what the contrastive loss sees: "cls", or "mean" over patches (conv_vit: before the last norm)
     conv_vit: ConvViTConfig = field(default_factory=ConvViTConfig)
 
     def __post_init__(self) -> None:
@@ -62,7 +62,9 @@ class TextConfig:
     attention_dropout: float = 0.1  # of self-attention; cross-attention maps are never dropped
     layer_norm_eps: float = 1e-12
     initializer_range: float = 0.02  # standard deviation of fresh weights; small widths want more
-    pool: str = "cls"  # what the contrastive loss sees: "cls", or "mean" over the caption's tokens
+    pool: str = (
+        "cls"  # what the contrastive loss sees: "cls", or "mean" over the caption's tokens, CLS and SEP included
+    )
     checkpoint: str = ""  # folder of a Hugging Face BERT, such as bert-base-uncased
 
     def __post_init__(self) -> None:
@@ -85,9 +87,10 @@ class LossWeights:
 
 @dataclass
 class SoftMaskPPConfig:
-    """SoftMask++ on ALBEF. `soft_mask: false`, `gamma: 0`, `mask_text: mlm` (and no distortions in `data:`) is ALBEF.
+    """SoftMask++ on ALBEF. With `soft_mask: false`, `gamma: 0` and `mask_text: mlm` the losses are ALBEF's; its recipe
+    also has `data.distort: false`, `data.rand_augment: true` and an `alpha_warmup_steps` of one epoch.
 
-    What the paper does not state is an option here; the defaults are those of the method's description.
+    What the paper does not state is an option here.
     """
 
     vision: VisionConfig = field(default_factory=VisionConfig)
@@ -114,6 +117,19 @@ class SoftMaskPPConfig:
     normalize: str = "minmax"
 
     def __post_init__(self) -> None:
+        expected = {
+            "temperature": (0.001 <= self.temperature <= 0.5, "a number in [0.001, 0.5]"),
+            "queue_size": (self.queue_size >= 0, "at least 0"),
+            "momentum": (0 <= self.momentum <= 1, "a number in [0, 1]"),
+            "alpha": (0 <= self.alpha <= 1, "a number in [0, 1]"),
+            "alpha_warmup_steps": (self.alpha_warmup_steps >= 0, "at least 0"),
+            "gamma": (self.gamma >= 0, "a number >= 0"),
+            "mask_probability": (0 <= self.mask_probability <= 1, "a number in [0, 1]"),
+            "normalize": (self.normalize in ("minmax", "max", "sum"), "'minmax', 'max' or 'sum'"),
+        }
+        for name, (right, description) in expected.items():
+            if not right:
+                raise ValueError(f"{name}: expected {description}, got {getattr(self, name)!r}")
         if self.mask_text not in ("all", "mlm"):
             raise ValueError(f"mask_text: expected 'all' or 'mlm', got {self.mask_text!r}")
         if not 0 <= self.cam_layer < max(self.text.fusion_layers - 1, 1):

@@ -70,5 +70,7 @@ def sample_negatives(similarity: Tensor, ids: Tensor) -> Tensor:
     own = torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
     same = ids[:, None] == ids[None, :]
     same = torch.where(same.all(dim=1, keepdim=True), own, same)
-    weights = similarity.masked_fill(same, -torch.inf).softmax(dim=1)
-    return torch.multinomial(weights, 1).squeeze(1)
+    # Largest logit plus Gumbel noise: unlike torch.multinomial it survives features that are not finite, whose step the
+    # trainer then skips by the loss.
+    noise = -torch.empty_like(similarity).exponential_().clamp_min(1e-30).log()
+    return (similarity + noise).masked_fill(same, -torch.inf).argmax(dim=1)
