@@ -1,5 +1,6 @@
-"""ALBEF written straight from the facts of its method (arXiv 2107.07651 and its public code), for the tests: separate passes, biased keys left out only
-because the softmax does not see them, image tokens gathered per pair, attention materialized, queue concatenated.
+"""ALBEF written straight from the facts of its method (arXiv 2107.07651 and its public code), for the tests: separate
+passes, no key bias because the softmax does not see it, image tokens gathered per pair, attention materialized, queue
+concatenated.
 
 It reads the weights of a SoftMaskPP by name and shares no code with it.
 """
