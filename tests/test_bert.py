@@ -5,14 +5,13 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+import transformers
 from model_fixtures import small_config
 
 from softmask.models.backbone import Backbone
 from softmask.models.bert_weights import convert, read_state
 from softmask.models.config import VisionConfig
 from softmask.models.vision import GlobalBatchNorm, VisionEncoder
-
-transformers = pytest.importorskip("transformers")
 
 
 @pytest.fixture

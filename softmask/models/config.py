@@ -15,6 +15,9 @@ class SpecialIds:
     mask: int
 
 
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 0.5  # ALBEF's
+
+
 def _check_pool(name: str, pool: str) -> None:
     if pool not in ("cls", "mean"):
         raise ValueError(f"{name}: expected 'cls' or 'mean', got {pool!r}")
@@ -118,7 +121,10 @@ class SoftMaskPPConfig:
 
     def __post_init__(self) -> None:
         expected = {
-            "temperature": (0.001 <= self.temperature <= 0.5, "a number in [0.001, 0.5]"),
+            "temperature": (
+                MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE,
+                f"a number in [{MIN_TEMPERATURE}, {MAX_TEMPERATURE}]",
+            ),
             "queue_size": (self.queue_size >= 0, "at least 0"),
             "momentum": (0 <= self.momentum <= 1, "a number in [0, 1]"),
             "alpha": (0 <= self.alpha <= 1, "a number in [0, 1]"),

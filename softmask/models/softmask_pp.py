@@ -18,11 +18,10 @@ from softmask.data import Batch
 
 from .backbone import Backbone, Encoded, momentum_twin, update_twin
 from .bert import CrossRecord, ImageKeys, PairIndex, at_least_fp32, initialize
-from .config import SoftMaskPPConfig, SpecialIds
+from .config import MAX_TEMPERATURE, MIN_TEMPERATURE, SoftMaskPPConfig, SpecialIds
 from .masking import IGNORE, MaskedText, mask_tokens, pick_words, sample_negatives, word_positions
 
 MAX_WORD_TOKENS = 8  # of a longer word, the map is the mean over its first tokens
-MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 0.5
 
 
 @dataclass

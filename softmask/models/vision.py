@@ -5,13 +5,13 @@ from __future__ import annotations
 from functools import partial
 
 import timm
-import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
+from .bert import at_least_fp32
 from .config import ConvViTConfig, VisionConfig
 
 CONV_VIT = "conv_vit"
@@ -26,7 +26,7 @@ class GlobalBatchNorm(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not (self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return super().forward(x)
-        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        wide = at_least_fp32(x)
         count = wide.numel() / wide.shape[1] * dist.get_world_size()  # ranks have equal batches
         mean = all_reduce(wide.sum((0, 2, 3))) / count
         centered = wide - mean[:, None, None]
