@@ -71,6 +71,8 @@ def test_overrides(write) -> None:
         ("optimizer.lr=[1]", ["optimizer.lr", "expected float", "list [1]"]),
         ("optimizer.betas=[0.9]", ["optimizer.betas", "list of 2", "[0.9]"]),
         ("optimizer.betas=[0.9, x]", ["optimizer.betas[1]", "expected float", "str 'x'"]),
+        ("optimizer.lr_scales={vision: fast}", ["optimizer.lr_scales.vision", "expected float", "str 'fast'"]),
+        ("optimizer.lr_scales={vision: 0}", ["optimizer.lr_scales.vision", "> 0", "got 0.0"]),
         ("data.flip=1", ["data.flip", "expected bool", "int 1"]),
         ("model.vision=3", ["model.vision", "expected a mapping", "int 3"]),
         ("train.precision=fp8", ["train.precision", "fp32 or bf16 or fp16", "str 'fp8'"]),
@@ -121,7 +123,9 @@ def test_files_that_cannot_be_used(write, tmp_path) -> None:
 
 
 def test_saved_configuration_reads_equal(tmp_path) -> None:
-    config = make_config(tmp_path, "deepspeed.zero_optimization.stage=1", "optimizer.eps=1e-10")
+    config = make_config(
+        tmp_path, "deepspeed.zero_optimization.stage=1", "optimizer.eps=1e-10", "optimizer.lr_scales={a.b: 2}"
+    )
     save_config(config, tmp_path / "saved.yaml")
     assert load_config(tmp_path / "saved.yaml") == config
 

@@ -170,13 +170,16 @@ def test_killed_while_pruning(tmp_path, monkeypatch) -> None:
 
 
 def test_a_longer_run_goes_on_with_new_hyperparameters(tmp_path) -> None:
-    run_here(make_config(tmp_path, "train.steps=2"))
-    longer = make_config(tmp_path, "train.steps=4", "optimizer.lr=5e-4", "optimizer.weight_decay=0.5")
+    scales = "optimizer.lr_scales={itm_head: 2}"
+    run_here(make_config(tmp_path, "train.steps=2", scales))
+    longer = make_config(tmp_path, "train.steps=4", "optimizer.lr=5e-4", "optimizer.weight_decay=0.5", scales)
     trainer = run_here(longer, checkpoint=find_checkpoint(longer.output))
     rates = [json.loads(line)["lr"] for line in (Path(longer.output) / "log.jsonl").read_text().splitlines()]
     assert trainer.progress.step == 4 and rates[2] == pytest.approx(5e-4, rel=1e-12)
     groups = trainer.engine.lr_scheduler.optimizer.param_groups
-    assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
+    assert [(group["lr_scale"], group["weight_decay"]) for group in groups] == [(2, 0.5), (2, 0), (1, 0.5), (1, 0)]
+    peak = [group["initial_lr"] for group in groups]
+    assert peak == trainer.engine.lr_scheduler.base_lrs == [1e-3, 1e-3, 5e-4, 5e-4]
     assert (trainer.finished, trainer.engine.lr_scheduler.last_epoch) == (True, 4)
 
 
@@ -187,6 +190,7 @@ def test_a_longer_run_goes_on_with_new_hyperparameters(tmp_path) -> None:
         ("data.max_length=9", "data.max_length (was 16, now 9)"),
         ("train.batch_size=4", "train.batch_size (was 8, now 4)"),
         ("seed=1", "seed (was 3, now 1)"),
+        ("optimizer.lr_scales={itm_head: 2}", "optimizer.lr_scales (was {}, now {'itm_head': 2.0})"),
         ("deepspeed.zero_optimization.stage=2", "deepspeed.zero_optimization.stage (was 0, now 2)"),
     ],
 )

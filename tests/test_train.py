@@ -105,7 +105,7 @@ def test_random_state_follows_from_its_arguments() -> None:
 
 def test_weight_decay_spares_vectors_and_biases(tmp_path) -> None:
     trainer = make_trainer(make_config(tmp_path))
-    decayed, plain = parameter_groups(trainer.model, 0.3)
+    decayed, plain = parameter_groups(trainer.model, OptimizerConfig(weight_decay=0.3))
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
     names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
     assert all(p.ndim >= 2 and not names[id(p)].endswith("bias") for p in decayed["params"])
@@ -115,6 +115,30 @@ def test_weight_decay_spares_vectors_and_biases(tmp_path) -> None:
     assert any(names[id(p)] == "temperature" for p in plain["params"])
 
 
+def test_learning_rates_of_parts(tmp_path) -> None:
+    """The longest start of a parameter's name decides; whole parts of names count ("text" is no start of "text_x")."""
+    model = make_trainer(make_config(tmp_path)).model
+    scales = {"backbone.text": 0.5, "backbone.text.embeddings": 4.0, "itm_head.weight": 2.0}
+    config = OptimizerConfig(lr=1e-2, weight_decay=0.1, lr_scales=scales)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {}
+    for group in parameter_groups(model, config):
+        assert group["lr"] == 1e-2 * group["lr_scale"]
+        assert group["weight_decay"] == (0.1 if group["decayed"] else 0.0)
+        found |= {names[id(parameter)]: group["lr_scale"] for parameter in group["params"]}
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert sorted(found) == sorted(trained)
+    assert {name for name in found if found[name] == 4.0} == {n for n in trained if ".text.embeddings." in n}
+    assert {name for name in found if found[name] == 0.5} == {n for n in trained if ".text.layers." in n}
+    assert found["itm_head.weight"] == 2.0 and found["itm_head.bias"] == 1.0
+    assert found["backbone.text_projection.weight"] == found["backbone.fusion.layers.0.feed_forward.up.weight"] == 1.0
+
+
+def test_a_learning_rate_for_no_parameter_is_refused(tmp_path) -> None:
+    with pytest.raises(ConfigError, match=r"optimizer.lr_scales: no trained parameter's .* starts with 'backbone.txt'"):
+        make_trainer(make_config(tmp_path, "optimizer.lr_scales={backbone.txt: 2}"))
+
+
 # -- steps ------------------------------------------------------------------------------------------------------------
 
 
@@ -122,23 +146,25 @@ def plain_training(config: Config, model: SoftMaskPP, tokenizer) -> SoftMaskPP:
     """The documented loop without DeepSpeed: mean of the micro-batches' gradients, clipped; one EMA update a step."""
     options = config.optimizer
     batches = iter(Loader(open_source(config.data.train), config.data, tokenizer, batch_size=8, seed=config.seed))
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, options.weight_decay), betas=options.betas, eps=options.eps, fused=True
-    )
+    optimizer = torch.optim.AdamW(parameter_groups(model, options), betas=options.betas, eps=options.eps, fused=True)
     micro_batch = 0
     for step in range(config.train.steps):
         model.update_momentum()
         for _ in range(config.train.accumulation):
             seed_everything(config.seed, micro_batch, 0)
-            output = model(next(batches), alpha=config.model.alpha * min(step / 4, 1.0))
+            fuse = step >= config.model.contrast_steps
+            output = model(next(batches), alpha=config.model.alpha * min(step / 4, 1.0), fuse=fuse)
             (output.loss / config.train.accumulation).backward()
             model.enqueue(output)
             micro_batch += 1
+        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for parameter in trained:
+            if parameter.grad is None:  # no loss has reached it yet: to DeepSpeed its gradient is zero
+                parameter.grad = torch.zeros_like(parameter)
         if config.train.clip_grad:
-            trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             torch.nn.utils.clip_grad_norm_(trained, config.train.clip_grad)
         for group in optimizer.param_groups:
-            group["lr"] = options.lr * lr_factor(step, options, steps=config.train.steps)
+            group["lr"] = options.lr * group["lr_scale"] * lr_factor(step, options, steps=config.train.steps)
         optimizer.step()
         optimizer.zero_grad()
     return model
@@ -148,6 +174,7 @@ def plain_training(config: Config, model: SoftMaskPP, tokenizer) -> SoftMaskPP:
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_training_is_the_documented_loop(tmp_path, accumulation: int, clip: float) -> None:
     overrides = ["train.steps=4", f"train.accumulation={accumulation}", f"train.clip_grad={clip}"]
+    overrides += ["optimizer.lr_scales={backbone.text.embeddings: 3, backbone.vision: 0.5}", "model.contrast_steps=1"]
     trained = run_here(make_config(tmp_path, *overrides))
     config = make_config(tmp_path, *overrides, f"output={tmp_path / 'plain'}")
     tokenizer = prepare_run(config, open_source(config.data.train), None)

@@ -34,7 +34,7 @@ FREE_KEYS = (
     "model.text.checkpoint",  # only for fresh weights
     "model.vision.checkpoint",
 )
-FIXED_KEYS = ("seed", "train.batch_size", "train.accumulation", "train.precision")
+FIXED_KEYS = ("seed", "train.batch_size", "train.accumulation", "train.precision", "optimizer.lr_scales")
 
 
 class CheckpointError(RuntimeError):

@@ -49,6 +49,8 @@ class OptimizerConfig:
 
     lr: float = 1e-4
     min_lr: float = 1e-5
+    # Start of parameter names -> factor on both rates, such as {backbone.vision: 0.1}; the longest that fits counts.
+    lr_scales: dict[str, float] = field(default_factory=dict)
     warmup_steps: int = 2000
     weight_decay: float = 0.02  # on matrices and kernels only
     betas: tuple[float, float] = (0.9, 0.999)
@@ -57,6 +59,8 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         _require(self.lr > 0, "lr", "a number > 0", self.lr)
         _require(0 <= self.min_lr <= self.lr, "min_lr", f"a number in [0, lr = {self.lr:g}]", self.min_lr)
+        for part, scale in self.lr_scales.items():
+            _require(scale > 0, f"lr_scales.{part}", "a number > 0", scale)
         _require(self.warmup_steps >= 0, "warmup_steps", "an integer >= 0", self.warmup_steps)
         _require(self.weight_decay >= 0, "weight_decay", "a number >= 0", self.weight_decay)
         _require(all(0 <= beta < 1 for beta in self.betas), "betas", "two numbers in [0, 1)", list(self.betas))
@@ -226,6 +230,8 @@ def _unknown(prefix: str, key: str, names: list[str]) -> str:
 
 def _convert(hint: Any, value: Any, key: str) -> Any:
     """`value` as the type `hint`, or a ConfigError that names `key`."""
+    if hint is Any:
+        return value
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         return _build(hint, {} if value is None else value, f"{key}.")
@@ -239,7 +245,7 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         return _convert_sequence(origin, arguments, value, key)
     if origin is dict:
         if isinstance(value, dict):
-            return value
+            return {name: _convert(arguments[1], entry, f"{key}.{name}") for name, entry in value.items()}
         raise ConfigError(f"{key}: expected a mapping, got {_describe(value)}")
     return _convert_scalar(hint, value, key)
 

@@ -143,11 +143,10 @@ def create_engine(model: nn.Module, config: Config, *, steps: int) -> tuple[Any,
     import deepspeed
 
     options = config.optimizer
-    groups = parameter_groups(model, options.weight_decay)
+    groups = parameter_groups(model, options)
     parameters = sum(parameter.numel() for group in groups for parameter in group["params"])
     optimizer = torch.optim.AdamW(
         groups,
-        lr=options.lr,
         betas=options.betas,
         eps=options.eps,
         fused=True,
@@ -185,8 +184,9 @@ def apply_hyperparameters(engine: Any, config: Config) -> None:
     """Make the configuration win over the optimizer settings that a checkpoint brought along."""
     options = config.optimizer
     scheduler = engine.lr_scheduler
-    scheduler.base_lrs = [options.lr] * len(scheduler.base_lrs)
-    for group in scheduler.optimizer.param_groups:
+    groups = scheduler.optimizer.param_groups
+    scheduler.base_lrs = [options.lr * group["lr_scale"] for group in groups]
+    for group, rate in zip(groups, scheduler.base_lrs, strict=True):
         decay = options.weight_decay if group["decayed"] else 0.0
-        group.update(initial_lr=options.lr, betas=options.betas, eps=options.eps, weight_decay=decay)
-        group["lr"] = options.lr * scheduler.lr_lambdas[0](scheduler.last_epoch)
+        group.update(initial_lr=rate, betas=options.betas, eps=options.eps, weight_decay=decay)
+        group["lr"] = rate * scheduler.lr_lambdas[0](scheduler.last_epoch)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from softmask.train.config import OptimizerConfig
+from softmask.train.config import ConfigError, OptimizerConfig
 
 
 def lr_factor(step: int, config: OptimizerConfig, *, steps: int) -> float:
@@ -37,17 +37,37 @@ def alpha_at(step: int, *, alpha: float, warmup_steps: int) -> float:
     return alpha * min(step / warmup_steps, 1.0) if warmup_steps else alpha
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Trainable parameters in two groups: matrices and kernels with weight decay, all others without."""
-    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    decayed = [parameter for name, parameter in trainable if parameter.ndim >= 2 and not name.endswith("bias")]
-    chosen = {id(parameter) for parameter in decayed}
-    plain = [parameter for _, parameter in trainable if id(parameter) not in chosen]
-    groups = [
-        {"params": decayed, "weight_decay": weight_decay, "decayed": True},
-        {"params": plain, "weight_decay": 0.0, "decayed": False},
-    ]
-    return [group for group in groups if group["params"]]
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
+    """Trainable parameters, one group for every `lr_scale` and, in it, for those with weight decay (matrices and
+    kernels) and those without (all others).
+
+    Raises:
+        ConfigError: a key of `config.lr_scales` at which no parameter's name starts.
+    """
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    for part in config.lr_scales:
+        if not any(_starts_with(name, part) for name in names):
+            known = sorted({".".join(name.split(".")[:2]) for name in names})
+            raise ConfigError(
+                f"optimizer.lr_scales: no trained parameter's name starts with {part!r}, but with {', '.join(known)}"
+            )
+    groups: dict[tuple[float, bool], dict] = {}
+    for name in names:
+        parameter = model.get_parameter(name)
+        scale, decayed = _lr_scale(name, config.lr_scales), parameter.ndim >= 2 and not name.endswith("bias")
+        options = {"lr": config.lr * scale, "lr_scale": scale, "decayed": decayed}
+        options["weight_decay"] = config.weight_decay if decayed else 0.0
+        groups.setdefault((scale, decayed), {"params": [], **options})["params"].append(parameter)
+    return [groups[key] for key in sorted(groups, reverse=True)]
+
+
+def _lr_scale(name: str, scales: dict[str, float]) -> float:
+    """The factor of the longest key that `name` starts with, 1 where there is none."""
+    return scales.get(max((part for part in scales if _starts_with(name, part)), key=len, default=""), 1.0)
+
+
+def _starts_with(name: str, part: str) -> bool:
+    return f"{name}.".startswith(f"{part}.")
 
 
 def seed_everything(seed: int, micro_batch: int, rank: int) -> None:

@@ -236,8 +236,9 @@ class Trainer:
         self.progress.micro_batches += 1
         options = self.config.model
         alpha = alpha_at(self.progress.step, alpha=options.alpha, warmup_steps=options.alpha_warmup_steps)
+        fuse = self.progress.step >= options.contrast_steps
         statistics = [(buffer, buffer.clone()) for buffer in self._encoder_buffers]
-        loss, output = self.engine(batch.to(self.device), alpha=alpha)
+        loss, output = self.engine(batch.to(self.device), alpha=alpha, fuse=fuse)
         flags = torch.stack([~loss.detach().isfinite(), torch.tensor(self._stop_requested, device=self.device)]).float()
         if self.world_size > 1:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)

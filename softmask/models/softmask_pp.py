@@ -42,6 +42,21 @@ class Fused:
     record: CrossRecord | None
 
 
+@dataclass
+class Step:
+    """What the terms of one training step share."""
+
+    batch: Batch
+    masked: MaskedText
+    input_ids: Tensor  # [B, T], as the encoders read them
+    alpha: float
+    logit_scale: Tensor
+    image: Encoded
+    text: Encoded
+    image_teacher: Encoded
+    text_teacher: Encoded
+
+
 class SoftMaskPP(nn.Module):
     """The model and its losses. Terms are those of the method's step 9; with `soft_mask` off, `gamma` 0 and
     `mask_text: mlm` they are ALBEF's.
@@ -80,37 +95,21 @@ class SoftMaskPP(nn.Module):
 
     # -- training -----------------------------------------------------------------------------------------------------
 
-    def forward(self, batch: Batch, *, alpha: float | None = None) -> SoftMaskPPOutput:
-        """The loss of one batch. Call `update_momentum` before and `enqueue` after it."""
+    def forward(self, batch: Batch, *, alpha: float | None = None, fuse: bool = True) -> SoftMaskPPOutput:
+        """The loss of one batch; without `fuse` its contrastive term alone, the encoders' (see `contrast_steps`).
+
+        Call `update_momentum` before and `enqueue` after it.
+        """
         if len(batch.images) < 2:
             raise ValueError(f"batch: expected at least 2 pairs (hard negatives), got {len(batch.images)}")
-        alpha = self.config.alpha if alpha is None else alpha
-        masked = self._mask_text(batch.input_ids)
-        input_ids = masked.input_ids if self.config.mask_text == "all" else batch.input_ids
-
-        image = self.backbone.encode_image(batch.images)
-        text = self.backbone.encode_text(input_ids, batch.attention_mask)
-        image_teacher, text_teacher = self._teach(batch, input_ids)
-        logit_scale = self._logit_scale()
-        losses = {"itc": self._contrastive(image, text, image_teacher, text_teacher, logit_scale, batch, alpha)}
-
-        keys = self.backbone.fusion.project(image.tokens)
-        positive = self._fuse(text.tokens, batch.attention_mask, keys, record_layer=self._record_layer())
-        key_weight = self._soft_mask(positive, keys, batch, input_ids) if self.config.soft_mask else None
-        hard_text, hard_image = self._hard_negatives(image, text, image_teacher, text_teacher, logit_scale, batch)
-        losses |= self._matching(text.tokens, batch.attention_mask, keys, positive, hard_text, hard_image, key_weight)
-
-        if self.config.mask_text == "all":
-            states, teacher_tokens = positive.states, text_teacher.tokens
-        else:
-            states = self._fuse_masked(self.backbone, masked, batch.attention_mask, keys)
-            teacher_tokens = None
-        losses["mlm"] = self._mlm(states, teacher_tokens, image_teacher.tokens, masked, batch.attention_mask, alpha)
-
+        step = self._encode(batch, self.config.alpha if alpha is None else alpha)
+        losses = {"itc": self._contrastive(step)}
+        if fuse:
+            losses |= self._fused_losses(step)
         loss = sum(getattr(self.config.weights, name) * term for name, term in losses.items())
         terms = {name: term.detach() for name, term in losses.items()}
-        terms["temperature"] = 1.0 / logit_scale.detach()
-        return SoftMaskPPOutput(loss, terms, image_teacher.feature, text_teacher.feature, batch.image_id)
+        terms["temperature"] = 1.0 / step.logit_scale.detach()
+        return SoftMaskPPOutput(loss, terms, step.image_teacher.feature, step.text_teacher.feature, batch.image_id)
 
     def update_momentum(self) -> None:
         """EMA of the twin, once per optimizer step, before the forward pass."""
@@ -138,47 +137,59 @@ class SoftMaskPP(nn.Module):
         clamped = self.temperature.clamp(MIN_TEMPERATURE, MAX_TEMPERATURE)
         return 1.0 / (self.temperature + (clamped - self.temperature).detach())
 
-    @torch.no_grad()
-    def _teach(self, batch: Batch, input_ids: Tensor) -> tuple[Encoded, Encoded]:
-        return self.twin.encode_image(batch.images), self.twin.encode_text(input_ids, batch.attention_mask)
+    def _encode(self, batch: Batch, alpha: float) -> Step:
+        masked = self._mask_text(batch.input_ids)
+        input_ids = masked.input_ids if self.config.mask_text == "all" else batch.input_ids
+        image = self.backbone.encode_image(batch.images)
+        text = self.backbone.encode_text(input_ids, batch.attention_mask)
+        with torch.no_grad():
+            image_teacher = self.twin.encode_image(batch.images)
+            text_teacher = self.twin.encode_text(input_ids, batch.attention_mask)
+        return Step(
+            batch=batch,
+            masked=masked,
+            input_ids=input_ids,
+            alpha=alpha,
+            logit_scale=self._logit_scale(),
+            image=image,
+            text=text,
+            image_teacher=image_teacher,
+            text_teacher=text_teacher,
+        )
 
-    def _contrastive(
-        self,
-        image: Encoded,
-        text: Encoded,
-        image_teacher: Encoded,
-        text_teacher: Encoded,
-        logit_scale: Tensor,
-        batch: Batch,
-        alpha: float,
-    ) -> Tensor:
+    def _contrastive(self, step: Step) -> Tensor:
         self.contrast.group = self._group()
         return self.contrast(
-            image.feature,
-            text.feature,
-            logit_scale,
-            image_teacher=image_teacher.feature,
-            text_teacher=text_teacher.feature,
-            alpha=alpha,
-            ids=batch.image_id if self.config.share_positives else None,
+            step.image.feature,
+            step.text.feature,
+            step.logit_scale,
+            image_teacher=step.image_teacher.feature,
+            text_teacher=step.text_teacher.feature,
+            alpha=step.alpha,
+            ids=step.batch.image_id if self.config.share_positives else None,
         )
 
     @torch.no_grad()
-    def _hard_negatives(
-        self,
-        image: Encoded,
-        text: Encoded,
-        image_teacher: Encoded,
-        text_teacher: Encoded,
-        logit_scale: Tensor,
-        batch: Batch,
-    ) -> tuple[Tensor, Tensor]:
+    def _hard_negatives(self, step: Step) -> tuple[Tensor, Tensor]:
         """(a text for every image [B], an image for every text [B]), by the student against the teacher's keys."""
-        texts = sample_negatives(logit_scale * image.feature @ text_teacher.feature.T, batch.image_id)
-        images = sample_negatives(logit_scale * text.feature @ image_teacher.feature.T, batch.image_id)
+        ids, scale = step.batch.image_id, step.logit_scale
+        texts = sample_negatives(scale * step.image.feature @ step.text_teacher.feature.T, ids)
+        images = sample_negatives(scale * step.text.feature @ step.image_teacher.feature.T, ids)
         return texts, images
 
     # -- fusion -------------------------------------------------------------------------------------------------------
+
+    def _fused_losses(self, step: Step) -> dict[str, Tensor]:
+        """Every term that reads words and picture together: itm, itm_soft and mlm."""
+        keys = self.backbone.fusion.project(step.image.tokens)
+        mask = step.batch.attention_mask
+        positive = self._fuse(step.text.tokens, mask, keys, record_layer=self._record_layer())
+        key_weight = self._soft_mask(positive, keys, step) if self.config.soft_mask else None
+        losses = self._matching(step, keys, positive, key_weight)
+        states = positive.states
+        if self.config.mask_text == "mlm":
+            states = self._fuse_masked(self.backbone, step, keys)
+        return losses | {"mlm": self._mlm(states, step)}
 
     def _record_layer(self) -> int | None:
         return self.config.cam_layer if self.config.soft_mask else None
@@ -216,8 +227,9 @@ class SoftMaskPP(nn.Module):
             **options,
         )
 
-    def _soft_mask(self, positive: Fused, keys: list[ImageKeys], batch: Batch, input_ids: Tensor) -> Tensor:
+    def _soft_mask(self, positive: Fused, keys: list[ImageKeys], step: Step) -> Tensor:
         """Weight [B, P] of every image token for one random real word of the caption; CLS keeps weight 1."""
+        batch, input_ids = step.batch, step.input_ids
         allowed = input_ids == batch.input_ids  # a word that was masked or replaced is not in the caption read
         word = pick_words(batch.word_ids, allowed & (input_ids != self.special_ids.mask))
         index = word_positions(batch.word_ids, word, max_tokens=MAX_WORD_TOKENS)
@@ -225,20 +237,15 @@ class SoftMaskPP(nn.Module):
         return F.pad(1.0 - self.config.strength * maps[:, 0], (self.num_prefix_tokens, 0), value=1.0)
 
     def _matching(
-        self,
-        text_tokens: Tensor,
-        attention_mask: Tensor,
-        keys: list[ImageKeys],
-        positive: Fused,
-        hard_text: Tensor,
-        hard_image: Tensor,
-        key_weight: Tensor | None,
+        self, step: Step, keys: list[ImageKeys], positive: Fused, key_weight: Tensor | None
     ) -> dict[str, Tensor]:
         """ITM and, with `key_weight`, ITM on the soft-masked images; all their pairs in one fused pass.
 
         Pairs: (hard image, text), (image, hard text), then (masked image, text), (masked image, hard text). The
         soft term's other negative, (hard image, text), is the first of them again.
         """
+        text_tokens, attention_mask = step.text.tokens, step.batch.attention_mask
+        hard_text, hard_image = self._hard_negatives(step)
         own = torch.arange(len(text_tokens), device=text_tokens.device)
         images, texts = [hard_image, own], [own, hard_text]
         if key_weight is not None:
@@ -258,36 +265,30 @@ class SoftMaskPP(nn.Module):
 
     # -- masked language modelling --------------------------------------------------------------------------------
 
-    def _fuse_masked(
-        self, backbone: Backbone, masked: MaskedText, attention_mask: Tensor, keys: list[ImageKeys]
-    ) -> Tensor:
-        tokens = backbone.text(masked.input_ids, attention_mask)
-        return backbone.fusion(tokens, attention_mask, keys)[0]
+    def _fuse_masked(self, backbone: Backbone, step: Step, keys: list[ImageKeys]) -> Tensor:
+        tokens = backbone.text(step.masked.input_ids, step.batch.attention_mask)
+        return backbone.fusion(tokens, step.batch.attention_mask, keys)[0]
 
-    def _mlm(
-        self,
-        states: Tensor,
-        teacher_tokens: Tensor | None,
-        teacher_image_tokens: Tensor,
-        masked: MaskedText,
-        attention_mask: Tensor,
-        alpha: float,
-    ) -> Tensor:
+    def _mlm(self, states: Tensor, step: Step) -> Tensor:
         """(1 - alpha) * cross-entropy + alpha * soft cross-entropy with the twin, mean over the masked positions."""
-        chosen = masked.labels != IGNORE
+        chosen = step.masked.labels != IGNORE
         logits = at_least_fp32(self.backbone.predict_tokens(states[chosen]))  # [M, vocabulary]
         log_p = logits.log_softmax(dim=-1)
-        loss = F.nll_loss(log_p, masked.labels[chosen], reduction="sum")
-        if alpha > 0:
-            with torch.no_grad():
-                keys = self.twin.fusion.project(teacher_image_tokens)
-                if teacher_tokens is None:
-                    teacher_states = self._fuse_masked(self.twin, masked, attention_mask, keys)
-                else:
-                    teacher_states = self.twin.fusion(teacher_tokens, attention_mask, keys)[0]
-                target = at_least_fp32(self.twin.predict_tokens(teacher_states[chosen])).softmax(dim=-1)
-            loss = (1.0 - alpha) * loss - alpha * (target * log_p).sum()
+        loss = F.nll_loss(log_p, step.masked.labels[chosen], reduction="sum")
+        if step.alpha > 0:
+            target = self._mlm_target(step, chosen)
+            loss = (1.0 - step.alpha) * loss - step.alpha * (target * log_p).sum()
         return loss / max(len(logits), 1)
+
+    @torch.no_grad()
+    def _mlm_target(self, step: Step, chosen: Tensor) -> Tensor:
+        """The twin's probabilities [M, vocabulary] at the masked positions."""
+        keys = self.twin.fusion.project(step.image_teacher.tokens)
+        if self.config.mask_text == "mlm":
+            states = self._fuse_masked(self.twin, step, keys)
+        else:
+            states = self.twin.fusion(step.text_teacher.tokens, step.batch.attention_mask, keys)[0]
+        return at_least_fp32(self.twin.predict_tokens(states[chosen])).softmax(dim=-1)
 
     # -- evaluation -----------------------------------------------------------------------------------------------
 

@@ -49,13 +49,13 @@ def _halve(width: int, out: int) -> nn.Sequential:
 class ResidualBlock(nn.Module):
     """relu(x + norm(conv(relu(norm(conv(x)))))), [B, C, H, W], as in ResNet."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, *, kernel_size: int) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            nn.Conv2d(width, width, kernel_size, padding=kernel_size // 2, bias=False),
             GlobalBatchNorm(width),
             nn.ReLU(inplace=True),
-            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            nn.Conv2d(width, width, kernel_size, padding=kernel_size // 2, bias=False),
             GlobalBatchNorm(width),
         )
 
@@ -88,7 +88,7 @@ class ConvStem(nn.Module):
             out = stem_width * 2**level
             layers.append(_halve(width, out))
             if level >= halvings - 2:
-                layers.append(ResidualBlock(out))
+                layers.append(ResidualBlock(out, kernel_size=1 if level == halvings - 1 else 3))
             width = out
         layers.append(nn.Conv2d(width, embed_dim, 1))
         self.layers = nn.Sequential(*layers)
