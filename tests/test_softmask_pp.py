@@ -201,6 +201,33 @@ def test_a_step_lowers_the_loss_and_no_parameter_is_left_out():
     assert student == set(gradients(model))
 
 
+def test_without_fusion_the_loss_is_the_contrastive_term():
+    model = small_model()
+    torch.manual_seed(2)
+    whole = model(small_batch(), alpha=0.4).terms["itc"]
+    torch.manual_seed(2)
+    output = model(small_batch(), alpha=0.4, fuse=False)
+    output.loss.backward()
+    assert output.terms.keys() == {"itc", "temperature"}
+    assert torch.equal(output.loss.detach(), whole)
+    reached = {name.split(".")[1] for name in gradients(model) if name.startswith("backbone.")}
+    assert reached == {"vision", "text", "image_projection", "text_projection"}
+
+
+def test_negatives_are_drawn_at_their_own_temperature(monkeypatch):
+    drawn_from = []
+    monkeypatch.setattr(
+        softmask_pp, "sample_negatives", lambda logits, ids: (drawn_from.append(logits), ids.roll(1))[1]
+    )
+    for temperature in (0.0, 0.5):
+        model = small_model(negative_temperature=temperature, temperature=0.1).eval()
+        torch.manual_seed(3)
+        model(small_batch())
+    itc, own = drawn_from[0], drawn_from[2]
+    torch.testing.assert_close(itc * 0.1, own * 0.5)
+    assert (own.abs() <= 2.0 + 1e-5).all()
+
+
 def test_temperature_is_clamped_and_can_come_back():
     model, batch = small_model(), small_batch()
     with torch.no_grad():

@@ -109,6 +109,7 @@ class SoftMaskPPConfig:
     alpha_warmup_steps: int = 0  # 0: alpha from the first step on
     contrast_steps: int = 0  # first steps with the contrastive loss alone, at half the cost
     gamma: float = 2.0
+    negative_temperature: float = 0.0  # of the draw of hard negatives: large is uniform; 0: the contrastive loss's
     share_positives: bool = False  # captions of one image are positives of each other
     # masked text
     mask_probability: float = 0.15
@@ -131,6 +132,7 @@ class SoftMaskPPConfig:
             "alpha": (0 <= self.alpha <= 1, "a number in [0, 1]"),
             "alpha_warmup_steps": (self.alpha_warmup_steps >= 0, "at least 0"),
             "contrast_steps": (self.contrast_steps >= 0, "at least 0"),
+            "negative_temperature": (self.negative_temperature >= 0, "a number >= 0"),
             "gamma": (self.gamma >= 0, "a number >= 0"),
             "mask_probability": (0 <= self.mask_probability <= 1, "a number in [0, 1]"),
             "normalize": (self.normalize in ("minmax", "max", "sum"), "'minmax', 'max' or 'sum'"),

@@ -172,7 +172,8 @@ class SoftMaskPP(nn.Module):
     @torch.no_grad()
     def _hard_negatives(self, step: Step) -> tuple[Tensor, Tensor]:
         """(a text for every image [B], an image for every text [B]), by the student against the teacher's keys."""
-        ids, scale = step.batch.image_id, step.logit_scale
+        temperature = self.config.negative_temperature
+        ids, scale = step.batch.image_id, 1.0 / temperature if temperature else step.logit_scale
         texts = sample_negatives(scale * step.image.feature @ step.text_teacher.feature.T, ids)
         images = sample_negatives(scale * step.text.feature @ step.image_teacher.feature.T, ids)
         return texts, images

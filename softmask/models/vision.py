@@ -41,8 +41,9 @@ class GlobalBatchNorm(nn.BatchNorm2d):
         self.running_var.lerp_(variance.to(self.running_var.dtype), self.momentum)
 
 
-def _halve(width: int, out: int) -> nn.Sequential:
-    convolution = nn.Conv2d(width, out, 3, stride=2, padding=1, bias=False)
+def _halve(width: int, out: int, *, kernel_size: int) -> nn.Sequential:
+    # Even kernels: an odd one would put every token half a stride up and left of the pixels it stands for.
+    convolution = nn.Conv2d(width, out, kernel_size, stride=2, padding=kernel_size // 2 - 1, bias=False)
     return nn.Sequential(convolution, GlobalBatchNorm(out), nn.ReLU(inplace=True))
 
 
@@ -67,8 +68,10 @@ class ConvStem(nn.Module):
     """Convolutions in place of a patch projection ("Early Convolutions Help Transformers See Better", 2106.14881).
 
     images [B, 3, S, S] -> tokens [B, (S / patch_size)**2, embed_dim]. Every level halves the picture and doubles the
-    width; the last two have a residual block. Measured on the demo's scenes: after 150 steps of a contrastive loss the
-    accuracy among 64 is 18 % with BatchNorm, 4 % with GroupNorm in its place.
+    width; the last two have a residual block. The last level looks at nothing but its own patch, so that a token speaks
+    of what lies there: with 3 x 3 kernels everywhere a token sees 63 pixels of the demo's 64, and so 30 of them.
+    Measured on the demo's scenes: after 150 steps of a contrastive loss the accuracy among 64 is 18 % with BatchNorm,
+    4 % with GroupNorm in its place.
     """
 
     def __init__(self, *, img_size: int, patch_size: int, in_chans: int, embed_dim: int, stem_width: int, **_: object):
@@ -86,9 +89,10 @@ class ConvStem(nn.Module):
         width = in_chans
         for level in range(halvings):
             out = stem_width * 2**level
-            layers.append(_halve(width, out))
+            last = level == halvings - 1
+            layers.append(_halve(width, out, kernel_size=2 if last else 4))
             if level >= halvings - 2:
-                layers.append(ResidualBlock(out, kernel_size=1 if level == halvings - 1 else 3))
+                layers.append(ResidualBlock(out, kernel_size=1 if last else 3))
             width = out
         layers.append(nn.Conv2d(width, embed_dim, 1))
         self.layers = nn.Sequential(*layers)
