@@ -27,8 +27,7 @@ class RunLog:
         self._rows = (run / "log.jsonl").open("a", encoding="utf-8")
         self._events = (run / "events.jsonl").open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
-        self._started = time.monotonic()
-        self._start_step = step
+        self._last_row = (step, time.monotonic())
         self._bar = None
         if sys.stderr.isatty():
             self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.05)
@@ -69,8 +68,10 @@ class RunLog:
         self._board.close()
 
     def _time_left(self, step: int) -> str:
-        per_step = (time.monotonic() - self._started) / max(step - self._start_step, 1)
-        return clock(per_step * (self.steps - step))
+        """At the pace since the last row: steps cost more once contrast_steps are over."""
+        last, then = self._last_row
+        self._last_row = (step, time.monotonic())
+        return clock((self._last_row[1] - then) / max(step - last, 1) * (self.steps - step))
 
 
 def say(text: str) -> None:
