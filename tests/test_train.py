@@ -41,8 +41,8 @@ def poison_loss(monkeypatch, broken) -> None:
     """Make the loss of the forward passes (counted from 0) for which `broken` is true NaN."""
     forward, count = SoftMaskPP.forward, iter(range(1 << 30))
 
-    def poisoned(self, batch, *, alpha=None):
-        output = forward(self, batch, alpha=alpha)
+    def poisoned(self, batch, **options):
+        output = forward(self, batch, **options)
         if broken(next(count)):
             output.loss = output.loss * float("nan")
         return output
@@ -54,10 +54,10 @@ def poison_images(monkeypatch, broken) -> None:
     """Give some forward passes pictures that are NaN: everything computed from them is."""
     forward, count = SoftMaskPP.forward, iter(range(1 << 30))
 
-    def poisoned(self, batch, *, alpha=None):
+    def poisoned(self, batch, **options):
         if broken(next(count)):
             batch = dataclasses.replace(batch, images=batch.images * float("nan"))
-        return forward(self, batch, alpha=alpha)
+        return forward(self, batch, **options)
 
     monkeypatch.setattr(SoftMaskPP, "forward", poisoned)
 
@@ -66,8 +66,8 @@ def poison_gradients(monkeypatch, broken) -> None:
     """Make the gradients, but not the loss, of some forward passes infinite."""
     forward, count = SoftMaskPP.forward, iter(range(1 << 30))
 
-    def poisoned(self, batch, *, alpha=None):
-        output = forward(self, batch, alpha=alpha)
+    def poisoned(self, batch, **options):
+        output = forward(self, batch, **options)
         if broken(next(count)):
             loss = output.loss
             loss.register_hook(lambda gradient: gradient * float("inf"))
