@@ -216,9 +216,12 @@ def test_without_fusion_the_loss_is_the_contrastive_term():
 
 def test_negatives_are_drawn_at_their_own_temperature(monkeypatch):
     drawn_from = []
-    monkeypatch.setattr(
-        softmask_pp, "sample_negatives", lambda logits, ids: (drawn_from.append(logits), ids.roll(1))[1]
-    )
+
+    def keep(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        drawn_from.append(logits)
+        return ids.roll(1)
+
+    monkeypatch.setattr(softmask_pp, "sample_negatives", keep)
     for temperature in (0.0, 0.5):
         model = small_model(negative_temperature=temperature, temperature=0.1).eval()
         torch.manual_seed(3)

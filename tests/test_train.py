@@ -147,6 +147,7 @@ def plain_training(config: Config, model: SoftMaskPP, tokenizer) -> SoftMaskPP:
     options = config.optimizer
     batches = iter(Loader(open_source(config.data.train), config.data, tokenizer, batch_size=8, seed=config.seed))
     optimizer = torch.optim.AdamW(parameter_groups(model, options), betas=options.betas, eps=options.eps, fused=True)
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     micro_batch = 0
     for step in range(config.train.steps):
         model.update_momentum()
@@ -157,7 +158,6 @@ def plain_training(config: Config, model: SoftMaskPP, tokenizer) -> SoftMaskPP:
             (output.loss / config.train.accumulation).backward()
             model.enqueue(output)
             micro_batch += 1
-        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         for parameter in trained:
             if parameter.grad is None:  # no loss has reached it yet: to DeepSpeed its gradient is zero
                 parameter.grad = torch.zeros_like(parameter)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from softmask.train.config import Config
-from softmask.train.schedule import parameter_groups, scheduler_factory
+from softmask.train.schedule import group_options, parameter_groups, scheduler_factory
 
 AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}
 
@@ -185,8 +185,8 @@ def apply_hyperparameters(engine: Any, config: Config) -> None:
     options = config.optimizer
     scheduler = engine.lr_scheduler
     groups = scheduler.optimizer.param_groups
-    scheduler.base_lrs = [options.lr * group["lr_scale"] for group in groups]
-    for group, rate in zip(groups, scheduler.base_lrs, strict=True):
-        decay = options.weight_decay if group["decayed"] else 0.0
-        group.update(initial_lr=rate, betas=options.betas, eps=options.eps, weight_decay=decay)
-        group["lr"] = rate * scheduler.lr_lambdas[0](scheduler.last_epoch)
+    for group in groups:
+        group.update(group_options(options, lr_scale=group["lr_scale"], decayed=group["decayed"]))
+        group.update(initial_lr=group["lr"], betas=options.betas, eps=options.eps)
+        group["lr"] *= scheduler.lr_lambdas[0](scheduler.last_epoch)
+    scheduler.base_lrs = [group["initial_lr"] for group in groups]

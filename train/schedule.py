@@ -44,21 +44,25 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
     Raises:
         ConfigError: a key of `config.lr_scales` at which no parameter's name starts.
     """
-    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     for part in config.lr_scales:
-        if not any(_starts_with(name, part) for name in names):
-            known = sorted({".".join(name.split(".")[:2]) for name in names})
+        if not any(_starts_with(name, part) for name in trained):
+            known = sorted({".".join(name.split(".")[:2]) for name in trained})
             raise ConfigError(
                 f"optimizer.lr_scales: no trained parameter's name starts with {part!r}, but with {', '.join(known)}"
             )
     groups: dict[tuple[float, bool], dict] = {}
-    for name in names:
-        parameter = model.get_parameter(name)
+    for name, parameter in trained.items():
         scale, decayed = _lr_scale(name, config.lr_scales), parameter.ndim >= 2 and not name.endswith("bias")
-        options = {"lr": config.lr * scale, "lr_scale": scale, "decayed": decayed}
-        options["weight_decay"] = config.weight_decay if decayed else 0.0
-        groups.setdefault((scale, decayed), {"params": [], **options})["params"].append(parameter)
+        group = {"params": [], **group_options(config, lr_scale=scale, decayed=decayed)}
+        groups.setdefault((scale, decayed), group)["params"].append(parameter)
     return [groups[key] for key in sorted(groups, reverse=True)]
+
+
+def group_options(config: OptimizerConfig, *, lr_scale: float, decayed: bool) -> dict[str, float | bool]:
+    """Peak learning rate and weight decay of a parameter group, beside the two choices they follow from."""
+    decay = config.weight_decay if decayed else 0.0
+    return {"lr_scale": lr_scale, "decayed": decayed, "lr": config.lr * lr_scale, "weight_decay": decay}
 
 
 def _lr_scale(name: str, scales: dict[str, float]) -> float:

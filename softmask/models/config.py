@@ -107,7 +107,7 @@ class SoftMaskPPConfig:
     momentum: float = 0.995
     alpha: float = 0.4
     alpha_warmup_steps: int = 0  # 0: alpha from the first step on
-    contrast_steps: int = 0  # first steps with the contrastive loss alone, at half the cost
+    contrast_steps: int = 0  # first steps with the contrastive loss alone
     gamma: float = 2.0
     negative_temperature: float = 0.0  # of the draw of hard negatives: large is uniform; 0: the contrastive loss's
     share_positives: bool = False  # captions of one image are positives of each other
