@@ -35,8 +35,9 @@ def start_distributed() -> None:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # An all-reduce for inference alone, which DeepSpeed would compile at start-up (40 seconds) on every CPU machine.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Answered before it is asked: DeepSpeed would try to compile and link every op it has, the linker's complaints
+    # included, and then build an all-reduce for inference (40 seconds) on every CPU machine. Nothing else reads this.
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     deepspeed.init_distributed(verbose=False)
 
 
