@@ -39,7 +39,7 @@ from softmask.data import rle
 from softmask.data.captions import Box, Caption, Group, write_caption
 from softmask.data.openmoji import ATTRIBUTION, Concept, concepts, rasterize
 
-VERSION = 2
+VERSION = 3
 """Goes up when the same parameters give other scenes, so that old folders are written anew."""
 
 SPLITS = ("train", "val", "test")
