@@ -13,6 +13,18 @@ TORCH_LIBRARY(softmask, m) {
   m.def(
       "soft_mask_backward(Tensor grad, Tensor? features, Tensor maps, float strength, "
       "str normalize, int num_prefix_tokens, bool features_grad) -> (Tensor, Tensor)");
+  // query, grad_output [B, H, T, E], key, value [B, H, P, E], word_index [B, W, S], value_bias
+  // [H, E], key_padding_mask [B, P]. Floating tensors share a type.
+  m.def(
+      "word_attention(Tensor query, Tensor key, Tensor word_index, Tensor? value, "
+      "Tensor? grad_output, Tensor? value_bias, Tensor? key_padding_mask, float scale, "
+      "int num_prefix_tokens, str normalize) -> Tensor");
+  // Gradients of query, key, value, grad_output and value_bias; empty for those not given.
+  m.def(
+      "word_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor word_index, "
+      "Tensor? value, Tensor? grad_output, Tensor? value_bias, Tensor? key_padding_mask, "
+      "float scale, int num_prefix_tokens, str normalize) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 // torch.ops is the interface; Python only needs something to import.

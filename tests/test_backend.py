@@ -15,6 +15,7 @@ import torch
 import softmask
 from softmask import kernels, ops, reference
 from softmask.ops import _backend, _library
+from softmask.ops._cpp import soft_mask as cpp
 
 needs_cpp = pytest.mark.skipif(_library.MISSING is not None, reason=f"make env builds it: {_library.MISSING}")
 
@@ -32,7 +33,7 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor]:
 def ran_by(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the implementations of soft_mask that were called."""
     calls: list[str] = []
-    for module, name in ((reference, "reference"), (_library, "cpp")):
+    for module, name in ((reference, "reference"), (cpp, "cpp")):
         run = module.soft_mask
         monkeypatch.setattr(module, "soft_mask", lambda *a, run=run, name=name, **k: calls.append(name) or run(*a, **k))
     return calls

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from softmask import reference
-from softmask.ops import _checks, _library
+from softmask.ops import _checks
 from softmask.ops._backend import resolve
+from softmask.ops._cpp import soft_mask as cpp
 
 
 def soft_mask(
@@ -46,7 +47,7 @@ def soft_mask(
     patches = tokens - num_prefix_tokens
     if maps.dim() not in (2, 3) or (maps.shape[0], maps.shape[-1]) != (batch, patches):
         _checks.fail("maps", f"shape [{batch}, {patches}] or [{batch}, W, {patches}]", list(maps.shape))
-    run = _library.soft_mask if resolve("soft_mask", features) == "cpp" else reference.soft_mask
+    run = cpp.soft_mask if resolve("soft_mask", features) == "cpp" else reference.soft_mask
     return run(features, maps, strength=strength, normalize=normalize, num_prefix_tokens=num_prefix_tokens)
 
 

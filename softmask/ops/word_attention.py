@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from softmask import reference
 from softmask.ops import _checks
 from softmask.ops._backend import resolve
+from softmask.ops._cpp import word_attention as cpp
 
 
 def word_attention(
@@ -59,8 +60,8 @@ def word_attention(
     _checks.one_of("normalize", normalize, _checks.NORMALIZATIONS)
     if not 0 <= num_prefix_tokens < key.shape[2]:
         _checks.fail("num_prefix_tokens", f"0 to {key.shape[2] - 1} of the {key.shape[2]} keys", num_prefix_tokens)
-    resolve("word_attention", query)
-    return reference.word_attention(
+    run = cpp.word_attention if resolve("word_attention", query) == "cpp" else reference.word_attention
+    return run(
         query,
         key,
         word_index,

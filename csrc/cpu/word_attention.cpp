@@ -1,0 +1,400 @@
+// Maps of words: mean over heads and sub-tokens of A * relu(dO (v + bias)^T), or of A alone, at the
+// words' rows, A = softmax(scale * q k^T); and the gradients of all inputs.
+//
+// Keys and values are streamed once per head for the rows of the words only. A row of logits is the
+// largest scratch memory; heads are summed straight into the map. Arithmetic is float (double for
+// double). One thread makes a whole map, so the number of threads changes no bit.
+
+#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
+#include <ATen/OpMathType.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <string_view>
+#include <tuple>
+#include <vector>
+
+#include "normalize.h"
+#include "simd.h"
+
+namespace softmask {
+namespace {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+// [B, H, N, E] with any strides but a contiguous last dimension.
+template <typename T>
+struct Rows {
+  T* data = nullptr;
+  int64_t batch = 0, head = 0, row = 0;
+
+  SOFTMASK_INLINE T* at(int64_t b, int64_t h, int64_t n) const {
+    return data + b * batch + h * head + n * row;
+  }
+};
+
+template <typename scalar_t>
+struct Problem {
+  using acc_t = at::opmath_type<scalar_t>;
+
+  int64_t batch, heads, tokens, patches, width, value_width, words, subtokens, prefix;
+  acc_t scale;
+  bool gradcam;
+  Rows<const scalar_t> query, key, value, grad_output;
+  const scalar_t* bias;  // [H, V], or null
+  const bool* ignore;    // [B, P], or null
+  const int64_t* index;  // [B, W, S]
+
+  SOFTMASK_INLINE int64_t subtokens_of(int64_t b, int64_t w) const {
+    int64_t count = 0;
+    for (int64_t s = 0; s < subtokens; ++s) count += index[(b * words + w) * subtokens + s] >= 0;
+    return count;
+  }
+};
+
+// What one row of one head needs: converted rows, the softmax, the gradient at the attention.
+template <typename acc_t>
+struct Scratch {
+  acc_t *query, *grad_output, *attention, *gradient;
+
+  static std::vector<acc_t> memory(int64_t width, int64_t value_width, int64_t patches) {
+    return std::vector<acc_t>(width + value_width + 2 * patches);
+  }
+  Scratch(std::vector<acc_t>& memory, int64_t width, int64_t value_width, int64_t patches)
+      : query(memory.data()),
+        grad_output(query + width),
+        attention(grad_output + value_width),
+        gradient(attention + patches) {}
+};
+
+// attention = softmax of the row, gradient = dO (v + bias)^T. False: every key is ignored.
+template <typename scalar_t, typename acc_t>
+SOFTMASK_INLINE bool load_row(const Problem<scalar_t>& problem, const Scratch<acc_t>& scratch,
+                              int64_t b, int64_t h, int64_t token) {
+  constexpr acc_t kLowest = -std::numeric_limits<acc_t>::infinity();
+  const int64_t patches = problem.patches;
+  acc_t* attention = scratch.attention;
+  simd::convert(scratch.query, problem.query.at(b, h, token), problem.width);
+  for (int64_t p = 0; p < patches; ++p) {
+    const scalar_t* key = problem.key.at(b, h, p);
+    attention[p] = simd::dot(scratch.query, key, problem.width) * problem.scale;
+  }
+  if (problem.ignore != nullptr) {
+    const bool* ignore = problem.ignore + b * patches;
+    int64_t left = 0;
+    for (int64_t p = 0; p < patches; ++p) {
+      attention[p] = ignore[p] ? kLowest : attention[p];
+      left += !ignore[p];
+    }
+    if (left == 0) return false;
+  }
+  const acc_t highest = simd::max(attention, patches);
+  for (int64_t p = 0; p < patches; ++p) {
+    attention[p] = simd::exp_nonpositive(attention[p] - highest);
+  }
+  const acc_t inverse = 1 / simd::sum(attention, patches);
+  for (int64_t p = 0; p < patches; ++p) attention[p] *= inverse;
+  if (!problem.gradcam) return true;
+
+  acc_t at_bias = 0;
+  simd::convert(scratch.grad_output, problem.grad_output.at(b, h, token), problem.value_width);
+  if (problem.bias != nullptr) {
+    const scalar_t* bias = problem.bias + h * problem.value_width;
+    at_bias = simd::dot(scratch.grad_output, bias, problem.value_width);
+  }
+  for (int64_t p = 0; p < patches; ++p) {
+    const scalar_t* value = problem.value.at(b, h, p);
+    scratch.gradient[p] = simd::dot(scratch.grad_output, value, problem.value_width) + at_bias;
+  }
+  return true;
+}
+
+// Maps of words [first, last) of caption b, not yet normalized, into maps [words, P - prefix].
+struct AddMaps {
+  template <typename scalar_t, typename acc_t>
+  static SOFTMASK_INLINE void run(const Problem<scalar_t>& problem, const Scratch<acc_t>& scratch,
+                                  int64_t b, int64_t first, int64_t last, acc_t* maps) {
+    const int64_t size = problem.patches - problem.prefix;
+    const acc_t* attention = scratch.attention + problem.prefix;
+    const acc_t* gradient = scratch.gradient + problem.prefix;
+    for (int64_t i = 0; i < (last - first) * size; ++i) maps[i] = 0;
+    for (int64_t h = 0; h < problem.heads; ++h) {
+      for (int64_t row = first * problem.subtokens; row < last * problem.subtokens; ++row) {
+        const int64_t token = problem.index[b * problem.words * problem.subtokens + row];
+        if (token < 0 || !load_row(problem, scratch, b, h, token)) continue;
+        acc_t* map = maps + (row / problem.subtokens - first) * size;
+        if (problem.gradcam) {  // !(g < 0) lets a NaN through
+          for (int64_t p = 0; p < size; ++p) {
+            map[p] += gradient[p] < 0 ? acc_t(0) : attention[p] * gradient[p];
+          }
+        } else {
+          for (int64_t p = 0; p < size; ++p) map[p] += attention[p];
+        }
+      }
+    }
+    for (int64_t w = first; w < last; ++w) {
+      const int64_t rows = problem.heads * std::max<int64_t>(1, problem.subtokens_of(b, w));
+      acc_t* map = maps + (w - first) * size;
+      for (int64_t p = 0; p < size; ++p) map[p] /= static_cast<acc_t>(rows);
+    }
+  }
+};
+
+// Where the gradients go: of the inputs' shapes, contiguous; bias' by caption, [B, H, V].
+template <typename acc_t>
+struct Gradients {
+  Rows<acc_t> query, key, value, grad_output;
+  acc_t* bias;
+};
+
+// Adds caption b's share; grad [W, P - prefix] is the gradient at its maps before normalization.
+struct AddGradients {
+  template <typename scalar_t, typename acc_t>
+  static SOFTMASK_INLINE void run(const Problem<scalar_t>& problem, const Scratch<acc_t>& scratch,
+                                  int64_t b, const acc_t* grad, acc_t* at_logits,
+                                  const Gradients<acc_t>& to) {
+    const int64_t size = problem.patches - problem.prefix;
+    for (int64_t h = 0; h < problem.heads; ++h) {
+      for (int64_t row = 0; row < problem.words * problem.subtokens; ++row) {
+        const int64_t token = problem.index[b * problem.words * problem.subtokens + row];
+        if (token < 0 || !load_row(problem, scratch, b, h, token)) continue;
+        const int64_t w = row / problem.subtokens;
+        const acc_t share = 1 / static_cast<acc_t>(problem.heads * problem.subtokens_of(b, w));
+        acc_t total = 0;
+        for (int64_t p = 0; p < problem.patches; ++p) {
+          const acc_t upstream =
+              p < problem.prefix ? acc_t(0) : grad[w * size + p - problem.prefix] * share;
+          const acc_t gate = !problem.gradcam          ? acc_t(1)
+                             : scratch.gradient[p] < 0 ? acc_t(0)
+                                                       : scratch.gradient[p];
+          at_logits[p] = upstream * gate * scratch.attention[p];  // A dA
+          total += at_logits[p];
+          // From here on `gradient` is the gradient at dO (v + bias)^T.
+          if (problem.gradcam) {
+            scratch.gradient[p] =
+                scratch.gradient[p] > 0 ? upstream * scratch.attention[p] : acc_t(0);
+          }
+        }
+        for (int64_t p = 0; p < problem.patches; ++p) {
+          const acc_t logit = (at_logits[p] - scratch.attention[p] * total) * problem.scale;
+          simd::add_scaled(to.query.at(b, h, token), problem.key.at(b, h, p), logit, problem.width);
+          simd::add_scaled(to.key.at(b, h, p), scratch.query, logit, problem.width);
+        }
+        if (problem.gradcam) add_values(problem, scratch, b, h, token, to);
+      }
+    }
+  }
+
+  template <typename scalar_t, typename acc_t>
+  static SOFTMASK_INLINE void add_values(const Problem<scalar_t>& problem,
+                                         const Scratch<acc_t>& scratch, int64_t b, int64_t h,
+                                         int64_t token, const Gradients<acc_t>& to) {
+    const int64_t width = problem.value_width;
+    acc_t* row = to.grad_output.at(b, h, token);
+    for (int64_t p = 0; p < problem.patches; ++p) {
+      const acc_t factor = scratch.gradient[p];
+      simd::add_scaled(row, problem.value.at(b, h, p), factor, width);
+      simd::add_scaled(to.value.at(b, h, p), scratch.grad_output, factor, width);
+    }
+    if (problem.bias != nullptr) {
+      const acc_t factor = simd::sum(scratch.gradient, problem.patches);
+      simd::add_scaled(row, problem.bias + h * width, factor, width);
+      simd::add_scaled(to.bias + (b * problem.heads + h) * width, scratch.grad_output, factor,
+                       width);
+    }
+  }
+};
+
+template <typename T>
+Rows<T> rows_of(const at::Tensor& tensor) {
+  if constexpr (std::is_const_v<T>) {
+    return {tensor.const_data_ptr<std::remove_const_t<T>>(), tensor.stride(0), tensor.stride(1),
+            tensor.stride(2)};
+  } else {
+    return {tensor.mutable_data_ptr<T>(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+  }
+}
+
+at::Tensor dense_rows(const at::Tensor& tensor) {
+  return tensor.stride(-1) == 1 || tensor.numel() == 0 ? tensor : tensor.contiguous();
+}
+
+// The arguments, made readable by the kernels.
+struct Inputs {
+  at::Tensor query, key, word_index, value, grad_output, bias, ignore;
+  double scale;
+  int64_t prefix;
+
+  Inputs(const at::Tensor& query, const at::Tensor& key, const at::Tensor& word_index,
+         const OptionalTensor& value, const OptionalTensor& grad_output,
+         const OptionalTensor& value_bias, const OptionalTensor& key_padding_mask, double scale,
+         int64_t prefix)
+      : query(dense_rows(query)),
+        key(dense_rows(key)),
+        word_index(word_index.contiguous()),
+        scale(scale),
+        prefix(prefix) {
+    TORCH_CHECK_VALUE(
+        query.dim() == 4 && key.dim() == 4 && word_index.dim() == 3,
+        "query, key, word_index: expected [B, H, T, E], [B, H, P, E], [B, W, S], got ",
+        query.sizes(), ", ", key.sizes(), ", ", word_index.sizes());
+    TORCH_CHECK_VALUE(value.has_value() == grad_output.has_value(),
+                      "value, grad_output: expected both or neither");
+    TORCH_CHECK_VALUE(prefix >= 0 && prefix < key.size(2), "num_prefix_tokens: expected less than ",
+                      key.size(2), " keys, got ", prefix);
+    check_range();
+    if (value.has_value()) {
+      this->value = dense_rows(*value);
+      this->grad_output = dense_rows(*grad_output);
+    }
+    if (value_bias.has_value()) bias = value_bias->contiguous();
+    if (key_padding_mask.has_value()) ignore = key_padding_mask->contiguous();
+  }
+
+  void check_range() const {
+    const int64_t* index = word_index.const_data_ptr<int64_t>();
+    for (int64_t i = 0; i < word_index.numel(); ++i) {
+      TORCH_CHECK_VALUE(index[i] < query.size(2),
+                        "word_index: expected positions below T = ", query.size(2), ", got ",
+                        index[i]);
+    }
+  }
+
+  template <typename scalar_t>
+  Problem<scalar_t> problem() const {
+    Problem<scalar_t> problem{};
+    problem.batch = query.size(0), problem.heads = query.size(1), problem.tokens = query.size(2);
+    problem.patches = key.size(2), problem.width = query.size(3);
+    problem.words = word_index.size(1), problem.subtokens = word_index.size(2);
+    problem.prefix = prefix;
+    problem.scale = static_cast<at::opmath_type<scalar_t>>(scale);
+    problem.gradcam = value.defined();
+    problem.query = rows_of<const scalar_t>(query);
+    problem.key = rows_of<const scalar_t>(key);
+    if (problem.gradcam) {
+      problem.value_width = value.size(3);
+      problem.value = rows_of<const scalar_t>(value);
+      problem.grad_output = rows_of<const scalar_t>(grad_output);
+    }
+    problem.bias = bias.defined() ? bias.const_data_ptr<scalar_t>() : nullptr;
+    problem.ignore = ignore.defined() ? ignore.const_data_ptr<bool>() : nullptr;
+    problem.index = word_index.const_data_ptr<int64_t>();
+    return problem;
+  }
+
+  at::ScalarType map_type() const {
+    return query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  }
+};
+
+template <typename scalar_t>
+void forward_kernel(const Inputs& inputs, Normalize mode, at::Tensor& maps) {
+  using acc_t = at::opmath_type<scalar_t>;
+  const Problem<scalar_t> problem = inputs.problem<scalar_t>();
+  const int64_t size = problem.patches - problem.prefix, words = problem.words;
+  acc_t* out = maps.mutable_data_ptr<acc_t>();
+  at::parallel_for(0, problem.batch * words, 1, [&](int64_t begin, int64_t end) {
+    auto memory = Scratch<acc_t>::memory(problem.width, problem.value_width, problem.patches);
+    const Scratch<acc_t> scratch(memory, problem.width, problem.value_width, problem.patches);
+    for (int64_t at = begin; at < end;) {  // words of one caption at a time: its keys stay cached
+      int64_t b = at / words, first = at % words;
+      int64_t last = std::min(words, first + end - at);
+      acc_t* map = out + at * size;
+      simd::run<AddMaps>(problem, scratch, b, first, last, map);
+      for (int64_t w = first; w < last; ++w, ++at, map += size) {
+        if (mode == Normalize::kNone) continue;
+        const Normalizer norm(map, size, mode);
+        for (int64_t p = 0; p < size; ++p) map[p] = static_cast<acc_t>(norm(map[p]));
+      }
+    }
+  });
+}
+
+template <typename scalar_t>
+void backward_kernel(const Inputs& inputs, Normalize mode, const at::Tensor& grad,
+                     const std::vector<at::Tensor>& outputs) {
+  using acc_t = at::opmath_type<scalar_t>;
+  const Problem<scalar_t> problem = inputs.problem<scalar_t>();
+  const int64_t size = problem.patches - problem.prefix, words = problem.words;
+  const acc_t* upstream = grad.const_data_ptr<acc_t>();
+  Gradients<acc_t> to{rows_of<acc_t>(outputs[0]), rows_of<acc_t>(outputs[1]), {}, {}, nullptr};
+  if (problem.gradcam) {
+    to.value = rows_of<acc_t>(outputs[2]);
+    to.grad_output = rows_of<acc_t>(outputs[3]);
+    to.bias = outputs[4].mutable_data_ptr<acc_t>();
+  }
+  at::parallel_for(0, problem.batch, 1, [&](int64_t begin, int64_t end) {
+    auto memory = Scratch<acc_t>::memory(problem.width, problem.value_width, problem.patches);
+    const Scratch<acc_t> scratch(memory, problem.width, problem.value_width, problem.patches);
+    std::vector<acc_t> map(words * size), at_map(words * size), at_logits(problem.patches);
+    std::vector<double> wide(size);
+    for (int64_t b = begin; b < end; ++b) {
+      std::copy_n(upstream + b * words * size, words * size, at_map.begin());
+      if (mode != Normalize::kNone) {
+        int64_t first = 0, last = words;
+        acc_t* raw = map.data();
+        simd::run<AddMaps>(problem, scratch, b, first, last, raw);
+        for (int64_t w = 0; w < words; ++w) {
+          acc_t* g = at_map.data() + w * size;
+          std::copy_n(g, size, wide.begin());
+          Normalizer(raw + w * size, size, mode).backward(raw + w * size, wide.data(), size);
+          std::copy_n(wide.begin(), size, g);
+        }
+      }
+      const acc_t* g = at_map.data();
+      acc_t* logits = at_logits.data();
+      simd::run<AddGradients>(problem, scratch, b, g, logits, to);
+    }
+  });
+}
+
+at::Tensor word_attention(const at::Tensor& query, const at::Tensor& key,
+                          const at::Tensor& word_index, const OptionalTensor& value,
+                          const OptionalTensor& grad_output, const OptionalTensor& value_bias,
+                          const OptionalTensor& key_padding_mask, double scale,
+                          int64_t num_prefix_tokens, std::string_view normalize) {
+  const Normalize mode = parse_normalize(normalize);
+  const Inputs inputs(query, key, word_index, value, grad_output, value_bias, key_padding_mask,
+                      scale, num_prefix_tokens);
+  at::Tensor maps = at::empty({query.size(0), word_index.size(1), key.size(2) - num_prefix_tokens},
+                              query.options().dtype(inputs.map_type()));
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, query.scalar_type(), "word_attention",
+                                  [&] { forward_kernel<scalar_t>(inputs, mode, maps); });
+  return maps;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> word_attention_backward(
+    const at::Tensor& grad, const at::Tensor& query, const at::Tensor& key,
+    const at::Tensor& word_index, const OptionalTensor& value, const OptionalTensor& grad_output,
+    const OptionalTensor& value_bias, const OptionalTensor& key_padding_mask, double scale,
+    int64_t num_prefix_tokens, std::string_view normalize) {
+  const Normalize mode = parse_normalize(normalize);
+  const Inputs inputs(query, key, word_index, value, grad_output, value_bias, key_padding_mask,
+                      scale, num_prefix_tokens);
+  const auto options = query.options().dtype(inputs.map_type());
+  const bool gradcam = value.has_value();
+  const std::vector<at::Tensor> sums = {
+      at::zeros(query.sizes(), options), at::zeros(key.sizes(), options),
+      gradcam ? at::zeros(value->sizes(), options) : at::empty({0}, options),
+      gradcam ? at::zeros(grad_output->sizes(), options) : at::empty({0}, options),
+      value_bias.has_value()
+          ? at::zeros({query.size(0), query.size(1), value_bias->size(1)}, options)
+          : at::empty({0}, options)};
+  const at::Tensor upstream = grad.to(inputs.map_type()).contiguous();
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, query.scalar_type(),
+                                  "word_attention_backward",
+                                  [&] { backward_kernel<scalar_t>(inputs, mode, upstream, sums); });
+  const at::ScalarType type = query.scalar_type();
+  const at::Tensor bias = value_bias.has_value() ? sums[4].sum(0) : sums[4];
+  return {sums[0].to(type), sums[1].to(type), sums[2].to(type), sums[3].to(type), bias.to(type)};
+}
+
+}  // namespace
+}  // namespace softmask
+
+TORCH_LIBRARY_IMPL(softmask, CPU, m) {
+  m.impl("word_attention", &softmask::word_attention);
+  m.impl("word_attention_backward", &softmask::word_attention_backward);
+}

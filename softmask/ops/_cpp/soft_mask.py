@@ -1,0 +1,60 @@
+"""soft_mask in C++ (csrc/cpu/soft_mask.cpp)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from softmask.ops import _library
+
+
+def soft_mask(
+    features: Tensor, maps: Tensor, *, strength: float, normalize: str | None, num_prefix_tokens: int
+) -> Tensor:
+    return torch.ops.softmask.soft_mask(features, maps, strength, normalize or "none", num_prefix_tokens)
+
+
+def _fake(features: Tensor, maps: Tensor, strength: float, normalize: str, num_prefix_tokens: int) -> Tensor:
+    return features.new_empty((*maps.shape[:-1], *features.shape[1:]))
+
+
+def _backward_fake(
+    grad: Tensor,
+    features: Tensor | None,
+    maps: Tensor,
+    strength: float,
+    normalize: str,
+    num_prefix_tokens: int,
+    features_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    batch, tokens, width = grad.shape[0], grad.shape[-2], grad.shape[-1]
+    return (
+        grad.new_empty((batch, tokens, width) if features_grad else (0,)),
+        maps.new_empty(maps.shape if features is not None else (0,)),
+    )
+
+
+def _setup(ctx, inputs: tuple, output: Tensor) -> None:
+    features, maps, ctx.strength, ctx.normalize, ctx.num_prefix_tokens = inputs
+    ctx.save_for_backward(features if ctx.needs_input_grad[1] else None, maps)
+
+
+def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    features, maps = ctx.saved_tensors
+    features_grad, maps_grad = torch.ops.softmask.soft_mask_backward(
+        grad, features, maps, ctx.strength, ctx.normalize, ctx.num_prefix_tokens, ctx.needs_input_grad[0]
+    )
+    return (
+        features_grad if ctx.needs_input_grad[0] else None,
+        maps_grad if ctx.needs_input_grad[1] else None,
+        None,
+        None,
+        None,
+    )
+
+
+if _library.MISSING is None:
+    torch.library.register_fake("softmask::soft_mask")(_fake)
+    torch.library.register_fake("softmask::soft_mask_backward")(_backward_fake)
+    torch.library.register_autograd("softmask::soft_mask", _backward, setup_context=_setup)
+    torch.library.register_autograd("softmask::soft_mask_backward", _library.no_second_derivative("soft_mask"))

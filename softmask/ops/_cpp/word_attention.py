@@ -1,0 +1,99 @@
+"""word_attention in C++ (csrc/cpu/word_attention.cpp)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from softmask.ops import _library
+
+
+def word_attention(
+    query: Tensor,
+    key: Tensor,
+    word_index: Tensor,
+    *,
+    value: Tensor | None,
+    grad_output: Tensor | None,
+    value_bias: Tensor | None,
+    scale: float | None,
+    key_padding_mask: Tensor | None,
+    num_prefix_tokens: int,
+    normalize: str | None,
+) -> Tensor:
+    floating = _of_one_type(query, key, value, grad_output, value_bias)
+    query, key, value, grad_output, value_bias = floating
+    return torch.ops.softmask.word_attention(
+        query,
+        key,
+        word_index if word_index.dim() == 3 else word_index.unsqueeze(-1),
+        value,
+        grad_output,
+        value_bias,
+        key_padding_mask,
+        query.shape[-1] ** -0.5 if scale is None else scale,
+        num_prefix_tokens,
+        normalize or "none",
+    )
+
+
+def _of_one_type(*tensors: Tensor | None) -> list[Tensor | None]:
+    """As they are where they agree, else all in fp32, or fp64 where one of them is."""
+    types = {tensor.dtype for tensor in tensors if tensor is not None}
+    if len(types) == 1:
+        return list(tensors)
+    common = torch.float64 if torch.float64 in types else torch.float32
+    return [None if tensor is None else tensor.to(common) for tensor in tensors]
+
+
+def _fake(
+    query: Tensor,
+    key: Tensor,
+    word_index: Tensor,
+    value: Tensor | None,
+    grad_output: Tensor | None,
+    value_bias: Tensor | None,
+    key_padding_mask: Tensor | None,
+    scale: float,
+    num_prefix_tokens: int,
+    normalize: str,
+) -> Tensor:
+    shape = (query.shape[0], word_index.shape[1], key.shape[2] - num_prefix_tokens)
+    return query.new_empty(shape, dtype=torch.float64 if query.dtype == torch.float64 else torch.float32)
+
+
+def _backward_fake(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    word_index: Tensor,
+    value: Tensor | None,
+    grad_output: Tensor | None,
+    value_bias: Tensor | None,
+    *_options: object,
+) -> tuple[Tensor, ...]:
+    inputs = (query, key, value, grad_output, value_bias)
+    return tuple(query.new_empty((0,) if tensor is None else tensor.shape) for tensor in inputs)
+
+
+def _setup(ctx, inputs: tuple, output: Tensor) -> None:
+    *tensors, ctx.scale, ctx.num_prefix_tokens, ctx.normalize = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    tensors = ctx.saved_tensors
+    query, key, value, grad_output, value_bias = torch.ops.softmask.word_attention_backward(
+        grad, *tensors, ctx.scale, ctx.num_prefix_tokens, ctx.normalize
+    )
+    by_input = (query, key, None, value, grad_output, value_bias, None, None, None, None)
+    return tuple(gradient if needed else None for gradient, needed in zip(by_input, ctx.needs_input_grad, strict=True))
+
+
+if _library.MISSING is None:
+    torch.library.register_fake("softmask::word_attention")(_fake)
+    torch.library.register_fake("softmask::word_attention_backward")(_backward_fake)
+    torch.library.register_autograd("softmask::word_attention", _backward, setup_context=_setup)
+    torch.library.register_autograd(
+        "softmask::word_attention_backward", _library.no_second_derivative("word_attention")
+    )
