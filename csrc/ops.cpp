@@ -25,6 +25,44 @@ TORCH_LIBRARY(softmask, m) {
       "Tensor? value, Tensor? grad_output, Tensor? value_bias, Tensor? key_padding_mask, "
       "float scale, int num_prefix_tokens, str normalize) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // rows [B, D], columns [G, D]; loss [B] of the rows, with `both` of rows and columns (G = B, the
+  // same samples), and statistics for the backward, [3 or 6, B].
+  m.def(
+      "contrastive(Tensor rows, Tensor columns, Tensor scale, Tensor gamma, Tensor? row_ids, "
+      "Tensor? column_ids, int first_row, bool both) -> (Tensor, Tensor)");
+  m.def(
+      "contrastive_backward(Tensor grad, Tensor statistics, Tensor rows, Tensor columns, "
+      "Tensor scale, Tensor gamma, Tensor? row_ids, Tensor? column_ids, int first_row, bool both) "
+      "-> (Tensor, Tensor, Tensor)");
+  // query, teacher [B, D], keys [G, D], queue [K, D]; loss [B] and, where asked for, the gradient
+  // of each at scale * query, [B, D].
+  m.def(
+      "momentum_contrastive(Tensor query, Tensor teacher, Tensor keys, Tensor? queue, "
+      "Tensor scale, Tensor alpha, Tensor gamma, Tensor? ids, Tensor? key_ids, Tensor? queue_ids, "
+      "int first_row, bool gradient) -> (Tensor, Tensor)");
+  m.def(
+      "momentum_contrastive_backward(Tensor grad, Tensor query, Tensor scale, Tensor gradients) "
+      "-> (Tensor, Tensor)");
+  // query [N, H, T, E], key, value [B, H, P, E], key_weight [N, P], kv_index [N], value_bias
+  // [H, V], key_padding_mask [B, P]. Results are laid out with tokens before heads.
+  m.def(
+      "soft_mask_attention(Tensor query, Tensor key, Tensor value, Tensor? key_weight, "
+      "Tensor? kv_index, Tensor? value_bias, Tensor? key_padding_mask, float scale) -> Tensor");
+  m.def(
+      "soft_mask_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, "
+      "Tensor? key_weight, Tensor? kv_index, Tensor? value_bias, Tensor? key_padding_mask, "
+      "float scale) -> (Tensor, Tensor, Tensor, Tensor)");
+  // patches [B, P, D], tokens [B, T, D]; marks `count` patches of each image.
+  m.def(
+      "attentive_mask(Tensor patches, Tensor tokens, Tensor? token_padding_mask, int count, "
+      "bool high) -> Tensor");
+  // prediction [B, P, 3 * patch_size ** 2], images [B, 3, H, W], mask [B, P]; loss [B, P].
+  m.def(
+      "masked_patch_loss(Tensor prediction, Tensor images, Tensor mask, int patch_size, "
+      "bool normalize) -> Tensor");
+  m.def(
+      "masked_patch_loss_backward(Tensor grad, Tensor prediction, Tensor images, Tensor mask, "
+      "int patch_size, bool normalize) -> Tensor");
 }
 
 // torch.ops is the interface; Python only needs something to import.

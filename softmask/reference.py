@@ -133,7 +133,7 @@ def focal_contrastive_loss(
             _focal_cross_entropy(logit_scale * (image @ all_text.T), target, gamma)
             + _focal_cross_entropy(logit_scale * (text @ all_image.T), target, gamma)
         )
-        return _reduce(loss, reduction)
+        return reduce(loss, reduction)
 
 
 def momentum_contrastive_loss(
@@ -180,7 +180,7 @@ def momentum_contrastive_loss(
             _distilled_side(image.to(dtype), image_teacher, text_keys, positives, logit_scale, alpha, gamma)
             + _distilled_side(text.to(dtype), text_teacher, image_keys, positives, logit_scale, alpha, gamma)
         )
-        return _reduce(loss, reduction)
+        return reduce(loss, reduction)
 
 
 def soft_mask_attention(
@@ -353,7 +353,8 @@ def _focal_cross_entropy(logits: Tensor, target: Tensor, gamma: Tensor | float) 
     return -(target * miss**gamma * log_p).sum(-1)
 
 
-def _reduce(loss: Tensor, reduction: str) -> Tensor:
+def reduce(loss: Tensor, reduction: str) -> Tensor:
+    """loss [B] by "none", "sum" or "mean"; the mean of nothing is 0."""
     if reduction == "none":
         return loss
     return loss.sum() if reduction == "sum" else loss.sum() / max(len(loss), 1)

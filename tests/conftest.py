@@ -36,3 +36,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+@pytest.fixture(params=["reference", "cpp"])
+def each_backend(request: pytest.FixtureRequest):
+    """The test once by each backend that CPU tensors have."""
+    import softmask
+    from softmask.ops import _library
+
+    if request.param == "cpp" and _library.MISSING is not None:
+        pytest.skip(f"make env builds it: {_library.MISSING}")
+    with softmask.backend(request.param):
+        yield request.param

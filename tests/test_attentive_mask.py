@@ -10,6 +10,8 @@ from torch import Tensor
 
 from softmask import ops
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 
 def make(patches: int = 7, tokens: int = 4, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from softmask import ops
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 
 def make(rows: int = 2, columns: int = 3, patch: int = 4, *, batch: int = 2, seed: int = 0) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(seed)

@@ -15,6 +15,8 @@ from two_ranks import average_gradients, own_half, run_on_two_ranks
 
 from softmask import ops
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 GAMMAS = [0.0, 0.5, 2.0]
 
 

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from softmask import ops
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 NORMALIZATIONS = [None, "minmax", "max", "sum"]
 
 

@@ -1,16 +1,16 @@
 // Loops compiled for several instruction sets within one binary; the processor decides which run.
 //
-// Body::run and all it calls must be SOFTMASK_INLINE: then they are compiled once per instruction
-// set, inside the functions below, and the compiler vectorizes them for it. No lambdas in there:
+// Body::run<Bytes> and all it calls must be SOFTMASK_INLINE: then they are compiled once per
+// instruction set, inside the functions below, with vectors of Bytes bytes. No lambdas in there:
 // they would not inherit the instruction set.
 
 #pragma once
 
+#include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <limits>
 
-#define SOFTMASK_INLINE inline __attribute__((always_inline))
+#include "vector.h"
 
 #if defined(__x86_64__)
 #define SOFTMASK_AVX512 \
@@ -33,45 +33,54 @@ inline Isa detect() {
 }
 
 template <class Body, class... Args>
-SOFTMASK_AVX512 void run_avx512(Args&... arguments) {
-  Body::run(arguments...);
+SOFTMASK_AVX512 void run_avx512(Args&&... arguments) {
+  Body::template run<64>(arguments...);
 }
 
 template <class Body, class... Args>
-SOFTMASK_AVX2 void run_avx2(Args&... arguments) {
-  Body::run(arguments...);
+SOFTMASK_AVX2 void run_avx2(Args&&... arguments) {
+  Body::template run<32>(arguments...);
 }
 
 #endif
 
 template <class Body, class... Args>
-void run(Args&... arguments) {
+void run(Args&&... arguments) {
 #if defined(__x86_64__)
   static const Isa isa = detect();
   if (isa == Isa::kAvx512) return run_avx512<Body>(arguments...);
   if (isa == Isa::kAvx2) return run_avx2<Body>(arguments...);
 #endif
-  Body::run(arguments...);
+  Body::template run<16>(arguments...);
 }
 
-constexpr int64_t kLanes = 16;  // independent sums of a reduction
+template <typename T>
+constexpr T kLowest = -std::numeric_limits<T>::infinity();
 
-// <left, right>, left already in the type of the sum.
-template <typename acc_t, typename scalar_t>
-SOFTMASK_INLINE acc_t dot(const acc_t* left, const scalar_t* right, int64_t size) {
-  acc_t lanes[kLanes] = {};
+constexpr int64_t kAhead = 16;  // rows that are asked for before they are needed
+
+template <typename scalar_t>
+SOFTMASK_INLINE void prefetch(const scalar_t* rows, int64_t count, int64_t stride, int64_t size) {
+  constexpr int64_t kLine = 64 / sizeof(scalar_t);
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t e = 0; e < size; e += kLine) __builtin_prefetch(rows + i * stride + e);
+  }
+}
+
+// to[i] = <left, row i of right>, rows `stride` apart, for i < count; sums in acc_t.
+template <int Bytes, typename acc_t, typename scalar_t>
+SOFTMASK_INLINE void dots(acc_t* to, const acc_t* left, const scalar_t* right, int64_t stride,
+                          int64_t count, int64_t size) {
+  constexpr int kLanes = Bytes / sizeof(acc_t);
   int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      lanes[lane] += left[i + lane] * static_cast<acc_t>(right[i + lane]);
-    }
+  for (; i + kLanes <= count; i += kLanes) {
+    const scalar_t* rows = right + i * stride;
+    prefetch(rows + kAhead * stride, kLanes, stride, size);
+    store(to + i, partial_sums<Bytes, kLanes>(left, rows, stride, size));
   }
-  acc_t tail = 0;
-  for (; i < size; ++i) tail += left[i] * static_cast<acc_t>(right[i]);
-  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
-    for (int64_t lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
+  for (; i < count; ++i) {
+    to[i] = sum_lanes(partial_sums<Bytes, 1>(left, right + i * stride, stride, size));
   }
-  return lanes[0] + tail;
 }
 
 // to += factor * from
@@ -80,68 +89,109 @@ SOFTMASK_INLINE void add_scaled(acc_t* to, const scalar_t* from, acc_t factor, i
   for (int64_t i = 0; i < size; ++i) to[i] += factor * static_cast<acc_t>(from[i]);
 }
 
+// to += the sum of factors[i] * row i, a few rows at a time: long sums in one variable lose digits.
+template <typename acc_t, typename scalar_t>
+SOFTMASK_INLINE void add_rows(acc_t* to, const scalar_t* rows, int64_t stride, const acc_t* factors,
+                              int64_t count, int64_t size, acc_t* partial) {
+  constexpr int64_t kTogether = 32;
+  for (int64_t first = 0; first < count; first += kTogether) {
+    for (int64_t e = 0; e < size; ++e) partial[e] = 0;
+    for (int64_t i = first; i < count && i < first + kTogether; ++i) {
+      add_scaled(partial, rows + i * stride, factors[i], size);
+    }
+    for (int64_t e = 0; e < size; ++e) to[e] += partial[e];
+  }
+}
+
 template <typename acc_t, typename scalar_t>
 SOFTMASK_INLINE void convert(acc_t* to, const scalar_t* from, int64_t size) {
   for (int64_t i = 0; i < size; ++i) to[i] = static_cast<acc_t>(from[i]);
 }
 
-template <typename acc_t>
+template <int Bytes, typename acc_t>
 SOFTMASK_INLINE acc_t sum(const acc_t* values, int64_t size) {
-  acc_t lanes[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] += values[i + lane];
+  constexpr int kLanes = kLanesOf<acc_t, Bytes>;
+  Vector<acc_t, Bytes> sums{};
+  for (int64_t i = 0; i < size; i += kLanes) {
+    sums += load_some<Bytes>(values + i, size - i, acc_t(0));
   }
-  acc_t total = 0;
-  for (; i < size; ++i) total += values[i];
-  for (int64_t lane = 0; lane < kLanes; ++lane) total += lanes[lane];
-  return total;
+  return sum_lanes(sums);
 }
 
 // Largest value; -inf where there is none. A NaN may be lost: exp carries it on.
-template <typename acc_t>
+template <int Bytes, typename acc_t>
 SOFTMASK_INLINE acc_t max(const acc_t* values, int64_t size) {
-  constexpr acc_t kLowest = -std::numeric_limits<acc_t>::infinity();
-  acc_t lanes[kLanes];
-  for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] = kLowest;
-  int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      lanes[lane] = values[i + lane] > lanes[lane] ? values[i + lane] : lanes[lane];
-    }
+  constexpr int kLanes = kLanesOf<acc_t, Bytes>;
+  Vector<acc_t, Bytes> highest = splat<Bytes>(kLowest<acc_t>);
+  for (int64_t i = 0; i < size; i += kLanes) {
+    const auto next = load_some<Bytes>(values + i, size - i, kLowest<acc_t>);
+    highest = next > highest ? next : highest;
   }
-  acc_t highest = kLowest;
-  for (; i < size; ++i) highest = values[i] > highest ? values[i] : highest;
-  for (int64_t lane = 0; lane < kLanes; ++lane) {
-    highest = lanes[lane] > highest ? lanes[lane] : highest;
-  }
-  return highest;
+  return max_lanes(highest);
 }
 
 // e^x for x <= 0, to about one rounding: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]. Below the
 // smallest normal number it is 0; a NaN stays.
-SOFTMASK_INLINE float exp_nonpositive(float x) {
-  constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  constexpr float kSmallest = -87.3365f;
-  const float bounded = x < kSmallest ? kSmallest : x;
-  const float shifted = bounded * 1.44269504f + kShift;
-  const float n = shifted - kShift;
-  const float r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  uint32_t bits;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  bits = (bits - 0x4B400000u + 127u) << 23;  // the integer in the low bits of shifted, as 2^n
-  float power;
-  std::memcpy(&power, &bits, sizeof power);
-  return x < kSmallest ? 0.0f : p * power;
+template <typename V>
+SOFTMASK_INLINE V exp_nonpositive(const V& x) {
+  if constexpr (std::is_same_v<std::decay_t<decltype(x[0])>, double>) {
+    V y;
+    for (int i = 0; i < static_cast<int>(sizeof(V) / sizeof(double)); ++i) {
+      y[i] = __builtin_exp(x[i]);
+    }
+    return y;
+  } else {
+    constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    constexpr float kSmallest = -87.3365f;
+    const V lowest = V{} + kSmallest;
+    const V bounded = x < lowest ? lowest : x;
+    const V shifted = bounded * 1.44269504f + kShift;
+    const V n = shifted - kShift;
+    const V r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
+    V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    // the integer in the low bits of shifted, as 2^n
+    const auto bits = (as<Vector<uint32_t, sizeof(V)>>(shifted) - (0x4B400000u - 127u)) << 23;
+    return x < lowest ? V{} : p * as<V>(bits);
+  }
 }
 
-SOFTMASK_INLINE double exp_nonpositive(double x) { return __builtin_exp(x); }
+// values = e^(values - highest); returns their sum.
+template <int Bytes, typename acc_t>
+SOFTMASK_INLINE acc_t exponentials(acc_t* values, acc_t highest, int64_t size) {
+  constexpr int kLanes = kLanesOf<acc_t, Bytes>;
+  Vector<acc_t, Bytes> sums{};
+  for (int64_t i = 0; i < size; i += kLanes) {
+    const auto y =
+        exp_nonpositive(load_some<Bytes>(values + i, size - i, kLowest<acc_t>) - highest);
+    store_some(values + i, y, size - i);
+    sums += y;
+  }
+  return sum_lanes(sums);
+}
+
+// The log of a sum of exponentials as highest + rest: their sum would be rounded at the size of the
+// largest logit, and with it every probability.
+template <typename acc_t>
+struct LogSum {
+  acc_t highest, rest;
+
+  double log_probability(acc_t logit) const { return double(logit) - highest - rest; }
+};
+
+template <int Bytes, typename acc_t>
+SOFTMASK_INLINE LogSum<acc_t> log_sum_exp(const acc_t* values, int64_t size) {
+  constexpr int kLanes = kLanesOf<acc_t, Bytes>;
+  const acc_t highest = max<Bytes>(values, size);
+  Vector<acc_t, Bytes> sums{};
+  for (int64_t i = 0; i < size; i += kLanes) {
+    sums += exp_nonpositive(load_some<Bytes>(values + i, size - i, kLowest<acc_t>) - highest);
+  }
+  return {highest, std::log(sum_lanes(sums))};
+}
 
 }  // namespace softmask::simd

@@ -17,23 +17,13 @@
 #include <vector>
 
 #include "normalize.h"
+#include "rows.h"
 #include "simd.h"
 
 namespace softmask {
 namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
-
-// [B, H, N, E] with any strides but a contiguous last dimension.
-template <typename T>
-struct Rows {
-  T* data = nullptr;
-  int64_t batch = 0, head = 0, row = 0;
-
-  SOFTMASK_INLINE T* at(int64_t b, int64_t h, int64_t n) const {
-    return data + b * batch + h * head + n * row;
-  }
-};
 
 template <typename scalar_t>
 struct Problem {
@@ -54,33 +44,34 @@ struct Problem {
   }
 };
 
-// What one row of one head needs: converted rows, the softmax, the gradient at the attention.
+// What one row of one head needs: converted rows, the softmax, the gradient at the attention, and a
+// row of sums.
 template <typename acc_t>
 struct Scratch {
-  acc_t *query, *grad_output, *attention, *gradient;
+  acc_t *query, *grad_output, *attention, *gradient, *partial;
 
   static std::vector<acc_t> memory(int64_t width, int64_t value_width, int64_t patches) {
-    return std::vector<acc_t>(width + value_width + 2 * patches);
+    return std::vector<acc_t>(width + value_width + 2 * patches + std::max(width, value_width));
   }
   Scratch(std::vector<acc_t>& memory, int64_t width, int64_t value_width, int64_t patches)
       : query(memory.data()),
         grad_output(query + width),
         attention(grad_output + value_width),
-        gradient(attention + patches) {}
+        gradient(attention + patches),
+        partial(gradient + patches) {}
 };
 
 // attention = softmax of the row, gradient = dO (v + bias)^T. False: every key is ignored.
-template <typename scalar_t, typename acc_t>
+template <int Bytes, typename scalar_t, typename acc_t>
 SOFTMASK_INLINE bool load_row(const Problem<scalar_t>& problem, const Scratch<acc_t>& scratch,
                               int64_t b, int64_t h, int64_t token) {
   constexpr acc_t kLowest = -std::numeric_limits<acc_t>::infinity();
   const int64_t patches = problem.patches;
   acc_t* attention = scratch.attention;
   simd::convert(scratch.query, problem.query.at(b, h, token), problem.width);
-  for (int64_t p = 0; p < patches; ++p) {
-    const scalar_t* key = problem.key.at(b, h, p);
-    attention[p] = simd::dot(scratch.query, key, problem.width) * problem.scale;
-  }
+  simd::dots<Bytes>(attention, scratch.query, problem.key.at(b, h, 0), problem.key.row, patches,
+                    problem.width);
+  for (int64_t p = 0; p < patches; ++p) attention[p] *= problem.scale;
   if (problem.ignore != nullptr) {
     const bool* ignore = problem.ignore + b * patches;
     int64_t left = 0;
@@ -90,11 +81,8 @@ SOFTMASK_INLINE bool load_row(const Problem<scalar_t>& problem, const Scratch<ac
     }
     if (left == 0) return false;
   }
-  const acc_t highest = simd::max(attention, patches);
-  for (int64_t p = 0; p < patches; ++p) {
-    attention[p] = simd::exp_nonpositive(attention[p] - highest);
-  }
-  const acc_t inverse = 1 / simd::sum(attention, patches);
+  const acc_t highest = simd::max<Bytes>(attention, patches);
+  const acc_t inverse = 1 / simd::exponentials<Bytes>(attention, highest, patches);
   for (int64_t p = 0; p < patches; ++p) attention[p] *= inverse;
   if (!problem.gradcam) return true;
 
@@ -102,18 +90,17 @@ SOFTMASK_INLINE bool load_row(const Problem<scalar_t>& problem, const Scratch<ac
   simd::convert(scratch.grad_output, problem.grad_output.at(b, h, token), problem.value_width);
   if (problem.bias != nullptr) {
     const scalar_t* bias = problem.bias + h * problem.value_width;
-    at_bias = simd::dot(scratch.grad_output, bias, problem.value_width);
+    simd::dots<Bytes>(&at_bias, scratch.grad_output, bias, 0, 1, problem.value_width);
   }
-  for (int64_t p = 0; p < patches; ++p) {
-    const scalar_t* value = problem.value.at(b, h, p);
-    scratch.gradient[p] = simd::dot(scratch.grad_output, value, problem.value_width) + at_bias;
-  }
+  simd::dots<Bytes>(scratch.gradient, scratch.grad_output, problem.value.at(b, h, 0),
+                    problem.value.row, patches, problem.value_width);
+  for (int64_t p = 0; p < patches; ++p) scratch.gradient[p] += at_bias;
   return true;
 }
 
 // Maps of words [first, last) of caption b, not yet normalized, into maps [words, P - prefix].
 struct AddMaps {
-  template <typename scalar_t, typename acc_t>
+  template <int Bytes, typename scalar_t, typename acc_t>
   static SOFTMASK_INLINE void run(const Problem<scalar_t>& problem, const Scratch<acc_t>& scratch,
                                   int64_t b, int64_t first, int64_t last, acc_t* maps) {
     const int64_t size = problem.patches - problem.prefix;
@@ -123,7 +110,7 @@ struct AddMaps {
     for (int64_t h = 0; h < problem.heads; ++h) {
       for (int64_t row = first * problem.subtokens; row < last * problem.subtokens; ++row) {
         const int64_t token = problem.index[b * problem.words * problem.subtokens + row];
-        if (token < 0 || !load_row(problem, scratch, b, h, token)) continue;
+        if (token < 0 || !load_row<Bytes>(problem, scratch, b, h, token)) continue;
         acc_t* map = maps + (row / problem.subtokens - first) * size;
         if (problem.gradcam) {  // !(g < 0) lets a NaN through
           for (int64_t p = 0; p < size; ++p) {
@@ -151,7 +138,7 @@ struct Gradients {
 
 // Adds caption b's share; grad [W, P - prefix] is the gradient at its maps before normalization.
 struct AddGradients {
-  template <typename scalar_t, typename acc_t>
+  template <int Bytes, typename scalar_t, typename acc_t>
   static SOFTMASK_INLINE void run(const Problem<scalar_t>& problem, const Scratch<acc_t>& scratch,
                                   int64_t b, const acc_t* grad, acc_t* at_logits,
                                   const Gradients<acc_t>& to) {
@@ -159,10 +146,9 @@ struct AddGradients {
     for (int64_t h = 0; h < problem.heads; ++h) {
       for (int64_t row = 0; row < problem.words * problem.subtokens; ++row) {
         const int64_t token = problem.index[b * problem.words * problem.subtokens + row];
-        if (token < 0 || !load_row(problem, scratch, b, h, token)) continue;
+        if (token < 0 || !load_row<Bytes>(problem, scratch, b, h, token)) continue;
         const int64_t w = row / problem.subtokens;
         const acc_t share = 1 / static_cast<acc_t>(problem.heads * problem.subtokens_of(b, w));
-        acc_t total = 0;
         for (int64_t p = 0; p < problem.patches; ++p) {
           const acc_t upstream =
               p < problem.prefix ? acc_t(0) : grad[w * size + p - problem.prefix] * share;
@@ -170,56 +156,43 @@ struct AddGradients {
                              : scratch.gradient[p] < 0 ? acc_t(0)
                                                        : scratch.gradient[p];
           at_logits[p] = upstream * gate * scratch.attention[p];  // A dA
-          total += at_logits[p];
           // From here on `gradient` is the gradient at dO (v + bias)^T.
           if (problem.gradcam) {
             scratch.gradient[p] =
                 scratch.gradient[p] > 0 ? upstream * scratch.attention[p] : acc_t(0);
           }
         }
+        const acc_t total = simd::sum<Bytes>(at_logits, problem.patches);
         for (int64_t p = 0; p < problem.patches; ++p) {
-          const acc_t logit = (at_logits[p] - scratch.attention[p] * total) * problem.scale;
-          simd::add_scaled(to.query.at(b, h, token), problem.key.at(b, h, p), logit, problem.width);
-          simd::add_scaled(to.key.at(b, h, p), scratch.query, logit, problem.width);
+          at_logits[p] = (at_logits[p] - scratch.attention[p] * total) * problem.scale;
+          simd::add_scaled(to.key.at(b, h, p), scratch.query, at_logits[p], problem.width);
         }
-        if (problem.gradcam) add_values(problem, scratch, b, h, token, to);
+        simd::add_rows(to.query.at(b, h, token), problem.key.at(b, h, 0), problem.key.row,
+                       at_logits, problem.patches, problem.width, scratch.partial);
+        if (problem.gradcam) add_values<Bytes>(problem, scratch, b, h, token, to);
       }
     }
   }
 
-  template <typename scalar_t, typename acc_t>
+  template <int Bytes, typename scalar_t, typename acc_t>
   static SOFTMASK_INLINE void add_values(const Problem<scalar_t>& problem,
                                          const Scratch<acc_t>& scratch, int64_t b, int64_t h,
                                          int64_t token, const Gradients<acc_t>& to) {
     const int64_t width = problem.value_width;
     acc_t* row = to.grad_output.at(b, h, token);
+    simd::add_rows(row, problem.value.at(b, h, 0), problem.value.row, scratch.gradient,
+                   problem.patches, width, scratch.partial);
     for (int64_t p = 0; p < problem.patches; ++p) {
-      const acc_t factor = scratch.gradient[p];
-      simd::add_scaled(row, problem.value.at(b, h, p), factor, width);
-      simd::add_scaled(to.value.at(b, h, p), scratch.grad_output, factor, width);
+      simd::add_scaled(to.value.at(b, h, p), scratch.grad_output, scratch.gradient[p], width);
     }
     if (problem.bias != nullptr) {
-      const acc_t factor = simd::sum(scratch.gradient, problem.patches);
+      const acc_t factor = simd::sum<Bytes>(scratch.gradient, problem.patches);
       simd::add_scaled(row, problem.bias + h * width, factor, width);
       simd::add_scaled(to.bias + (b * problem.heads + h) * width, scratch.grad_output, factor,
                        width);
     }
   }
 };
-
-template <typename T>
-Rows<T> rows_of(const at::Tensor& tensor) {
-  if constexpr (std::is_const_v<T>) {
-    return {tensor.const_data_ptr<std::remove_const_t<T>>(), tensor.stride(0), tensor.stride(1),
-            tensor.stride(2)};
-  } else {
-    return {tensor.mutable_data_ptr<T>(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
-  }
-}
-
-at::Tensor dense_rows(const at::Tensor& tensor) {
-  return tensor.stride(-1) == 1 || tensor.numel() == 0 ? tensor : tensor.contiguous();
-}
 
 // The arguments, made readable by the kernels.
 struct Inputs {

@@ -6,9 +6,18 @@ import importlib
 import importlib.util
 import warnings
 
+import torch
 from torch import Tensor
 
-OPS = ("soft_mask", "word_attention")
+OPS = (
+    "soft_mask",
+    "word_attention",
+    "focal_contrastive_loss",
+    "momentum_contrastive_loss",
+    "soft_mask_attention",
+    "attentive_mask",
+    "masked_patch_loss",
+)
 """Ops that have a C++ kernel for the CPU."""
 
 
@@ -22,6 +31,27 @@ def _load() -> str | None:
         warnings.warn(f"softmask's C++ extension does not load, PyTorch is used instead: {error}", stacklevel=2)
         return f"the C++ extension softmask._C does not load: {error}"
     return None
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """What kernels compute in, and return where the result is not of the inputs' type."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def of_one_type(*tensors: Tensor | None) -> list[Tensor | None]:
+    """As they are where they agree, else all in fp32, or fp64 where one of them is."""
+    types = {tensor.dtype for tensor in tensors if tensor is not None}
+    if len(types) == 1:
+        return list(tensors)
+    common = torch.float64 if torch.float64 in types else torch.float32
+    return [None if tensor is None else tensor.to(common) for tensor in tensors]
+
+
+def scalar(value: Tensor | float, *, like: Tensor) -> Tensor:
+    """A number as the 0-dim tensor that kernels take, so that no value is part of a compiled graph."""
+    if isinstance(value, Tensor):
+        return value
+    return torch.tensor(value, dtype=torch.float64, device=like.device)
 
 
 def no_second_derivative(op: str):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from softmask import reference
 from softmask.ops import _checks
 from softmask.ops._backend import resolve
+from softmask.ops._cpp import attentive_mask as cpp
 
 SELECTIONS = ("high", "low")
 
@@ -51,8 +52,8 @@ def attentive_mask(
     _checks.one_of("select", select, SELECTIONS)
     if not 0.0 <= ratio <= 1.0:
         _checks.fail("ratio", "0 to 1", ratio)
-    resolve("attentive_mask", patches)
-    return reference.attentive_mask(patches, tokens, ratio=ratio, select=select, token_padding_mask=token_padding_mask)
+    run = cpp.attentive_mask if resolve("attentive_mask", patches) == "cpp" else reference.attentive_mask
+    return run(patches, tokens, ratio=ratio, select=select, token_padding_mask=token_padding_mask)
 
 
 class AttentiveMask(nn.Module):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from softmask import reference
 from softmask.ops import _checks
 from softmask.ops._backend import resolve
+from softmask.ops._cpp import contrastive as cpp
 from softmask.ops._distributed import first_row, gather_rows, gather_rows_no_grad
 
 
@@ -43,15 +44,14 @@ def focal_contrastive_loss(
     Source: CLIP (arXiv 2103.00020), focal factor of arXiv 1708.02002 as in SoftMask++ (arXiv 2304.00719).
     """
     check_features(image, text, logit_scale, gamma=gamma, ids=ids, reduction=reduction)
-    resolve("focal_contrastive_loss", image)
     columns = {}
     if group is not None:  # one collective for both
         all_image, all_text = gather_rows(torch.cat([image, text], -1), group).split(image.shape[1], -1)
         columns = {"all_image": all_image, "all_text": all_text, "first_row": first_row(image, group)}
         columns["all_ids"] = None if ids is None else gather_rows_no_grad(ids, group)
-    return reference.focal_contrastive_loss(
-        image, text, logit_scale, gamma=gamma, ids=ids, reduction=reduction, **columns
-    )
+    by_cpp = resolve("focal_contrastive_loss", image) == "cpp"
+    run = cpp.focal_contrastive_loss if by_cpp else reference.focal_contrastive_loss
+    return run(image, text, logit_scale, gamma=gamma, ids=ids, reduction=reduction, **columns)
 
 
 def check_features(

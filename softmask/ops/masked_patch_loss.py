@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from softmask import reference
 from softmask.ops import _checks
 from softmask.ops._backend import resolve
+from softmask.ops._cpp import masked_patch_loss as cpp
 
 
 def masked_patch_loss(
@@ -52,10 +53,8 @@ def masked_patch_loss(
     _checks.dtype("mask", mask, (torch.bool,))
     _checks.device(prediction, images=images, mask=mask)
     _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
-    resolve("masked_patch_loss", prediction)
-    return reference.masked_patch_loss(
-        prediction, images, mask, patch_size=patch_size, normalize=normalize, reduction=reduction
-    )
+    run = cpp.masked_patch_loss if resolve("masked_patch_loss", prediction) == "cpp" else reference.masked_patch_loss
+    return run(prediction, images, mask, patch_size=patch_size, normalize=normalize, reduction=reduction)
 
 
 class MaskedPatchLoss(nn.Module):

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from softmask import reference
 from softmask.ops import _checks
 from softmask.ops._backend import resolve
+from softmask.ops._cpp import momentum_contrastive as cpp
 from softmask.ops._distributed import first_row, gather_rows_no_grad
 from softmask.ops.contrastive import check_features
 
@@ -62,14 +63,15 @@ def momentum_contrastive_loss(
     _check_keys(image, image_teacher, text_teacher, image_queue, text_queue)
     _check_queue_ids(image_queue, ids, queue_ids)
     _checks.scalar("alpha", alpha)
-    resolve("momentum_contrastive_loss", image)
     columns = {}
     if group is not None:
         teachers = _gather_pair(image_teacher, text_teacher, group)
         columns = {"all_image_teacher": teachers[0], "all_text_teacher": teachers[1]}
         columns["all_ids"] = None if ids is None else gather_rows_no_grad(ids, group)
         columns["first_row"] = first_row(image, group)
-    return reference.momentum_contrastive_loss(
+    by_cpp = resolve("momentum_contrastive_loss", image) == "cpp"
+    run = cpp.momentum_contrastive_loss if by_cpp else reference.momentum_contrastive_loss
+    return run(
         image,
         text,
         logit_scale,

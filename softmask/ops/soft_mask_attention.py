@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from softmask import reference
 from softmask.ops import _checks
 from softmask.ops._backend import resolve
+from softmask.ops._cpp import soft_mask_attention as cpp
 
 
 def soft_mask_attention(
@@ -47,8 +48,9 @@ def soft_mask_attention(
         _checks.shape("key_weight", key_weight, (len(query), key.shape[2]))
         _checks.dtype("key_weight", key_weight)
         _checks.device(query, key_weight=key_weight)
-    resolve("soft_mask_attention", query)
-    return reference.soft_mask_attention(
+    by_cpp = resolve("soft_mask_attention", query) == "cpp"
+    run = cpp.soft_mask_attention if by_cpp else reference.soft_mask_attention
+    return run(
         query,
         key,
         value,

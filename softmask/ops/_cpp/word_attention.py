@@ -21,8 +21,8 @@ def word_attention(
     num_prefix_tokens: int,
     normalize: str | None,
 ) -> Tensor:
-    floating = _of_one_type(query, key, value, grad_output, value_bias)
-    query, key, value, grad_output, value_bias = floating
+    floating = (query, key, value, grad_output, value_bias)
+    query, key, value, grad_output, value_bias = _library.of_one_type(*floating)
     return torch.ops.softmask.word_attention(
         query,
         key,
@@ -35,15 +35,6 @@ def word_attention(
         num_prefix_tokens,
         normalize or "none",
     )
-
-
-def _of_one_type(*tensors: Tensor | None) -> list[Tensor | None]:
-    """As they are where they agree, else all in fp32, or fp64 where one of them is."""
-    types = {tensor.dtype for tensor in tensors if tensor is not None}
-    if len(types) == 1:
-        return list(tensors)
-    common = torch.float64 if torch.float64 in types else torch.float32
-    return [None if tensor is None else tensor.to(common) for tensor in tensors]
 
 
 def _fake(
@@ -59,7 +50,7 @@ def _fake(
     normalize: str,
 ) -> Tensor:
     shape = (query.shape[0], word_index.shape[1], key.shape[2] - num_prefix_tokens)
-    return query.new_empty(shape, dtype=torch.float64 if query.dtype == torch.float64 else torch.float32)
+    return query.new_empty(shape, dtype=_library.compute_dtype(query))
 
 
 def _backward_fake(

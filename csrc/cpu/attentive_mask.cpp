@@ -1,0 +1,101 @@
+// The patches of an image that are most, or least, relevant to its caption, on the CPU.
+//
+// One thread works on an image: its similarities [P, T] are the largest scratch memory. Patches are
+// normalized after the maximum over tokens, by one number each.
+
+#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <vector>
+
+#include "simd.h"
+
+namespace softmask {
+namespace {
+
+constexpr double kNormEps = 1e-12;  // F.normalize's
+
+// Largest similarity to a token that is not ignored, over the patch's norm.
+struct Relevance {
+  template <int Bytes, typename acc_t>
+  static SOFTMASK_INLINE void run(const acc_t* patch, int64_t width, const acc_t* similarity,
+                                  const bool* ignore, int64_t tokens, acc_t* relevance) {
+    acc_t highest = simd::kLowest<acc_t>, square;
+    for (int64_t t = 0; t < tokens; ++t) {
+      const acc_t s = ignore != nullptr && ignore[t] ? simd::kLowest<acc_t> : similarity[t];
+      highest = s > highest || std::isnan(s) ? s : highest;
+    }
+    simd::dots<Bytes>(&square, patch, patch, 0, 1, width);
+    const acc_t norm = std::sqrt(square);
+    *relevance = highest / (norm > acc_t(kNormEps) ? norm : acc_t(kNormEps));
+  }
+};
+
+// Marks the `count` first by relevance, a NaN above all numbers as in torch; ties go to the lower
+// position.
+template <typename acc_t>
+void select(const std::vector<acc_t>& relevance, int64_t count, bool high, bool* selected) {
+  const auto size = static_cast<int64_t>(relevance.size());
+  std::vector<int64_t> order(size);
+  std::iota(order.begin(), order.end(), 0);
+  const auto above = [](acc_t a, acc_t b) { return std::isnan(a) ? !std::isnan(b) : a > b; };
+  const auto before = [&](int64_t i, int64_t j) {
+    const acc_t a = relevance[i], b = relevance[j];
+    if (above(a, b) || above(b, a)) return high ? above(a, b) : above(b, a);
+    return i < j;
+  };
+  if (count > 0 && count < size)
+    std::nth_element(order.begin(), order.begin() + count, order.end(), before);
+  std::fill_n(selected, size, false);
+  for (int64_t k = 0; k < count; ++k) selected[order[k]] = true;
+}
+
+template <typename acc_t>
+void kernel(const at::Tensor& patches, const at::Tensor& tokens, const at::Tensor& ignore,
+            int64_t count, bool high, const at::Tensor& selected) {
+  const int64_t size = patches.size(1), words = tokens.size(1), width = patches.size(2);
+  const auto type = c10::CppTypeToScalarType<acc_t>::value;
+  bool* marks = selected.mutable_data_ptr<bool>();
+  at::parallel_for(0, patches.size(0), 1, [&](int64_t begin, int64_t end) {
+    const at::AutoDispatchBelowADInplaceOrView guard;  // of this thread
+    at::Tensor similarity = at::empty({size, words}, patches.options().dtype(type));
+    std::vector<acc_t> relevance(size);
+    for (int64_t b = begin; b < end; ++b) {
+      const at::Tensor image = patches[b].to(type).contiguous(), caption = tokens[b].to(type);
+      const at::Tensor norm = caption.norm(2, {1}, true).clamp_min(kNormEps);
+      at::mm_out(similarity, image, (caption / norm).t());
+      const bool* skip = ignore.defined() ? ignore.const_data_ptr<bool>() + b * words : nullptr;
+      for (int64_t p = 0; p < size; ++p) {
+        simd::run<Relevance>(image.const_data_ptr<acc_t>() + p * width, width,
+                             similarity.const_data_ptr<acc_t>() + p * words, skip, words,
+                             &relevance[p]);
+      }
+      select(relevance, count, high, marks + b * size);
+    }
+  });
+}
+
+at::Tensor attentive_mask(const at::Tensor& patches, const at::Tensor& tokens,
+                          const std::optional<at::Tensor>& token_padding_mask, int64_t count,
+                          bool high) {
+  const at::Tensor selected =
+      at::empty({patches.size(0), patches.size(1)}, patches.options().dtype(at::kBool));
+  const at::Tensor ignore =
+      token_padding_mask.has_value() ? token_padding_mask->contiguous() : at::Tensor();
+  if (patches.scalar_type() == at::kDouble || tokens.scalar_type() == at::kDouble) {
+    kernel<double>(patches, tokens, ignore, count, high, selected);
+  } else {
+    kernel<float>(patches, tokens, ignore, count, high, selected);
+  }
+  return selected;
+}
+
+}  // namespace
+}  // namespace softmask
+
+TORCH_LIBRARY_IMPL(softmask, CPU, m) { m.impl("attentive_mask", &softmask::attentive_mask); }

@@ -1,0 +1,339 @@
+// Symmetric InfoNCE with focal weights and shared positives, and its gradients, on the CPU.
+//
+// Logits exist one block of rows at a time, made by torch's BLAS and consumed in the cache: one
+// product forward, and three backward (the block again, and its product with either side). Between
+// them live a few numbers per row. One thread works on a row, or a column, block after block: the
+// number of threads changes bits only through the BLAS, which splits its sums by it.
+
+#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "focal.h"
+#include "simd.h"
+
+namespace softmask {
+namespace {
+
+constexpr int64_t kBlockBytes = 8 << 20;  // of logits
+constexpr int64_t kColumns = 1024;  // worked on at a time, so that their sums stay in the cache
+
+// loss_i of `both`: half of row i's and of column i's, which are then the same samples.
+struct Problem {
+  at::Tensor rows, columns;  // [B, D], [G, D]
+  double scale;
+  Focal focal;
+  Positives positives;
+  bool both;
+
+  Problem(const at::Tensor& rows, const at::Tensor& columns, const at::Tensor& scale,
+          const at::Tensor& gamma, const OptionalTensor& row_ids, const OptionalTensor& column_ids,
+          int64_t first_row, bool both)
+      : rows(rows.to(compute_type(rows)).contiguous()),
+        columns(columns.to(compute_type(rows)).contiguous()),
+        scale(scale.item<double>()),
+        focal{gamma.item<double>()},
+        positives(rows.size(0), first_row, row_ids, column_ids),
+        both(both) {}
+
+  static at::ScalarType compute_type(const at::Tensor& tensor) {
+    return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  }
+  int64_t height() const { return rows.size(0); }
+  int64_t width() const { return columns.size(0); }
+  double share() const { return both ? 0.5 : 1.0; }  // of a direction in the loss
+
+  at::Tensor empty_block() const {
+    const int64_t row_bytes = std::max<int64_t>(1, width() * rows.element_size());
+    const int64_t count =
+        std::clamp<int64_t>(kBlockBytes / row_bytes, 16, std::max<int64_t>(16, height()));
+    return at::empty({count, width()}, rows.options());
+  }
+};
+
+// Of every row, or every column: the log-sum-exp of its logits, and the sum of y h(p) over its
+// positives, which is 1 for gamma = 0.
+template <typename acc_t>
+struct Side {
+  acc_t *highest, *rest, *slope;
+
+  simd::LogSum<acc_t> log_sum(int64_t i) const { return {highest[i], rest[i]}; }
+};
+
+template <typename acc_t>
+struct Statistics {
+  Side<acc_t> rows, columns;  // columns only where there are both directions
+
+  static at::Tensor empty(const Problem& problem) {
+    return at::empty({problem.both ? 6 : 3, problem.height()}, problem.rows.options());
+  }
+  explicit Statistics(const at::Tensor& memory)
+      : rows(side(memory, 0)), columns(memory.size(0) > 3 ? side(memory, 3) : Side<acc_t>{}) {}
+
+ private:
+  static Side<acc_t> side(const at::Tensor& memory, int64_t first) {
+    acc_t* data = memory.mutable_data_ptr<acc_t>() + first * memory.size(1);
+    return {data, data + memory.size(1), data + 2 * memory.size(1)};
+  }
+};
+
+// A row of products becomes a row of logits; returns their log-sum-exp.
+struct RowLogSumExp {
+  template <int Bytes, typename acc_t>
+  static SOFTMASK_INLINE void run(acc_t* row, int64_t size, acc_t scale, simd::LogSum<acc_t>* sum) {
+    for (int64_t j = 0; j < size; ++j) row[j] *= scale;
+    *sum = simd::log_sum_exp<Bytes>(row, size);
+  }
+};
+
+// Adds a block of logits to the running maximum and the running sum of exponentials of `size`
+// columns.
+struct ColumnSums {
+  template <int Bytes, typename acc_t>
+  static SOFTMASK_INLINE void run(const acc_t* block, int64_t rows, int64_t stride, acc_t* highest,
+                                  acc_t* sums, int64_t size) {
+    constexpr int kLanes = simd::kLanesOf<acc_t, Bytes>;
+    constexpr acc_t kLowest = simd::kLowest<acc_t>;
+    acc_t before[kColumns], fresh[kColumns] = {};  // a block's sums by themselves: shorter sums
+    std::copy_n(highest, size, before);
+    for (int64_t i = 0; i < rows; ++i) {
+      const acc_t* row = block + i * stride;
+      for (int64_t j = 0; j < size; ++j) highest[j] = row[j] > highest[j] ? row[j] : highest[j];
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      const acc_t* row = block + i * stride;
+      for (int64_t j = 0; j < size; j += kLanes) {
+        const auto z = simd::load_some<Bytes>(row + j, size - j, kLowest);
+        const auto top = simd::load_some<Bytes>(highest + j, size - j, acc_t(0));
+        const auto sum = simd::load_some<Bytes>(fresh + j, size - j, acc_t(0));
+        simd::store_some(fresh + j, sum + simd::exp_nonpositive(z - top), size - j);
+      }
+    }
+    for (int64_t j = 0; j < size; j += kLanes) {
+      const auto shrink = simd::load_some<Bytes>(before + j, size - j, kLowest) -
+                          simd::load_some<Bytes>(highest + j, size - j, acc_t(0));
+      const auto sum = simd::load_some<Bytes>(sums + j, size - j, acc_t(0));
+      const auto added = simd::load_some<Bytes>(fresh + j, size - j, acc_t(0));
+      simd::store_some(sums + j, sum * simd::exp_nonpositive(shrink) + added, size - j);
+    }
+  }
+};
+
+// A row of products becomes the gradient at the logits, positives aside; returns its product with
+// the products.
+struct RowGradient {
+  template <int Bytes, typename acc_t>
+  static SOFTMASK_INLINE void run(acc_t* row, int64_t size, acc_t scale, acc_t weight,
+                                  const simd::LogSum<acc_t>& sum, const acc_t* column_weight,
+                                  const Side<acc_t>& columns, acc_t* at_scale) {
+    constexpr int kLanes = simd::kLanesOf<acc_t, Bytes>;
+    simd::Vector<acc_t, Bytes> total{};
+    for (int64_t j = 0; j < size; j += kLanes) {
+      const auto product = simd::load_some<Bytes>(row + j, size - j, acc_t(0));
+      const auto z = product * scale;
+      auto gradient = simd::exp_nonpositive(z - sum.highest - sum.rest) * weight;
+      if (column_weight != nullptr) {
+        const auto highest = simd::load_some<Bytes>(columns.highest + j, size - j, acc_t(0));
+        const auto rest = simd::load_some<Bytes>(columns.rest + j, size - j, acc_t(0));
+        const auto by_column = simd::load_some<Bytes>(column_weight + j, size - j, acc_t(0));
+        gradient += simd::exp_nonpositive(z - highest - rest) * by_column;
+      }
+      total += gradient * product;
+      simd::store_some(row + j, gradient, size - j);
+    }
+    *at_scale = simd::sum_lanes(total);
+  }
+};
+
+// The rows of blocks in their order, `work(block, first, count)` on each.
+template <typename Work>
+void for_each_block(const Problem& problem, const Work& work) {
+  const at::Tensor memory = problem.empty_block(), columns = problem.columns.t();
+  for (int64_t first = 0; first < problem.height(); first += memory.size(0)) {
+    const int64_t count = std::min(memory.size(0), problem.height() - first);
+    at::Tensor block = memory.narrow(0, 0, count);
+    at::mm_out(block, problem.rows.narrow(0, first, count), columns);
+    work(block, first, count);
+  }
+}
+
+// Loss and slope of every row, and the logits of the positives where the columns will need them.
+template <typename acc_t>
+void finish_rows(const Problem& problem, const Statistics<acc_t>& statistics, acc_t* block,
+                 int64_t first, int64_t count, acc_t* logits, double* loss) {
+  const Positives& positives = problem.positives;
+  const int64_t width = problem.width();
+  const auto scale = static_cast<acc_t>(problem.scale);
+  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      acc_t* row = block + i * width;
+      simd::LogSum<acc_t> sum;
+      simd::run<RowLogSumExp>(row, width, scale, &sum);
+      const int64_t sample = first + i;
+      double total = 0.0, slope = 0.0;
+      for (int64_t k = positives.first[sample]; k < positives.first[sample + 1]; ++k) {
+        const acc_t logit = row[positives.columns[k]];
+        total += problem.focal.loss(sum.log_probability(logit));
+        slope += problem.focal.slope(sum.log_probability(logit));
+        if (problem.both) logits[k] = logit;
+      }
+      const auto targets = static_cast<double>(positives.count(sample));
+      loss[sample] = problem.share() * total / targets;
+      statistics.rows.highest[sample] = sum.highest;
+      statistics.rows.rest[sample] = sum.rest;
+      statistics.rows.slope[sample] = static_cast<acc_t>(slope / targets);
+    }
+  });
+}
+
+template <typename acc_t>
+void finish_columns(const Problem& problem, const Side<acc_t>& columns, const acc_t* sums,
+                    const acc_t* logits, double* loss) {
+  const Positives& positives = problem.positives;
+  std::vector<double> slope(problem.width());
+  for (int64_t j = 0; j < problem.width(); ++j) columns.rest[j] = std::log(sums[j]);
+  for (int64_t i = 0; i < problem.height(); ++i) {
+    for (int64_t k = positives.first[i]; k < positives.first[i + 1]; ++k) {
+      const int64_t j = positives.columns[k];
+      const double log_p = columns.log_sum(j).log_probability(logits[k]);
+      const auto targets = static_cast<double>(positives.count(j));
+      loss[j] += problem.share() * problem.focal.loss(log_p) / targets;
+      slope[j] += problem.focal.slope(log_p) / targets;
+    }
+  }
+  std::copy_n(slope.begin(), slope.size(), columns.slope);
+}
+
+template <typename acc_t>
+void forward_kernel(const Problem& problem, at::Tensor& loss, const at::Tensor& memory) {
+  const Statistics<acc_t> statistics(memory);
+  const int64_t width = problem.width(), in_columns = problem.both ? width : 0;
+  acc_t* highest = statistics.columns.highest;
+  std::fill_n(highest, in_columns, simd::kLowest<acc_t>);
+  std::vector<acc_t> sums(in_columns);
+  std::vector<acc_t> logits(problem.both ? problem.positives.columns.size() : 0);
+  std::vector<double> losses(problem.height());
+  for_each_block(problem, [&](const at::Tensor& block, int64_t first, int64_t count) {
+    auto* data = block.mutable_data_ptr<acc_t>();
+    finish_rows(problem, statistics, data, first, count, logits.data(), losses.data());
+    at::parallel_for(0, in_columns, kColumns, [&](int64_t begin, int64_t end) {
+      for (int64_t j = begin; j < end; j += kColumns) {
+        simd::run<ColumnSums>(data + j, count, width, highest + j, &sums[j],
+                              std::min(kColumns, end - j));
+      }
+    });
+  });
+  if (problem.both) {
+    finish_columns(problem, statistics.columns, sums.data(), logits.data(), losses.data());
+  }
+  std::copy(losses.begin(), losses.end(), loss.mutable_data_ptr<acc_t>());
+}
+
+// The block of products becomes the gradient at the logits; at_scale[i] is row i's share of the
+// scale's gradient.
+template <typename acc_t>
+void block_gradient(const Problem& problem, const Statistics<acc_t>& statistics, const acc_t* grad,
+                    const std::vector<acc_t>& column_weight, acc_t* block, int64_t first,
+                    int64_t count, double* at_scale) {
+  const Positives& positives = problem.positives;
+  const int64_t width = problem.width();
+  const double share = problem.share();
+  const auto scale = static_cast<acc_t>(problem.scale);
+  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    std::vector<std::pair<acc_t, acc_t>> targets;  // product and gradient of a row's positives
+    for (int64_t i = begin; i < end; ++i) {
+      acc_t *row = block + i * width, total;
+      const int64_t sample = first + i;
+      const simd::LogSum<acc_t> sum = statistics.rows.log_sum(sample);
+      const double weight = share * grad[sample];
+      targets.clear();
+      for (int64_t k = positives.first[sample]; k < positives.first[sample + 1]; ++k) {
+        const int64_t j = positives.columns[k];
+        const acc_t z = scale * row[j];
+        double gradient =
+            weight / double(positives.count(sample)) * problem.focal.slope(sum.log_probability(z));
+        if (problem.both) {
+          gradient += share * grad[j] / double(positives.count(j)) *
+                      problem.focal.slope(statistics.columns.log_sum(j).log_probability(z));
+        }
+        targets.emplace_back(row[j], static_cast<acc_t>(gradient));
+      }
+      simd::run<RowGradient>(
+          row, width, scale, static_cast<acc_t>(weight * statistics.rows.slope[sample]), sum,
+          problem.both ? column_weight.data() : nullptr, statistics.columns, &total);
+      at_scale[sample] = total;
+      for (size_t k = 0; k < targets.size(); ++k) {
+        const auto [product, gradient] = targets[k];
+        row[positives.columns[positives.first[sample] + k]] -= gradient;
+        at_scale[sample] -= gradient * product;
+      }
+    }
+  });
+}
+
+template <typename acc_t>
+double backward_kernel(const Problem& problem, const at::Tensor& grad, const at::Tensor& memory,
+                       const at::Tensor& rows_grad, const at::Tensor& columns_grad) {
+  const Statistics<acc_t> statistics(memory);
+  const auto* upstream = grad.const_data_ptr<acc_t>();
+  std::vector<acc_t> column_weight(problem.both ? problem.width() : 0);
+  for (size_t j = 0; j < column_weight.size(); ++j) {
+    column_weight[j] =
+        static_cast<acc_t>(problem.share() * upstream[j] * statistics.columns.slope[j]);
+  }
+  std::vector<double> at_scale(problem.height());
+  for_each_block(problem, [&](const at::Tensor& block, int64_t first, int64_t count) {
+    auto* data = block.mutable_data_ptr<acc_t>();
+    block_gradient(problem, statistics, upstream, column_weight, data, first, count,
+                   at_scale.data());
+    at::Tensor rows = rows_grad.narrow(0, first, count), columns = columns_grad;
+    at::addmm_out(rows, rows, block, problem.columns, /*beta=*/0, /*alpha=*/problem.scale);
+    at::addmm_out(columns, columns, block.t(), problem.rows.narrow(0, first, count),
+                  /*beta=*/first > 0 ? 1 : 0, /*alpha=*/problem.scale);
+  });
+  return std::accumulate(at_scale.begin(), at_scale.end(), 0.0);
+}
+
+std::tuple<at::Tensor, at::Tensor> contrastive(const at::Tensor& rows, const at::Tensor& columns,
+                                               const at::Tensor& scale, const at::Tensor& gamma,
+                                               const OptionalTensor& row_ids,
+                                               const OptionalTensor& column_ids, int64_t first_row,
+                                               bool both) {
+  const Problem problem(rows, columns, scale, gamma, row_ids, column_ids, first_row, both);
+  at::Tensor loss = at::empty({rows.size(0)}, problem.rows.options()), memory = at::Tensor();
+  AT_DISPATCH_FLOATING_TYPES(problem.rows.scalar_type(), "contrastive", [&] {
+    memory = Statistics<scalar_t>::empty(problem);
+    forward_kernel<scalar_t>(problem, loss, memory);
+  });
+  return {loss, memory};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> contrastive_backward(
+    const at::Tensor& grad, const at::Tensor& statistics, const at::Tensor& rows,
+    const at::Tensor& columns, const at::Tensor& scale, const at::Tensor& gamma,
+    const OptionalTensor& row_ids, const OptionalTensor& column_ids, int64_t first_row, bool both) {
+  const Problem problem(rows, columns, scale, gamma, row_ids, column_ids, first_row, both);
+  const at::Tensor rows_grad = at::empty_like(problem.rows);
+  const at::Tensor columns_grad =
+      problem.height() > 0 ? at::empty_like(problem.columns) : at::zeros_like(problem.columns);
+  double at_scale = 0.0;
+  AT_DISPATCH_FLOATING_TYPES(problem.rows.scalar_type(), "contrastive_backward", [&] {
+    at_scale =
+        backward_kernel<scalar_t>(problem, grad.contiguous(), statistics, rows_grad, columns_grad);
+  });
+  return {rows_grad.to(rows.scalar_type()), columns_grad.to(columns.scalar_type()),
+          at::scalar_tensor(at_scale, scale.options())};
+}
+
+}  // namespace
+}  // namespace softmask
+
+TORCH_LIBRARY_IMPL(softmask, CPU, m) {
+  m.impl("contrastive", &softmask::contrastive);
+  m.impl("contrastive_backward", &softmask::contrastive_backward);
+}

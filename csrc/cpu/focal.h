@@ -1,0 +1,76 @@
+// What the contrastive losses share: the positives of every row, and the focal term of one of them.
+
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <numeric>
+#include <optional>
+#include <vector>
+
+namespace softmask {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+// Of row i the columns that are its positives, columns[first[i]] to columns[first[i + 1]],
+// ascending.
+struct Positives {
+  std::vector<int64_t> first, columns;
+
+  // Without ids column `first_row + i` alone; with them the columns of the row's id.
+  Positives(int64_t rows, int64_t first_row, const OptionalTensor& row_ids,
+            const OptionalTensor& column_ids) {
+    first.reserve(rows + 1);
+    first.push_back(0);
+    if (!row_ids.has_value()) {
+      for (int64_t i = 0; i < rows; ++i) columns.push_back(first_row + i), first.push_back(i + 1);
+      return;
+    }
+    const at::Tensor own = row_ids->contiguous(), other = column_ids->contiguous();
+    const int64_t* ids = other.const_data_ptr<int64_t>();
+    std::vector<int64_t> order(other.numel());
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int64_t a, int64_t b) { return ids[a] < ids[b]; });
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t id = own.const_data_ptr<int64_t>()[i];
+      auto next =
+          std::lower_bound(order.begin(), order.end(), id,
+                           [&](int64_t column, int64_t wanted) { return ids[column] < wanted; });
+      for (; next != order.end() && ids[*next] == id; ++next) columns.push_back(*next);
+      first.push_back(static_cast<int64_t>(columns.size()));
+    }
+  }
+
+  static Positives none(int64_t rows) {
+    Positives positives(0, 0, std::nullopt, std::nullopt);
+    positives.first.resize(rows + 1);
+    return positives;
+  }
+
+  int64_t count(int64_t row) const { return first[row + 1] - first[row]; }
+};
+
+// -(1 - p)^gamma log p and h(p) = d/dp of (1 - p)^gamma log p, times p, at p = e^log_p. 1 - p is
+// kept off 0, where gamma in (0, 1) has no derivative; gamma = 0 is exactly cross-entropy.
+struct Focal {
+  double gamma;
+
+  static double miss(double log_p) {
+    return std::max(-std::expm1(log_p), std::numeric_limits<double>::min());
+  }
+  double loss(double log_p) const {
+    return gamma == 0.0 ? -log_p : -std::pow(miss(log_p), gamma) * log_p;
+  }
+  double slope(double log_p) const {
+    if (gamma == 0.0) return 1.0;
+    const double wrong = miss(log_p), power = std::pow(wrong, gamma);
+    return power - gamma * std::exp(log_p) * (power / wrong) * log_p;
+  }
+};
+
+}  // namespace softmask

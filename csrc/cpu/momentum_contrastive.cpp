@@ -1,0 +1,269 @@
+// One direction of ALBEF's momentum-distilled contrastive loss with focal weights, and its
+// gradients, on the CPU.
+//
+// Keys are those of the batch and the queue, each read where it lies. Logits of student and teacher
+// exist for one block of rows at a time, from one product with the keys; another one gives the
+// gradient to the rows, taken already in the forward pass, since what comes from above only scales
+// rows. One thread works on a row: the number of threads changes bits only through the BLAS, which
+// splits its sums by it.
+
+#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <array>
+#include <tuple>
+#include <vector>
+
+#include "focal.h"
+#include "simd.h"
+
+namespace softmask {
+namespace {
+
+constexpr int64_t kBlockBytes = 24 << 20;  // of logits
+constexpr float kLikely = 0.25f;           // probabilities above are few, and get exact arithmetic
+
+// logits[0] of the student, logits[1] of the teacher.
+template <typename acc_t>
+struct Part {
+  acc_t* logits[2];
+  int64_t size;
+};
+
+template <typename acc_t>
+using Row = std::array<Part<acc_t>, 2>;  // a row's logits at the keys of the batch and at the queue
+
+// Scales products to logits; their log-sum-exp.
+struct LogSumExp {
+  template <int Bytes, typename acc_t>
+  static SOFTMASK_INLINE void run(const Row<acc_t>& row, int which, acc_t scale,
+                                  simd::LogSum<acc_t>* sum) {
+    simd::LogSum<acc_t> parts[2];
+    acc_t total = 0;
+    for (int part = 0; part < 2; ++part) {
+      acc_t* logits = row[part].logits[which];
+      for (int64_t j = 0; j < row[part].size; ++j) logits[j] *= scale;
+      parts[part] = simd::log_sum_exp<Bytes>(logits, row[part].size);
+    }
+    sum->highest = std::max(parts[0].highest, parts[1].highest);
+    for (const auto& part : parts) total += std::exp(part.highest - sum->highest + part.rest);
+    sum->rest = std::log(total);
+  }
+};
+
+// log(1 - p) for 0 <= p <= kLikely, by its series.
+template <typename V>
+SOFTMASK_INLINE V log_of_miss(const V& p) {
+  constexpr int kTerms = sizeof(p[0]) == 8 ? 24 : 11;
+  V sum = V{} + 1 / static_cast<std::decay_t<decltype(p[0])>>(kTerms);
+  for (int n = kTerms - 1; n > 0; --n)
+    sum = sum * p + 1 / static_cast<std::decay_t<decltype(p[0])>>(n);
+  return -p * sum;
+}
+
+// Sums of a row over its soft targets y = alpha softmax(teacher), and what its gradient needs:
+// student logits become probabilities p, teacher logits y h(p). Where p is above kLikely and gamma
+// not 0 both are left to `finish_likely`.
+struct SoftTargets {
+  template <int Bytes, typename acc_t>
+  static SOFTMASK_INLINE void run(const Part<acc_t>& part, const simd::LogSum<acc_t>& sum,
+                                  const simd::LogSum<acc_t>& teacher_sum, acc_t alpha, acc_t gamma,
+                                  double* loss, double* slope) {
+    constexpr int kLanes = simd::kLanesOf<acc_t, Bytes>;
+    using V = simd::Vector<acc_t, Bytes>;
+    V losses{}, slopes{};
+    for (int64_t j = 0; j < part.size; j += kLanes) {
+      const V log_p =
+          simd::load_some<Bytes>(part.logits[0] + j, part.size - j, simd::kLowest<acc_t>) -
+          sum.highest - sum.rest;
+      const V p = simd::exp_nonpositive(log_p);
+      V y{}, at_logit{};
+      if (alpha > 0) {
+        const V t = simd::load_some<Bytes>(part.logits[1] + j, part.size - j, simd::kLowest<acc_t>);
+        y = simd::exp_nonpositive(t - teacher_sum.highest - teacher_sum.rest) * alpha;
+        // y = 0 at padding and at keys that are infinitely far: 0, not 0 * inf
+        const V weighted = y > 0 ? y * log_p : V{};
+        if (gamma == 0) {
+          losses -= weighted;
+          slopes += y;
+          at_logit = y;
+        } else {
+          const V likely = V{} + acc_t(kLikely);
+          const V bounded = p > likely ? V{} : p;
+          const V power = simd::exp_nonpositive(gamma * log_of_miss(bounded));
+          const V h = power - gamma * bounded * (power / (1 - bounded)) * (y > 0 ? log_p : V{});
+          losses -= p > likely ? V{} : power * weighted;
+          slopes += p > likely ? V{} : h * y;
+          at_logit = p > likely ? y : h * y;
+        }
+      }
+      simd::store_some(part.logits[0] + j, p, part.size - j);
+      simd::store_some(part.logits[1] + j, at_logit, part.size - j);
+    }
+    *loss += simd::sum_lanes(losses);
+    *slope += simd::sum_lanes(slopes);
+  }
+};
+
+// The keys that SoftTargets left out.
+template <typename acc_t>
+void finish_likely(const Focal& focal, const Part<acc_t>& part, double* loss, double* slope) {
+  for (int64_t j = 0; j < part.size; ++j) {
+    if (!(part.logits[0][j] > acc_t(kLikely))) continue;
+    const double log_p = std::log(double(part.logits[0][j])), y = part.logits[1][j],
+                 h = focal.slope(log_p);
+    *loss += y * focal.loss(log_p);
+    *slope += y * h;
+    part.logits[1][j] = static_cast<acc_t>(y * h);
+  }
+}
+
+// gradient at the logits = p * slope - y h(p), in place of p.
+struct Gradient {
+  template <int Bytes, typename acc_t>
+  static SOFTMASK_INLINE void run(const Part<acc_t>& part, acc_t slope) {
+    acc_t* p = part.logits[0];
+    const acc_t* at_logit = part.logits[1];
+    for (int64_t j = 0; j < part.size; ++j) p[j] = p[j] * slope - at_logit[j];
+  }
+};
+
+struct Problem {
+  at::Tensor query, teacher;           // [B, D]
+  std::array<at::Tensor, 2> keys;      // [G, D] of the batch and [K, D] of the queue, any strides
+  std::array<Positives, 2> positives;  // of a row, among each of them
+  double scale, alpha;
+  Focal focal;
+
+  int64_t height() const { return query.size(0); }
+  int64_t width() const { return keys[0].size(0) + keys[1].size(0); }
+  double targets(int64_t sample) const {
+    return static_cast<double>(positives[0].count(sample) + positives[1].count(sample));
+  }
+  int64_t block_rows() const {  // blocks of equal size
+    const int64_t bytes = 2 * width() * query.element_size() * height();
+    const int64_t blocks = std::max<int64_t>(1, (bytes + kBlockBytes - 1) / kBlockBytes);
+    return std::max<int64_t>(1, (height() + blocks - 1) / blocks);
+  }
+};
+
+// One row's loss, and the gradient at its logits in place of the student's.
+template <typename acc_t>
+double finish_row(const Problem& problem, const Row<acc_t>& row, int64_t sample) {
+  const auto scale = static_cast<acc_t>(problem.scale), alpha = static_cast<acc_t>(problem.alpha);
+  const auto gamma = static_cast<acc_t>(problem.focal.gamma);
+  simd::LogSum<acc_t> sum, teacher_sum{};
+  simd::run<LogSumExp>(row, 0, scale, &sum);
+  if (alpha > 0) simd::run<LogSumExp>(row, 1, scale, &teacher_sum);
+
+  struct Positive {
+    acc_t* at_logit;
+    double log_p;
+  };
+  std::vector<Positive> positives;
+  for (int part = 0; part < 2; ++part) {
+    const Positives& of = problem.positives[part];
+    for (int64_t k = of.first[sample]; k < of.first[sample + 1]; ++k) {
+      const int64_t j = of.columns[k];
+      positives.push_back({row[part].logits[1] + j, sum.log_probability(row[part].logits[0][j])});
+    }
+  }
+  double loss = 0.0, slope = 0.0;
+  for (const Part<acc_t>& part : row) {
+    simd::run<SoftTargets>(part, sum, teacher_sum, alpha, gamma, &loss, &slope);
+    if (gamma != 0 && alpha > 0) finish_likely(problem.focal, part, &loss, &slope);
+  }
+  const double share = (1.0 - problem.alpha) / problem.targets(sample);
+  for (const Positive& positive : positives) {
+    const double h = problem.focal.slope(positive.log_p);
+    loss += share * problem.focal.loss(positive.log_p);
+    slope += share * h;
+    *positive.at_logit += static_cast<acc_t>(share * h);
+  }
+  for (const Part<acc_t>& part : row) simd::run<Gradient>(part, static_cast<acc_t>(slope));
+  return loss;
+}
+
+// Losses [B] and, where there is memory for them, d loss_i / d (logit_scale * query_i) [B, D].
+template <typename acc_t>
+void kernel(const Problem& problem, at::Tensor& losses, const OptionalTensor& gradients) {
+  const int64_t count = problem.block_rows();
+  const at::Tensor rows = at::empty({2 * count, problem.query.size(1)}, problem.query.options());
+  const at::Tensor memory = at::empty({2 * count * problem.width()}, problem.query.options());
+  auto* loss = losses.mutable_data_ptr<acc_t>();
+  for (int64_t first = 0; first < problem.height(); first += count) {
+    const int64_t n = std::min(count, problem.height() - first),
+                  streams = problem.alpha > 0 ? 2 : 1;
+    rows.narrow(0, 0, n).copy_(problem.query.narrow(0, first, n));
+    rows.narrow(0, n, n).copy_(problem.teacher.narrow(0, first, n));
+    std::array<at::Tensor, 2> logits;  // [2n, keys]: the student's rows, then the teacher's
+    int64_t used = 0;
+    for (int part = 0; part < 2; ++part) {
+      const int64_t size = problem.keys[part].size(0);
+      logits[part] = memory.narrow(0, used, 2 * n * size).view({2 * n, size});
+      at::Tensor products = logits[part].narrow(0, 0, streams * n);
+      at::mm_out(products, rows.narrow(0, 0, streams * n), problem.keys[part].t());
+      used += 2 * n * size;
+    }
+    at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        Row<acc_t> row;
+        for (int part = 0; part < 2; ++part) {
+          const int64_t size = logits[part].size(1);
+          auto* data = logits[part].template mutable_data_ptr<acc_t>();
+          row[part] = {{data + i * size, data + (n + i) * size}, size};
+        }
+        loss[first + i] = static_cast<acc_t>(finish_row(problem, row, first + i));
+      }
+    });
+    if (!gradients.has_value()) continue;
+    at::Tensor gradient = gradients->narrow(0, first, n);
+    at::mm_out(gradient, logits[0].narrow(0, 0, n), problem.keys[0]);
+    if (problem.keys[1].size(0) > 0) gradient.addmm_(logits[1].narrow(0, 0, n), problem.keys[1]);
+  }
+}
+
+std::tuple<at::Tensor, at::Tensor> momentum_contrastive(
+    const at::Tensor& query, const at::Tensor& teacher, const at::Tensor& keys,
+    const OptionalTensor& queue, const at::Tensor& scale, const at::Tensor& alpha,
+    const at::Tensor& gamma, const OptionalTensor& ids, const OptionalTensor& key_ids,
+    const OptionalTensor& queue_ids, int64_t first_row, bool gradient) {
+  const at::ScalarType type = query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const at::Tensor no_queue = at::empty({0, keys.size(1)}, keys.options());
+  const Positives in_batch(query.size(0), first_row, ids, key_ids);
+  const Positives in_queue = queue_ids.has_value() ? Positives(query.size(0), 0, ids, queue_ids)
+                                                   : Positives::none(query.size(0));
+  const Problem problem{query.to(type),
+                        teacher.to(type),
+                        {keys.to(type), queue.value_or(no_queue).to(type)},
+                        {in_batch, in_queue},
+                        scale.item<double>(),
+                        alpha.item<double>(),
+                        Focal{gamma.item<double>()}};
+  at::Tensor losses = at::empty({query.size(0)}, query.options().dtype(type));
+  OptionalTensor gradients;
+  if (gradient) gradients = at::empty(query.sizes(), losses.options());
+  AT_DISPATCH_FLOATING_TYPES(type, "momentum_contrastive",
+                             [&] { kernel<scalar_t>(problem, losses, gradients); });
+  return {losses, gradients.value_or(at::empty({0}, losses.options()))};
+}
+
+// loss_i depends on scale * query_i alone, with the gradient that the forward pass took.
+std::tuple<at::Tensor, at::Tensor> momentum_contrastive_backward(const at::Tensor& grad,
+                                                                 const at::Tensor& query,
+                                                                 const at::Tensor& scale,
+                                                                 const at::Tensor& gradients) {
+  const at::Tensor by_row = gradients * grad.unsqueeze(1);
+  return {(by_row * scale.item<double>()).to(query.scalar_type()),
+          (by_row * query).sum().to(scale.scalar_type())};
+}
+
+}  // namespace
+}  // namespace softmask
+
+TORCH_LIBRARY_IMPL(softmask, CPU, m) {
+  m.impl("momentum_contrastive", &softmask::momentum_contrastive);
+  m.impl("momentum_contrastive_backward", &softmask::momentum_contrastive_backward);
+}

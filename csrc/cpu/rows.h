@@ -1,0 +1,39 @@
+// Tensors [B, H, N, E] as rows of E.
+
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "vector.h"
+
+namespace softmask {
+
+// [B, H, N, E] with any strides but a contiguous last dimension.
+template <typename T>
+struct Rows {
+  T* data = nullptr;
+  int64_t batch = 0, head = 0, row = 0;
+
+  SOFTMASK_INLINE T* at(int64_t b, int64_t h, int64_t n) const {
+    return data + b * batch + h * head + n * row;
+  }
+};
+
+template <typename T>
+Rows<T> rows_of(const at::Tensor& tensor) {
+  if constexpr (std::is_const_v<T>) {
+    return {tensor.const_data_ptr<std::remove_const_t<T>>(), tensor.stride(0), tensor.stride(1),
+            tensor.stride(2)};
+  } else {
+    return {tensor.mutable_data_ptr<T>(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+  }
+}
+
+inline at::Tensor dense_rows(const at::Tensor& tensor) {
+  return tensor.stride(-1) == 1 || tensor.numel() == 0 ? tensor : tensor.contiguous();
+}
+
+}  // namespace softmask

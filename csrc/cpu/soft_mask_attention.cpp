@@ -1,0 +1,297 @@
+// Attention over image tokens that pairs share and each pair weighs its own way, and its gradients,
+// on the CPU.
+//
+// Weights commute with the projections: logits are scale * m_p (q k_p^T), the output is sum_p a_p
+// m_p v_p. All pairs of an image meet its keys and values, as they lie, in one product per head (by
+// torch's BLAS), and their gradients are summed where they belong: nothing of the size of a pair's
+// image tokens exists. One thread works on a head of an image, its pairs in their order: the number
+// of threads changes no bit.
+
+#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <numeric>
+#include <tuple>
+#include <vector>
+
+#include "simd.h"
+
+namespace softmask {
+namespace {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+constexpr int64_t kRows = 256;  // query rows that meet an image's keys together
+
+at::ScalarType compute_type(const at::Tensor& tensor) {
+  return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// Pairs in the order of their images: of image b those from first[b] to first[b + 1].
+struct ByImage {
+  std::vector<int64_t> first;
+  OptionalTensor order;  // pairs as they came, [N]; none where they came in this order
+
+  ByImage(int64_t images, int64_t pairs, const OptionalTensor& kv_index) : first(images + 1) {
+    if (!kv_index.has_value()) {
+      std::iota(first.begin(), first.end(), 0);
+      return;
+    }
+    const at::Tensor image = kv_index->contiguous();
+    const int64_t* index = image.const_data_ptr<int64_t>();
+    for (int64_t n = 0; n < pairs; ++n) {
+      TORCH_CHECK_VALUE(index[n] >= 0 && index[n] < images, "kv_index: expected images 0 to ",
+                        images - 1, ", got ", index[n]);
+      ++first[index[n] + 1];
+    }
+    std::partial_sum(first.begin(), first.end(), first.begin());
+    if (!std::is_sorted(index, index + pairs)) order = at::argsort(image, /*stable=*/true);
+  }
+
+  at::Tensor sort(const at::Tensor& by_pair) const {
+    return order ? by_pair.index_select(0, *order) : by_pair;
+  }
+  at::Tensor unsort(const at::Tensor& by_image) const {
+    return order ? at::empty_like(by_image).index_copy_(0, *order, by_image) : by_image;
+  }
+};
+
+// Everything in the type computed in, pairs sorted by image, tokens before heads: [N, T, H, E], [B,
+// P, H, E].
+struct Problem {
+  ByImage pairs;
+  at::Tensor query, key, value;
+  at::Tensor weight, ignore;  // [N, P], [B, P]; undefined where there is none
+  double scale;
+
+  Problem(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+          const OptionalTensor& key_weight, const OptionalTensor& kv_index,
+          const OptionalTensor& key_padding_mask, double scale)
+      : pairs(key.size(0), query.size(0), kv_index),
+        query(pairs.sort(tokens_first(query))),
+        key(tokens_first(key)),
+        value(tokens_first(value)),
+        scale(scale) {
+    if (key_weight.has_value())
+      weight = pairs.sort(key_weight->to(compute_type(query))).contiguous();
+    if (key_padding_mask.has_value()) ignore = key_padding_mask->contiguous();
+  }
+
+  static at::Tensor tokens_first(const at::Tensor& tensor) {
+    return tensor.to(compute_type(tensor)).transpose(1, 2);
+  }
+  int64_t images() const { return key.size(0); }
+  int64_t patches() const { return key.size(1); }
+  int64_t heads() const { return key.size(2); }
+  int64_t tokens() const { return query.size(1); }
+  int64_t chunk() const {  // in pairs
+    return std::max<int64_t>(1, kRows / std::max<int64_t>(1, tokens()));
+  }
+  bool ignores_all(int64_t image) const {
+    if (!ignore.defined()) return false;
+    const bool* row = ignore.const_data_ptr<bool>() + image * patches();
+    return std::all_of(row, row + patches(), [](bool ignored) { return ignored; });
+  }
+};
+
+// Pairs [begin, end) of an image at one head.
+struct Chunk {
+  int64_t image, head, begin, end;
+
+  // Their rows of [N, T, H, E] as a matrix [pairs * T, E].
+  at::Tensor rows(const at::Tensor& tensor) const {
+    return tensor.narrow(0, begin, end - begin).select(2, head).flatten(0, 1);
+  }
+  at::Tensor of_image(const at::Tensor& tensor) const {
+    return tensor.select(0, image).select(1, head);
+  }  // [P, E]
+};
+
+// A row of products becomes the softmax over the keys that are not ignored.
+struct Softmax {
+  template <int Bytes, typename acc_t>
+  static SOFTMASK_INLINE void run(acc_t* row, int64_t size, acc_t scale, const acc_t* weight,
+                                  const bool* ignore) {
+    for (int64_t p = 0; p < size; ++p) row[p] *= scale;
+    if (weight != nullptr) {
+      for (int64_t p = 0; p < size; ++p) row[p] *= weight[p];
+    }
+    if (ignore != nullptr) {
+      for (int64_t p = 0; p < size; ++p) row[p] = ignore[p] ? simd::kLowest<acc_t> : row[p];
+    }
+    const acc_t inverse = 1 / simd::exponentials<Bytes>(row, simd::max<Bytes>(row, size), size);
+    for (int64_t p = 0; p < size; ++p) row[p] *= inverse;
+  }
+};
+
+struct Weigh {
+  template <int Bytes, typename acc_t>
+  static SOFTMASK_INLINE void run(acc_t* row, int64_t size, const acc_t* weight) {
+    for (int64_t p = 0; p < size; ++p) row[p] *= weight[p];
+  }
+};
+
+// The gradient at the weighed attention becomes the gradient at the products, and the attention is
+// weighed.
+struct SoftmaxGradient {
+  template <int Bytes, typename acc_t>
+  static SOFTMASK_INLINE void run(acc_t* gradient, acc_t* attention, int64_t size, acc_t scale,
+                                  const acc_t* weight) {
+    if (weight != nullptr) {
+      for (int64_t p = 0; p < size; ++p) gradient[p] *= weight[p];
+    }
+    acc_t total;
+    simd::dots<Bytes>(&total, attention, gradient, 0, 1, size);
+    for (int64_t p = 0; p < size; ++p) gradient[p] = attention[p] * (gradient[p] - total) * scale;
+    if (weight == nullptr) return;
+    for (int64_t p = 0; p < size; ++p) {
+      gradient[p] *= weight[p];
+      attention[p] *= weight[p];
+    }
+  }
+};
+
+// Calls row(i, weight of its pair or null) on the chunk's rows.
+template <typename acc_t, typename Row>
+void for_each_row(const Problem& problem, const Chunk& chunk, const Row& row) {
+  const acc_t* weights =
+      problem.weight.defined() ? problem.weight.const_data_ptr<acc_t>() : nullptr;
+  for (int64_t pair = chunk.begin, i = 0; pair < chunk.end; ++pair) {
+    for (int64_t t = 0; t < problem.tokens(); ++t, ++i) {
+      row(i, weights == nullptr ? nullptr : weights + pair * problem.patches());
+    }
+  }
+}
+
+// Attention [rows, P] of the chunk, not weighed, into `to`.
+template <typename acc_t>
+void attend(const Problem& problem, const Chunk& chunk, const at::Tensor& query, at::Tensor& to) {
+  at::mm_out(to, query, chunk.of_image(problem.key).t());
+  auto* data = to.mutable_data_ptr<acc_t>();
+  const int64_t size = problem.patches();
+  const auto scale = static_cast<acc_t>(problem.scale);
+  const bool* ignore = problem.ignore.defined()
+                           ? problem.ignore.const_data_ptr<bool>() + chunk.image * size
+                           : nullptr;
+  for_each_row<acc_t>(problem, chunk, [&](int64_t i, const acc_t* weight) {
+    simd::run<Softmax>(data + i * size, size, scale, weight, ignore);
+  });
+}
+
+// work(chunk, two scratch matrices [rows, P]). Heads before images, so that an image with many
+// pairs is every thread's.
+template <typename Work>
+void for_each_chunk(const Problem& problem, const Work& work) {
+  const int64_t images = problem.images();
+  at::parallel_for(0, problem.heads() * images, 1, [&](int64_t begin, int64_t end) {
+    const at::AutoDispatchBelowADInplaceOrView guard;  // of this thread
+    const at::Tensor scratch = at::empty({2, problem.chunk() * problem.tokens(), problem.patches()},
+                                         problem.query.options());
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t image = task % images, last = problem.pairs.first[image + 1];
+      for (int64_t at = problem.pairs.first[image]; at < last; at += problem.chunk()) {
+        const Chunk chunk{image, task / images, at, std::min(last, at + problem.chunk())};
+        const int64_t rows = (chunk.end - chunk.begin) * problem.tokens();
+        if (rows > 0) work(chunk, scratch[0].narrow(0, 0, rows), scratch[1].narrow(0, 0, rows));
+      }
+    }
+  });
+}
+
+at::Tensor soft_mask_attention(const at::Tensor& query, const at::Tensor& key,
+                               const at::Tensor& value, const OptionalTensor& key_weight,
+                               const OptionalTensor& kv_index, const OptionalTensor& value_bias,
+                               const OptionalTensor& key_padding_mask, double scale) {
+  const Problem problem(query, key, value, key_weight, kv_index, key_padding_mask, scale);
+  const at::Tensor output = at::empty({query.size(0), query.size(2), query.size(1), value.size(3)},
+                                      problem.query.options());  // [N, T, H, V]
+  const at::Tensor bias =
+      value_bias.has_value() ? value_bias->to(problem.query.scalar_type()) : at::Tensor();
+  AT_DISPATCH_FLOATING_TYPES(problem.query.scalar_type(), "soft_mask_attention", [&] {
+    for_each_chunk(problem, [&](const Chunk& chunk, at::Tensor attention, const at::Tensor&) {
+      at::Tensor rows = output.narrow(0, chunk.begin, chunk.end - chunk.begin)
+                            .select(2, chunk.head);  // [pairs, T, V]
+      if (problem.ignores_all(chunk.image)) {
+        rows.zero_();
+        return;
+      }
+      attend<scalar_t>(problem, chunk, chunk.rows(problem.query), attention);
+      auto* data = attention.mutable_data_ptr<scalar_t>();
+      for_each_row<scalar_t>(problem, chunk, [&](int64_t i, const scalar_t* weight) {
+        if (weight != nullptr)
+          simd::run<Weigh>(data + i * problem.patches(), problem.patches(), weight);
+      });
+      at::Tensor matrix = rows.view({attention.size(0), value.size(3)});
+      at::mm_out(matrix, attention, chunk.of_image(problem.value));
+      if (bias.defined()) matrix.add_(bias[chunk.head]);
+    });
+  });
+  return problem.pairs.unsort(output).to(query.scalar_type()).transpose(1, 2);
+}
+
+// Gradients of query, key, value and value_bias, the last by image, [B, H, V].
+struct Gradients {
+  at::Tensor query, key, value, bias;
+
+  Gradients(const Problem& problem, bool with_bias)
+      : query(at::zeros(problem.query.sizes(), problem.query.options())),
+        key(at::zeros(problem.key.sizes(), problem.query.options())),
+        value(at::zeros(problem.value.sizes(), problem.query.options())),
+        bias(at::zeros({with_bias ? problem.images() : 0, problem.heads(), problem.value.size(3)},
+                       problem.query.options())) {}
+};
+
+template <typename acc_t>
+void add_gradients(const Problem& problem, const Chunk& chunk, const at::Tensor& grad,
+                   at::Tensor attention, at::Tensor gradient, const Gradients& to) {
+  const at::Tensor query = chunk.rows(problem.query), upstream = chunk.rows(grad);
+  attend<acc_t>(problem, chunk, query, attention);
+  at::mm_out(gradient, upstream, chunk.of_image(problem.value).t());
+  auto *weighed = attention.mutable_data_ptr<acc_t>(),
+       *at_products = gradient.mutable_data_ptr<acc_t>();
+  const int64_t size = problem.patches();
+  const auto scale = static_cast<acc_t>(problem.scale);
+  for_each_row<acc_t>(problem, chunk, [&](int64_t i, const acc_t* weight) {
+    simd::run<SoftmaxGradient>(at_products + i * size, weighed + i * size, size, scale, weight);
+  });
+  at::Tensor rows = to.query.narrow(0, chunk.begin, chunk.end - chunk.begin).select(2, chunk.head);
+  at::Tensor matrix = rows.view({attention.size(0), query.size(1)});
+  at::mm_out(matrix, gradient, chunk.of_image(problem.key));
+  chunk.of_image(to.key).addmm_(gradient.t(), query);
+  chunk.of_image(to.value).addmm_(attention.t(), upstream);
+  if (to.bias.numel() > 0) to.bias[chunk.image][chunk.head].add_(upstream.sum(0));
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> soft_mask_attention_backward(
+    const at::Tensor& grad, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+    const OptionalTensor& key_weight, const OptionalTensor& kv_index,
+    const OptionalTensor& value_bias, const OptionalTensor& key_padding_mask, double scale) {
+  const Problem problem(query, key, value, key_weight, kv_index, key_padding_mask, scale);
+  const Gradients to(problem, value_bias.has_value());
+  const at::Tensor upstream = problem.pairs.sort(problem.tokens_first(grad));
+  AT_DISPATCH_FLOATING_TYPES(problem.query.scalar_type(), "soft_mask_attention_backward", [&] {
+    for_each_chunk(
+        problem, [&](const Chunk& chunk, const at::Tensor& attention, const at::Tensor& gradient) {
+          if (problem.ignores_all(chunk.image)) return;
+          add_gradients<scalar_t>(problem, chunk, upstream, attention, gradient, to);
+        });
+  });
+  const auto finish = [](const at::Tensor& tensor, const at::Tensor& like) {
+    return tensor.to(like.scalar_type()).transpose(1, 2);
+  };
+  const at::Tensor bias =
+      value_bias.has_value() ? to.bias.sum(0).to(value_bias->scalar_type()) : to.bias;
+  return {finish(problem.pairs.unsort(to.query), query), finish(to.key, key),
+          finish(to.value, value), bias};
+}
+
+}  // namespace
+}  // namespace softmask
+
+TORCH_LIBRARY_IMPL(softmask, CPU, m) {
+  m.impl("soft_mask_attention", &softmask::soft_mask_attention);
+  m.impl("soft_mask_attention_backward", &softmask::soft_mask_attention_backward);
+}

@@ -1,0 +1,149 @@
+// Vectors of a fixed number of bytes, which the compiler splits where the processor's are shorter.
+
+#pragma once
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#define SOFTMASK_INLINE inline __attribute__((always_inline))
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed between inlined functions only
+#endif
+
+namespace softmask::simd {
+
+template <typename T, int Bytes>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(Bytes)));
+};
+template <typename T, int Bytes>
+using Vector = typename VectorOf<T, Bytes>::type;
+
+template <typename T, int Bytes>
+constexpr int kLanesOf = Bytes / static_cast<int>(sizeof(T));
+
+template <typename To, typename From>
+SOFTMASK_INLINE To as(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+template <int Bytes, typename T>
+SOFTMASK_INLINE Vector<T, Bytes> splat(T value) {
+  return Vector<T, Bytes>{} + value;
+}
+
+// acc_t lanes from as many consecutive scalar_t.
+template <int Bytes, typename acc_t, typename scalar_t>
+SOFTMASK_INLINE Vector<acc_t, Bytes> load(const scalar_t* from) {
+  if constexpr (std::is_same_v<acc_t, scalar_t>) {
+    Vector<acc_t, Bytes> to;
+    std::memcpy(&to, from, sizeof to);
+    return to;
+  } else {
+    static_assert(std::is_same_v<acc_t, float> && sizeof(scalar_t) == 2);
+    Vector<uint16_t, Bytes / 2> narrow;
+    std::memcpy(&narrow, from, sizeof narrow);
+    const auto bits = __builtin_convertvector(narrow, Vector<uint32_t, Bytes>);
+    if constexpr (std::is_same_v<scalar_t, c10::BFloat16>) {
+      return as<Vector<float, Bytes>>(bits << 16);
+    } else {  // half: the exponent is rebased by a product, which also makes subnormals right
+      const auto sign = (bits & 0x8000u) << 16;
+      const auto rest = (bits & 0x7FFFu) << 13;
+      const auto magnitude = as<Vector<uint32_t, Bytes>>(as<Vector<float, Bytes>>(rest) * 0x1p112f);
+      const auto special = rest >= 0x0F800000u ? splat<Bytes>(0x7F800000u) : splat<Bytes>(0u);
+      return as<Vector<float, Bytes>>(sign | magnitude | special);
+    }
+  }
+}
+
+template <typename T, typename V>
+SOFTMASK_INLINE void store(T* to, const V& from) {
+  static_assert(std::is_same_v<std::decay_t<decltype(from[0])>, T>);
+  std::memcpy(to, &from, sizeof from);
+}
+
+// The first `count` lanes, where there are fewer the others `fill`.
+template <int Bytes, typename T>
+SOFTMASK_INLINE Vector<T, Bytes> load_some(const T* from, int64_t count, T fill) {
+  if (count >= kLanesOf<T, Bytes>) return load<Bytes, T>(from);
+  Vector<T, Bytes> to = splat<Bytes>(fill);
+  for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+  return to;
+}
+
+template <typename T, typename V>
+SOFTMASK_INLINE void store_some(T* to, const V& from, int64_t count) {
+  if (count >= kLanesOf<T, sizeof(V)>) return store(to, from);
+  for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+}
+
+template <typename V>
+SOFTMASK_INLINE auto sum_lanes(const V& vector) {
+  auto total = vector[0];
+  for (int i = 1; i < static_cast<int>(sizeof(V) / sizeof(vector[0])); ++i) total += vector[i];
+  return total;
+}
+
+template <typename V>
+SOFTMASK_INLINE auto max_lanes(const V& vector) {
+  auto highest = vector[0];
+  for (int i = 1; i < static_cast<int>(sizeof(V) / sizeof(vector[0])); ++i) {
+    highest = vector[i] > highest ? vector[i] : highest;
+  }
+  return highest;
+}
+
+// Lanes `index...` of a followed by b.
+template <int... index, typename V>
+SOFTMASK_INLINE V shuffle(const V& a, const V& b, std::integer_sequence<int, index...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, index...);
+#else
+  using Lane = std::decay_t<decltype(a[0])>;
+  using Index = Vector<std::conditional_t<sizeof(Lane) == 4, int32_t, int64_t>, sizeof(V)>;
+  return __builtin_shuffle(a, b, Index{index...});
+#endif
+}
+
+// Half of the lanes of a followed by b: of every row's 2 * kLanes / rows sums, the first or the
+// second half.
+template <int rows, int second, typename V, int... lane>
+SOFTMASK_INLINE V half_of_rows(const V& a, const V& b, std::integer_sequence<int, lane...>) {
+  constexpr int kSums = static_cast<int>(sizeof...(lane)) / rows;
+  return shuffle(
+      a, b,
+      std::integer_sequence<int, lane / kSums * 2 * kSums + lane % kSums + second * kSums...>{});
+}
+
+// Sums of products of left with `rows` consecutive rows, row by row, kLanes / rows partial sums for
+// each.
+template <int Bytes, int rows, typename acc_t, typename scalar_t>
+SOFTMASK_INLINE Vector<acc_t, Bytes> partial_sums(const acc_t* left, const scalar_t* right,
+                                                  int64_t stride, int64_t size) {
+  constexpr int kLanes = kLanesOf<acc_t, Bytes>;
+  if constexpr (rows == 1) {
+    Vector<acc_t, Bytes> sums{};
+    int64_t i = 0;
+    for (; i + kLanes <= size; i += kLanes) {
+      sums += load<Bytes, acc_t>(left + i) * load<Bytes, acc_t>(right + i);
+    }
+    for (; i < size; ++i) sums[0] += left[i] * static_cast<acc_t>(right[i]);
+    return sums;
+  } else {
+    const auto a = partial_sums<Bytes, rows / 2>(left, right, stride, size);
+    const auto b = partial_sums<Bytes, rows / 2>(left, right + rows / 2 * stride, stride, size);
+    constexpr auto kAll = std::make_integer_sequence<int, kLanes>{};
+    return half_of_rows<rows, 0>(a, b, kAll) + half_of_rows<rows, 1>(a, b, kAll);
+  }
+}
+
+}  // namespace softmask::simd

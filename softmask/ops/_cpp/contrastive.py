@@ -1,0 +1,72 @@
+"""focal_contrastive_loss in C++ (csrc/cpu/contrastive.cpp)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from softmask import reference
+from softmask.ops import _library
+
+
+def focal_contrastive_loss(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    gamma: Tensor | float,
+    ids: Tensor | None,
+    all_image: Tensor | None = None,
+    all_text: Tensor | None = None,
+    all_ids: Tensor | None = None,
+    first_row: int = 0,
+    reduction: str,
+) -> Tensor:
+    image, text, all_image, all_text = _library.of_one_type(image, text, all_image, all_text)
+    options = (_library.scalar(logit_scale, like=image), _library.scalar(gamma, like=image), ids)
+    if all_image is None:
+        loss, _ = torch.ops.softmask.contrastive(image, text, *options, ids, 0, True)
+    else:
+        of_image, _ = torch.ops.softmask.contrastive(image, all_text, *options, all_ids, first_row, False)
+        of_text, _ = torch.ops.softmask.contrastive(text, all_image, *options, all_ids, first_row, False)
+        loss = 0.5 * (of_image + of_text)
+    return reference.reduce(loss, reduction)
+
+
+def _fake(
+    rows: Tensor,
+    columns: Tensor,
+    scale: Tensor,
+    gamma: Tensor,
+    row_ids: Tensor | None,
+    column_ids: Tensor | None,
+    first_row: int,
+    both: bool,
+) -> tuple[Tensor, Tensor]:
+    count, dtype = rows.shape[0], _library.compute_dtype(rows)
+    return rows.new_empty((count,), dtype=dtype), rows.new_empty((6 if both else 3, count), dtype=dtype)
+
+
+def _backward_fake(
+    grad: Tensor, statistics: Tensor, rows: Tensor, columns: Tensor, scale: Tensor, *_options: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    return rows.new_empty(rows.shape), columns.new_empty(columns.shape), scale.new_empty(())
+
+
+def _setup(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.first_row, ctx.both = inputs
+    ctx.save_for_backward(output[1], *tensors)
+
+
+def _backward(ctx, grad: Tensor, _grad_statistics: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = torch.ops.softmask.contrastive_backward(grad, *ctx.saved_tensors, ctx.first_row, ctx.both)
+    needed = zip(gradients, ctx.needs_input_grad, strict=False)
+    return (*(gradient if wanted else None for gradient, wanted in needed), None, None, None, None, None)
+
+
+if _library.MISSING is None:
+    torch.library.register_fake("softmask::contrastive")(_fake)
+    torch.library.register_fake("softmask::contrastive_backward")(_backward_fake)
+    torch.library.register_autograd("softmask::contrastive", _backward, setup_context=_setup)
+    refuse = _library.no_second_derivative("focal_contrastive_loss")
+    torch.library.register_autograd("softmask::contrastive_backward", refuse)

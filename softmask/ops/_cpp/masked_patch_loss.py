@@ -1,0 +1,44 @@
+"""masked_patch_loss in C++ (csrc/cpu/masked_patch_loss.cpp)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from softmask.ops import _library
+
+
+def masked_patch_loss(
+    prediction: Tensor, images: Tensor, mask: Tensor, *, patch_size: int, normalize: bool, reduction: str
+) -> Tensor:
+    loss = torch.ops.softmask.masked_patch_loss(prediction, images.detach(), mask, patch_size, normalize)
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.sum() / mask.sum().clamp_min(1)
+
+
+def _fake(prediction: Tensor, images: Tensor, mask: Tensor, patch_size: int, normalize: bool) -> Tensor:
+    dtype = torch.float64 if torch.float64 in (prediction.dtype, images.dtype) else torch.float32
+    return prediction.new_empty(mask.shape, dtype=dtype)
+
+
+def _backward_fake(grad: Tensor, prediction: Tensor, *_options: object) -> Tensor:
+    return prediction.new_empty(prediction.shape)
+
+
+def _setup(ctx, inputs: tuple, output: Tensor) -> None:
+    *tensors, ctx.patch_size, ctx.normalize = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+    options = (ctx.patch_size, ctx.normalize)
+    return torch.ops.softmask.masked_patch_loss_backward(grad, *ctx.saved_tensors, *options), None, None, None, None
+
+
+if _library.MISSING is None:
+    torch.library.register_fake("softmask::masked_patch_loss")(_fake)
+    torch.library.register_fake("softmask::masked_patch_loss_backward")(_backward_fake)
+    torch.library.register_autograd("softmask::masked_patch_loss", _backward, setup_context=_setup)
+    refuse = _library.no_second_derivative("masked_patch_loss")
+    torch.library.register_autograd("softmask::masked_patch_loss_backward", refuse)

@@ -1,0 +1,82 @@
+"""momentum_contrastive_loss in C++ (csrc/cpu/momentum_contrastive.cpp)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from softmask import reference
+from softmask.ops import _library
+
+
+def momentum_contrastive_loss(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    image_teacher: Tensor,
+    text_teacher: Tensor,
+    image_queue: Tensor | None,
+    text_queue: Tensor | None,
+    alpha: Tensor | float,
+    gamma: Tensor | float,
+    ids: Tensor | None,
+    queue_ids: Tensor | None,
+    all_image_teacher: Tensor | None = None,
+    all_text_teacher: Tensor | None = None,
+    all_ids: Tensor | None = None,
+    first_row: int = 0,
+    reduction: str,
+) -> Tensor:
+    tensors = (image, text, image_teacher, text_teacher)
+    image, text, image_teacher, text_teacher = _library.of_one_type(*tensors)
+    image_keys = image_teacher if all_image_teacher is None else all_image_teacher
+    text_keys = text_teacher if all_text_teacher is None else all_text_teacher
+    scalars = tuple(_library.scalar(value, like=image) for value in (logit_scale, alpha, gamma))
+    positives = (ids, ids if all_ids is None else all_ids, queue_ids, first_row)
+    with_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (image, text, scalars[0]))
+    options = (*scalars, *positives, with_gradient)
+    of_image, _ = torch.ops.softmask.momentum_contrastive(image, image_teacher, text_keys, text_queue, *options)
+    of_text, _ = torch.ops.softmask.momentum_contrastive(text, text_teacher, image_keys, image_queue, *options)
+    return reference.reduce(0.5 * (of_image + of_text), reduction)
+
+
+def _fake(
+    query: Tensor,
+    teacher: Tensor,
+    keys: Tensor,
+    queue: Tensor | None,
+    scale: Tensor,
+    alpha: Tensor,
+    gamma: Tensor,
+    ids: Tensor | None,
+    key_ids: Tensor | None,
+    queue_ids: Tensor | None,
+    first_row: int,
+    gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    dtype = _library.compute_dtype(query)
+    gradients = query.new_empty(query.shape if gradient else (0,), dtype=dtype)
+    return query.new_empty((query.shape[0],), dtype=dtype), gradients
+
+
+def _setup(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(inputs[0], inputs[4], output[1])
+
+
+def _backward(ctx, grad: Tensor, _grad_gradients: Tensor) -> tuple[Tensor | None, ...]:
+    query_grad, scale_grad = torch.ops.softmask.momentum_contrastive_backward(grad, *ctx.saved_tensors)
+    query_grad = query_grad if ctx.needs_input_grad[0] else None
+    return (query_grad, None, None, None, scale_grad if ctx.needs_input_grad[4] else None, *(None,) * 7)
+
+
+def _backward_fake(grad: Tensor, query: Tensor, scale: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
+    return query.new_empty(query.shape), scale.new_empty(())
+
+
+if _library.MISSING is None:
+    torch.library.register_fake("softmask::momentum_contrastive")(_fake)
+    torch.library.register_fake("softmask::momentum_contrastive_backward")(_backward_fake)
+    torch.library.register_autograd("softmask::momentum_contrastive", _backward, setup_context=_setup)
+    refuse = _library.no_second_derivative("momentum_contrastive_loss")
+    torch.library.register_autograd("softmask::momentum_contrastive_backward", refuse)

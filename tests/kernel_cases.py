@@ -1,0 +1,134 @@
+"""One call of every op that has kernels, at any size and type: what the tests of a backend share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import softmask
+from softmask import ops
+
+SIZES = [1, 7, 63, 130, 257, 577]
+GAMMAS = [0.0, 0.5, 1.0, 2.0]
+
+
+@dataclass
+class Case:
+    """`call` of the floating leaves; those in `constants` take no gradient."""
+
+    leaves: dict[str, Tensor]
+    call: Callable[..., Tensor]
+    constants: frozenset[str] = frozenset()
+
+    def cast(self, dtype: torch.dtype) -> Case:
+        return Case({name: leaf.to(dtype) for name, leaf in self.leaves.items()}, self.call, self.constants)
+
+
+def outcome(backend: str, case: Case) -> dict[str, Tensor]:
+    """The result, and the gradients of all leaves for a fixed random upstream."""
+    leaves = {name: leaf.detach() for name, leaf in case.leaves.items()}
+    wanted = [name for name in leaves if name not in case.constants]
+    for name in wanted:
+        leaves[name].requires_grad_()
+    with softmask.backend(backend):
+        out = case.call(**leaves)
+    if not out.requires_grad:
+        return {"out": out}
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    grads = torch.autograd.grad(out, [leaves[name] for name in wanted], upstream.to(out.dtype))
+    return {"out": out.detach(), **dict(zip(wanted, grads, strict=True))}
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def unit_rows(*shape: int, seed: int) -> Tensor:
+    return F.normalize(normal(*shape, seed=seed), dim=-1)
+
+
+def some_ids(count: int) -> Tensor:
+    return torch.arange(count) * 7 % max(1, count * 2 // 3)
+
+
+def heads(batch: int, tokens: int, width: int, *, seed: int, number: int = 3) -> Tensor:
+    """[B, H, T, E] as a projection leaves it: tokens before heads in memory."""
+    return normal(batch, tokens, number, width, seed=seed).transpose(1, 2)
+
+
+def word_attention(size: int, *, gradcam: bool = True, normalize: str | None = None, masked: bool = False) -> Case:
+    batch, tokens, width = 3, 5, 40
+    leaves = {"query": heads(batch, tokens, width, seed=0), "key": heads(batch, size, width, seed=1)}
+    if gradcam:
+        leaves |= {"value": heads(batch, size, 24, seed=2), "grad_output": heads(batch, tokens, 24, seed=3)}
+        leaves["value_bias"] = normal(3, 24, seed=4)
+    index = torch.tensor([[[0, 3], [4, -1]], [[1, -1], [-1, -1]], [[2, 2], [-1, 0]]])
+    options: dict = {"normalize": normalize, "num_prefix_tokens": 1 if size > 1 else 0}
+    if masked:
+        ignore = normal(batch, size, seed=5) < 0.3
+        ignore[1] = True
+        options["key_padding_mask"] = ignore
+    return Case(leaves, lambda query, key, **rest: ops.word_attention(query, key, index, **rest, **options))
+
+
+def contrastive(size: int, *, gamma: float = 0.0, with_ids: bool = False, scale: float = 14.0) -> Case:
+    leaves = {"image": unit_rows(size, 32, seed=0), "text": unit_rows(size, 32, seed=1)}
+    leaves["logit_scale"] = torch.tensor(scale, dtype=torch.float64)
+    options = {"gamma": gamma, "ids": some_ids(size) if with_ids else None, "reduction": "none"}
+    return Case(leaves, lambda **given: ops.focal_contrastive_loss(**given, **options))
+
+
+def momentum_contrastive(
+    size: int,
+    *,
+    queue: int = 130,
+    gamma: float = 0.0,
+    alpha: float = 0.4,
+    with_ids: bool = False,
+    scale: float = 14.0,
+    transposed: bool = False,
+) -> Case:
+    names = ("image", "text", "image_teacher", "text_teacher")
+    leaves = {name: unit_rows(size, 32, seed=seed) for seed, name in enumerate(names)}
+    leaves["logit_scale"] = torch.tensor(scale, dtype=torch.float64)
+    constants = {"image_teacher", "text_teacher"}
+    if queue:
+        for seed, name in enumerate(("image_queue", "text_queue"), start=10):
+            rows = unit_rows(queue, 32, seed=seed)
+            leaves[name] = rows.T.contiguous().T if transposed else rows
+            constants.add(name)
+    options: dict = {"gamma": gamma, "alpha": alpha, "reduction": "none"}
+    if with_ids:
+        options |= {"ids": some_ids(size), "queue_ids": torch.arange(queue) % 11 if queue else None}
+    return Case(leaves, lambda **given: ops.momentum_contrastive_loss(**given, **options), frozenset(constants))
+
+
+def soft_mask_attention(
+    size: int, *, shared: bool = True, weighted: bool = True, masked: bool = False, tokens: int = 5
+) -> Case:
+    index = torch.tensor([2, 0, 0, 2, 2, 3, 0]) if shared else None  # image 1 has no pair
+    pairs = 7 if shared else 4
+    leaves = {"query": heads(pairs, tokens, 40, seed=0), "key": heads(4, size, 40, seed=1)}
+    leaves |= {"value": heads(4, size, 24, seed=2), "value_bias": normal(3, 24, seed=3)}
+    options: dict = {"kv_index": index}
+    if weighted:
+        options["key_weight"] = torch.rand(pairs, size, generator=torch.Generator().manual_seed(4))
+    if masked:
+        ignore = normal(4, size, seed=5) < 0.3
+        ignore[2] = True
+        options["key_padding_mask"] = ignore
+    return Case(leaves, lambda **given: ops.soft_mask_attention(**given, **options))
+
+
+def masked_patch_loss(patch_size: int, *, normalize: bool = True, share: float = 0.5) -> Case:
+    rows, columns = 3, 5
+    leaves = {"prediction": normal(2, rows * columns, 3 * patch_size**2, seed=0)}
+    leaves["images"] = normal(2, 3, rows * patch_size, columns * patch_size, seed=1)
+    mask = torch.rand(2, rows * columns, generator=torch.Generator().manual_seed(2)) < share
+    options = {"patch_size": patch_size, "normalize": normalize, "reduction": "none"}
+    call = lambda prediction, images: ops.masked_patch_loss(prediction, images, mask, **options)  # noqa: E731
+    return Case(leaves, call, frozenset({"images"}))

@@ -1,0 +1,199 @@
+"""The C++ kernels of all ops: errors against fp64 truth, bits for any number of threads, what is registered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import kernel_cases as cases
+import pytest
+import torch
+from kernel_cases import GAMMAS, SIZES, Case, outcome
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+import softmask
+from softmask import ops
+from softmask.ops import _library
+
+pytestmark = pytest.mark.skipif(_library.MISSING is not None, reason=f"make env builds it: {_library.MISSING}")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+NORMALIZATIONS = ["minmax", "max", "sum", None]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """torch.empty holds NaN: an element that a kernel forgets is seen."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def check_errors(dtype: torch.dtype, *given: Case) -> None:
+    """At most twice the error of the same computation in PyTorch, and one rounding unit, against fp64.
+
+    Errors are root mean squares over all elements of the given cases, each case's relative to its truth's: the largest
+    error of a few hundred is luck.
+    """
+    errors: dict[str, list[Tensor]] = {}  # [kernel or PyTorch, element]
+    units = {}
+    for case in (case.cast(dtype) for case in given):
+        truth = outcome("reference", case.cast(torch.float64))
+        plain, kernel = outcome("reference", case), outcome("cpp", case)
+        for name, exact in truth.items():
+            got, expected = kernel[name], plain[name]
+            assert got.dtype == expected.dtype and got.shape == expected.shape
+            size = exact.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+            both = torch.stack([got.double() - exact, expected.double() - exact]).reshape(2, -1)
+            errors.setdefault(name, []).append(both / size)
+            units[name] = torch.finfo(got.dtype).eps
+    for name, parts in errors.items():
+        error, in_torch = torch.cat(parts, 1).square().mean(1).sqrt().tolist()
+        assert error <= 2 * in_torch + units[name], f"{name}: error {error:.3g}, in PyTorch {in_torch:.3g}"
+
+
+FLAGS = (True, False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+def test_word_attention(size: int, dtype: torch.dtype) -> None:
+    options = [{"gradcam": gradcam, "masked": masked} for gradcam in FLAGS for masked in FLAGS]
+    options += [{"normalize": normalize} for normalize in NORMALIZATIONS]
+    check_errors(dtype, *(cases.word_attention(size, **chosen) for chosen in options))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+def test_contrastive(size: int, dtype: torch.dtype) -> None:
+    options = [{"gamma": gamma, "with_ids": with_ids} for gamma in GAMMAS for with_ids in FLAGS]
+    check_errors(dtype, *(cases.contrastive(size, **chosen) for chosen in options))
+    check_errors(dtype, *(cases.contrastive(size, gamma=gamma, scale=100.0) for gamma in GAMMAS))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("queue", [0, 7, 130, 577])
+def test_momentum_contrastive(queue: int, dtype: torch.dtype) -> None:
+    options = [{"gamma": gamma, "with_ids": with_ids} for gamma in GAMMAS for with_ids in FLAGS]
+    options.append({"transposed": True})
+    extreme = [{"gamma": gamma, "alpha": alpha, "scale": 100.0} for gamma in GAMMAS for alpha in (0.0, 0.5, 1.0)]
+    for group in (options, extreme):
+        check_errors(
+            dtype, *(cases.momentum_contrastive(size, queue=queue, **chosen) for chosen in group for size in (1, 7, 63))
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+def test_soft_mask_attention(size: int, dtype: torch.dtype) -> None:
+    options = [{"shared": s, "weighted": w, "masked": m} for s in FLAGS for w in FLAGS for m in FLAGS]
+    check_errors(dtype, *(cases.soft_mask_attention(size, **chosen) for chosen in options))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("patch_size", [1, 4, 7, 16])
+def test_masked_patch_loss(patch_size: int, dtype: torch.dtype) -> None:
+    options = [{"normalize": normalize, "share": share} for normalize in FLAGS for share in (0.0, 0.5, 1.0)]
+    check_errors(dtype, *(cases.masked_patch_loss(patch_size, **chosen) for chosen in options))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("select", ["high", "low"])
+def test_attentive_mask(select: str, dtype: torch.dtype) -> None:
+    """The same patches as in PyTorch, where no two are within a rounding of each other."""
+    for size in SIZES:
+        patches, tokens = (cases.normal(3, n, 33, seed=n).to(dtype) for n in (size, 9))
+        padding = cases.normal(3, 9, seed=1) < 0
+        padding[2] = True
+        for ratio in (0.0, 0.3, 0.5, 1.0):
+            marked = []
+            for backend in ("reference", "cpp"):
+                with softmask.backend(backend):
+                    options = {"ratio": ratio, "select": select, "token_padding_mask": padding}
+                    marked.append(ops.attentive_mask(patches, tokens, **options))
+            assert torch.equal(*marked)
+
+
+ALL = {
+    "word_attention": cases.word_attention(257, normalize="minmax"),
+    "contrastive": cases.contrastive(257, gamma=2.0, with_ids=True),
+    "momentum_contrastive": cases.momentum_contrastive(63, queue=577, gamma=0.5, with_ids=True),
+    "soft_mask_attention": cases.soft_mask_attention(257, tokens=70),
+    "masked_patch_loss": cases.masked_patch_loss(16),
+}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_bits_repeat(name: str) -> None:
+    """On every run, and with any number of threads but for the contrastive losses, whose products the BLAS splits."""
+    case = ALL[name].cast(torch.float32)
+    counts = (1, 2, 3) if "contrastive" not in name else (torch.get_num_threads(),)
+    threads = torch.get_num_threads()
+    try:
+        outcomes = []
+        for count in counts:
+            torch.set_num_threads(count)
+            outcomes += [outcome("cpp", case), outcome("cpp", case)]
+    finally:
+        torch.set_num_threads(threads)
+    for other in outcomes[1:]:
+        for key, value in outcomes[0].items():
+            assert torch.equal(other[key], value), key
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_autocast_changes_nothing(name: str, dtype: torch.dtype) -> None:
+    case = ALL[name].cast(dtype)
+    plain = outcome("cpp", case)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under = outcome("cpp", case)
+    for key, value in plain.items():
+        assert torch.equal(under[key], value), key
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_no_silent_second_derivative(name: str) -> None:
+    case = ALL[name].cast(torch.float32)
+    first = next(iter(case.leaves))
+    leaves = {key: leaf.detach().requires_grad_(key not in case.constants) for key, leaf in case.leaves.items()}
+    with softmask.backend("cpp"):
+        out = case.call(**leaves)
+    (gradient,) = torch.autograd.grad(out.square().sum(), leaves[first], create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compiles_whole(name: str, compiler: str) -> None:
+    torch.compiler.reset()
+    case = ALL[name].cast(torch.float32)
+    compiled = Case(case.leaves, torch.compile(case.call, fullgraph=True, backend=compiler), case.constants)
+    plain, got = outcome("cpp", case), outcome("cpp", compiled)
+    for key, value in plain.items():
+        torch.testing.assert_close(got[key], value)
+
+
+@pytest.mark.parametrize("name", [*ALL, "attentive_mask"])
+def test_opcheck(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every registered op that a case reaches: its schema, its fake and its autograd, at the case's strides."""
+    seen: list[tuple] = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "softmask":
+                seen.append((func, tree_map_only(Tensor, Tensor.detach, args)))
+            return func(*args, **(kwargs or {}))
+
+    with Record():
+        if name == "attentive_mask":
+            ops.attentive_mask(cases.normal(2, 7, 5, seed=0), cases.normal(2, 3, 5, seed=1), ratio=0.5)
+        else:
+            outcome("cpp", ALL[name].cast(torch.float32))
+    assert len({func for func, _ in seen}) == (1 if name == "attentive_mask" else 2)
+    for func, args in seen:
+        floating = [arg for arg in args if isinstance(arg, Tensor) and arg.is_floating_point()]
+        for arg in floating if name != "attentive_mask" and not func.name().endswith("backward") else ():
+            arg.requires_grad_()
+        torch.library.opcheck(func, args)
