@@ -20,7 +20,7 @@ PIP := $(IN_VENV) python -m pip install -q --disable-pip-version-check -c constr
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null | sort)
 READY := $(VENV)/.extension
 
-.PHONY: help env pretrain test lint format clean
+.PHONY: help env pretrain test bench sanitize lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -70,6 +70,27 @@ $(RUN_DIR)/report.html: $(RUN_DIR)/metrics.json
 
 test: $(READY)  ## all tests, JOBS at a time
 	@OMP_NUM_THREADS=1 $(IN_VENV) python -m pytest tests -q -n $(JOBS) --dist worksteal
+
+bench: $(VENV)/.peers  ## speed of every op beside its baselines; ARGS="--compare main~1", "--csv FILE" or pytest's own
+	@$(IN_VENV) python -m pytest benchmarks -q -p no:xdist -p no:cacheprovider --benchmark-quiet $(ARGS)
+
+$(VENV)/.peers: setup.py constraints.txt | $(READY)
+	@echo "bench: installing the packages that ops are compared with"
+	@SOFTMASK_SKIP_EXT=1 $(PIP) --no-build-isolation -e '.[bench]'
+	@touch $@
+
+# The interpreter is not instrumented, so its leaks are not ours, and the sanitizers' libraries come first.
+sanitize: $(READY)  ## tests of the C++ kernels under the address and undefined-behaviour sanitizers
+	@rm -rf build/sanitize/softmask
+	@mkdir -p build/sanitize/objects
+	@SOFTMASK_SANITIZE=1 SOFTMASK_FORCE_BUILD=1 $(IN_VENV) python setup.py -q build_ext \
+	  --build-temp build/sanitize/objects --build-lib build/sanitize > build/sanitize/build.log 2>&1 \
+	  || { cat build/sanitize/build.log >&2; exit 1; }
+	@cp -r $(filter-out $(wildcard softmask/_C*),$(wildcard softmask/*)) build/sanitize/softmask
+	@OMP_NUM_THREADS=2 ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	  PYTHONPATH=build/sanitize $(BIN)/pytest -q -p no:cacheprovider -p no:xdist \
+	  tests/test_cpp_kernels.py tests/test_soft_mask.py -k "not compile and not opcheck"
 
 lint: $(READY)  ## style of Python and C++
 	@$(IN_VENV) ruff check -q .

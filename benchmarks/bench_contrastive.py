@@ -1,0 +1,77 @@
+"""focal_contrastive_loss forward and backward, against the reference and, for gamma 0, the losses of other packages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import Bench, Run
+from torch import Tensor
+
+from softmask import ops, reference
+
+
+def peers() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    """Of (image, text, logit_scale): open_clip's, cut-cross-entropy's torch.compile path and pytorch-metric-learning's.
+
+    The last takes a fixed temperature, and so does the middle one: they get the scale's value.
+    """
+    from cut_cross_entropy import linear_cross_entropy
+    from open_clip.loss import ClipLoss
+    from pytorch_metric_learning.losses import NTXentLoss
+
+    clip = ClipLoss()
+
+    def cut(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+        label = torch.arange(len(image))
+        one = linear_cross_entropy(scale * image, text, label, impl="torch_compile")
+        return 0.5 * (one + linear_cross_entropy(scale * text, image, label, impl="torch_compile"))
+
+    def metric(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+        label = torch.arange(len(image))
+        loss = NTXentLoss(temperature=1.0)  # its distance normalizes: the scale goes into the similarity
+        loss.distance.normalize_embeddings = False
+        return 0.5 * (loss(scale * image, label, ref_emb=text, ref_labels=label)
+                      + loss(scale * text, label, ref_emb=image, ref_labels=label))  # fmt: skip
+
+    return {"open_clip": clip, "cut-cross-entropy": cut, "pytorch-metric-learning": metric}
+
+
+def make(size: int, width: int, *, gamma: float, baselines: tuple[str, ...]) -> Bench:
+    torch.manual_seed(0)
+    image, text = (F.normalize(rows, dim=-1).requires_grad_() for rows in torch.randn(2, size, width))
+    scale = torch.tensor(1 / 0.07, requires_grad=True)
+    leaves = (image, text, scale)
+    compiled = torch.compile(reference.focal_contrastive_loss, dynamic=False)
+    known: dict[str, Callable[[], Tensor]] = {
+        "reference": lambda: reference.focal_contrastive_loss(image, text, scale, gamma=gamma),
+        "compiled reference": lambda: compiled(image, text, scale, gamma=gamma),
+    }
+    if set(baselines) - set(known):
+        known |= {name: partial(loss, image, text, scale) for name, loss in peers().items()}
+    block, keys = image.detach()[:512], text.detach().T
+    return Bench(
+        ours=Run(lambda: ops.focal_contrastive_loss(image, text, scale, gamma=gamma), leaves),
+        baselines={name: Run(known[name], leaves) for name in baselines},
+        floor=lambda: [block @ keys for _ in range(size // len(block))],
+        floor_name="4 products",
+        floor_times=4.0,
+    )
+
+
+OWN = ("reference", "compiled reference")
+PEERS = ("open_clip", "cut-cross-entropy", "pytorch-metric-learning")
+CASES = {
+    "N4096 D256 gamma 0": partial(make, 4096, 256, gamma=0.0, baselines=(*OWN, *PEERS)),
+    "N4096 D256 gamma 2": partial(make, 4096, 256, gamma=2.0, baselines=OWN),
+    "N16384 D256 gamma 2": partial(make, 16384, 256, gamma=2.0, baselines=("reference",)),
+    "N64 D256 gamma 2": partial(make, 64, 256, gamma=2.0, baselines=OWN),
+}
+
+
+@pytest.mark.parametrize("size", CASES)
+def test_contrastive(bench, size: str) -> None:
+    bench("focal_contrastive_loss", size, CASES[size])

@@ -1,0 +1,56 @@
+"""soft_mask_attention forward and backward, projections included, against tokens gathered, masked and projected."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import Bench, Run
+from torch import Tensor
+
+from softmask import ops, reference
+
+
+def make(pairs: int, images: int, tokens: int, patches: int, width: int, heads: int) -> Bench:
+    torch.manual_seed(0)
+    text = torch.randn(pairs, tokens, width, requires_grad=True)
+    image = torch.randn(images, patches, width, requires_grad=True)
+    projections = [(torch.randn(width, width) * width**-0.5).requires_grad_() for _ in range(3)]
+    upstream = torch.randn(pairs, heads, tokens, width // heads)
+    index, weight = torch.arange(pairs) % images, torch.rand(pairs, patches)
+    leaves = (text, image, *projections)
+
+    def split(states: Tensor) -> Tensor:
+        return states.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+    def projected(source: Tensor) -> list[Tensor]:
+        states = (text, source, source)
+        return [split(state @ projection) for state, projection in zip(states, projections, strict=True)]
+
+    def published() -> Tensor:
+        return F.scaled_dot_product_attention(*projected(image[index] * weight[..., None]))
+
+    options = {"key_weight": weight, "kv_index": index}
+    return Bench(
+        ours=Run(lambda: ops.soft_mask_attention(*projected(image), **options), leaves, upstream),
+        baselines={
+            "masked and projected per pair": Run(published, leaves, upstream),
+            "reference": Run(lambda: reference.soft_mask_attention(*projected(image), **options), leaves, upstream),
+        },
+        floor=Run(lambda: torch.cat([state.flatten() for state in projected(image)]), leaves),
+        floor_name="the projections alone",
+    )
+
+
+CASES = {
+    "N40 B8 T25 P257 D768": partial(make, 40, 8, 25, 257, 768, 12),
+    "N8 B8 T25 P257 D768": partial(make, 8, 8, 25, 257, 768, 12),
+    "N640 B128 T14 P64 D128": partial(make, 640, 128, 14, 64, 128, 4),
+}
+
+
+@pytest.mark.parametrize("size", CASES)
+def test_soft_mask_attention(bench, size: str) -> None:
+    bench("soft_mask_attention", size, CASES[size])

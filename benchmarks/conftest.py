@@ -1,0 +1,59 @@
+"""`make bench`: the fixture `bench` measures a case, prints all rows at the end and writes them to --csv.
+
+With --compare REVISION the case is timed against that git revision instead, and fails where it is over 10 % slower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import harness
+import pytest
+from revisions import Rival
+
+RESULTS = pytest.StashKey[list]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("softmask")
+    group.addoption("--compare", metavar="REVISION", help="time every op against this git revision")
+    group.addoption("--csv", type=Path, metavar="FILE", help="write the table as CSV")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[RESULTS] = []
+
+
+@pytest.fixture(scope="session")
+def rival(request: pytest.FixtureRequest):
+    revision = request.config.getoption("--compare")
+    if revision is None:
+        yield None
+        return
+    with Rival(revision) as built:
+        yield built
+
+
+@pytest.fixture
+def bench(request: pytest.FixtureRequest, benchmark, rival: Rival | None):
+    def run(op: str, size: str, make: Callable[[], harness.Bench]) -> None:
+        if rival is not None:
+            benchmark.pedantic(lambda: rival.check(Path(request.module.__file__).stem, size), rounds=1)
+            return
+        case = make()
+        result = harness.measure(op, size, case)
+        benchmark.extra_info.update(over_floor=result.over_floor, **result.baselines)
+        benchmark.pedantic(case.ours, rounds=5, warmup_rounds=1)  # for pytest-benchmark's own table and files
+        request.config.stash[RESULTS].append(result)
+
+    return run
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    results = config.stash[RESULTS]
+    if results:
+        terminalreporter.section("softmask")
+        terminalreporter.write_line(harness.table(results))
+        if config.getoption("--csv"):
+            harness.write_csv(results, config.getoption("--csv"))

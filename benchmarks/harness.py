@@ -1,0 +1,176 @@
+"""Times an op beside its baselines and its floor, after comparing values; and the memory that its calls take.
+
+Runs are interleaved, one of each in turn, and ratios are taken within a turn: a machine that slows down for a while
+slows all of them. What is reported are medians.
+"""
+
+from __future__ import annotations
+
+import csv
+import gc
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+TURNS = (7, 40)  # at least, at most
+SECONDS = 6.0  # after which the turns end
+AGREEMENT = 1e-4  # of the largest value: that of sums of thousands of fp32 products in another order
+MIB = 2**20
+
+
+@dataclass
+class Run:
+    """`forward()` and, where there are `leaves`, the gradients of its result for `upstream` (default: of its sum)."""
+
+    forward: Callable[[], Tensor]
+    leaves: Sequence[Tensor] = ()
+    upstream: Tensor | None = None
+
+    def __call__(self) -> list[Tensor]:
+        out = self.forward()
+        return [out.detach(), *self.backward(out)]
+
+    def backward(self, out: Tensor) -> Sequence[Tensor]:
+        if not self.leaves:
+            return ()
+        return torch.autograd.grad(out if self.upstream is not None else out.sum(), self.leaves, self.upstream)
+
+
+@dataclass
+class Bench:
+    """One op at one size. The floor is what no implementation avoids: `floor()` takes 1 / `floor_times` of it."""
+
+    ours: Run
+    baselines: dict[str, Run]
+    floor: Callable[[], object]
+    floor_name: str
+    floor_times: float = 1.0
+
+
+@dataclass
+class Result:
+    """A row of the table: medians, in milliseconds, of the times and of the ratios to ours within a turn."""
+
+    op: str
+    size: str
+    milliseconds: float
+    floor: str
+    over_floor: float
+    forward_mib: float
+    backward_mib: float
+    baselines: dict[str, float] = field(default_factory=dict)  # their time over ours
+
+
+def check_values(bench: Bench) -> None:
+    """Every baseline's values and gradients against ours.
+
+    Raises:
+        AssertionError: they differ by more than AGREEMENT of the largest.
+    """
+    ours = bench.ours()
+    for name, run in bench.baselines.items():
+        for position, (got, expected) in enumerate(zip(ours, run(), strict=True)):
+            assert got.shape == expected.shape, f"{name}: output {position}: {got.shape}, expected {expected.shape}"
+            difference = (got.double() - expected.double()).abs().max().item()
+            largest = expected.double().abs().max().item()
+            assert difference <= AGREEMENT * largest, (
+                f"{name}: output {position} differs by {difference:.3g}, the largest value is {largest:.3g}"
+            )
+
+
+def seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    result = call()
+    elapsed = time.perf_counter() - start
+    del result
+    return elapsed
+
+
+def interleave(calls: Sequence[Callable[[], object]]) -> list[tuple[float, ...]]:
+    """Seconds of every call, turn by turn, after one turn that does not count."""
+    for call in calls:
+        call()
+    turns: list[tuple[float, ...]] = []
+    start = time.perf_counter()
+    gc.collect()
+    gc.disable()
+    try:
+        while len(turns) < TURNS[0] or (len(turns) < TURNS[1] and time.perf_counter() - start < SECONDS):
+            turns.append(tuple(seconds(call) for call in calls))
+    finally:
+        gc.enable()
+    return turns
+
+
+def peak_mib(call: Callable[[], object]) -> float:
+    """Most memory of torch's allocator that the call held at once, its results included, over what it found."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = call()
+    del result
+    held = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak / MIB
+
+
+def measure(op: str, size: str, bench: Bench) -> Result:
+    check_values(bench)
+    turns = interleave([bench.ours, bench.floor, *bench.baselines.values()])
+    over_floor = statistics.median(ours / (bench.floor_times * floor) for ours, floor, *_ in turns)
+    ratios = {
+        name: statistics.median(turn[2 + position] / turn[0] for turn in turns)
+        for position, name in enumerate(bench.baselines)
+    }
+    out = bench.ours.forward()
+    return Result(
+        op=op,
+        size=size,
+        milliseconds=1e3 * statistics.median(turn[0] for turn in turns),
+        floor=bench.floor_name,
+        over_floor=over_floor,
+        forward_mib=peak_mib(bench.ours.forward),
+        backward_mib=peak_mib(lambda: bench.ours.backward(out)),
+        baselines=ratios,
+    )
+
+
+def processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def table(results: Sequence[Result]) -> str:
+    """Rows as text; a baseline's number is its time over ours, below 1 where it wins."""
+    lines = [f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, fp32"]
+    head = f"{'op':26} {'size':34} {'ms':>9} {'x floor':>8} {'MiB fwd':>8} {'bwd':>7}   baselines, their time over ours"
+    lines += [head, "-" * len(head)]
+    for r in results:
+        against = ", ".join(f"{name} {ratio:.2f}" for name, ratio in r.baselines.items())
+        numbers = f"{r.milliseconds:9.2f} {r.over_floor:8.2f} {r.forward_mib:8.1f} {r.backward_mib:7.1f}"
+        lines.append(f"{r.op:26} {r.size:34} {numbers}   {against}; floor: {r.floor}")
+    return "\n".join(lines)
+
+
+def write_csv(results: Sequence[Result], path: Path) -> None:
+    """One line per op, size and baseline."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        columns = [name for name in Result.__dataclass_fields__ if name != "baselines"]
+        writer = csv.writer(file)
+        writer.writerow(["processor", "threads", "torch", *columns, "baseline", "baseline_over_ours"])
+        machine = [processor(), torch.get_num_threads(), torch.__version__]
+        for result in results:
+            row = asdict(result)
+            shared = [f"{row[name]:.4g}" if isinstance(row[name], float) else row[name] for name in columns]
+            for name, ratio in result.baselines.items():
+                writer.writerow([*machine, *shared, name, f"{ratio:.4g}"])

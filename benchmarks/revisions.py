@@ -1,0 +1,113 @@
+"""The same case by this tree and by another git revision of it, each in a process of its own, turn by turn.
+
+python benchmarks/revisions.py PACKAGE_ROOT    (a worker: cases by name on stdin, seconds on stdout)
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+LIMIT = 1.10
+TURNS = 9
+TRIES = 3  # a slow neighbour may spoil one
+
+
+class Worker:
+    """A process that runs cases of this tree's benchmarks with the package of another folder."""
+
+    def __init__(self, package_root: Path) -> None:
+        environment = os.environ | {"PYTHONPATH": f"{package_root}{os.pathsep}{HERE}"}
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__)), str(package_root)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+
+    def seconds(self, module: str, size: str) -> float:
+        """Median of some runs.
+
+        Raises:
+            RuntimeError: the worker ended; its own error is on stderr.
+        """
+        self._process.stdin.write(json.dumps([module, size]) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"the benchmark process ended with {self._process.wait()}")
+        return float(answer)
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+
+
+class Rival:
+    """A built checkout of a revision in build/bench, to be timed against."""
+
+    def __init__(self, revision: str) -> None:
+        self.commit = _git("rev-parse", "--verify", f"{revision}^{{commit}}")
+        self.folder = ROOT / "build" / "bench" / self.commit[:12]
+
+    def __enter__(self) -> Rival:
+        if not (self.folder / ".built").exists():
+            if not self.folder.exists():
+                _git("worktree", "add", "--detach", str(self.folder), self.commit)
+            build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+            environment = os.environ | {"SOFTMASK_FORCE_BUILD": "1"}
+            subprocess.run(build, cwd=self.folder, env=environment, check=True, stdout=subprocess.DEVNULL)
+            (self.folder / ".built").touch()
+        self._workers = Worker(ROOT), Worker(self.folder)
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        for worker in self._workers:
+            worker.close()
+
+    def check(self, module: str, size: str) -> None:
+        """AssertionError where this tree takes over LIMIT of the revision's time, in every one of TRIES."""
+        ratios = []
+        for _ in range(TRIES):
+            turns = [[worker.seconds(module, size) for worker in self._workers] for _ in range(TURNS)]
+            ratios.append(statistics.median(ours / theirs for ours, theirs in turns))
+            if ratios[-1] <= LIMIT:
+                return
+        shown = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+        raise AssertionError(f"{module} {size}: {shown} times the time at {self.commit[:12]}, allowed {LIMIT}")
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+
+
+@lru_cache(maxsize=1)
+def _case(module: str, size: str):
+    return importlib.import_module(module).CASES[size]()
+
+
+def work(package_root: Path) -> None:
+    import harness
+
+    import softmask
+
+    found = Path(softmask.__file__).resolve().parent.parent
+    if found != package_root.resolve():
+        sys.exit(f"softmask comes from {found}, expected {package_root}")
+    for line in sys.stdin:
+        run = _case(*json.loads(line)).ours
+        run()
+        print(statistics.median(harness.seconds(run) for _ in range(3)), flush=True)
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]))
