@@ -17,10 +17,11 @@ from softmask import ops, reference
 def peers() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
     """Of (image, text, logit_scale): open_clip's, cut-cross-entropy's torch.compile path and pytorch-metric-learning's.
 
-    The last takes a fixed temperature, and so does the middle one: they get the scale's value.
+    The last two know no logit_scale: it goes into the rows.
     """
     from cut_cross_entropy import linear_cross_entropy
     from open_clip.loss import ClipLoss
+    from pytorch_metric_learning.distances import DotProductSimilarity
     from pytorch_metric_learning.losses import NTXentLoss
 
     clip = ClipLoss()
@@ -31,11 +32,10 @@ def peers() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
         return 0.5 * (one + linear_cross_entropy(scale * text, image, label, impl="torch_compile"))
 
     def metric(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-        label = torch.arange(len(image))
-        loss = NTXentLoss(temperature=1.0)  # its distance normalizes: the scale goes into the similarity
-        loss.distance.normalize_embeddings = False
-        return 0.5 * (loss(scale * image, label, ref_emb=text, ref_labels=label)
-                      + loss(scale * text, label, ref_emb=image, ref_labels=label))  # fmt: skip
+        label, same = torch.arange(len(image)), torch.arange(len(image))  # one tensor twice would mean one batch
+        loss = NTXentLoss(temperature=1.0, distance=DotProductSimilarity(normalize_embeddings=False))
+        one = loss(scale * image, label, ref_emb=text, ref_labels=same)
+        return 0.5 * (one + loss(scale * text, label, ref_emb=image, ref_labels=same))
 
     return {"open_clip": clip, "cut-cross-entropy": cut, "pytorch-metric-learning": metric}
 
@@ -56,7 +56,7 @@ def make(size: int, width: int, *, gamma: float, baselines: tuple[str, ...]) -> 
     return Bench(
         ours=Run(lambda: ops.focal_contrastive_loss(image, text, scale, gamma=gamma), leaves),
         baselines={name: Run(known[name], leaves) for name in baselines},
-        floor=lambda: [block @ keys for _ in range(size // len(block))],
+        floor=lambda: [block @ keys for _ in range(max(1, size // 512))],
         floor_name="4 products",
         floor_times=4.0,
     )

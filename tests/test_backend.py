@@ -27,7 +27,8 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 def inputs() -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.rand(2, 4, 3), torch.rand(2, 3)
+    """At which "auto" takes a kernel: the map has a gradient."""
+    return torch.rand(2, 4, 3), torch.rand(2, 3, requires_grad=True)
 
 
 def ran_by(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -53,6 +54,17 @@ def test_chooses_and_nests(monkeypatch: pytest.MonkeyPatch) -> None:
             ops.soft_mask(*inputs())
         ops.soft_mask(*inputs())
     assert calls == ["cpp", "reference", "cpp", "reference", "cpp"]
+
+
+@needs_cpp
+def test_auto_leaves_to_pytorch_what_it_does_as_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = ran_by(monkeypatch)
+    features, maps = torch.rand(2, 4, 3), torch.rand(2, 3)
+    for given in ((features, maps), (features.bfloat16(), maps), (features, torch.rand(2, 5, 3))):
+        ops.soft_mask(*given)
+    with softmask.backend("cpp"):
+        ops.soft_mask(features, maps)
+    assert calls == ["reference", "cpp", "cpp", "cpp"]
 
 
 @pytest.mark.parametrize(

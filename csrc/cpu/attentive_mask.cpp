@@ -20,19 +20,23 @@ namespace {
 
 constexpr double kNormEps = 1e-12;  // F.normalize's
 
-// Largest similarity to a token that is not ignored, over the patch's norm.
+// Of every patch the largest similarity to a token that is not ignored, over the patch's norm.
 struct Relevance {
   template <int Bytes, typename acc_t>
-  static SOFTMASK_INLINE void run(const acc_t* patch, int64_t width, const acc_t* similarity,
-                                  const bool* ignore, int64_t tokens, acc_t* relevance) {
-    acc_t highest = simd::kLowest<acc_t>, square;
-    for (int64_t t = 0; t < tokens; ++t) {
-      const acc_t s = ignore != nullptr && ignore[t] ? simd::kLowest<acc_t> : similarity[t];
-      highest = s > highest || std::isnan(s) ? s : highest;
+  static SOFTMASK_INLINE void run(const acc_t* patches, int64_t size, int64_t width,
+                                  const acc_t* similarity, const bool* ignore, int64_t tokens,
+                                  acc_t* relevance) {
+    for (int64_t p = 0; p < size; ++p, patches += width, similarity += tokens) {
+      acc_t highest = simd::kLowest<acc_t>, square, broken = 0;
+      for (int64_t t = 0; t < tokens; ++t) {
+        const acc_t s = ignore != nullptr && ignore[t] ? simd::kLowest<acc_t> : similarity[t];
+        highest = s > highest ? s : highest;
+        broken = s != s ? s : broken;  // a NaN, as in torch
+      }
+      simd::dots<Bytes>(&square, patches, patches, 0, 1, width);
+      const acc_t norm = std::sqrt(square);
+      relevance[p] = (highest + broken) / (norm > acc_t(kNormEps) ? norm : acc_t(kNormEps));
     }
-    simd::dots<Bytes>(&square, patch, patch, 0, 1, width);
-    const acc_t norm = std::sqrt(square);
-    *relevance = highest / (norm > acc_t(kNormEps) ? norm : acc_t(kNormEps));
   }
 };
 
@@ -60,21 +64,19 @@ void kernel(const at::Tensor& patches, const at::Tensor& tokens, const at::Tenso
             int64_t count, bool high, const at::Tensor& selected) {
   const int64_t size = patches.size(1), words = tokens.size(1), width = patches.size(2);
   const auto type = c10::CppTypeToScalarType<acc_t>::value;
+  const at::Tensor wide = tokens.to(type);
+  const at::Tensor directions = (wide / wide.norm(2, {2}, true).clamp_min(kNormEps)).mT();
   bool* marks = selected.mutable_data_ptr<bool>();
   at::parallel_for(0, patches.size(0), 1, [&](int64_t begin, int64_t end) {
     const at::AutoDispatchBelowADInplaceOrView guard;  // of this thread
-    at::Tensor similarity = at::empty({size, words}, patches.options().dtype(type));
+    at::Tensor similarity = at::empty({size, words}, wide.options());
     std::vector<acc_t> relevance(size);
     for (int64_t b = begin; b < end; ++b) {
-      const at::Tensor image = patches[b].to(type).contiguous(), caption = tokens[b].to(type);
-      const at::Tensor norm = caption.norm(2, {1}, true).clamp_min(kNormEps);
-      at::mm_out(similarity, image, (caption / norm).t());
+      const at::Tensor image = patches.select(0, b).to(type).contiguous();
+      at::mm_out(similarity, image, directions.select(0, b));
       const bool* skip = ignore.defined() ? ignore.const_data_ptr<bool>() + b * words : nullptr;
-      for (int64_t p = 0; p < size; ++p) {
-        simd::run<Relevance>(image.const_data_ptr<acc_t>() + p * width, width,
-                             similarity.const_data_ptr<acc_t>() + p * words, skip, words,
-                             &relevance[p]);
-      }
+      simd::run<Relevance>(image.const_data_ptr<acc_t>(), size, width,
+                           similarity.const_data_ptr<acc_t>(), skip, words, relevance.data());
       select(relevance, count, high, marks + b * size);
     }
   });

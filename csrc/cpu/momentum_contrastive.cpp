@@ -35,17 +35,14 @@ struct Part {
 template <typename acc_t>
 using Row = std::array<Part<acc_t>, 2>;  // a row's logits at the keys of the batch and at the queue
 
-// Scales products to logits; their log-sum-exp.
+// Log-sum-exp of a row's logits in both parts.
 struct LogSumExp {
   template <int Bytes, typename acc_t>
-  static SOFTMASK_INLINE void run(const Row<acc_t>& row, int which, acc_t scale,
-                                  simd::LogSum<acc_t>* sum) {
+  static SOFTMASK_INLINE void run(const Row<acc_t>& row, int which, simd::LogSum<acc_t>* sum) {
     simd::LogSum<acc_t> parts[2];
     acc_t total = 0;
     for (int part = 0; part < 2; ++part) {
-      acc_t* logits = row[part].logits[which];
-      for (int64_t j = 0; j < row[part].size; ++j) logits[j] *= scale;
-      parts[part] = simd::log_sum_exp<Bytes>(logits, row[part].size);
+      parts[part] = simd::log_sum_exp<Bytes>(row[part].logits[which], row[part].size);
     }
     sum->highest = std::max(parts[0].highest, parts[1].highest);
     for (const auto& part : parts) total += std::exp(part.highest - sum->highest + part.rest);
@@ -63,44 +60,63 @@ SOFTMASK_INLINE V log_of_miss(const V& p) {
   return -p * sum;
 }
 
-// Sums of a row over its soft targets y = alpha softmax(teacher), and what its gradient needs:
-// student logits become probabilities p, teacher logits y h(p). Where p is above kLikely and gamma
-// not 0 both are left to `finish_likely`.
+// y = alpha softmax(teacher) of kLanes keys from j on; 0 past the end.
+template <int Bytes, typename acc_t>
+SOFTMASK_INLINE simd::Vector<acc_t, Bytes> soft_target(const Part<acc_t>& part, int64_t j,
+                                                       const simd::LogSum<acc_t>& sum,
+                                                       acc_t alpha) {
+  if (!(alpha > 0)) return simd::Vector<acc_t, Bytes>{};
+  const auto t = simd::load_some<Bytes>(part.logits[1] + j, part.size - j, simd::kLowest<acc_t>);
+  return simd::exp_nonpositive(t - sum.highest - sum.rest) * alpha;
+}
+
+template <int Bytes, typename acc_t>
+SOFTMASK_INLINE simd::Vector<acc_t, Bytes> log_probability(const Part<acc_t>& part, int64_t j,
+                                                           const simd::LogSum<acc_t>& sum) {
+  const auto z = simd::load_some<Bytes>(part.logits[0] + j, part.size - j, simd::kLowest<acc_t>);
+  return z - sum.highest - sum.rest;
+}
+
+// gamma = 0: -sum of y log p over the soft targets, and the gradient p - y in place of the logits.
+struct CrossEntropy {
+  template <int Bytes, typename acc_t>
+  static SOFTMASK_INLINE void run(const Part<acc_t>& part, const simd::LogSum<acc_t>& sum,
+                                  const simd::LogSum<acc_t>& teacher_sum, acc_t alpha,
+                                  double* loss) {
+    using V = simd::Vector<acc_t, Bytes>;
+    V losses{};
+    for (int64_t j = 0; j < part.size; j += simd::kLanesOf<acc_t, Bytes>) {
+      const V log_p = log_probability<Bytes>(part, j, sum);
+      const V y = soft_target<Bytes>(part, j, teacher_sum, alpha);
+      losses -= y > 0 ? y * log_p : V{};  // where y = 0 log p may be infinite
+      simd::store_some(part.logits[0] + j, simd::exp_nonpositive(log_p) - y, part.size - j);
+    }
+    *loss += simd::sum_lanes(losses);
+  }
+};
+
+// Other gammas: sums over the soft targets, and what the gradient will need: p in place of the
+// student's logits, y h(p) in place of the teacher's. What p is above kLikely is left to
+// `finish_likely`.
 struct SoftTargets {
   template <int Bytes, typename acc_t>
   static SOFTMASK_INLINE void run(const Part<acc_t>& part, const simd::LogSum<acc_t>& sum,
                                   const simd::LogSum<acc_t>& teacher_sum, acc_t alpha, acc_t gamma,
                                   double* loss, double* slope) {
-    constexpr int kLanes = simd::kLanesOf<acc_t, Bytes>;
     using V = simd::Vector<acc_t, Bytes>;
+    const V likely = V{} + acc_t(kLikely);
     V losses{}, slopes{};
-    for (int64_t j = 0; j < part.size; j += kLanes) {
-      const V log_p =
-          simd::load_some<Bytes>(part.logits[0] + j, part.size - j, simd::kLowest<acc_t>) -
-          sum.highest - sum.rest;
-      const V p = simd::exp_nonpositive(log_p);
-      V y{}, at_logit{};
-      if (alpha > 0) {
-        const V t = simd::load_some<Bytes>(part.logits[1] + j, part.size - j, simd::kLowest<acc_t>);
-        y = simd::exp_nonpositive(t - teacher_sum.highest - teacher_sum.rest) * alpha;
-        // y = 0 at padding and at keys that are infinitely far: 0, not 0 * inf
-        const V weighted = y > 0 ? y * log_p : V{};
-        if (gamma == 0) {
-          losses -= weighted;
-          slopes += y;
-          at_logit = y;
-        } else {
-          const V likely = V{} + acc_t(kLikely);
-          const V bounded = p > likely ? V{} : p;
-          const V power = simd::exp_nonpositive(gamma * log_of_miss(bounded));
-          const V h = power - gamma * bounded * (power / (1 - bounded)) * (y > 0 ? log_p : V{});
-          losses -= p > likely ? V{} : power * weighted;
-          slopes += p > likely ? V{} : h * y;
-          at_logit = p > likely ? y : h * y;
-        }
-      }
+    for (int64_t j = 0; j < part.size; j += simd::kLanesOf<acc_t, Bytes>) {
+      const V given = log_probability<Bytes>(part, j, sum);
+      const V y = soft_target<Bytes>(part, j, teacher_sum, alpha);
+      const V p = simd::exp_nonpositive(given), bounded = p > likely ? V{} : p;
+      const V log_p = y > 0 ? given : V{};  // where y = 0 it may be infinite
+      const V power = simd::exp_nonpositive(gamma * log_of_miss(bounded));
+      const V h = power - gamma * bounded * (power / (1 - bounded)) * log_p;
+      losses -= p > likely ? V{} : power * y * log_p;
+      slopes += p > likely ? V{} : h * y;
       simd::store_some(part.logits[0] + j, p, part.size - j);
-      simd::store_some(part.logits[1] + j, at_logit, part.size - j);
+      simd::store_some(part.logits[1] + j, p > likely ? y : h * y, part.size - j);
     }
     *loss += simd::sum_lanes(losses);
     *slope += simd::sum_lanes(slopes);
@@ -152,30 +168,41 @@ struct Problem {
 // One row's loss, and the gradient at its logits in place of the student's.
 template <typename acc_t>
 double finish_row(const Problem& problem, const Row<acc_t>& row, int64_t sample) {
-  const auto scale = static_cast<acc_t>(problem.scale), alpha = static_cast<acc_t>(problem.alpha);
+  const auto alpha = static_cast<acc_t>(problem.alpha);
   const auto gamma = static_cast<acc_t>(problem.focal.gamma);
   simd::LogSum<acc_t> sum, teacher_sum{};
-  simd::run<LogSumExp>(row, 0, scale, &sum);
-  if (alpha > 0) simd::run<LogSumExp>(row, 1, scale, &teacher_sum);
+  simd::run<LogSumExp>(row, 0, &sum);
+  if (alpha > 0) simd::run<LogSumExp>(row, 1, &teacher_sum);
 
   struct Positive {
-    acc_t* at_logit;
+    acc_t *gradient, *at_logit;
     double log_p;
   };
   std::vector<Positive> positives;
   for (int part = 0; part < 2; ++part) {
     const Positives& of = problem.positives[part];
     for (int64_t k = of.first[sample]; k < of.first[sample + 1]; ++k) {
-      const int64_t j = of.columns[k];
-      positives.push_back({row[part].logits[1] + j, sum.log_probability(row[part].logits[0][j])});
+      acc_t *student = row[part].logits[0] + of.columns[k],
+            *teacher = row[part].logits[1] + of.columns[k];
+      positives.push_back({student, teacher, sum.log_probability(*student)});
     }
   }
+  const double share = (1.0 - problem.alpha) / problem.targets(sample);
   double loss = 0.0, slope = 0.0;
+  if (gamma == 0) {
+    for (const Part<acc_t>& part : row) {
+      simd::run<CrossEntropy>(part, sum, teacher_sum, alpha, &loss);
+    }
+    for (const Positive& positive : positives) {
+      loss -= share * positive.log_p;
+      *positive.gradient -= static_cast<acc_t>(share);
+    }
+    return loss;
+  }
   for (const Part<acc_t>& part : row) {
     simd::run<SoftTargets>(part, sum, teacher_sum, alpha, gamma, &loss, &slope);
-    if (gamma != 0 && alpha > 0) finish_likely(problem.focal, part, &loss, &slope);
+    if (alpha > 0) finish_likely(problem.focal, part, &loss, &slope);
   }
-  const double share = (1.0 - problem.alpha) / problem.targets(sample);
   for (const Positive& positive : positives) {
     const double h = problem.focal.slope(positive.log_p);
     loss += share * problem.focal.loss(positive.log_p);
@@ -198,6 +225,7 @@ void kernel(const Problem& problem, at::Tensor& losses, const OptionalTensor& gr
                   streams = problem.alpha > 0 ? 2 : 1;
     rows.narrow(0, 0, n).copy_(problem.query.narrow(0, first, n));
     rows.narrow(0, n, n).copy_(problem.teacher.narrow(0, first, n));
+    rows.mul_(problem.scale);          // of the few rows rather than of their logits
     std::array<at::Tensor, 2> logits;  // [2n, keys]: the student's rows, then the teacher's
     int64_t used = 0;
     for (int part = 0; part < 2; ++part) {
@@ -256,8 +284,9 @@ std::tuple<at::Tensor, at::Tensor> momentum_contrastive_backward(const at::Tenso
                                                                  const at::Tensor& scale,
                                                                  const at::Tensor& gradients) {
   const at::Tensor by_row = gradients * grad.unsqueeze(1);
+  const at::Tensor at_scale = (by_row.to(at::kDouble) * query).sum();  // terms of both signs
   return {(by_row * scale.item<double>()).to(query.scalar_type()),
-          (by_row * query).sum().to(scale.scalar_type())};
+          at_scale.to(scale.scalar_type())};
 }
 
 }  // namespace

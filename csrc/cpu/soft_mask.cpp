@@ -1,7 +1,8 @@
 // out = features * (1 - strength * norm(map)) and its gradients, on the CPU.
 //
 // A map is read in double precision whatever its type: it is 1/D of the features. One pass over the
-// features does the rest; products are taken in float (double for double), sums in double.
+// features does the rest, another one all of the backward pass, in float (double for double);
+// sums of products in double.
 
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
@@ -15,6 +16,7 @@
 #include <vector>
 
 #include "normalize.h"
+#include "simd.h"
 
 namespace softmask {
 namespace {
@@ -68,6 +70,13 @@ at::Tensor map_weights(const at::Tensor& maps, const Sizes& sizes, double streng
   return weights;
 }
 
+struct ScaleRow {
+  template <int Bytes, typename scalar_t, typename acc_t>
+  static SOFTMASK_INLINE void run(const scalar_t* from, acc_t factor, scalar_t* to, int64_t size) {
+    for (int64_t d = 0; d < size; ++d) to[d] = static_cast<scalar_t>(factor * acc_t(from[d]));
+  }
+};
+
 template <typename scalar_t>
 void forward_kernel(const at::Tensor& features, const at::Tensor& weights, const Sizes& sizes,
                     at::Tensor& out) {
@@ -87,75 +96,102 @@ void forward_kernel(const at::Tensor& features, const at::Tensor& weights, const
             continue;
           }
           const acc_t w = static_cast<acc_t>(weight[map * sizes.patches + token - sizes.prefix]);
-          for (int64_t d = 0; d < sizes.width; ++d) {
-            to[d] = static_cast<scalar_t>(static_cast<acc_t>(from[d]) * w);
-          }
+          simd::run<ScaleRow>(from, w, to, sizes.width);
         }
       });
 }
 
-// d features[b, p] = sum over words of grad[b, w, p] * weight[b, w, p]; grad is [B, W, P, D].
+struct AddRow {
+  template <int Bytes, typename scalar_t, typename acc_t>
+  static SOFTMASK_INLINE void run(const scalar_t* from, acc_t factor, acc_t* to, int64_t size) {
+    simd::add_scaled(to, from, factor, size);
+  }
+};
+
+struct ConvertRow {
+  template <int Bytes, typename to_t, typename from_t>
+  static SOFTMASK_INLINE void run(const from_t* from, to_t* to, int64_t size) {
+    simd::convert(to, from, size);
+  }
+};
+
+// In double, at no cost: the memory is slower.
+struct Dot {
+  template <int Bytes, typename scalar_t>
+  static SOFTMASK_INLINE void run(const scalar_t* left, const scalar_t* right, int64_t size,
+                                  double* product) {
+    constexpr int64_t kSums = 32;  // independent ones, which the compiler can vectorize
+    double sums[kSums] = {};
+    int64_t d = 0;
+    for (; d + kSums <= size; d += kSums) {
+      for (int64_t i = 0; i < kSums; ++i) sums[i] += double(left[d + i]) * double(right[d + i]);
+    }
+    double total = 0.0;
+    for (; d < size; ++d) total += double(left[d]) * double(right[d]);
+    for (double sum : sums) total += sum;
+    *product = total;
+  }
+};
+
+// What the backward pass of a token reads and writes; null where it is not wanted.
 template <typename scalar_t>
-void features_backward_kernel(const at::Tensor& grad, const at::Tensor& weights, const Sizes& sizes,
-                              at::Tensor& features_grad) {
-  const scalar_t* upstream = grad.const_data_ptr<scalar_t>();
-  const double* weight = weights.const_data_ptr<double>();
-  scalar_t* output = features_grad.mutable_data_ptr<scalar_t>();
-  at::parallel_for(0, sizes.batch * sizes.tokens, sizes.grain(), [&](int64_t begin, int64_t end) {
-    std::vector<double> sum(sizes.width);
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t image = row / sizes.tokens, token = row % sizes.tokens;
-      std::fill(sum.begin(), sum.end(), 0.0);
-      for (int64_t word = 0; word < sizes.words; ++word) {
-        const scalar_t* from =
-            upstream + image * grad.stride(0) + word * grad.stride(1) + token * grad.stride(2);
-        const int64_t patch = (image * sizes.words + word) * sizes.patches + token - sizes.prefix;
-        const double w = token < sizes.prefix ? 1.0 : weight[patch];
-        for (int64_t d = 0; d < sizes.width; ++d) sum[d] += static_cast<double>(from[d]) * w;
+struct Backward {
+  const scalar_t *grad, *features;  // [B, W, P, D], [B, P, D]
+  at::IntArrayRef grad_strides, features_strides;
+  const double* weights;    // [B, W, P']
+  scalar_t* features_grad;  // [B, P, D]: sum over words of grad * weight
+  double* norms_grad;       // [B, W, P']: -strength * <grad, features>
+  double strength;
+};
+
+template <typename scalar_t, typename acc_t>
+void token_backward(const Backward<scalar_t>& pass, const Sizes& sizes, int64_t image,
+                    int64_t token, acc_t* sum) {
+  const int64_t width = sizes.width, row = image * sizes.tokens + token;
+  const scalar_t* x =
+      pass.features + image * pass.features_strides[0] + token * pass.features_strides[1];
+  for (int64_t word = 0; word < sizes.words; ++word) {
+    const scalar_t* g = pass.grad + image * pass.grad_strides[0] + word * pass.grad_strides[1] +
+                        token * pass.grad_strides[2];
+    const int64_t patch = (image * sizes.words + word) * sizes.patches + token - sizes.prefix;
+    const bool masked = token >= sizes.prefix;
+    if (pass.features_grad != nullptr) {
+      const auto w = static_cast<acc_t>(masked ? pass.weights[patch] : 1.0);
+      if (sizes.words == 1) {
+        simd::run<ScaleRow>(g, w, pass.features_grad + row * width, width);
+      } else {
+        if (word == 0) std::fill_n(sum, width, acc_t(0));
+        simd::run<AddRow>(g, w, sum, width);
       }
-      scalar_t* to = output + row * sizes.width;
-      for (int64_t d = 0; d < sizes.width; ++d) to[d] = static_cast<scalar_t>(sum[d]);
+    }
+    if (pass.norms_grad != nullptr && masked) {
+      double product;
+      simd::run<Dot>(g, x, width, &product);
+      pass.norms_grad[patch] = -pass.strength * product;
+    }
+  }
+  if (pass.features_grad != nullptr && sizes.words != 1) {
+    simd::run<ConvertRow>(static_cast<const acc_t*>(sum), pass.features_grad + row * width, width);
+  }
+}
+
+template <typename scalar_t>
+void backward_kernel(const Backward<scalar_t>& pass, const Sizes& sizes) {
+  using acc_t = at::opmath_type<scalar_t>;
+  at::parallel_for(0, sizes.batch * sizes.tokens, sizes.grain(), [&](int64_t begin, int64_t end) {
+    std::vector<acc_t> sum(sizes.width);
+    for (int64_t row = begin; row < end; ++row) {
+      token_backward(pass, sizes, row / sizes.tokens, row % sizes.tokens, sum.data());
     }
   });
 }
 
-template <typename scalar_t>
-double dot(const scalar_t* left, const scalar_t* right, int64_t size) {
-  constexpr int64_t kLanes = 8;  // independent sums, which the compiler can vectorize
-  double lanes[kLanes] = {};
-  int64_t d = 0;
-  for (; d + kLanes <= size; d += kLanes) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      lanes[lane] += static_cast<double>(left[d + lane]) * static_cast<double>(right[d + lane]);
-    }
-  }
-  double sum = 0.0;
-  for (; d < size; ++d) sum += static_cast<double>(left[d]) * static_cast<double>(right[d]);
-  for (double lane : lanes) sum += lane;
-  return sum;
-}
-
-// d norm(map) = -strength * <grad, features> per patch, then through the normalization.
-template <typename scalar_t>
-void maps_backward_kernel(const at::Tensor& grad, const at::Tensor& features,
-                          const at::Tensor& maps, const Sizes& sizes, double strength,
-                          Normalize mode, at::Tensor& maps_grad) {
-  const scalar_t* upstream = grad.const_data_ptr<scalar_t>();
-  const scalar_t* feature = features.const_data_ptr<scalar_t>();
+// d norm(map) becomes d map, in place.
+void normalize_backward(const at::Tensor& maps, const Sizes& sizes, Normalize mode,
+                        at::Tensor& grad) {
   const double* map = maps.const_data_ptr<double>();
-  double* output = maps_grad.mutable_data_ptr<double>();
+  double* output = grad.mutable_data_ptr<double>();
   const int64_t size = sizes.patches;
-  at::parallel_for(
-      0, sizes.batch * sizes.words * size, sizes.grain(), [&](int64_t begin, int64_t end) {
-        for (int64_t at = begin; at < end; ++at) {
-          const int64_t row = at / size, token = at % size + sizes.prefix;
-          const int64_t image = row / sizes.words, word = row % sizes.words;
-          const scalar_t* g =
-              upstream + image * grad.stride(0) + word * grad.stride(1) + token * grad.stride(2);
-          const scalar_t* x = feature + image * features.stride(0) + token * features.stride(1);
-          output[at] = -strength * dot(g, x, sizes.width);
-        }
-      });
   at::parallel_for(0, sizes.batch * sizes.words, sizes.map_grain(),
                    [&](int64_t begin, int64_t end) {
                      for (int64_t row = begin; row < end; ++row) {
@@ -188,23 +224,30 @@ std::tuple<at::Tensor, at::Tensor> soft_mask_backward(
   const Sizes sizes(maps, grad.size(-2), grad.size(-1), num_prefix_tokens);
   const at::Tensor maps_double = to_double(maps);
   const at::Tensor rows = rows_contiguous(maps.dim() == 3 ? grad : grad.unsqueeze(1));
-  at::Tensor to_features = at::empty({0}, grad.options());
-  at::Tensor to_maps = at::empty({0}, maps.options());
+  const at::Tensor weights = map_weights(maps_double, sizes, strength, mode);
+  const bool to_maps = features.has_value();
+  const at::Tensor features_rows = to_maps ? rows_contiguous(*features) : rows;
+  at::Tensor features_gradient = at::empty({0}, grad.options());
+  at::Tensor maps_gradient = at::empty({0}, maps_double.options());
+  if (features_grad) {
+    features_gradient = at::empty({sizes.batch, sizes.tokens, sizes.width}, grad.options());
+  }
+  if (to_maps) maps_gradient = at::empty_like(maps_double);
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, grad.scalar_type(), "soft_mask_backward", [&] {
-        if (features_grad) {
-          to_features = at::empty({sizes.batch, sizes.tokens, sizes.width}, grad.options());
-          const at::Tensor weights = map_weights(maps_double, sizes, strength, mode);
-          features_backward_kernel<scalar_t>(rows, weights, sizes, to_features);
-        }
-        if (features.has_value()) {
-          at::Tensor maps_grad = at::empty_like(maps_double);
-          maps_backward_kernel<scalar_t>(rows, rows_contiguous(*features), maps_double, sizes,
-                                         strength, mode, maps_grad);
-          to_maps = maps_grad.to(maps.scalar_type());
-        }
+        const Backward<scalar_t> pass{
+            rows.const_data_ptr<scalar_t>(),
+            features_rows.const_data_ptr<scalar_t>(),
+            rows.strides(),
+            features_rows.strides(),
+            weights.const_data_ptr<double>(),
+            features_grad ? features_gradient.mutable_data_ptr<scalar_t>() : nullptr,
+            to_maps ? maps_gradient.mutable_data_ptr<double>() : nullptr,
+            strength};
+        backward_kernel<scalar_t>(pass, sizes);
       });
-  return {to_features, to_maps};
+  if (to_maps) normalize_backward(maps_double, sizes, mode, maps_gradient);
+  return {features_gradient, maps_gradient.to(maps.scalar_type())};
 }
 
 }  // namespace

@@ -52,11 +52,14 @@ def backend(name: str) -> Iterator[None]:
         _chosen.reset(token)
 
 
-def resolve(op: str, tensor: Tensor) -> str:
-    """The backend that runs op on the device of tensor; BackendError where the named one cannot."""
+def resolve(op: str, tensor: Tensor, *, kernel_pays: bool = True) -> str:
+    """The backend that runs op on the device of tensor; BackendError where the named one cannot.
+
+    kernel_pays: False where benchmarks found PyTorch to be faster at these inputs; "auto" then takes the reference.
+    """
     name, device = _chosen.get(), tensor.device.type
     if name == "auto":
-        return choose(op, device)
+        return choose(op, device) if kernel_pays else "reference"
     reason = why_not(op, name, device)
     if reason is not None:
         raise BackendError(f"backend {name!r} cannot run {op}: {reason}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from softmask import reference
@@ -47,7 +48,11 @@ def soft_mask(
     patches = tokens - num_prefix_tokens
     if maps.dim() not in (2, 3) or (maps.shape[0], maps.shape[-1]) != (batch, patches):
         _checks.fail("maps", f"shape [{batch}, {patches}] or [{batch}, W, {patches}]", list(maps.shape))
-    run = cpp.soft_mask if resolve("soft_mask", features) == "cpp" else reference.soft_mask
+    # One product of fp32 features is as fast in PyTorch: the kernels are for the map's gradient, for several maps and
+    # for types that PyTorch converts first.
+    fused = maps.requires_grad or maps.dim() == 3 or features.dtype in (torch.float16, torch.bfloat16)
+    by_cpp = resolve("soft_mask", features, kernel_pays=fused) == "cpp"
+    run = cpp.soft_mask if by_cpp else reference.soft_mask
     return run(features, maps, strength=strength, normalize=normalize, num_prefix_tokens=num_prefix_tokens)
 
 
