@@ -63,11 +63,13 @@ def make(size: int, width: int, *, gamma: float, baselines: tuple[str, ...]) -> 
 
 
 OWN = ("reference", "compiled reference")
-PEERS = ("open_clip", "cut-cross-entropy", "pytorch-metric-learning")
+PEERS = ("open_clip", "cut-cross-entropy")
+CUBIC = "pytorch-metric-learning"  # memory grows with N ** 3: 64 GiB at N 4096
 CASES = {
     "N4096 D256 gamma 0": partial(make, 4096, 256, gamma=0.0, baselines=(*OWN, *PEERS)),
     "N4096 D256 gamma 2": partial(make, 4096, 256, gamma=2.0, baselines=OWN),
     "N16384 D256 gamma 2": partial(make, 16384, 256, gamma=2.0, baselines=("reference",)),
+    "N256 D256 gamma 0": partial(make, 256, 256, gamma=0.0, baselines=(*OWN, *PEERS, CUBIC)),
     "N64 D256 gamma 2": partial(make, 64, 256, gamma=2.0, baselines=OWN),
 }
 
