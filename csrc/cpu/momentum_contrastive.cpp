@@ -60,38 +60,56 @@ SOFTMASK_INLINE V log_of_miss(const V& p) {
   return -p * sum;
 }
 
-// y = alpha softmax(teacher) of kLanes keys from j on; 0 past the end.
-template <int Bytes, typename acc_t>
-SOFTMASK_INLINE simd::Vector<acc_t, Bytes> soft_target(const Part<acc_t>& part, int64_t j,
-                                                       const simd::LogSum<acc_t>& sum,
-                                                       acc_t alpha) {
-  if (!(alpha > 0)) return simd::Vector<acc_t, Bytes>{};
-  const auto t = simd::load_some<Bytes>(part.logits[1] + j, part.size - j, simd::kLowest<acc_t>);
-  return simd::exp_nonpositive(t - sum.highest - sum.rest) * alpha;
-}
-
-template <int Bytes, typename acc_t>
-SOFTMASK_INLINE simd::Vector<acc_t, Bytes> log_probability(const Part<acc_t>& part, int64_t j,
-                                                           const simd::LogSum<acc_t>& sum) {
-  const auto z = simd::load_some<Bytes>(part.logits[0] + j, part.size - j, simd::kLowest<acc_t>);
-  return z - sum.highest - sum.rest;
-}
-
-// gamma = 0: -sum of y log p over the soft targets, and the gradient p - y in place of the logits.
-struct CrossEntropy {
+// gamma = 0, where two exponentials per key suffice: e^(z - highest) in place of the student's
+// logits, their sum, and the sum of (z - highest) times the teacher's exponentials.
+struct StudentExponentials {
   template <int Bytes, typename acc_t>
-  static SOFTMASK_INLINE void run(const Part<acc_t>& part, const simd::LogSum<acc_t>& sum,
-                                  const simd::LogSum<acc_t>& teacher_sum, acc_t alpha,
-                                  double* loss) {
+  static SOFTMASK_INLINE void run(const Part<acc_t>& part, acc_t highest, bool soft, acc_t* sum,
+                                  acc_t* product) {
     using V = simd::Vector<acc_t, Bytes>;
-    V losses{};
+    V sums{}, products{};
     for (int64_t j = 0; j < part.size; j += simd::kLanesOf<acc_t, Bytes>) {
-      const V log_p = log_probability<Bytes>(part, j, sum);
-      const V y = soft_target<Bytes>(part, j, teacher_sum, alpha);
-      losses -= y > 0 ? y * log_p : V{};  // where y = 0 log p may be infinite
-      simd::store_some(part.logits[0] + j, simd::exp_nonpositive(log_p) - y, part.size - j);
+      const int64_t left = part.size - j;
+      const V z = simd::load_some<Bytes>(part.logits[0] + j, left, simd::kLowest<acc_t>) - highest;
+      const V e = simd::exp_nonpositive(z);
+      sums += e;
+      if (soft) {
+        const V y = simd::load_some<Bytes>(part.logits[1] + j, left, acc_t(0));
+        products += y > 0 ? y * z : V{};  // where y = 0 z may be infinite
+      }
+      simd::store_some(part.logits[0] + j, e, left);
     }
-    *loss += simd::sum_lanes(losses);
+    *sum += simd::sum_lanes(sums);
+    *product += simd::sum_lanes(products);
+  }
+};
+
+struct Highest {
+  template <int Bytes, typename acc_t>
+  static SOFTMASK_INLINE void run(const Row<acc_t>& row, int which, acc_t* highest) {
+    *highest = simd::kLowest<acc_t>;
+    for (const Part<acc_t>& part : row) {
+      *highest = std::max(*highest, simd::max<Bytes>(part.logits[which], part.size));
+    }
+  }
+};
+
+struct TeacherExponentials {
+  template <int Bytes, typename acc_t>
+  static SOFTMASK_INLINE void run(const Part<acc_t>& part, acc_t highest, acc_t* sum) {
+    *sum += simd::exponentials<Bytes>(part.logits[1], highest, part.size);
+  }
+};
+
+// gradient at the logits = share * student - y * teacher, of exponentials, in place of the former.
+struct Difference {
+  template <int Bytes, typename acc_t>
+  static SOFTMASK_INLINE void run(const Part<acc_t>& part, acc_t share, acc_t y) {
+    acc_t* student = part.logits[0];
+    const acc_t* teacher = part.logits[1];
+    for (int64_t j = 0; j < part.size; ++j) {
+      student[j] = y != 0 ? student[j] * share - teacher[j] * y : student[j] * share;
+    }
   }
 };
 
@@ -107,16 +125,22 @@ struct SoftTargets {
     const V likely = V{} + acc_t(kLikely);
     V losses{}, slopes{};
     for (int64_t j = 0; j < part.size; j += simd::kLanesOf<acc_t, Bytes>) {
-      const V given = log_probability<Bytes>(part, j, sum);
-      const V y = soft_target<Bytes>(part, j, teacher_sum, alpha);
+      const int64_t left = part.size - j;
+      const V z = simd::load_some<Bytes>(part.logits[0] + j, left, simd::kLowest<acc_t>);
+      const V given = z - sum.highest - sum.rest;
+      V y{};
+      if (alpha > 0) {
+        const V t = simd::load_some<Bytes>(part.logits[1] + j, left, simd::kLowest<acc_t>);
+        y = simd::exp_nonpositive(t - teacher_sum.highest - teacher_sum.rest) * alpha;
+      }
       const V p = simd::exp_nonpositive(given), bounded = p > likely ? V{} : p;
       const V log_p = y > 0 ? given : V{};  // where y = 0 it may be infinite
       const V power = simd::exp_nonpositive(gamma * log_of_miss(bounded));
       const V h = power - gamma * bounded * (power / (1 - bounded)) * log_p;
       losses -= p > likely ? V{} : power * y * log_p;
       slopes += p > likely ? V{} : h * y;
-      simd::store_some(part.logits[0] + j, p, part.size - j);
-      simd::store_some(part.logits[1] + j, p > likely ? y : h * y, part.size - j);
+      simd::store_some(part.logits[0] + j, p, left);
+      simd::store_some(part.logits[1] + j, p > likely ? y : h * y, left);
     }
     *loss += simd::sum_lanes(losses);
     *slope += simd::sum_lanes(slopes);
@@ -165,49 +189,70 @@ struct Problem {
   }
 };
 
-// One row's loss, and the gradient at its logits in place of the student's.
+// Where a positive's logits are, and the student's before anything overwrote it.
 template <typename acc_t>
-double finish_row(const Problem& problem, const Row<acc_t>& row, int64_t sample) {
-  const auto alpha = static_cast<acc_t>(problem.alpha);
-  const auto gamma = static_cast<acc_t>(problem.focal.gamma);
-  simd::LogSum<acc_t> sum, teacher_sum{};
-  simd::run<LogSumExp>(row, 0, &sum);
-  if (alpha > 0) simd::run<LogSumExp>(row, 1, &teacher_sum);
+struct Positive {
+  acc_t *student, *teacher, logit;
+};
 
-  struct Positive {
-    acc_t *gradient, *at_logit;
-    double log_p;
-  };
-  std::vector<Positive> positives;
+template <typename acc_t>
+std::vector<Positive<acc_t>> positives_of(const Problem& problem, const Row<acc_t>& row,
+                                          int64_t sample) {
+  std::vector<Positive<acc_t>> found;
   for (int part = 0; part < 2; ++part) {
     const Positives& of = problem.positives[part];
     for (int64_t k = of.first[sample]; k < of.first[sample + 1]; ++k) {
-      acc_t *student = row[part].logits[0] + of.columns[k],
-            *teacher = row[part].logits[1] + of.columns[k];
-      positives.push_back({student, teacher, sum.log_probability(*student)});
+      acc_t* student = row[part].logits[0] + of.columns[k];
+      found.push_back({student, row[part].logits[1] + of.columns[k], *student});
     }
   }
+  return found;
+}
+
+// One row's loss, and the gradient at its logits in place of the student's; gamma = 0.
+template <typename acc_t>
+double cross_entropy_row(const Problem& problem, const Row<acc_t>& row, int64_t sample) {
+  const bool soft = problem.alpha > 0;
+  const auto positives = positives_of(problem, row, sample);
+  acc_t highest, teacher_highest, sum = 0, teacher_sum = 0, product = 0;
+  if (soft) simd::run<Highest>(row, 1, &teacher_highest);
+  simd::run<Highest>(row, 0, &highest);
+  for (const Part<acc_t>& part : row) {
+    if (soft) simd::run<TeacherExponentials>(part, teacher_highest, &teacher_sum);
+    simd::run<StudentExponentials>(part, highest, soft, &sum, &product);
+  }
+  const acc_t y = soft ? static_cast<acc_t>(problem.alpha / teacher_sum) : acc_t(0);
+  for (const Part<acc_t>& part : row) simd::run<Difference>(part, 1 / sum, y);
+  const simd::LogSum<acc_t> log_sum{highest, std::log(sum)};
   const double share = (1.0 - problem.alpha) / problem.targets(sample);
-  double loss = 0.0, slope = 0.0;
-  if (gamma == 0) {
-    for (const Part<acc_t>& part : row) {
-      simd::run<CrossEntropy>(part, sum, teacher_sum, alpha, &loss);
-    }
-    for (const Positive& positive : positives) {
-      loss -= share * positive.log_p;
-      *positive.gradient -= static_cast<acc_t>(share);
-    }
-    return loss;
+  double loss = problem.alpha * log_sum.rest - double(y) * product;
+  for (const Positive<acc_t>& positive : positives) {
+    loss -= share * log_sum.log_probability(positive.logit);
+    *positive.student -= static_cast<acc_t>(share);
   }
+  return loss;
+}
+
+// The same for any gamma.
+template <typename acc_t>
+double focal_row(const Problem& problem, const Row<acc_t>& row, int64_t sample) {
+  const auto alpha = static_cast<acc_t>(problem.alpha);
+  const auto gamma = static_cast<acc_t>(problem.focal.gamma);
+  const auto positives = positives_of(problem, row, sample);
+  simd::LogSum<acc_t> sum, teacher_sum{};
+  simd::run<LogSumExp>(row, 0, &sum);
+  if (alpha > 0) simd::run<LogSumExp>(row, 1, &teacher_sum);
+  double loss = 0.0, slope = 0.0;
   for (const Part<acc_t>& part : row) {
     simd::run<SoftTargets>(part, sum, teacher_sum, alpha, gamma, &loss, &slope);
     if (alpha > 0) finish_likely(problem.focal, part, &loss, &slope);
   }
-  for (const Positive& positive : positives) {
-    const double h = problem.focal.slope(positive.log_p);
-    loss += share * problem.focal.loss(positive.log_p);
+  const double share = (1.0 - problem.alpha) / problem.targets(sample);
+  for (const Positive<acc_t>& positive : positives) {
+    const double log_p = sum.log_probability(positive.logit), h = problem.focal.slope(log_p);
+    loss += share * problem.focal.loss(log_p);
     slope += share * h;
-    *positive.at_logit += static_cast<acc_t>(share * h);
+    *positive.teacher += static_cast<acc_t>(share * h);
   }
   for (const Part<acc_t>& part : row) simd::run<Gradient>(part, static_cast<acc_t>(slope));
   return loss;
@@ -243,7 +288,10 @@ void kernel(const Problem& problem, at::Tensor& losses, const OptionalTensor& gr
           auto* data = logits[part].template mutable_data_ptr<acc_t>();
           row[part] = {{data + i * size, data + (n + i) * size}, size};
         }
-        loss[first + i] = static_cast<acc_t>(finish_row(problem, row, first + i));
+        const double row_loss = problem.focal.gamma == 0.0
+                                    ? cross_entropy_row(problem, row, first + i)
+                                    : focal_row(problem, row, first + i);
+        loss[first + i] = static_cast<acc_t>(row_loss);
       }
     });
     if (!gradients.has_value()) continue;
