@@ -67,7 +67,7 @@ def word_attention(size: int, *, gradcam: bool = True, normalize: str | None = N
         leaves |= {"value": heads(batch, size, 24, seed=2), "grad_output": heads(batch, tokens, 24, seed=3)}
         leaves["value_bias"] = normal(3, 24, seed=4)
     index = torch.tensor([[[0, 3], [4, -1]], [[1, -1], [-1, -1]], [[2, 2], [-1, 0]]])
-    options: dict = {"normalize": normalize, "num_prefix_tokens": 1 if size > 1 else 0}
+    options: dict = {"normalize": normalize, "num_prefix_tokens": 1 if size > 1 else 0, "differentiable": True}
     if masked:
         ignore = normal(batch, size, seed=5) < 0.3
         ignore[1] = True

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import kernel_cases as cases
 import pytest
@@ -197,3 +201,39 @@ def test_opcheck(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         for arg in floating if name != "attentive_mask" and not func.name().endswith("backward") else ():
             arg.requires_grad_()
         torch.library.opcheck(func, args)
+
+
+def test_results_may_be_changed_in_place() -> None:
+    case = ALL["soft_mask_attention"].cast(torch.float32)
+    leaves = {name: leaf.detach().requires_grad_() for name, leaf in case.leaves.items()}
+    with softmask.backend("cpp"):
+        case.call(**leaves).mul_(2.0).sum().backward()
+        once = case.call(**{name: leaf.detach().requires_grad_() for name, leaf in leaves.items()})
+    assert once.requires_grad and all(leaf.grad.isfinite().all() for leaf in leaves.values())
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_only_features_and_scale_of_a_contrastive_loss_get_gradients(backend: str) -> None:
+    rows = cases.unit_rows(8, 5, 6, seed=0)
+    constants = {name: torch.tensor(0.5, requires_grad=True) for name in ("alpha", "gamma")}
+    keys = dict(zip(("image_teacher", "text_teacher", "image_queue", "text_queue"), rows[2:6], strict=True))
+    for tensor in keys.values():
+        tensor.requires_grad_()
+    with softmask.backend(backend):
+        assert not ops.momentum_contrastive_loss(rows[0], rows[1], 9.0, **keys, **constants).requires_grad
+        assert not ops.focal_contrastive_loss(rows[0], rows[1], 9.0, gamma=constants["gamma"]).requires_grad
+        image = rows[0].clone().requires_grad_()
+        ops.momentum_contrastive_loss(image, rows[1], 9.0, **keys, **constants).backward()
+    assert image.grad.any() and all(tensor.grad is None for tensor in (*keys.values(), *constants.values()))
+
+
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_other_instruction_sets(capability: str) -> None:
+    """What this processor would not choose: the same errors against fp64, in a process that is told to."""
+    selection = "test_word_attention or test_contrastive or test_soft_mask_attention or test_masked or test_attentive"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
+    command += ["-k", f"({selection} or test_momentum) and (130 or patch or attentive) and not opcheck and not bits"]
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout and "skipped" not in done.stdout

@@ -330,6 +330,7 @@ def test_bad_input_is_named() -> None:
         r"queue_ids: expected ids and queues beside it, got ids None": {"queue_ids": case.queue_ids},
         r"queue_ids: expected shape \[7\], got \[6\]": {"ids": case.ids, "queue_ids": case.queue_ids[1:]},
         r"alpha: expected a float or a 0-dim tensor": {"alpha": torch.ones(1)},
+        r"alpha: expected 0 to 1, got 1.5": {"alpha": 1.5},
         r"image_queue: expected device cpu, got meta": {"image_queue": case.image_queue.to("meta")},
     }.items():
         with pytest.raises(ValueError, match=message):

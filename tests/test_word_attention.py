@@ -115,7 +115,8 @@ def test_inside_a_step() -> None:
     )
     case.bias = torch.zeros_like(case.bias)
     expected, _ = published(case, gradcam=True, scale=0.5)
-    torch.testing.assert_close(maps.detach(), expected)
+    assert not maps.requires_grad
+    torch.testing.assert_close(maps, expected)
     assert all(leaf.grad is None for leaf in leaves)
     score.backward()
     assert all(leaf.grad.isfinite().all() for leaf in leaves)
@@ -149,6 +150,7 @@ def test_gradcheck(normalize: str | None) -> None:
             value_bias=bias,
             key_padding_mask=case.ignore,
             normalize=normalize,
+            differentiable=True,
         )
 
     assert torch.autograd.gradcheck(maps, tuple(leaf.requires_grad_() for leaf in leaves))
@@ -167,6 +169,7 @@ def test_rows_without_keys_are_zero_and_free_of_nan() -> None:
             grad_output=leaves[3],
             key_padding_mask=ignore,
             normalize=normalize,
+            differentiable=True,
         )
         assert not maps[1].any() and maps[0, 0].any()
         for gradient in torch.autograd.grad(maps.square().sum(), leaves):
@@ -212,7 +215,7 @@ def test_extreme_logits_and_ties() -> None:
 
 def test_compile_and_module() -> None:
     case = make()
-    module = ops.WordAttention(num_prefix_tokens=1, normalize="max")
+    module = ops.WordAttention(num_prefix_tokens=1, normalize="max", differentiable=True)
     options = {"value": case.value, "grad_output": case.readout, "key_padding_mask": case.ignore}
     expected = ops.word_attention(
         case.query, case.key, case.word_index, num_prefix_tokens=1, normalize="max", **options

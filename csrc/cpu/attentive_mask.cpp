@@ -1,7 +1,7 @@
 // The patches of an image that are most, or least, relevant to its caption, on the CPU.
 //
-// One thread works on an image: its similarities [P, T] are the largest scratch memory. Patches are
-// normalized after the maximum over tokens, by one number each.
+// One thread works on an image and its similarities [P, T]. Tokens are normalized beforehand,
+// patches after the maximum over tokens, by one number each.
 
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>

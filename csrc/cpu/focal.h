@@ -56,7 +56,8 @@ struct Positives {
 };
 
 // -(1 - p)^gamma log p and h(p) = d/dp of (1 - p)^gamma log p, times p, at p = e^log_p. 1 - p is
-// kept off 0, where gamma in (0, 1) has no derivative; gamma = 0 is exactly cross-entropy.
+// kept off 0, where gamma in (0, 1) has no derivative, and log p off what rounding may put above 0;
+// gamma = 0 is exactly cross-entropy.
 struct Focal {
   double gamma;
 
@@ -68,6 +69,7 @@ struct Focal {
   }
   double slope(double log_p) const {
     if (gamma == 0.0) return 1.0;
+    log_p = std::min(log_p, 0.0);
     const double wrong = miss(log_p), power = std::pow(wrong, gamma);
     return power - gamma * std::exp(log_p) * (power / wrong) * log_p;
   }

@@ -1,7 +1,8 @@
 // One direction of ALBEF's momentum-distilled contrastive loss with focal weights, and its
 // gradients, on the CPU.
 //
-// Keys are those of the batch and the queue, each read where it lies. Logits of student and teacher
+// Keys are those of the batch and the queue, each read where it lies (converted where it is not of
+// the type computed in). Logits of student and teacher
 // exist for one block of rows at a time, from one product with the keys; another one gives the
 // gradient to the rows, taken already in the forward pass, since what comes from above only scales
 // rows. One thread works on a row: the number of threads changes bits only through the BLAS, which

@@ -8,7 +8,9 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <limits>
+#include <string_view>
 
 #include "vector.h"
 
@@ -25,11 +27,16 @@ namespace softmask::simd {
 
 enum class Isa { kBase, kAvx2, kAvx512 };
 
+// The best that the processor has, or less where ATEN_CPU_CAPABILITY says so, as for torch's
+// kernels.
 inline Isa detect() {
+  const char* wanted = std::getenv("ATEN_CPU_CAPABILITY");
+  const std::string_view limit = wanted == nullptr ? "" : wanted;
+  if (limit == "default") return Isa::kBase;
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  return avx512 ? Isa::kAvx512 : avx2 ? Isa::kAvx2 : Isa::kBase;
+  return avx512 && limit != "avx2" ? Isa::kAvx512 : avx2 ? Isa::kAvx2 : Isa::kBase;
 }
 
 template <class Body, class... Args>

@@ -2,10 +2,11 @@
 // on the CPU.
 //
 // Weights commute with the projections: logits are scale * m_p (q k_p^T), the output is sum_p a_p
-// m_p v_p. All pairs of an image meet its keys and values, as they lie, in one product per head (by
-// torch's BLAS), and their gradients are summed where they belong: nothing of the size of a pair's
-// image tokens exists. One thread works on a head of an image, its pairs in their order: the number
-// of threads changes no bit.
+// m_p v_p. All pairs of an image meet its keys and values, as they lie (half types are converted
+// once), in one product per head (by torch's BLAS), and their gradients are summed where they
+// belong: nothing of the size of a pair's image tokens exists. One thread works on a head of an
+// image, its pairs in their order: the number of threads changes no bit, a single head of a single
+// image aside, which is the BLAS's to split.
 
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
@@ -205,6 +206,7 @@ at::Tensor soft_mask_attention(const at::Tensor& query, const at::Tensor& key,
                                const at::Tensor& value, const OptionalTensor& key_weight,
                                const OptionalTensor& kv_index, const OptionalTensor& value_bias,
                                const OptionalTensor& key_padding_mask, double scale) {
+  const at::AutoDispatchBelowADInplaceOrView guard;  // what is returned is no view to autograd
   const Problem problem(query, key, value, key_weight, kv_index, key_padding_mask, scale);
   const at::Tensor output = at::empty({query.size(0), query.size(2), query.size(1), value.size(3)},
                                       problem.query.options());  // [N, T, H, V]

@@ -218,10 +218,10 @@ class SoftMaskPP(nn.Module):
             score = at_least_fp32(fused.logits[:, 1]).sum()
             (grad_output,) = torch.autograd.grad(score, record.output, retain_graph=True)
             bias = self.backbone.fusion.layers[layer].cross_attention.value_bias
-            options = {"value": image.value.detach(), "grad_output": grad_output, "value_bias": bias.detach()}
+            options = {"value": image.value, "grad_output": grad_output, "value_bias": bias}
         return ops.word_attention(
-            record.query.detach(),
-            image.key.detach(),
+            record.query,
+            image.key,
             word_index,
             num_prefix_tokens=self.num_prefix_tokens,
             normalize=normalize,
@@ -333,7 +333,7 @@ class SoftMaskPP(nn.Module):
             text_tokens = self.backbone.encode_text(input_ids, attention_mask).tokens
         keys = self.backbone.fusion.project(image_tokens)
         fused = self._fuse(text_tokens, attention_mask, keys, record_layer=self.config.cam_layer)
-        return self._word_maps(fused, keys, word_index, gradient=kind == "gradcam", normalize=normalize).detach()
+        return self._word_maps(fused, keys, word_index, gradient=kind == "gradcam", normalize=normalize)
 
 
 def _match_loss(*, match: list[Tensor], mismatch: list[Tensor]) -> Tensor:

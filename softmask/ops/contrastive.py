@@ -29,7 +29,7 @@ def focal_contrastive_loss(
     Args:
         image, text: [B, D], L2-normalized rows; fp32, fp16, bf16 or fp64.
         logit_scale: 1 / temperature; float or 0-dim tensor.
-        gamma: focal exponent >= 0, float or 0-dim tensor; 0 is exactly cross-entropy.
+        gamma: focal exponent >= 0, float or 0-dim tensor, a constant; 0 is exactly cross-entropy.
         ids: [B] int64; rows of equal ids are positives of each other and share the target mass.
         group: process group; columns are then the features of all its ranks, gathered with gradient. Every rank must
             bring the same B. Gradients are exact for the global batch once the engine averages them over ranks.
@@ -44,6 +44,7 @@ def focal_contrastive_loss(
     Source: CLIP (arXiv 2103.00020), focal factor of arXiv 1708.02002 as in SoftMask++ (arXiv 2304.00719).
     """
     check_features(image, text, logit_scale, gamma=gamma, ids=ids, reduction=reduction)
+    gamma = constant(gamma)
     columns = {}
     if group is not None:  # one collective for both
         all_image, all_text = gather_rows(torch.cat([image, text], -1), group).split(image.shape[1], -1)
@@ -77,6 +78,11 @@ def check_features(
         _checks.shape("ids", ids, (len(image),))
         _checks.dtype("ids", ids, (torch.int64,))
     _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
+
+
+def constant(value: Tensor | float) -> Tensor | float:
+    """A number that takes no gradient, by any backend."""
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 class FocalContrastiveLoss(nn.Module):

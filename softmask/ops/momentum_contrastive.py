@@ -12,7 +12,7 @@ from softmask.ops import _checks
 from softmask.ops._backend import resolve
 from softmask.ops._cpp import momentum_contrastive as cpp
 from softmask.ops._distributed import first_row, gather_rows_no_grad
-from softmask.ops.contrastive import check_features
+from softmask.ops.contrastive import check_features, constant
 
 NO_ID = -1  # of queue rows that no sample has filled, or that came without an id
 
@@ -43,10 +43,11 @@ def momentum_contrastive_loss(
         logit_scale: 1 / temperature, of student and teacher; float or 0-dim tensor.
         image_teacher, text_teacher: [B, D], the momentum model's features; no gradient.
         image_queue, text_queue: [K, D], both or neither, any strides: ALBEF's [D, K] buffer is passed as ``queue.T``.
-        alpha: weight of the soft targets, float or 0-dim tensor.
-        gamma: focal exponent >= 0, float or 0-dim tensor; 0 is exactly cross-entropy.
+        alpha: weight of the soft targets, 0 to 1, float or 0-dim tensor, a constant.
+        gamma: focal exponent >= 0, float or 0-dim tensor, a constant; 0 is exactly cross-entropy.
         ids: [B] int64; keys of the row's id share the positive mass. Without ids a sample is its own only positive.
-        queue_ids: [K] int64, ids of the queue's rows; without it no queue row is a positive. Needs ids.
+        queue_ids: [K] int64, ids of the queue's rows, -1 for those without one, which no sample's id may be; without
+            queue_ids no queue row is a positive. Needs ids.
         group: process group; keys are then the teacher features of all its ranks, then the queue. Same B on every rank.
         reduction: "mean" or "sum" over the local rows, or "none": [B], the mean of both directions.
 
@@ -63,6 +64,9 @@ def momentum_contrastive_loss(
     _check_keys(image, image_teacher, text_teacher, image_queue, text_queue)
     _check_queue_ids(image_queue, ids, queue_ids)
     _checks.scalar("alpha", alpha)
+    if not isinstance(alpha, Tensor) and not 0.0 <= alpha <= 1.0:
+        _checks.fail("alpha", "0 to 1", alpha)
+    alpha, gamma = constant(alpha), constant(gamma)
     columns = {}
     if group is not None:
         teachers = _gather_pair(image_teacher, text_teacher, group)

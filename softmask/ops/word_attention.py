@@ -23,6 +23,7 @@ def word_attention(
     key_padding_mask: Tensor | None = None,
     num_prefix_tokens: int = 0,
     normalize: str | None = None,
+    differentiable: bool = False,
 ) -> Tensor:
     """Maps of words over image tokens: rows of the attention, or Grad-CAM inside a training step.
 
@@ -46,10 +47,11 @@ def word_attention(
         key_padding_mask: [B, P] bool, True = ignore. A row whose keys are all ignored gives zeros.
         num_prefix_tokens: leading image tokens (CLS) dropped from the maps, before they are normalized.
         normalize: None, "minmax", "max" or "sum", per map.
+        differentiable: carry gradients to query, key, value, value_bias and grad_output, for a loss on the maps
+            themselves; by default the maps are constants, as soft masks are.
 
     Returns:
-        [B, W, P - num_prefix_tokens], fp32 (fp64 for fp64 inputs), differentiable in query, key, value, value_bias
-        and grad_output where these require it.
+        [B, W, P - num_prefix_tokens], fp32 (fp64 for fp64 inputs).
 
     Raises:
         ValueError: an argument does not fit; the text names it, what was expected and what came.
@@ -60,6 +62,10 @@ def word_attention(
     _checks.one_of("normalize", normalize, _checks.NORMALIZATIONS)
     if not 0 <= num_prefix_tokens < key.shape[2]:
         _checks.fail("num_prefix_tokens", f"0 to {key.shape[2] - 1} of the {key.shape[2]} keys", num_prefix_tokens)
+    floating = (query, key, value, grad_output, value_bias)
+    if not differentiable:
+        floating = tuple(None if tensor is None else tensor.detach() for tensor in floating)
+    query, key, value, grad_output, value_bias = floating
     run = cpp.word_attention if resolve("word_attention", query) == "cpp" else reference.word_attention
     return run(
         query,
@@ -112,9 +118,17 @@ def _check(
 class WordAttention(nn.Module):
     """:func:`word_attention` as a layer without parameters."""
 
-    def __init__(self, *, scale: float | None = None, num_prefix_tokens: int = 0, normalize: str | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        scale: float | None = None,
+        num_prefix_tokens: int = 0,
+        normalize: str | None = None,
+        differentiable: bool = False,
+    ) -> None:
         super().__init__()
-        self.scale, self.num_prefix_tokens, self.normalize = scale, num_prefix_tokens, normalize
+        self.scale, self.num_prefix_tokens = scale, num_prefix_tokens
+        self.normalize, self.differentiable = normalize, differentiable
 
     def forward(
         self,
@@ -138,7 +152,9 @@ class WordAttention(nn.Module):
             key_padding_mask=key_padding_mask,
             num_prefix_tokens=self.num_prefix_tokens,
             normalize=self.normalize,
+            differentiable=self.differentiable,
         )
 
     def extra_repr(self) -> str:
-        return f"scale={self.scale}, num_prefix_tokens={self.num_prefix_tokens}, normalize={self.normalize!r}"
+        options = f"scale={self.scale}, num_prefix_tokens={self.num_prefix_tokens}, normalize={self.normalize!r}"
+        return f"{options}, differentiable={self.differentiable}"

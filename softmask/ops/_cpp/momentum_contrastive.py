@@ -28,10 +28,11 @@ def momentum_contrastive_loss(
     first_row: int = 0,
     reduction: str,
 ) -> Tensor:
-    tensors = (image, text, image_teacher, text_teacher)
+    tensors = (image, text, image_teacher.detach(), text_teacher.detach())
     image, text, image_teacher, text_teacher = _library.of_one_type(*tensors)
-    image_keys = image_teacher if all_image_teacher is None else all_image_teacher
-    text_keys = text_teacher if all_text_teacher is None else all_text_teacher
+    image_keys = image_teacher if all_image_teacher is None else all_image_teacher.detach()
+    text_keys = text_teacher if all_text_teacher is None else all_text_teacher.detach()
+    image_queue, text_queue = (None if queue is None else queue.detach() for queue in (image_queue, text_queue))
     scalars = tuple(_library.scalar(value, like=image) for value in (logit_scale, alpha, gamma))
     positives = (ids, ids if all_ids is None else all_ids, queue_ids, first_row)
     with_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (image, text, scalars[0]))

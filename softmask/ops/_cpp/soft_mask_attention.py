@@ -58,7 +58,8 @@ def _backward_fake(
     *_options: object,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     heads, width = value.shape[1], value.shape[3]
-    bias = query.new_empty((0, heads, width) if value_bias is None else value_bias.shape)
+    bias = query.new_empty((0, heads, width), dtype=_library.compute_dtype(query))
+    bias = bias if value_bias is None else value_bias.new_empty(value_bias.shape)
     return _tokens_first(query), _tokens_first(key), _tokens_first(value), bias
 
 
