@@ -100,10 +100,10 @@ SOFTMASK_INLINE void add_scaled(acc_t* to, const scalar_t* from, acc_t factor, i
 template <typename acc_t, typename scalar_t>
 SOFTMASK_INLINE void add_rows(acc_t* to, const scalar_t* rows, int64_t stride, const acc_t* factors,
                               int64_t count, int64_t size, acc_t* partial) {
-  constexpr int64_t kTogether = 32;
-  for (int64_t first = 0; first < count; first += kTogether) {
+  constexpr int64_t kRows = 32;
+  for (int64_t first = 0; first < count; first += kRows) {
     for (int64_t e = 0; e < size; ++e) partial[e] = 0;
-    for (int64_t i = first; i < count && i < first + kTogether; ++i) {
+    for (int64_t i = first; i < count && i < first + kRows; ++i) {
       add_scaled(partial, rows + i * stride, factors[i], size);
     }
     for (int64_t e = 0; e < size; ++e) to[e] += partial[e];
@@ -118,11 +118,15 @@ SOFTMASK_INLINE void convert(acc_t* to, const scalar_t* from, int64_t size) {
 template <int Bytes, typename acc_t>
 SOFTMASK_INLINE acc_t sum(const acc_t* values, int64_t size) {
   constexpr int kLanes = kLanesOf<acc_t, Bytes>;
-  Vector<acc_t, Bytes> sums{};
-  for (int64_t i = 0; i < size; i += kLanes) {
-    sums += load_some<Bytes>(values + i, size - i, acc_t(0));
+  Vector<acc_t, Bytes> total{};
+  for (int64_t first = 0; first < size; first += kTogether * kLanes) {
+    Vector<acc_t, Bytes> sums{};
+    for (int64_t i = first; i < size && i < first + kTogether * kLanes; i += kLanes) {
+      sums += load_some<Bytes>(values + i, size - i, acc_t(0));
+    }
+    total += sums;
   }
-  return sum_lanes(sums);
+  return sum_lanes(total);
 }
 
 // Largest value; -inf where there is none. A NaN may be lost: exp carries it on.

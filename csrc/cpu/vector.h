@@ -124,6 +124,8 @@ SOFTMASK_INLINE V half_of_rows(const V& a, const V& b, std::integer_sequence<int
       std::integer_sequence<int, lane / kSums * 2 * kSums + lane % kSums + second * kSums...>{});
 }
 
+constexpr int64_t kTogether = 16;  // terms of a sum before it is added to the next one
+
 // Sums of products of left with `rows` consecutive rows, row by row, kLanes / rows partial sums for
 // each.
 template <int Bytes, int rows, typename acc_t, typename scalar_t>
@@ -131,13 +133,17 @@ SOFTMASK_INLINE Vector<acc_t, Bytes> partial_sums(const acc_t* left, const scala
                                                   int64_t stride, int64_t size) {
   constexpr int kLanes = kLanesOf<acc_t, Bytes>;
   if constexpr (rows == 1) {
-    Vector<acc_t, Bytes> sums{};
+    Vector<acc_t, Bytes> total{};
     int64_t i = 0;
-    for (; i + kLanes <= size; i += kLanes) {
-      sums += load<Bytes, acc_t>(left + i) * load<Bytes, acc_t>(right + i);
+    while (i + kLanes <= size) {  // a few together: long sums in one variable lose digits
+      Vector<acc_t, Bytes> sums{};
+      for (int64_t end = i + kTogether * kLanes; i < end && i + kLanes <= size; i += kLanes) {
+        sums += load<Bytes, acc_t>(left + i) * load<Bytes, acc_t>(right + i);
+      }
+      total += sums;
     }
-    for (; i < size; ++i) sums[0] += left[i] * static_cast<acc_t>(right[i]);
-    return sums;
+    for (; i < size; ++i) total[0] += left[i] * static_cast<acc_t>(right[i]);
+    return total;
   } else {
     const auto a = partial_sums<Bytes, rows / 2>(left, right, stride, size);
     const auto b = partial_sums<Bytes, rows / 2>(left, right + rows / 2 * stride, stride, size);
