@@ -46,7 +46,7 @@ def make(batch: int, queue: int, width: int, *, gamma: float, transposed: bool =
             return 0.5 * sum(albef(*side, scale, 0.4) for side in sides)
 
         baselines["ALBEF's steps"] = Run(both, leaves)
-    query, keys = image.detach(), queues["text_queue"]
+    query, keys = image.detach(), queues["text_queue"] if queue else teachers["text_teacher"]
     return Bench(
         ours=Run(lambda: ops.momentum_contrastive_loss(image, text, scale, **options), leaves),
         baselines=baselines,

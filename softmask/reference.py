@@ -284,10 +284,7 @@ def masked_patch_loss(
             variance, mean = torch.var_mean(pixels, dim=(3, 4, 5), keepdim=True)
             pixels = (pixels - mean) / (variance + PATCH_VARIANCE_EPS).sqrt()
         loss = (prediction.to(dtype).reshape(pixels.shape) - pixels).square().mean((3, 4, 5)).flatten(1)
-        loss = loss.masked_fill(~mask, 0.0)
-        if reduction == "none":
-            return loss
-        return loss.sum() if reduction == "sum" else loss.sum() / mask.sum().clamp_min(1)
+        return reduce(loss.masked_fill(~mask, 0.0), reduction, count=mask.sum())
 
 
 def _compute_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -353,8 +350,10 @@ def _focal_cross_entropy(logits: Tensor, target: Tensor, gamma: Tensor | float) 
     return -(target * miss**gamma * log_p).sum(-1)
 
 
-def reduce(loss: Tensor, reduction: str) -> Tensor:
-    """loss [B] by "none", "sum" or "mean"; the mean of nothing is 0."""
+def reduce(loss: Tensor, reduction: str, *, count: Tensor | None = None) -> Tensor:
+    """loss by "none", "sum" or "mean", over its rows or over the 0-dim count; the mean of nothing is 0."""
     if reduction == "none":
         return loss
-    return loss.sum() if reduction == "sum" else loss.sum() / max(len(loss), 1)
+    if reduction == "sum":
+        return loss.sum()
+    return loss.sum() / (max(len(loss), 1) if count is None else count.clamp_min(1))

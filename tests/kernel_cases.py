@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import softmask
 from softmask import ops
+from softmask.ops import _library
 
+needs_cpp = pytest.mark.skipif(_library.MISSING is not None, reason=f"make env builds it: {_library.MISSING}")
 SIZES = [1, 7, 63, 130, 257, 577]
 GAMMAS = [0.0, 0.5, 1.0, 2.0]
 

@@ -11,13 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernel_cases import needs_cpp
 
 import softmask
 from softmask import kernels, ops, reference
 from softmask.ops import _backend, _library
 from softmask.ops._cpp import soft_mask as cpp
-
-needs_cpp = pytest.mark.skipif(_library.MISSING is not None, reason=f"make env builds it: {_library.MISSING}")
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:

@@ -5,32 +5,22 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import kernel_cases as cases
 import pytest
 import torch
-from kernel_cases import GAMMAS, SIZES, Case, outcome
+from kernel_cases import GAMMAS, SIZES, Case, needs_cpp, outcome
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 import softmask
 from softmask import ops
-from softmask.ops import _library
 
-pytestmark = pytest.mark.skipif(_library.MISSING is not None, reason=f"make env builds it: {_library.MISSING}")
+pytestmark = [needs_cpp, pytest.mark.usefixtures("poisoned_memory")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NORMALIZATIONS = ["minmax", "max", "sum", None]
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """torch.empty holds NaN: an element that a kernel forgets is seen."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def check_errors(dtype: torch.dtype, *given: Case) -> None:

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
+from kernel_cases import needs_cpp
 from torch import Tensor
 
 import softmask
 from softmask import ops
-from softmask.ops import _library
 
-needs_cpp = pytest.mark.skipif(_library.MISSING is not None, reason=f"make env builds it: {_library.MISSING}")
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 BACKENDS = ["reference", pytest.param("cpp", marks=needs_cpp)]
 NORMALIZATIONS = ["minmax", "max", "sum", None]
 SIZES = [1, 7, 63, 130, 257, 577]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """torch.empty holds NaN: an element that a kernel forgets is seen."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def make(batch: int, patches: int, width: int, *, words: int = 0, prefix: int = 1, seed: int = 0, dtype=torch.float64):

@@ -41,9 +41,6 @@ struct Problem {
         positives(rows.size(0), first_row, row_ids, column_ids),
         both(both) {}
 
-  static at::ScalarType compute_type(const at::Tensor& tensor) {
-    return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  }
   int64_t height() const { return rows.size(0); }
   int64_t width() const { return columns.size(0); }
   double share() const { return both ? 0.5 : 1.0; }  // of a direction in the loss

@@ -12,9 +12,9 @@
 #include <optional>
 #include <vector>
 
-namespace softmask {
+#include "types.h"
 
-using OptionalTensor = std::optional<at::Tensor>;
+namespace softmask {
 
 // Of row i the columns that are its positives, columns[first[i]] to columns[first[i + 1]],
 // ascending.

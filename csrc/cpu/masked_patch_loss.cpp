@@ -88,13 +88,6 @@ struct Difference {
   }
 };
 
-struct Scale {
-  template <int Bytes, typename acc_t, typename scalar_t>
-  static SOFTMASK_INLINE void run(const acc_t* from, acc_t factor, scalar_t* to, int64_t size) {
-    for (int64_t i = 0; i < size; ++i) to[i] = static_cast<scalar_t>(factor * from[i]);
-  }
-};
-
 // work(patch, prediction - target [pixels], sum of its squares) on masked patches, skip(patch) on
 // the others.
 template <typename scalar_t, typename acc_t, typename Work, typename Skip>
@@ -170,7 +163,7 @@ at::Tensor masked_patch_loss_backward(const at::Tensor& grad, const at::Tensor& 
             problem,
             [&](int64_t index, const acc_t* difference, acc_t) {
               const acc_t factor = from[index] * 2 / static_cast<acc_t>(pixels);
-              simd::run<Scale>(difference, factor, to + index * pixels, pixels);
+              simd::run<simd::ScaleRow>(difference, factor, to + index * pixels, pixels);
             },
             [&](int64_t index) { std::fill_n(to + index * pixels, pixels, scalar_t(0)); });
       });

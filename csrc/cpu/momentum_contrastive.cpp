@@ -2,11 +2,10 @@
 // gradients, on the CPU.
 //
 // Keys are those of the batch and the queue, each read where it lies (converted where it is not of
-// the type computed in). Logits of student and teacher
-// exist for one block of rows at a time, from one product with the keys; another one gives the
-// gradient to the rows, taken already in the forward pass, since what comes from above only scales
-// rows. One thread works on a row: the number of threads changes bits only through the BLAS, which
-// splits its sums by it.
+// the type computed in). Logits of student and teacher exist for one block of rows at a time, from
+// one product with the keys; another one gives the gradient to the rows, taken already in the
+// forward pass, since what comes from above only scales rows. One thread works on a row: the number
+// of threads changes bits only through the BLAS, which splits its sums by it.
 
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
@@ -307,7 +306,7 @@ std::tuple<at::Tensor, at::Tensor> momentum_contrastive(
     const OptionalTensor& queue, const at::Tensor& scale, const at::Tensor& alpha,
     const at::Tensor& gamma, const OptionalTensor& ids, const OptionalTensor& key_ids,
     const OptionalTensor& queue_ids, int64_t first_row, bool gradient) {
-  const at::ScalarType type = query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const at::ScalarType type = compute_type(query);
   const at::Tensor no_queue = at::empty({0, keys.size(1)}, keys.options());
   const Positives in_batch(query.size(0), first_row, ids, key_ids);
   const Positives in_queue = queue_ids.has_value() ? Positives(query.size(0), 0, ids, queue_ids)

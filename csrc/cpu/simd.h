@@ -64,16 +64,6 @@ void run(Args&&... arguments) {
 template <typename T>
 constexpr T kLowest = -std::numeric_limits<T>::infinity();
 
-constexpr int64_t kAhead = 16;  // rows that are asked for before they are needed
-
-template <typename scalar_t>
-SOFTMASK_INLINE void prefetch(const scalar_t* rows, int64_t count, int64_t stride, int64_t size) {
-  constexpr int64_t kLine = 64 / sizeof(scalar_t);
-  for (int64_t i = 0; i < count; ++i) {
-    for (int64_t e = 0; e < size; e += kLine) __builtin_prefetch(rows + i * stride + e);
-  }
-}
-
 // to[i] = <left, row i of right>, rows `stride` apart, for i < count; sums in acc_t.
 template <int Bytes, typename acc_t, typename scalar_t>
 SOFTMASK_INLINE void dots(acc_t* to, const acc_t* left, const scalar_t* right, int64_t stride,
@@ -81,9 +71,7 @@ SOFTMASK_INLINE void dots(acc_t* to, const acc_t* left, const scalar_t* right, i
   constexpr int kLanes = Bytes / sizeof(acc_t);
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
-    const scalar_t* rows = right + i * stride;
-    prefetch(rows + kAhead * stride, kLanes, stride, size);
-    store(to + i, partial_sums<Bytes, kLanes>(left, rows, stride, size));
+    store(to + i, partial_sums<Bytes, kLanes>(left, right + i * stride, stride, size));
   }
   for (; i < count; ++i) {
     to[i] = sum_lanes(partial_sums<Bytes, 1>(left, right + i * stride, stride, size));
@@ -185,6 +173,12 @@ SOFTMASK_INLINE acc_t exponentials(acc_t* values, acc_t highest, int64_t size) {
   return sum_lanes(sums);
 }
 
+template <int Bytes, typename acc_t>
+SOFTMASK_INLINE void softmax(acc_t* values, int64_t size) {
+  const acc_t inverse = 1 / exponentials<Bytes>(values, max<Bytes>(values, size), size);
+  for (int64_t i = 0; i < size; ++i) values[i] *= inverse;
+}
+
 // The log of a sum of exponentials as highest + rest: their sum would be rounded at the size of the
 // largest logit, and with it every probability.
 template <typename acc_t>
@@ -204,5 +198,13 @@ SOFTMASK_INLINE LogSum<acc_t> log_sum_exp(const acc_t* values, int64_t size) {
   }
   return {highest, std::log(sum_lanes(sums))};
 }
+
+// to = factor * from, in the type of the factor.
+struct ScaleRow {
+  template <int Bytes, typename from_t, typename acc_t, typename to_t>
+  static SOFTMASK_INLINE void run(const from_t* from, acc_t factor, to_t* to, int64_t size) {
+    for (int64_t i = 0; i < size; ++i) to[i] = static_cast<to_t>(factor * acc_t(from[i]));
+  }
+};
 
 }  // namespace softmask::simd

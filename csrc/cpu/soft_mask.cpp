@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "normalize.h"
+#include "rows.h"
 #include "simd.h"
 
 namespace softmask {
@@ -45,10 +46,6 @@ struct Sizes {
   }
 };
 
-at::Tensor rows_contiguous(const at::Tensor& tensor) {
-  return tensor.stride(-1) == 1 ? tensor : tensor.contiguous();
-}
-
 at::Tensor to_double(const at::Tensor& maps) { return maps.to(at::kDouble).contiguous(); }
 
 // 1 - strength * norm(map), [B, W, P'].
@@ -70,13 +67,6 @@ at::Tensor map_weights(const at::Tensor& maps, const Sizes& sizes, double streng
   return weights;
 }
 
-struct ScaleRow {
-  template <int Bytes, typename scalar_t, typename acc_t>
-  static SOFTMASK_INLINE void run(const scalar_t* from, acc_t factor, scalar_t* to, int64_t size) {
-    for (int64_t d = 0; d < size; ++d) to[d] = static_cast<scalar_t>(factor * acc_t(from[d]));
-  }
-};
-
 template <typename scalar_t>
 void forward_kernel(const at::Tensor& features, const at::Tensor& weights, const Sizes& sizes,
                     at::Tensor& out) {
@@ -96,7 +86,7 @@ void forward_kernel(const at::Tensor& features, const at::Tensor& weights, const
             continue;
           }
           const acc_t w = static_cast<acc_t>(weight[map * sizes.patches + token - sizes.prefix]);
-          simd::run<ScaleRow>(from, w, to, sizes.width);
+          simd::run<simd::ScaleRow>(from, w, to, sizes.width);
         }
       });
 }
@@ -138,7 +128,7 @@ template <typename scalar_t>
 struct Backward {
   const scalar_t *grad, *features;  // [B, W, P, D], [B, P, D]
   at::IntArrayRef grad_strides, features_strides;
-  const double* weights;    // [B, W, P']
+  const double* weights;    // [B, W, P'], read for features_grad only
   scalar_t* features_grad;  // [B, P, D]: sum over words of grad * weight
   double* norms_grad;       // [B, W, P']: -strength * <grad, features>
   double strength;
@@ -158,7 +148,7 @@ void token_backward(const Backward<scalar_t>& pass, const Sizes& sizes, int64_t 
     if (pass.features_grad != nullptr) {
       const auto w = static_cast<acc_t>(masked ? pass.weights[patch] : 1.0);
       if (sizes.words == 1) {
-        simd::run<ScaleRow>(g, w, pass.features_grad + row * width, width);
+        simd::run<simd::ScaleRow>(g, w, pass.features_grad + row * width, width);
       } else {
         if (word == 0) std::fill_n(sum, width, acc_t(0));
         simd::run<AddRow>(g, w, sum, width);
@@ -211,7 +201,7 @@ at::Tensor soft_mask(const at::Tensor& features, const at::Tensor& maps, double 
   at::DimVector shape(maps.sizes().slice(0, maps.dim() - 1));
   shape.append({sizes.tokens, sizes.width});
   at::Tensor out = at::empty(shape, features.options());
-  const at::Tensor rows = rows_contiguous(features);
+  const at::Tensor rows = dense_rows(features);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, features.scalar_type(), "soft_mask",
                                   [&] { forward_kernel<scalar_t>(rows, weights, sizes, out); });
   return out;
@@ -223,14 +213,14 @@ std::tuple<at::Tensor, at::Tensor> soft_mask_backward(
   const Normalize mode = parse_normalize(normalize);
   const Sizes sizes(maps, grad.size(-2), grad.size(-1), num_prefix_tokens);
   const at::Tensor maps_double = to_double(maps);
-  const at::Tensor rows = rows_contiguous(maps.dim() == 3 ? grad : grad.unsqueeze(1));
-  const at::Tensor weights = map_weights(maps_double, sizes, strength, mode);
+  const at::Tensor rows = dense_rows(maps.dim() == 3 ? grad : grad.unsqueeze(1));
   const bool to_maps = features.has_value();
-  const at::Tensor features_rows = to_maps ? rows_contiguous(*features) : rows;
-  at::Tensor features_gradient = at::empty({0}, grad.options());
+  const at::Tensor features_rows = to_maps ? dense_rows(*features) : rows;
+  at::Tensor features_gradient = at::empty({0}, grad.options()), weights = maps_double;
   at::Tensor maps_gradient = at::empty({0}, maps_double.options());
   if (features_grad) {
     features_gradient = at::empty({sizes.batch, sizes.tokens, sizes.width}, grad.options());
+    weights = map_weights(maps_double, sizes, strength, mode);
   }
   if (to_maps) maps_gradient = at::empty_like(maps_double);
   AT_DISPATCH_FLOATING_TYPES_AND2(

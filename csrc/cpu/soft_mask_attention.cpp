@@ -19,17 +19,12 @@
 #include <vector>
 
 #include "simd.h"
+#include "types.h"
 
 namespace softmask {
 namespace {
 
-using OptionalTensor = std::optional<at::Tensor>;
-
 constexpr int64_t kRows = 256;  // query rows that meet an image's keys together
-
-at::ScalarType compute_type(const at::Tensor& tensor) {
-  return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
 
 // Pairs in the order of their images: of image b those from first[b] to first[b + 1].
 struct ByImage {
@@ -123,8 +118,7 @@ struct Softmax {
     if (ignore != nullptr) {
       for (int64_t p = 0; p < size; ++p) row[p] = ignore[p] ? simd::kLowest<acc_t> : row[p];
     }
-    const acc_t inverse = 1 / simd::exponentials<Bytes>(row, simd::max<Bytes>(row, size), size);
-    for (int64_t p = 0; p < size; ++p) row[p] *= inverse;
+    simd::softmax<Bytes>(row, size);
   }
 };
 

@@ -19,11 +19,10 @@
 #include "normalize.h"
 #include "rows.h"
 #include "simd.h"
+#include "types.h"
 
 namespace softmask {
 namespace {
-
-using OptionalTensor = std::optional<at::Tensor>;
 
 template <typename scalar_t>
 struct Problem {
@@ -81,9 +80,7 @@ SOFTMASK_INLINE bool load_row(const Problem<scalar_t>& problem, const Scratch<ac
     }
     if (left == 0) return false;
   }
-  const acc_t highest = simd::max<Bytes>(attention, patches);
-  const acc_t inverse = 1 / simd::exponentials<Bytes>(attention, highest, patches);
-  for (int64_t p = 0; p < patches; ++p) attention[p] *= inverse;
+  simd::softmax<Bytes>(attention, patches);
   if (!problem.gradcam) return true;
 
   acc_t at_bias = 0;
@@ -256,10 +253,6 @@ struct Inputs {
     problem.index = word_index.const_data_ptr<int64_t>();
     return problem;
   }
-
-  at::ScalarType map_type() const {
-    return query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  }
 };
 
 template <typename scalar_t>
@@ -332,7 +325,7 @@ at::Tensor word_attention(const at::Tensor& query, const at::Tensor& key,
   const Inputs inputs(query, key, word_index, value, grad_output, value_bias, key_padding_mask,
                       scale, num_prefix_tokens);
   at::Tensor maps = at::empty({query.size(0), word_index.size(1), key.size(2) - num_prefix_tokens},
-                              query.options().dtype(inputs.map_type()));
+                              query.options().dtype(compute_type(query)));
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, query.scalar_type(), "word_attention",
                                   [&] { forward_kernel<scalar_t>(inputs, mode, maps); });
   return maps;
@@ -346,7 +339,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> word_atte
   const Normalize mode = parse_normalize(normalize);
   const Inputs inputs(query, key, word_index, value, grad_output, value_bias, key_padding_mask,
                       scale, num_prefix_tokens);
-  const auto options = query.options().dtype(inputs.map_type());
+  const auto options = query.options().dtype(compute_type(query));
   const bool gradcam = value.has_value();
   const std::vector<at::Tensor> sums = {
       at::zeros(query.sizes(), options), at::zeros(key.sizes(), options),
@@ -355,7 +348,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> word_atte
       value_bias.has_value()
           ? at::zeros({query.size(0), query.size(1), value_bias->size(1)}, options)
           : at::empty({0}, options)};
-  const at::Tensor upstream = grad.to(inputs.map_type()).contiguous();
+  const at::Tensor upstream = grad.to(compute_type(query)).contiguous();
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, query.scalar_type(),
                                   "word_attention_backward",
                                   [&] { backward_kernel<scalar_t>(inputs, mode, upstream, sums); });

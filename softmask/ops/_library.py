@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -54,14 +55,36 @@ def scalar(value: Tensor | float, *, like: Tensor) -> Tensor:
     return torch.tensor(value, dtype=torch.float64, device=like.device)
 
 
-def no_second_derivative(op: str):
-    """The backward of a backward: refuses, where autograd would otherwise be silently wrong."""
-
-    def refuse(ctx, *grads: Tensor) -> None:
-        raise RuntimeError(f"{op}: the C++ kernel has no second derivative; softmask.backend('reference') has")
-
-    return refuse
-
-
 MISSING = _load()
 """Why there are no C++ kernels; None where they are loaded."""
+
+
+def register(
+    name: str,
+    *,
+    fake: Callable,
+    setup: Callable,
+    backward: Callable,
+    backward_fake: Callable,
+    public_name: str | None = None,
+) -> None:
+    """Shapes and gradient of the op ``name`` and of ``name_backward``, where the extension is loaded.
+
+    A second derivative raises, where autograd would otherwise be silently wrong.
+    """
+
+    def refuse(ctx, *grads: Tensor) -> None:
+        raise RuntimeError(
+            f"{public_name or name}: the C++ kernel has no second derivative; softmask.backend('reference') has"
+        )
+
+    if MISSING is None:
+        torch.library.register_fake(f"softmask::{name}")(fake)
+        torch.library.register_fake(f"softmask::{name}_backward")(backward_fake)
+        torch.library.register_autograd(f"softmask::{name}", backward, setup_context=setup)
+        torch.library.register_autograd(f"softmask::{name}_backward", refuse)
+
+
+def wanted(ctx, *by_input: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients of an op's inputs, in their order, without those that nobody asked for."""
+    return tuple(gradient if asked else None for gradient, asked in zip(by_input, ctx.needs_input_grad, strict=True))

@@ -60,13 +60,14 @@ def _setup(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 
 def _backward(ctx, grad: Tensor, _grad_statistics: Tensor) -> tuple[Tensor | None, ...]:
     gradients = torch.ops.softmask.contrastive_backward(grad, *ctx.saved_tensors, ctx.first_row, ctx.both)
-    needed = zip(gradients, ctx.needs_input_grad, strict=False)
-    return (*(gradient if wanted else None for gradient, wanted in needed), None, None, None, None, None)
+    return _library.wanted(ctx, *gradients, None, None, None, None, None)
 
 
-if _library.MISSING is None:
-    torch.library.register_fake("softmask::contrastive")(_fake)
-    torch.library.register_fake("softmask::contrastive_backward")(_backward_fake)
-    torch.library.register_autograd("softmask::contrastive", _backward, setup_context=_setup)
-    refuse = _library.no_second_derivative("focal_contrastive_loss")
-    torch.library.register_autograd("softmask::contrastive_backward", refuse)
+_library.register(
+    "contrastive",
+    fake=_fake,
+    setup=_setup,
+    backward=_backward,
+    backward_fake=_backward_fake,
+    public_name="focal_contrastive_loss",
+)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from softmask import reference
 from softmask.ops import _library
 
 
@@ -12,9 +13,7 @@ def masked_patch_loss(
     prediction: Tensor, images: Tensor, mask: Tensor, *, patch_size: int, normalize: bool, reduction: str
 ) -> Tensor:
     loss = torch.ops.softmask.masked_patch_loss(prediction, images.detach(), mask, patch_size, normalize)
-    if reduction == "none":
-        return loss
-    return loss.sum() if reduction == "sum" else loss.sum() / mask.sum().clamp_min(1)
+    return reference.reduce(loss, reduction, count=mask.sum())
 
 
 def _fake(prediction: Tensor, images: Tensor, mask: Tensor, patch_size: int, normalize: bool) -> Tensor:
@@ -36,9 +35,10 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
     return torch.ops.softmask.masked_patch_loss_backward(grad, *ctx.saved_tensors, *options), None, None, None, None
 
 
-if _library.MISSING is None:
-    torch.library.register_fake("softmask::masked_patch_loss")(_fake)
-    torch.library.register_fake("softmask::masked_patch_loss_backward")(_backward_fake)
-    torch.library.register_autograd("softmask::masked_patch_loss", _backward, setup_context=_setup)
-    refuse = _library.no_second_derivative("masked_patch_loss")
-    torch.library.register_autograd("softmask::masked_patch_loss_backward", refuse)
+_library.register(
+    "masked_patch_loss",
+    fake=_fake,
+    setup=_setup,
+    backward=_backward,
+    backward_fake=_backward_fake,
+)

@@ -67,17 +67,18 @@ def _setup(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 
 def _backward(ctx, grad: Tensor, _grad_gradients: Tensor) -> tuple[Tensor | None, ...]:
     query_grad, scale_grad = torch.ops.softmask.momentum_contrastive_backward(grad, *ctx.saved_tensors)
-    query_grad = query_grad if ctx.needs_input_grad[0] else None
-    return (query_grad, None, None, None, scale_grad if ctx.needs_input_grad[4] else None, *(None,) * 7)
+    return _library.wanted(ctx, query_grad, None, None, None, scale_grad, *(None,) * 7)
 
 
 def _backward_fake(grad: Tensor, query: Tensor, scale: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
     return query.new_empty(query.shape), scale.new_empty(())
 
 
-if _library.MISSING is None:
-    torch.library.register_fake("softmask::momentum_contrastive")(_fake)
-    torch.library.register_fake("softmask::momentum_contrastive_backward")(_backward_fake)
-    torch.library.register_autograd("softmask::momentum_contrastive", _backward, setup_context=_setup)
-    refuse = _library.no_second_derivative("momentum_contrastive_loss")
-    torch.library.register_autograd("softmask::momentum_contrastive_backward", refuse)
+_library.register(
+    "momentum_contrastive",
+    fake=_fake,
+    setup=_setup,
+    backward=_backward,
+    backward_fake=_backward_fake,
+    public_name="momentum_contrastive_loss",
+)

@@ -44,17 +44,13 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, No
     features_grad, maps_grad = torch.ops.softmask.soft_mask_backward(
         grad, features, maps, ctx.strength, ctx.normalize, ctx.num_prefix_tokens, ctx.needs_input_grad[0]
     )
-    return (
-        features_grad if ctx.needs_input_grad[0] else None,
-        maps_grad if ctx.needs_input_grad[1] else None,
-        None,
-        None,
-        None,
-    )
+    return _library.wanted(ctx, features_grad, maps_grad, None, None, None)
 
 
-if _library.MISSING is None:
-    torch.library.register_fake("softmask::soft_mask")(_fake)
-    torch.library.register_fake("softmask::soft_mask_backward")(_backward_fake)
-    torch.library.register_autograd("softmask::soft_mask", _backward, setup_context=_setup)
-    torch.library.register_autograd("softmask::soft_mask_backward", _library.no_second_derivative("soft_mask"))
+_library.register(
+    "soft_mask",
+    fake=_fake,
+    setup=_setup,
+    backward=_backward,
+    backward_fake=_backward_fake,
+)

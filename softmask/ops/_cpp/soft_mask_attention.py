@@ -27,9 +27,9 @@ def soft_mask_attention(
     return torch.ops.softmask.soft_mask_attention(query, key, value, *options).to(dtype)
 
 
-def _tokens_first(tensor: Tensor) -> Tensor:
-    """Empty, of the shape [N, H, T, E] and laid out as [N, T, H, E], as the projections around attention are."""
-    first, heads, tokens, width = tensor.shape
+def _tokens_first(tensor: Tensor, width: int) -> Tensor:
+    """Empty [N, H, T, width] laid out as [N, T, H, width], as the projections around attention are."""
+    first, heads, tokens, _ = tensor.shape
     return tensor.new_empty((first, tokens, heads, width)).transpose(1, 2)
 
 
@@ -43,8 +43,7 @@ def _fake(
     key_padding_mask: Tensor | None,
     scale: float,
 ) -> Tensor:
-    pairs, heads, tokens, _ = query.shape
-    return query.new_empty((pairs, tokens, heads, value.shape[3])).transpose(1, 2)
+    return _tokens_first(query, value.shape[3])
 
 
 def _backward_fake(
@@ -60,7 +59,7 @@ def _backward_fake(
     heads, width = value.shape[1], value.shape[3]
     bias = query.new_empty((0, heads, width), dtype=_library.compute_dtype(query))
     bias = bias if value_bias is None else value_bias.new_empty(value_bias.shape)
-    return _tokens_first(query), _tokens_first(key), _tokens_first(value), bias
+    return (*(_tokens_first(tensor, tensor.shape[3]) for tensor in (query, key, value)), bias)
 
 
 def _setup(ctx, inputs: tuple, output: Tensor) -> None:
@@ -71,13 +70,13 @@ def _setup(ctx, inputs: tuple, output: Tensor) -> None:
 def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     gradients = torch.ops.softmask.soft_mask_attention_backward(grad, *ctx.saved_tensors, ctx.scale)
     query, key, value, value_bias = gradients
-    by_input = (query, key, value, None, None, value_bias, None, None)
-    return tuple(gradient if needed else None for gradient, needed in zip(by_input, ctx.needs_input_grad, strict=True))
+    return _library.wanted(ctx, query, key, value, None, None, value_bias, None, None)
 
 
-if _library.MISSING is None:
-    torch.library.register_fake("softmask::soft_mask_attention")(_fake)
-    torch.library.register_fake("softmask::soft_mask_attention_backward")(_backward_fake)
-    torch.library.register_autograd("softmask::soft_mask_attention", _backward, setup_context=_setup)
-    refuse = _library.no_second_derivative("soft_mask_attention")
-    torch.library.register_autograd("softmask::soft_mask_attention_backward", refuse)
+_library.register(
+    "soft_mask_attention",
+    fake=_fake,
+    setup=_setup,
+    backward=_backward,
+    backward_fake=_backward_fake,
+)

@@ -77,14 +77,13 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     query, key, value, grad_output, value_bias = torch.ops.softmask.word_attention_backward(
         grad, *tensors, ctx.scale, ctx.num_prefix_tokens, ctx.normalize
     )
-    by_input = (query, key, None, value, grad_output, value_bias, None, None, None, None)
-    return tuple(gradient if needed else None for gradient, needed in zip(by_input, ctx.needs_input_grad, strict=True))
+    return _library.wanted(ctx, query, key, None, value, grad_output, value_bias, None, None, None, None)
 
 
-if _library.MISSING is None:
-    torch.library.register_fake("softmask::word_attention")(_fake)
-    torch.library.register_fake("softmask::word_attention_backward")(_backward_fake)
-    torch.library.register_autograd("softmask::word_attention", _backward, setup_context=_setup)
-    torch.library.register_autograd(
-        "softmask::word_attention_backward", _library.no_second_derivative("word_attention")
-    )
+_library.register(
+    "word_attention",
+    fake=_fake,
+    setup=_setup,
+    backward=_backward,
+    backward_fake=_backward_fake,
+)
