@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from types import SimpleNamespace
 
 import pytest
 
@@ -19,6 +20,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def _isolate_cache(config: pytest.Config) -> None:
@@ -36,6 +38,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def fast_interpreter():
+    """Triton's interpreter patches triton.language anew in every call of a helper function: once per launch will do."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch, active = interpreter._patch_lang, []
+
+    def restore():
+        while active:
+            active.pop().restore()
+
+    def patch_once(fn):
+        if not active:
+            active.extend((patch(fn), patch(tl.max.fn)))  # the latter for what Triton's own helpers call
+        return SimpleNamespace(restore=restore)
+
+    interpreter._patch_lang = patch_once
+    yield
+    interpreter._patch_lang = patch
 
 
 @pytest.fixture

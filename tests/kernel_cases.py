@@ -46,6 +46,29 @@ def outcome(backend: str, case: Case) -> dict[str, Tensor]:
     return {"out": out.detach(), **dict(zip(wanted, grads, strict=True))}
 
 
+def check_errors(backend: str, dtype: torch.dtype, *given: Case) -> None:
+    """At most twice the error of the same computation in PyTorch, and one rounding unit, against fp64.
+
+    Errors are root mean squares over all elements of the given cases, each case's relative to its truth's: the largest
+    error of a few hundred is luck.
+    """
+    errors: dict[str, list[Tensor]] = {}  # [kernel or PyTorch, element]
+    units = {}
+    for case in (case.cast(dtype) for case in given):
+        truth = outcome("reference", case.cast(torch.float64))
+        plain, kernel = outcome("reference", case), outcome(backend, case)
+        for name, exact in truth.items():
+            got, expected = kernel[name], plain[name]
+            assert got.dtype == expected.dtype and got.shape == expected.shape
+            size = exact.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+            both = torch.stack([got.double() - exact, expected.double() - exact]).reshape(2, -1)
+            errors.setdefault(name, []).append(both / size)
+            units[name] = torch.finfo(got.dtype).eps
+    for name, parts in errors.items():
+        error, in_torch = torch.cat(parts, 1).square().mean(1).sqrt().tolist()
+        assert error <= 2 * in_torch + units[name], f"{name}: error {error:.3g}, in PyTorch {in_torch:.3g}"
+
+
 def normal(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
@@ -76,6 +99,14 @@ def word_attention(size: int, *, gradcam: bool = True, normalize: str | None = N
         ignore[1] = True
         options["key_padding_mask"] = ignore
     return Case(leaves, lambda query, key, **rest: ops.word_attention(query, key, index, **rest, **options))
+
+
+def soft_mask(size: int, *, normalize: str | None = "minmax", words: int | None = None, prefix: int = 1) -> Case:
+    shape = (2, size) if words is None else (2, words, size)
+    maps = torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    leaves = {"features": normal(2, size + prefix, 37, seed=1), "maps": maps}
+    options = {"normalize": normalize, "num_prefix_tokens": prefix, "strength": 0.7}
+    return Case(leaves, lambda features, maps: ops.soft_mask(features, maps, **options))
 
 
 def contrastive(size: int, *, gamma: float = 0.0, with_ids: bool = False, scale: float = 14.0) -> Case:

@@ -10,7 +10,7 @@ from pathlib import Path
 import kernel_cases as cases
 import pytest
 import torch
-from kernel_cases import GAMMAS, SIZES, Case, needs_cpp, outcome
+from kernel_cases import GAMMAS, SIZES, Case, check_errors, needs_cpp, outcome
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -23,29 +23,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NORMALIZATIONS = ["minmax", "max", "sum", None]
 
 
-def check_errors(dtype: torch.dtype, *given: Case) -> None:
-    """At most twice the error of the same computation in PyTorch, and one rounding unit, against fp64.
-
-    Errors are root mean squares over all elements of the given cases, each case's relative to its truth's: the largest
-    error of a few hundred is luck.
-    """
-    errors: dict[str, list[Tensor]] = {}  # [kernel or PyTorch, element]
-    units = {}
-    for case in (case.cast(dtype) for case in given):
-        truth = outcome("reference", case.cast(torch.float64))
-        plain, kernel = outcome("reference", case), outcome("cpp", case)
-        for name, exact in truth.items():
-            got, expected = kernel[name], plain[name]
-            assert got.dtype == expected.dtype and got.shape == expected.shape
-            size = exact.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
-            both = torch.stack([got.double() - exact, expected.double() - exact]).reshape(2, -1)
-            errors.setdefault(name, []).append(both / size)
-            units[name] = torch.finfo(got.dtype).eps
-    for name, parts in errors.items():
-        error, in_torch = torch.cat(parts, 1).square().mean(1).sqrt().tolist()
-        assert error <= 2 * in_torch + units[name], f"{name}: error {error:.3g}, in PyTorch {in_torch:.3g}"
-
-
 FLAGS = (True, False)
 
 
@@ -54,15 +31,15 @@ FLAGS = (True, False)
 def test_word_attention(size: int, dtype: torch.dtype) -> None:
     options = [{"gradcam": gradcam, "masked": masked} for gradcam in FLAGS for masked in FLAGS]
     options += [{"normalize": normalize} for normalize in NORMALIZATIONS]
-    check_errors(dtype, *(cases.word_attention(size, **chosen) for chosen in options))
+    check_errors("cpp", dtype, *(cases.word_attention(size, **chosen) for chosen in options))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES)
 def test_contrastive(size: int, dtype: torch.dtype) -> None:
     options = [{"gamma": gamma, "with_ids": with_ids} for gamma in GAMMAS for with_ids in FLAGS]
-    check_errors(dtype, *(cases.contrastive(size, **chosen) for chosen in options))
-    check_errors(dtype, *(cases.contrastive(size, gamma=gamma, scale=100.0) for gamma in GAMMAS))
+    check_errors("cpp", dtype, *(cases.contrastive(size, **chosen) for chosen in options))
+    check_errors("cpp", dtype, *(cases.contrastive(size, gamma=gamma, scale=100.0) for gamma in GAMMAS))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -73,7 +50,9 @@ def test_momentum_contrastive(queue: int, dtype: torch.dtype) -> None:
     extreme = [{"gamma": gamma, "alpha": alpha, "scale": 100.0} for gamma in GAMMAS for alpha in (0.0, 0.5, 1.0)]
     for group in (options, extreme):
         check_errors(
-            dtype, *(cases.momentum_contrastive(size, queue=queue, **chosen) for chosen in group for size in (1, 7, 63))
+            "cpp",
+            dtype,
+            *(cases.momentum_contrastive(size, queue=queue, **chosen) for chosen in group for size in (1, 7, 63)),
         )
 
 
@@ -81,14 +60,14 @@ def test_momentum_contrastive(queue: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("size", SIZES)
 def test_soft_mask_attention(size: int, dtype: torch.dtype) -> None:
     options = [{"shared": s, "weighted": w, "masked": m} for s in FLAGS for w in FLAGS for m in FLAGS]
-    check_errors(dtype, *(cases.soft_mask_attention(size, **chosen) for chosen in options))
+    check_errors("cpp", dtype, *(cases.soft_mask_attention(size, **chosen) for chosen in options))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("patch_size", [1, 4, 7, 16])
 def test_masked_patch_loss(patch_size: int, dtype: torch.dtype) -> None:
     options = [{"normalize": normalize, "share": share} for normalize in FLAGS for share in (0.0, 0.5, 1.0)]
-    check_errors(dtype, *(cases.masked_patch_loss(patch_size, **chosen) for chosen in options))
+    check_errors("cpp", dtype, *(cases.masked_patch_loss(patch_size, **chosen) for chosen in options))
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])

@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import torch
 from torch import Tensor
 
+from softmask import kernels
 from softmask.ops import _checks, _library
 
 BACKENDS = ("auto", "reference", "cpp", "triton", "cuda")
@@ -59,16 +61,16 @@ def resolve(op: str, tensor: Tensor, *, kernel_pays: bool = True) -> str:
     """
     name, device = _chosen.get(), tensor.device.type
     if name == "auto":
-        return choose(op, device) if kernel_pays else "reference"
-    reason = why_not(op, name, device)
+        return choose(op, device, tensor.dtype) if kernel_pays else "reference"
+    reason = why_not(op, name, device, tensor.dtype)
     if reason is not None:
         raise BackendError(f"backend {name!r} cannot run {op}: {reason}")
     return name
 
 
-def choose(op: str, device: str) -> str:
+def choose(op: str, device: str, dtype: torch.dtype = torch.float32) -> str:
     """What "auto" takes."""
-    return next(name for name in preferred(device) if why_not(op, name, device) is None)
+    return next(name for name in preferred(device) if why_not(op, name, device, dtype) is None)
 
 
 def preferred(device: str) -> tuple[str, ...]:
@@ -76,16 +78,14 @@ def preferred(device: str) -> tuple[str, ...]:
     return (*_KERNELS.get(device, ()), "reference")
 
 
-def why_not(op: str, name: str, device: str) -> str | None:
-    """Why a backend cannot run op on a device; None where it can."""
+def why_not(op: str, name: str, device: str, dtype: torch.dtype = torch.float32) -> str | None:
+    """Why a backend cannot run op on a device, for inputs of a type; None where it can."""
     if name == "reference":
         return None
     if name == "cpp":
         return _why_not_cpp(op, device)
     if name == "triton":
-        from softmask import kernels
-
-        return None if op in kernels.OPS else "no Triton kernel for it"
+        return kernels.why_not(device, dtype)
     return "no CUDA C++ kernel for it"
 
 

@@ -1,4 +1,4 @@
-"""The C++ extension: loads it, and says for which ops it has kernels and why there may be none."""
+"""Kernels as PyTorch ops: loads the C++ extension, says why there may be none, and registers shapes and gradients."""
 
 from __future__ import annotations
 
@@ -52,37 +52,78 @@ def scalar(value: Tensor | float, *, like: Tensor) -> Tensor:
     """A number as the 0-dim tensor that kernels take, so that no value is part of a compiled graph."""
     if isinstance(value, Tensor):
         return value
-    return torch.tensor(value, dtype=torch.float64, device=like.device)
+    return torch.full((), value, dtype=torch.float64, device=like.device)
 
 
 MISSING = _load()
 """Why there are no C++ kernels; None where they are loaded."""
+
+Kernels = dict[str, Callable]
+"""Backend -> the PyTorch op that runs its kernel."""
 
 
 def register(
     name: str,
     *,
     fake: Callable,
-    setup: Callable,
-    backward: Callable,
-    backward_fake: Callable,
+    setup: Callable | None = None,
+    backward: Callable | None = None,
+    backward_fake: Callable | None = None,
     public_name: str | None = None,
-) -> None:
-    """Shapes and gradient of the op ``name`` and of ``name_backward``, where the extension is loaded.
+    backends: tuple[str, ...] = ("cpp", "triton"),
+) -> Kernels:
+    """The op ``name``, and where it has a gradient ``name_backward``, by each of backends: shapes and autograd.
 
-    A second derivative raises, where autograd would otherwise be silently wrong.
+    The C++ extension defines softmask::name. In Triton softmask::triton_name has the signature of fake, which is fully
+    annotated, and runs `forward` of kernels/name.py; its gradient runs `backward`. ``backward(ctx, run, *grads)`` calls
+    run, the op of the same backend. A second derivative raises, where autograd would otherwise be silently wrong.
     """
+    kernels = {}
+    for backend in backends:
+        if backend == "triton":
+            full = _define_triton(f"triton_{name}", name, "forward", fake)
+            if backward_fake is not None:
+                _define_triton(f"triton_{name}_backward", name, "backward", backward_fake)
+        elif MISSING is None:
+            full = f"softmask::{name}"
+            torch.library.register_fake(full)(fake)
+            if backward_fake is not None:
+                torch.library.register_fake(f"{full}_backward")(backward_fake)
+        else:
+            continue
+        if backward is not None:
+            _register_gradient(full, setup, backward, public_name or name, backend)
+        kernels[backend] = _op(full)
+    return kernels
+
+
+def _op(full: str) -> Callable:
+    return getattr(torch.ops.softmask, full.removeprefix("softmask::")).default
+
+
+def _define_triton(name: str, module: str, function: str, fake: Callable) -> str:
+    """Kernels are imported when they first run: until then nothing here needs Triton."""
+
+    def run(*args: object) -> object:
+        return getattr(importlib.import_module(f"softmask.kernels.{module}"), function)(*args)
+
+    full = f"softmask::{name}"
+    schema = torch.library.infer_schema(fake, mutates_args=())
+    torch.library.custom_op(full, run, mutates_args=(), schema=schema).register_fake(fake)
+    return full
+
+
+def _register_gradient(full: str, setup: Callable, backward: Callable, public_name: str, backend: str) -> None:
+    def run_backward(ctx, *grads: Tensor) -> tuple:
+        return backward(ctx, _op(f"{full}_backward"), *grads)
 
     def refuse(ctx, *grads: Tensor) -> None:
         raise RuntimeError(
-            f"{public_name or name}: the C++ kernel has no second derivative; softmask.backend('reference') has"
+            f"{public_name}: the {backend} kernel has no second derivative; softmask.backend('reference') has"
         )
 
-    if MISSING is None:
-        torch.library.register_fake(f"softmask::{name}")(fake)
-        torch.library.register_fake(f"softmask::{name}_backward")(backward_fake)
-        torch.library.register_autograd(f"softmask::{name}", backward, setup_context=setup)
-        torch.library.register_autograd(f"softmask::{name}_backward", refuse)
+    torch.library.register_autograd(full, run_backward, setup_context=setup)
+    torch.library.register_autograd(f"{full}_backward", refuse)
 
 
 def wanted(ctx, *by_input: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from softmask import reference
 from softmask.ops import _checks
 from softmask.ops._backend import resolve
-from softmask.ops._cpp import attentive_mask as cpp
+from softmask.ops._fused import attentive_mask as fused
 
 SELECTIONS = ("high", "low")
 
@@ -52,7 +54,8 @@ def attentive_mask(
     _checks.one_of("select", select, SELECTIONS)
     if not 0.0 <= ratio <= 1.0:
         _checks.fail("ratio", "0 to 1", ratio)
-    run = cpp.attentive_mask if resolve("attentive_mask", patches) == "cpp" else reference.attentive_mask
+    backend = resolve("attentive_mask", patches)
+    run = reference.attentive_mask if backend == "reference" else partial(fused.attentive_mask, backend)
     return run(patches, tokens, ratio=ratio, select=select, token_padding_mask=token_padding_mask)
 
 

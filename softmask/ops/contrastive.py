@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -9,8 +11,8 @@ from torch import Tensor, nn
 from softmask import reference
 from softmask.ops import _checks
 from softmask.ops._backend import resolve
-from softmask.ops._cpp import contrastive as cpp
 from softmask.ops._distributed import first_row, gather_rows, gather_rows_no_grad
+from softmask.ops._fused import contrastive as fused
 
 
 def focal_contrastive_loss(
@@ -50,8 +52,8 @@ def focal_contrastive_loss(
         all_image, all_text = gather_rows(torch.cat([image, text], -1), group).split(image.shape[1], -1)
         columns = {"all_image": all_image, "all_text": all_text, "first_row": first_row(image, group)}
         columns["all_ids"] = None if ids is None else gather_rows_no_grad(ids, group)
-    by_cpp = resolve("focal_contrastive_loss", image) == "cpp"
-    run = cpp.focal_contrastive_loss if by_cpp else reference.focal_contrastive_loss
+    backend = resolve("focal_contrastive_loss", image)
+    run = reference.focal_contrastive_loss if backend == "reference" else partial(fused.focal_contrastive_loss, backend)
     return run(image, text, logit_scale, gamma=gamma, ids=ids, reduction=reduction, **columns)
 
 

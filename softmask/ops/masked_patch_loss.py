@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from softmask import reference
 from softmask.ops import _checks
 from softmask.ops._backend import resolve
-from softmask.ops._cpp import masked_patch_loss as cpp
+from softmask.ops._fused import masked_patch_loss as fused
 
 
 def masked_patch_loss(
@@ -53,7 +55,8 @@ def masked_patch_loss(
     _checks.dtype("mask", mask, (torch.bool,))
     _checks.device(prediction, images=images, mask=mask)
     _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
-    run = cpp.masked_patch_loss if resolve("masked_patch_loss", prediction) == "cpp" else reference.masked_patch_loss
+    backend = resolve("masked_patch_loss", prediction)
+    run = reference.masked_patch_loss if backend == "reference" else partial(fused.masked_patch_loss, backend)
     return run(prediction, images, mask, patch_size=patch_size, normalize=normalize, reduction=reduction)
 
 

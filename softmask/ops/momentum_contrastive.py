@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -10,8 +12,8 @@ from torch.nn import functional as F
 from softmask import reference
 from softmask.ops import _checks
 from softmask.ops._backend import resolve
-from softmask.ops._cpp import momentum_contrastive as cpp
 from softmask.ops._distributed import first_row, gather_rows_no_grad
+from softmask.ops._fused import momentum_contrastive as fused
 from softmask.ops.contrastive import check_features, constant
 
 NO_ID = -1  # of queue rows that no sample has filled, or that came without an id
@@ -73,8 +75,9 @@ def momentum_contrastive_loss(
         columns = {"all_image_teacher": teachers[0], "all_text_teacher": teachers[1]}
         columns["all_ids"] = None if ids is None else gather_rows_no_grad(ids, group)
         columns["first_row"] = first_row(image, group)
-    by_cpp = resolve("momentum_contrastive_loss", image) == "cpp"
-    run = cpp.momentum_contrastive_loss if by_cpp else reference.momentum_contrastive_loss
+    backend = resolve("momentum_contrastive_loss", image)
+    by_kernels = partial(fused.momentum_contrastive_loss, backend)
+    run = reference.momentum_contrastive_loss if backend == "reference" else by_kernels
     return run(
         image,
         text,

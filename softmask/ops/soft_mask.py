@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from softmask import reference
 from softmask.ops import _checks
 from softmask.ops._backend import resolve
-from softmask.ops._cpp import soft_mask as cpp
+from softmask.ops._fused import soft_mask as fused
 
 
 def soft_mask(
@@ -48,11 +50,12 @@ def soft_mask(
     patches = tokens - num_prefix_tokens
     if maps.dim() not in (2, 3) or (maps.shape[0], maps.shape[-1]) != (batch, patches):
         _checks.fail("maps", f"shape [{batch}, {patches}] or [{batch}, W, {patches}]", list(maps.shape))
-    # One product of fp32 features is as fast in PyTorch: the kernels are for the map's gradient, for several maps and
-    # for types that PyTorch converts first.
-    fused = maps.requires_grad or maps.dim() == 3 or features.dtype in (torch.float16, torch.bfloat16)
-    by_cpp = resolve("soft_mask", features, kernel_pays=fused) == "cpp"
-    run = cpp.soft_mask if by_cpp else reference.soft_mask
+    # On the CPU one product of fp32 features is as fast in PyTorch: the kernels are for the map's gradient, for several
+    # maps and for types that PyTorch converts first.
+    half = features.dtype in (torch.float16, torch.bfloat16)
+    pays = features.device.type != "cpu" or half or maps.requires_grad or maps.dim() == 3
+    backend = resolve("soft_mask", features, kernel_pays=pays)
+    run = reference.soft_mask if backend == "reference" else partial(fused.soft_mask, backend)
     return run(features, maps, strength=strength, normalize=normalize, num_prefix_tokens=num_prefix_tokens)
 
 

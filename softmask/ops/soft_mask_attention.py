@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from softmask import reference
 from softmask.ops import _checks
 from softmask.ops._backend import resolve
-from softmask.ops._cpp import soft_mask_attention as cpp
+from softmask.ops._fused import soft_mask_attention as fused
 
 
 def soft_mask_attention(
@@ -48,8 +50,8 @@ def soft_mask_attention(
         _checks.shape("key_weight", key_weight, (len(query), key.shape[2]))
         _checks.dtype("key_weight", key_weight)
         _checks.device(query, key_weight=key_weight)
-    by_cpp = resolve("soft_mask_attention", query) == "cpp"
-    run = cpp.soft_mask_attention if by_cpp else reference.soft_mask_attention
+    backend = resolve("soft_mask_attention", query)
+    run = reference.soft_mask_attention if backend == "reference" else partial(fused.soft_mask_attention, backend)
     return run(
         query,
         key,

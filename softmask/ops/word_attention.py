@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from softmask import reference
 from softmask.ops import _checks
 from softmask.ops._backend import resolve
-from softmask.ops._cpp import word_attention as cpp
+from softmask.ops._fused import word_attention as fused
 
 
 def word_attention(
@@ -66,7 +68,8 @@ def word_attention(
     if not differentiable:
         floating = tuple(None if tensor is None else tensor.detach() for tensor in floating)
     query, key, value, grad_output, value_bias = floating
-    run = cpp.word_attention if resolve("word_attention", query) == "cpp" else reference.word_attention
+    backend = resolve("word_attention", query)
+    run = reference.word_attention if backend == "reference" else partial(fused.word_attention, backend)
     return run(
         query,
         key,

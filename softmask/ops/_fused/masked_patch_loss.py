@@ -1,6 +1,8 @@
-"""masked_patch_loss in C++ (csrc/cpu/masked_patch_loss.cpp)."""
+"""masked_patch_loss by kernels: csrc/cpu/masked_patch_loss.cpp and kernels/masked_patch_loss.py."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -10,9 +12,9 @@ from softmask.ops import _library
 
 
 def masked_patch_loss(
-    prediction: Tensor, images: Tensor, mask: Tensor, *, patch_size: int, normalize: bool, reduction: str
+    backend: str, prediction: Tensor, images: Tensor, mask: Tensor, *, patch_size: int, normalize: bool, reduction: str
 ) -> Tensor:
-    loss = torch.ops.softmask.masked_patch_loss(prediction, images.detach(), mask, patch_size, normalize)
+    loss = _KERNELS[backend](prediction, images.detach(), mask, patch_size, normalize)
     return reference.reduce(loss, reduction, count=mask.sum())
 
 
@@ -21,7 +23,9 @@ def _fake(prediction: Tensor, images: Tensor, mask: Tensor, patch_size: int, nor
     return prediction.new_empty(mask.shape, dtype=dtype)
 
 
-def _backward_fake(grad: Tensor, prediction: Tensor, *_options: object) -> Tensor:
+def _backward_fake(
+    grad: Tensor, prediction: Tensor, images: Tensor, mask: Tensor, patch_size: int, normalize: bool
+) -> Tensor:
     return prediction.new_empty(prediction.shape)
 
 
@@ -30,12 +34,12 @@ def _setup(ctx, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+def _backward(ctx, run: Callable, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
     options = (ctx.patch_size, ctx.normalize)
-    return torch.ops.softmask.masked_patch_loss_backward(grad, *ctx.saved_tensors, *options), None, None, None, None
+    return run(grad, *ctx.saved_tensors, *options), None, None, None, None
 
 
-_library.register(
+_KERNELS = _library.register(
     "masked_patch_loss",
     fake=_fake,
     setup=_setup,

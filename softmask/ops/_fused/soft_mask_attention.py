@@ -1,14 +1,16 @@
-"""soft_mask_attention in C++ (csrc/cpu/soft_mask_attention.cpp)."""
+"""soft_mask_attention by kernels: csrc/cpu/soft_mask_attention.cpp and kernels/soft_mask_attention.py."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+
 from torch import Tensor
 
 from softmask.ops import _library
 
 
 def soft_mask_attention(
+    backend: str,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -24,7 +26,7 @@ def soft_mask_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     key_weight = None if key_weight is None else key_weight.detach()
     options = (key_weight, kv_index, value_bias, key_padding_mask, scale)
-    return torch.ops.softmask.soft_mask_attention(query, key, value, *options).to(dtype)
+    return _KERNELS[backend](query, key, value, *options).to(dtype)
 
 
 def _tokens_first(tensor: Tensor, width: int) -> Tensor:
@@ -67,16 +69,17 @@ def _setup(ctx, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = torch.ops.softmask.soft_mask_attention_backward(grad, *ctx.saved_tensors, ctx.scale)
+def _backward(ctx, run: Callable, grad: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = run(grad, *ctx.saved_tensors, ctx.scale)
     query, key, value, value_bias = gradients
     return _library.wanted(ctx, query, key, value, None, None, value_bias, None, None)
 
 
-_library.register(
+_KERNELS = _library.register(
     "soft_mask_attention",
     fake=_fake,
     setup=_setup,
     backward=_backward,
     backward_fake=_backward_fake,
+    backends=("cpp",),
 )

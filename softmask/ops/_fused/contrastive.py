@@ -1,8 +1,9 @@
-"""focal_contrastive_loss in C++ (csrc/cpu/contrastive.cpp)."""
+"""focal_contrastive_loss by kernels: csrc/cpu/contrastive.cpp and kernels/contrastive.py."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+
 from torch import Tensor
 
 from softmask import reference
@@ -10,6 +11,7 @@ from softmask.ops import _library
 
 
 def focal_contrastive_loss(
+    backend: str,
     image: Tensor,
     text: Tensor,
     logit_scale: Tensor | float,
@@ -25,10 +27,10 @@ def focal_contrastive_loss(
     image, text, all_image, all_text = _library.of_one_type(image, text, all_image, all_text)
     options = (_library.scalar(logit_scale, like=image), _library.scalar(gamma, like=image), ids)
     if all_image is None:
-        loss, _ = torch.ops.softmask.contrastive(image, text, *options, ids, 0, True)
+        loss, _ = _KERNELS[backend](image, text, *options, ids, 0, True)
     else:
-        of_image, _ = torch.ops.softmask.contrastive(image, all_text, *options, all_ids, first_row, False)
-        of_text, _ = torch.ops.softmask.contrastive(text, all_image, *options, all_ids, first_row, False)
+        of_image, _ = _KERNELS[backend](image, all_text, *options, all_ids, first_row, False)
+        of_text, _ = _KERNELS[backend](text, all_image, *options, all_ids, first_row, False)
         loss = 0.5 * (of_image + of_text)
     return reference.reduce(loss, reduction)
 
@@ -48,7 +50,16 @@ def _fake(
 
 
 def _backward_fake(
-    grad: Tensor, statistics: Tensor, rows: Tensor, columns: Tensor, scale: Tensor, *_options: object
+    grad: Tensor,
+    statistics: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    scale: Tensor,
+    gamma: Tensor,
+    row_ids: Tensor | None,
+    column_ids: Tensor | None,
+    first_row: int,
+    both: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return rows.new_empty(rows.shape), columns.new_empty(columns.shape), scale.new_empty(())
 
@@ -58,12 +69,12 @@ def _setup(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(output[1], *tensors)
 
 
-def _backward(ctx, grad: Tensor, _grad_statistics: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = torch.ops.softmask.contrastive_backward(grad, *ctx.saved_tensors, ctx.first_row, ctx.both)
+def _backward(ctx, run: Callable, grad: Tensor, _grad_statistics: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = run(grad, *ctx.saved_tensors, ctx.first_row, ctx.both)
     return _library.wanted(ctx, *gradients, None, None, None, None, None)
 
 
-_library.register(
+_KERNELS = _library.register(
     "contrastive",
     fake=_fake,
     setup=_setup,

@@ -1,6 +1,8 @@
-"""momentum_contrastive_loss in C++ (csrc/cpu/momentum_contrastive.cpp)."""
+"""momentum_contrastive_loss by kernels: csrc/cpu/momentum_contrastive.cpp and kernels/momentum_contrastive.py."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from softmask.ops import _library
 
 
 def momentum_contrastive_loss(
+    backend: str,
     image: Tensor,
     text: Tensor,
     logit_scale: Tensor | float,
@@ -37,8 +40,8 @@ def momentum_contrastive_loss(
     positives = (ids, ids if all_ids is None else all_ids, queue_ids, first_row)
     with_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (image, text, scalars[0]))
     options = (*scalars, *positives, with_gradient)
-    of_image, _ = torch.ops.softmask.momentum_contrastive(image, image_teacher, text_keys, text_queue, *options)
-    of_text, _ = torch.ops.softmask.momentum_contrastive(text, text_teacher, image_keys, image_queue, *options)
+    of_image, _ = _KERNELS[backend](image, image_teacher, text_keys, text_queue, *options)
+    of_text, _ = _KERNELS[backend](text, text_teacher, image_keys, image_queue, *options)
     return reference.reduce(0.5 * (of_image + of_text), reduction)
 
 
@@ -65,8 +68,8 @@ def _setup(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(inputs[0], inputs[4], output[1])
 
 
-def _backward(ctx, grad: Tensor, _grad_gradients: Tensor) -> tuple[Tensor | None, ...]:
-    query_grad, scale_grad = torch.ops.softmask.momentum_contrastive_backward(grad, *ctx.saved_tensors)
+def _backward(ctx, run: Callable, grad: Tensor, _grad_gradients: Tensor) -> tuple[Tensor | None, ...]:
+    query_grad, scale_grad = run(grad, *ctx.saved_tensors)
     return _library.wanted(ctx, query_grad, None, None, None, scale_grad, *(None,) * 7)
 
 
@@ -74,11 +77,12 @@ def _backward_fake(grad: Tensor, query: Tensor, scale: Tensor, gradients: Tensor
     return query.new_empty(query.shape), scale.new_empty(())
 
 
-_library.register(
+_KERNELS = _library.register(
     "momentum_contrastive",
     fake=_fake,
     setup=_setup,
     backward=_backward,
     backward_fake=_backward_fake,
+    backends=("cpp",),
     public_name="momentum_contrastive_loss",
 )

@@ -1,14 +1,16 @@
-"""word_attention in C++ (csrc/cpu/word_attention.cpp)."""
+"""word_attention by kernels: csrc/cpu/word_attention.cpp and kernels/word_attention.py."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+
 from torch import Tensor
 
 from softmask.ops import _library
 
 
 def word_attention(
+    backend: str,
     query: Tensor,
     key: Tensor,
     word_index: Tensor,
@@ -23,7 +25,7 @@ def word_attention(
 ) -> Tensor:
     floating = (query, key, value, grad_output, value_bias)
     query, key, value, grad_output, value_bias = _library.of_one_type(*floating)
-    return torch.ops.softmask.word_attention(
+    return _KERNELS[backend](
         query,
         key,
         word_index if word_index.dim() == 3 else word_index.unsqueeze(-1),
@@ -72,18 +74,17 @@ def _setup(ctx, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx, run: Callable, grad: Tensor) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
-    query, key, value, grad_output, value_bias = torch.ops.softmask.word_attention_backward(
-        grad, *tensors, ctx.scale, ctx.num_prefix_tokens, ctx.normalize
-    )
+    query, key, value, grad_output, value_bias = run(grad, *tensors, ctx.scale, ctx.num_prefix_tokens, ctx.normalize)
     return _library.wanted(ctx, query, key, None, value, grad_output, value_bias, None, None, None, None)
 
 
-_library.register(
+_KERNELS = _library.register(
     "word_attention",
     fake=_fake,
     setup=_setup,
     backward=_backward,
     backward_fake=_backward_fake,
+    backends=("cpp",),
 )

@@ -1,17 +1,18 @@
-"""soft_mask in C++ (csrc/cpu/soft_mask.cpp)."""
+"""soft_mask by kernels: csrc/cpu/soft_mask.cpp and kernels/soft_mask.py."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+
 from torch import Tensor
 
 from softmask.ops import _library
 
 
 def soft_mask(
-    features: Tensor, maps: Tensor, *, strength: float, normalize: str | None, num_prefix_tokens: int
+    backend: str, features: Tensor, maps: Tensor, *, strength: float, normalize: str | None, num_prefix_tokens: int
 ) -> Tensor:
-    return torch.ops.softmask.soft_mask(features, maps, strength, normalize or "none", num_prefix_tokens)
+    return _KERNELS[backend](features, maps, strength, normalize or "none", num_prefix_tokens)
 
 
 def _fake(features: Tensor, maps: Tensor, strength: float, normalize: str, num_prefix_tokens: int) -> Tensor:
@@ -39,15 +40,15 @@ def _setup(ctx, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(features if ctx.needs_input_grad[1] else None, maps)
 
 
-def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+def _backward(ctx, run: Callable, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
     features, maps = ctx.saved_tensors
-    features_grad, maps_grad = torch.ops.softmask.soft_mask_backward(
+    features_grad, maps_grad = run(
         grad, features, maps, ctx.strength, ctx.normalize, ctx.num_prefix_tokens, ctx.needs_input_grad[0]
     )
     return _library.wanted(ctx, features_grad, maps_grad, None, None, None)
 
 
-_library.register(
+_KERNELS = _library.register(
     "soft_mask",
     fake=_fake,
     setup=_setup,

@@ -1,4 +1,4 @@
-"""attentive_mask in C++ (csrc/cpu/attentive_mask.cpp)."""
+"""attentive_mask by kernels: csrc/cpu/attentive_mask.cpp and kernels/attentive_mask.py."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from softmask.ops import _library
 
 
 def attentive_mask(
-    patches: Tensor, tokens: Tensor, *, ratio: float, select: str, token_padding_mask: Tensor | None
+    backend: str, patches: Tensor, tokens: Tensor, *, ratio: float, select: str, token_padding_mask: Tensor | None
 ) -> Tensor:
     count = round(ratio * patches.shape[1])
     patches, tokens = patches.detach(), tokens.detach()
-    return torch.ops.softmask.attentive_mask(patches, tokens, token_padding_mask, count, select == "high")
+    return _KERNELS[backend](patches, tokens, token_padding_mask, count, select == "high")
 
 
 def _fake(patches: Tensor, tokens: Tensor, token_padding_mask: Tensor | None, count: int, high: bool) -> Tensor:
     return patches.new_empty(patches.shape[:2], dtype=torch.bool)
 
 
-if _library.MISSING is None:
-    torch.library.register_fake("softmask::attentive_mask")(_fake)
+_KERNELS = _library.register("attentive_mask", fake=_fake)

@@ -1,1 +1,0 @@
-"""The C++ kernels as PyTorch ops: shapes for torch.compile and gradients. One file per op."""
