@@ -14,8 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)
-"""TRITON_INTERPRET=1 was set when Triton was imported: kernels take CPU tensors and run in numpy."""
+from softmask.kernels import INTERPRETED
 
 AUTOTUNE = os.environ.get("SOFTMASK_AUTOTUNE", "0") not in ("", "0")
 TUNED_WARPS, TUNED_STAGES = (2, 4, 8), (1, 2, 3, 4)

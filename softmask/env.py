@@ -76,17 +76,17 @@ def _table() -> Iterator[str]:
     yield "{:<28}{:<8}{:<12}{}".format("op", "on", "backend", "why")
     for op in op_names():
         for device in DEVICES:
-            backend = _backend.choose(op, device)
-            yield f"{op:<28}{device:<8}{backend:<12}{why(op, device, backend)}"
+            backend = _backend.choose(device)
+            yield f"{op:<28}{device:<8}{backend:<12}{why(device, backend)}"
 
 
-def why(op: str, device: str, backend: str) -> str:
+def why(device: str, backend: str) -> str:
     """Why "auto" takes this backend: it runs here, or every one preferred to it cannot."""
     reasons = []
     for name in _backend.preferred(device):
         if name == backend:
             break
-        reasons.append(f"{name}: {_backend.why_not(op, name, device)}")
+        reasons.append(f"{name}: {_backend.why_not(name, device)}")
     return "; ".join(reasons) or "the first choice on this device"
 
 

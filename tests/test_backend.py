@@ -16,7 +16,7 @@ from kernel_cases import needs_cpp
 import softmask
 from softmask import kernels, ops, reference
 from softmask.ops import _backend, _library
-from softmask.ops._cpp import soft_mask as cpp
+from softmask.ops._fused import soft_mask as fused
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:
@@ -33,9 +33,9 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor]:
 def ran_by(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the implementations of soft_mask that were called."""
     calls: list[str] = []
-    for module, name in ((reference, "reference"), (cpp, "cpp")):
-        run = module.soft_mask
-        monkeypatch.setattr(module, "soft_mask", lambda *a, run=run, name=name, **k: calls.append(name) or run(*a, **k))
+    plain, by_kernels = reference.soft_mask, fused.soft_mask
+    monkeypatch.setattr(reference, "soft_mask", lambda *a, **k: calls.append("reference") or plain(*a, **k))
+    monkeypatch.setattr(fused, "soft_mask", lambda name, *a, **k: calls.append(name) or by_kernels(name, *a, **k))
     return calls
 
 
@@ -67,14 +67,15 @@ def test_auto_leaves_to_pytorch_what_it_does_as_fast(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(
-    ("name", "reason"), [("triton", "no Triton kernel for it"), ("cuda", "no CUDA C\\+\\+ kernel for it")]
+    ("name", "reason"),
+    [("triton", "Triton kernels take fp32, fp16 and bf16, .* float64"), ("cuda", "there are no CUDA")],
 )
-def test_named_backend_without_a_kernel_raises(name: str, reason: str) -> None:
+def test_named_backend_that_cannot_run_raises(name: str, reason: str) -> None:
     with (
         softmask.backend(name),
         pytest.raises(softmask.BackendError, match=f"backend '{name}' cannot run soft_mask: {reason}"),
     ):
-        ops.soft_mask(*inputs())
+        ops.soft_mask(*(tensor.double() for tensor in inputs()))
 
 
 def test_every_op_asks() -> None:
@@ -95,13 +96,13 @@ def test_every_op_asks() -> None:
     }
     assert sorted(calls) == [name for name in sorted(ops.__all__) if name.islower()]
     for op, call in calls.items():
-        with softmask.backend("cuda"), pytest.raises(softmask.BackendError, match=f"cannot run {op}: no CUDA"):
+        with (
+            softmask.backend("cuda"),
+            pytest.raises(softmask.BackendError, match=f"cannot run {op}: there are no CUDA"),
+        ):
             call()
         with softmask.backend("reference"):
             call()
-        if op not in _library.OPS:
-            with softmask.backend("cpp"), pytest.raises(softmask.BackendError, match=r"no C\+\+ kernel"):
-                call()
 
 
 def test_unbuilt_extension(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,8 +122,15 @@ def test_wrong_device() -> None:
         pytest.raises(softmask.BackendError, match="CPU tensors, the inputs are on meta"),
     ):
         ops.soft_mask(*on_meta)
-    assert {_backend.choose(op, "cuda") for op in ops.__all__ if op.islower()} == {"reference"}
-    assert kernels.OPS == {}
+    assert _backend.choose("cuda") == "triton" and _backend.choose("meta") == "reference"
+    assert _backend.choose("cuda", torch.float64) == "reference"
+
+
+def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "INSTALLED", False)
+    assert _backend.choose("cuda") == "reference"
+    with softmask.backend("triton"), pytest.raises(softmask.BackendError, match="Triton is not installed"):
+        ops.soft_mask(*inputs())
 
 
 def test_unknown_name() -> None:
@@ -158,8 +166,8 @@ def test_switch_reaches_compiled_functions() -> None:
 
 def test_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     code = "import torch; from softmask import ops; ops.soft_mask(torch.rand(2, 4, 3), torch.rand(2, 3))"
-    failed = python(code, SOFTMASK_BACKEND="triton")
-    assert "BackendError: backend 'triton' cannot run soft_mask: no Triton kernel" in failed.stderr
+    failed = python(code, SOFTMASK_BACKEND="triton", TRITON_INTERPRET="0")
+    assert "BackendError: backend 'triton' cannot run soft_mask: Triton kernels take CUDA" in failed.stderr
     monkeypatch.setenv("SOFTMASK_BACKEND", "fast")
     with pytest.raises(ValueError, match="SOFTMASK_BACKEND: expected one of 'auto', .*, got 'fast'"):
         _backend._from_environment()

@@ -61,16 +61,16 @@ def resolve(op: str, tensor: Tensor, *, kernel_pays: bool = True) -> str:
     """
     name, device = _chosen.get(), tensor.device.type
     if name == "auto":
-        return choose(op, device, tensor.dtype) if kernel_pays else "reference"
-    reason = why_not(op, name, device, tensor.dtype)
+        return choose(device, tensor.dtype) if kernel_pays else "reference"
+    reason = why_not(name, device, tensor.dtype)
     if reason is not None:
         raise BackendError(f"backend {name!r} cannot run {op}: {reason}")
     return name
 
 
-def choose(op: str, device: str, dtype: torch.dtype = torch.float32) -> str:
+def choose(device: str, dtype: torch.dtype = torch.float32) -> str:
     """What "auto" takes."""
-    return next(name for name in preferred(device) if why_not(op, name, device, dtype) is None)
+    return next(name for name in preferred(device) if why_not(name, device, dtype) is None)
 
 
 def preferred(device: str) -> tuple[str, ...]:
@@ -78,20 +78,18 @@ def preferred(device: str) -> tuple[str, ...]:
     return (*_KERNELS.get(device, ()), "reference")
 
 
-def why_not(op: str, name: str, device: str, dtype: torch.dtype = torch.float32) -> str | None:
-    """Why a backend cannot run op on a device, for inputs of a type; None where it can."""
+def why_not(name: str, device: str, dtype: torch.dtype = torch.float32) -> str | None:
+    """Why a backend cannot run ops on a device, for inputs of a type; None where it can."""
     if name == "reference":
         return None
     if name == "cpp":
-        return _why_not_cpp(op, device)
+        return _why_not_cpp(device)
     if name == "triton":
         return kernels.why_not(device, dtype)
-    return "no CUDA C++ kernel for it"
+    return "there are no CUDA C++ kernels"
 
 
-def _why_not_cpp(op: str, device: str) -> str | None:
-    if op not in _library.OPS:
-        return "no C++ kernel for it"
+def _why_not_cpp(device: str) -> str | None:
     if device != "cpu":
         return f"C++ kernels take CPU tensors, the inputs are on {device}"
     return _library.MISSING

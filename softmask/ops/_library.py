@@ -10,17 +10,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-OPS = (
-    "soft_mask",
-    "word_attention",
-    "focal_contrastive_loss",
-    "momentum_contrastive_loss",
-    "soft_mask_attention",
-    "attentive_mask",
-    "masked_patch_loss",
-)
-"""Ops that have a C++ kernel for the CPU."""
-
 
 def _load() -> str | None:
     """Load the extension; returns why there is none."""
