@@ -20,10 +20,10 @@ PIP := $(IN_VENV) python -m pip install -q --disable-pip-version-check -c constr
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null | sort)
 READY := $(VENV)/.extension
 
-.PHONY: help env pretrain test bench sanitize lint format clean
+.PHONY: help env pretrain test bench gpu-report sanitize lint format clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
 env: $(READY)  ## the environment: .venv with everything installed, C++ kernels built
 	@echo "env: ready in $(VENV)"
@@ -78,6 +78,9 @@ $(VENV)/.peers: setup.py constraints.txt | $(READY)
 	@echo "bench: installing the packages that ops are compared with"
 	@SOFTMASK_SKIP_EXT=1 $(PIP) --no-build-isolation -e '.[bench]'
 	@touch $@
+
+gpu-report: $(READY)  ## what is known of the Triton kernels without a GPU: registers, tensor cores, bytes moved
+	@$(IN_VENV) python benchmarks/gpu_report.py
 
 # The interpreter is not instrumented, so its leaks are not ours, and the sanitizers' libraries come first.
 sanitize: $(READY)  ## tests of the C++ kernels under the address and undefined-behaviour sanitizers

@@ -17,6 +17,7 @@ from softmask.kernels._launch import Configs, config, last_contiguous, launch
 from softmask.kernels._normalize import extent, gradient
 
 MAX_BLOCK_WIDTH = 1024
+# BLOCK_TOKENS of features of two bytes; those of four take half as many.
 FORWARD: Configs = {0: {"BLOCK_TOKENS": 64}, 80: {"BLOCK_TOKENS": 16, "num_warps": 8, "num_stages": 1}}
 BACKWARD: Configs = {0: {"BLOCK_TOKENS": 64}, 80: {"BLOCK_TOKENS": 8, "num_warps": 8, "num_stages": 1}}
 
@@ -106,6 +107,11 @@ def _maps_backward(
     tl.store(maps_grad + index * patches + patch, gradient(d_norm, c, live, NORMALIZE), mask=live)
 
 
+def _tile(table: Configs, features: Tensor) -> dict[str, int]:
+    options = config(table, features)
+    return options | {"BLOCK_TOKENS": options["BLOCK_TOKENS"] * 2 // features.element_size()}
+
+
 def _by_word(maps: Tensor) -> Tensor:
     """[B, W, P'], neighbouring patches neighbours in memory."""
     return last_contiguous(maps if maps.dim() == 3 else maps.unsqueeze(1))
@@ -117,7 +123,7 @@ def forward(features: Tensor, maps: Tensor, strength: float, normalize: str, num
     out = features.new_empty((*maps.shape[:-1], tokens, width))
     features, by_word = last_contiguous(features), _by_word(maps)
     _, words, patches = by_word.shape
-    options = config(FORWARD, features)
+    options = _tile(FORWARD, features)
     block_width = min(triton.next_power_of_2(width), MAX_BLOCK_WIDTH)
     launch(
         _forward,
@@ -145,7 +151,7 @@ def backward(
     tokens, width = grad.shape[-2:]
     at_features = grad.new_empty((batch, tokens, width) if features_grad else (0,))
     at_maps = maps.new_empty(maps.shape if features is not None else (0,))
-    options = config(BACKWARD, grad)
+    options = _tile(BACKWARD, grad)
     block_width = min(triton.next_power_of_2(width), MAX_BLOCK_WIDTH)
     chunks, block_patches = triton.cdiv(width, block_width), triton.next_power_of_2(patches)
     at_norm = None

@@ -33,7 +33,7 @@ def test_table_says_what_auto_takes() -> None:
             (row,) = [row for row in rows if row[:2] == [op, device]]
             assert row[2] == _backend.choose(device)
     (row,) = [row for row in rows if row[:2] == ["word_attention", "cuda"]]
-    assert row[2:] == ["reference", "triton: no Triton kernel for it; cuda: no CUDA C++ kernel for it"]
+    assert row[2:] == ["triton", "the first choice on this device"]
 
 
 def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:

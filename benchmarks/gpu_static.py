@@ -1,0 +1,131 @@
+"""Compiles launches ahead of time and reads from the machine code what a GPU would need to run them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from softmask.kernels._launch import Launch
+
+ARCHITECTURES = (80, 90, 100)
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+REGISTERS, WARPS, BLOCKS = 65536, 64, 32  # of a multiprocessor, all three architectures
+SHARED = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}  # bytes of a multiprocessor
+RESERVED_SHARED = 1 << 10  # bytes that every block takes beside its own
+TENSOR_CORE = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
+TYPES = {
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.bool: "i1",
+}
+
+
+@dataclass(frozen=True)
+class Static:
+    """One kernel, compiled for one architecture; widths in bytes of what one thread moves with one instruction."""
+
+    kernel: str
+    architecture: int
+    warps: int
+    registers: int  # of a thread
+    local: int  # bytes of a thread in local memory: spilled registers
+    shared: int  # bytes of a block
+    occupancy: float  # share of the warps that a multiprocessor can hold
+    load_widths: dict[int, int]  # width -> instructions, asynchronous copies among them
+    store_widths: dict[int, int]
+    async_copies: int
+    tensor_core: dict[str, int]  # instruction -> how many
+    dots: int  # products in the source's intermediate form
+
+
+def compile_launch(one: Launch, architecture: int) -> Static:
+    signature, constants, attributes = _specialize(one)
+    source = ASTSource(one.kernel, signature, constants, attributes)
+    options = {"num_warps": one.num_warps, "num_stages": one.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    registers, local = _resources(compiled.asm["cubin"])
+    ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
+    copies = [int(width) for width in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, (0x[0-9a-f]+|\d+)", ptx)]
+    loads = Counter(_width(*found) for found in _global_accesses("ld", ptx))
+    return Static(
+        kernel=one.kernel.__name__,
+        architecture=architecture,
+        warps=one.num_warps,
+        registers=registers,
+        local=local,
+        shared=shared,
+        occupancy=_occupancy(architecture, registers, shared, one.num_warps),
+        load_widths=dict(sorted((loads + Counter(copies)).items())),
+        store_widths=dict(sorted(Counter(_width(*found) for found in _global_accesses("st", ptx)).items())),
+        async_copies=len(copies),
+        tensor_core={name: ptx.count(name) for name in TENSOR_CORE if name in ptx},
+        dots=compiled.asm["ttir"].count("tt.dot "),
+    )
+
+
+def _specialize(one: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list]]:
+    """Types of the arguments, constants, and what is a multiple of 16, as Triton's launcher would find them."""
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(one.kernel.params):
+        name, value = parameter.name, one.arguments[parameter.name]
+        signature[name] = "constexpr" if parameter.is_constexpr else _type(value)
+        if signature[name] == "constexpr":
+            constants[name] = value
+        elif isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return "*" + TYPES[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    if value is None or value == 1:
+        return "constexpr"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread, and its bytes in local memory."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(CUOBJDUMP), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    (found,) = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
+    registers, stack, local = map(int, found)
+    return registers, stack + local
+
+
+def _occupancy(architecture: int, registers: int, shared: int, warps: int) -> float:
+    """Blocks that fit a multiprocessor, by registers (given to warps in units of 256), shared memory and warps."""
+    of_a_warp = -(-registers * 32 // 256) * 256
+    blocks = min(
+        REGISTERS // (of_a_warp * warps), WARPS // warps, BLOCKS, SHARED[architecture] // (shared + RESERVED_SHARED)
+    )
+    return blocks * warps / WARPS
+
+
+def _global_accesses(which: str, ptx: str) -> list[tuple[str, str]]:
+    """(vector, bits of an element) of every load or store of global memory."""
+    return re.findall(rf"\b{which}\.(?:volatile\.|relaxed\.\w+\.)?global[\w.:]*?(?:\.(v\d))?\.[bfus](\d+)\b", ptx)
+
+
+def _width(vector: str, bits: str) -> int:
+    return int(vector[1:] or 1) * int(bits) // 8 if vector else int(bits) // 8
