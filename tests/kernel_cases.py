@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,24 +12,32 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import softmask
-from softmask import ops
+from softmask import kernels, ops
 from softmask.ops import _library
 
 needs_cpp = pytest.mark.skipif(_library.MISSING is not None, reason=f"make env builds it: {_library.MISSING}")
+needs_triton = pytest.mark.skipif(
+    kernels.why_not("cpu", torch.float32) is not None, reason=str(kernels.why_not("cpu", torch.float32))
+)
 SIZES = [1, 7, 63, 130, 257, 577]
 GAMMAS = [0.0, 0.5, 1.0, 2.0]
 
 
 @dataclass
 class Case:
-    """`call` of the floating leaves; those in `constants` take no gradient."""
+    """`call` of the floating leaves, of which those in `constants` take no gradient, and of `fixed` tensors."""
 
     leaves: dict[str, Tensor]
     call: Callable[..., Tensor]
     constants: frozenset[str] = frozenset()
+    fixed: dict[str, Tensor] = field(default_factory=dict)
 
     def cast(self, dtype: torch.dtype) -> Case:
-        return Case({name: leaf.to(dtype) for name, leaf in self.leaves.items()}, self.call, self.constants)
+        return replace(self, leaves={name: leaf.to(dtype) for name, leaf in self.leaves.items()})
+
+    def to(self, device: str) -> Case:
+        leaves, fixed = ({name: one.to(device) for name, one in group.items()} for group in (self.leaves, self.fixed))
+        return replace(self, leaves=leaves, fixed=fixed)
 
 
 def outcome(backend: str, case: Case) -> dict[str, Tensor]:
@@ -38,11 +47,11 @@ def outcome(backend: str, case: Case) -> dict[str, Tensor]:
     for name in wanted:
         leaves[name].requires_grad_()
     with softmask.backend(backend):
-        out = case.call(**leaves)
+        out = case.call(**leaves, **case.fixed)
     if not out.requires_grad:
         return {"out": out}
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    grads = torch.autograd.grad(out, [leaves[name] for name in wanted], upstream.to(out.dtype))
+    grads = torch.autograd.grad(out, [leaves[name] for name in wanted], upstream.to(out))
     return {"out": out.detach(), **dict(zip(wanted, grads, strict=True))}
 
 
@@ -93,12 +102,12 @@ def word_attention(size: int, *, gradcam: bool = True, normalize: str | None = N
         leaves |= {"value": heads(batch, size, 24, seed=2), "grad_output": heads(batch, tokens, 24, seed=3)}
         leaves["value_bias"] = normal(3, 24, seed=4)
     index = torch.tensor([[[0, 3], [4, -1]], [[1, -1], [-1, -1]], [[2, 2], [-1, 0]]])
-    options: dict = {"normalize": normalize, "num_prefix_tokens": 1 if size > 1 else 0, "differentiable": True}
+    options = {"normalize": normalize, "num_prefix_tokens": 1 if size > 1 else 0, "differentiable": True}
+    fixed = {"word_index": index}
     if masked:
-        ignore = normal(batch, size, seed=5) < 0.3
-        ignore[1] = True
-        options["key_padding_mask"] = ignore
-    return Case(leaves, lambda query, key, **rest: ops.word_attention(query, key, index, **rest, **options))
+        fixed["key_padding_mask"] = normal(batch, size, seed=5) < 0.3
+        fixed["key_padding_mask"][1] = True
+    return Case(leaves, partial(ops.word_attention, **options), fixed=fixed)
 
 
 def soft_mask(size: int, *, normalize: str | None = "minmax", words: int | None = None, prefix: int = 1) -> Case:
@@ -106,14 +115,14 @@ def soft_mask(size: int, *, normalize: str | None = "minmax", words: int | None 
     maps = torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     leaves = {"features": normal(2, size + prefix, 37, seed=1), "maps": maps}
     options = {"normalize": normalize, "num_prefix_tokens": prefix, "strength": 0.7}
-    return Case(leaves, lambda features, maps: ops.soft_mask(features, maps, **options))
+    return Case(leaves, partial(ops.soft_mask, **options))
 
 
 def contrastive(size: int, *, gamma: float = 0.0, with_ids: bool = False, scale: float = 14.0) -> Case:
     leaves = {"image": unit_rows(size, 32, seed=0), "text": unit_rows(size, 32, seed=1)}
     leaves["logit_scale"] = torch.tensor(scale, dtype=torch.float64)
-    options = {"gamma": gamma, "ids": some_ids(size) if with_ids else None, "reduction": "none"}
-    return Case(leaves, lambda **given: ops.focal_contrastive_loss(**given, **options))
+    fixed = {"ids": some_ids(size)} if with_ids else {}
+    return Case(leaves, partial(ops.focal_contrastive_loss, gamma=gamma, reduction="none"), fixed=fixed)
 
 
 def momentum_contrastive(
@@ -135,10 +144,11 @@ def momentum_contrastive(
             rows = unit_rows(queue, 32, seed=seed)
             leaves[name] = rows.T.contiguous().T if transposed else rows
             constants.add(name)
-    options: dict = {"gamma": gamma, "alpha": alpha, "reduction": "none"}
-    if with_ids:
-        options |= {"ids": some_ids(size), "queue_ids": torch.arange(queue) % 11 if queue else None}
-    return Case(leaves, lambda **given: ops.momentum_contrastive_loss(**given, **options), frozenset(constants))
+    fixed = {"ids": some_ids(size)} if with_ids else {}
+    if with_ids and queue:
+        fixed["queue_ids"] = torch.arange(queue) % 11
+    call = partial(ops.momentum_contrastive_loss, gamma=gamma, alpha=alpha, reduction="none")
+    return Case(leaves, call, frozenset(constants), fixed)
 
 
 def soft_mask_attention(
@@ -148,14 +158,13 @@ def soft_mask_attention(
     pairs = 7 if shared else 4
     leaves = {"query": heads(pairs, tokens, 40, seed=0), "key": heads(4, size, 40, seed=1)}
     leaves |= {"value": heads(4, size, 24, seed=2), "value_bias": normal(3, 24, seed=3)}
-    options: dict = {"kv_index": index}
+    fixed = {} if index is None else {"kv_index": index}
     if weighted:
-        options["key_weight"] = torch.rand(pairs, size, generator=torch.Generator().manual_seed(4))
+        fixed["key_weight"] = torch.rand(pairs, size, generator=torch.Generator().manual_seed(4))
     if masked:
-        ignore = normal(4, size, seed=5) < 0.3
-        ignore[2] = True
-        options["key_padding_mask"] = ignore
-    return Case(leaves, lambda **given: ops.soft_mask_attention(**given, **options))
+        fixed["key_padding_mask"] = normal(4, size, seed=5) < 0.3
+        fixed["key_padding_mask"][2] = True
+    return Case(leaves, ops.soft_mask_attention, fixed=fixed)
 
 
 def masked_patch_loss(patch_size: int, *, normalize: bool = True, share: float = 0.5) -> Case:
@@ -163,6 +172,16 @@ def masked_patch_loss(patch_size: int, *, normalize: bool = True, share: float =
     leaves = {"prediction": normal(2, rows * columns, 3 * patch_size**2, seed=0)}
     leaves["images"] = normal(2, 3, rows * patch_size, columns * patch_size, seed=1)
     mask = torch.rand(2, rows * columns, generator=torch.Generator().manual_seed(2)) < share
-    options = {"patch_size": patch_size, "normalize": normalize, "reduction": "none"}
-    call = lambda prediction, images: ops.masked_patch_loss(prediction, images, mask, **options)  # noqa: E731
-    return Case(leaves, call, frozenset({"images"}))
+    call = partial(ops.masked_patch_loss, patch_size=patch_size, normalize=normalize, reduction="none")
+    return Case(leaves, call, frozenset({"images"}), {"mask": mask})
+
+
+ALL = {
+    "soft_mask": soft_mask(130),
+    "word_attention": word_attention(130, normalize="minmax"),
+    "contrastive": contrastive(130, gamma=2.0, with_ids=True),
+    "momentum_contrastive": momentum_contrastive(63, queue=130, gamma=0.5, with_ids=True),
+    "soft_mask_attention": soft_mask_attention(130, tokens=70),
+    "masked_patch_loss": masked_patch_loss(16),
+}
+"""A case of every op with a gradient."""

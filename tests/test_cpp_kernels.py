@@ -10,10 +10,7 @@ from pathlib import Path
 import kernel_cases as cases
 import pytest
 import torch
-from kernel_cases import GAMMAS, SIZES, Case, check_errors, needs_cpp, outcome
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from kernel_cases import GAMMAS, SIZES, check_errors, needs_cpp, outcome
 
 import softmask
 from softmask import ops
@@ -87,19 +84,10 @@ def test_attentive_mask(select: str, dtype: torch.dtype) -> None:
             assert torch.equal(*marked)
 
 
-ALL = {
-    "word_attention": cases.word_attention(257, normalize="minmax"),
-    "contrastive": cases.contrastive(257, gamma=2.0, with_ids=True),
-    "momentum_contrastive": cases.momentum_contrastive(63, queue=577, gamma=0.5, with_ids=True),
-    "soft_mask_attention": cases.soft_mask_attention(257, tokens=70),
-    "masked_patch_loss": cases.masked_patch_loss(16),
-}
-
-
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", cases.ALL)
 def test_bits_repeat(name: str) -> None:
     """On every run, and with any number of threads but for the contrastive losses, whose products the BLAS splits."""
-    case = ALL[name].cast(torch.float32)
+    case = cases.ALL[name].cast(torch.float32)
     counts = (1, 2, 3) if "contrastive" not in name else (torch.get_num_threads(),)
     threads = torch.get_num_threads()
     try:
@@ -112,88 +100,6 @@ def test_bits_repeat(name: str) -> None:
     for other in outcomes[1:]:
         for key, value in outcomes[0].items():
             assert torch.equal(other[key], value), key
-
-
-@pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_autocast_changes_nothing(name: str, dtype: torch.dtype) -> None:
-    case = ALL[name].cast(dtype)
-    plain = outcome("cpp", case)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        under = outcome("cpp", case)
-    for key, value in plain.items():
-        assert torch.equal(under[key], value), key
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_no_silent_second_derivative(name: str) -> None:
-    case = ALL[name].cast(torch.float32)
-    first = next(iter(case.leaves))
-    leaves = {key: leaf.detach().requires_grad_(key not in case.constants) for key, leaf in case.leaves.items()}
-    with softmask.backend("cpp"):
-        out = case.call(**leaves)
-    (gradient,) = torch.autograd.grad(out.square().sum(), leaves[first], create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        gradient.square().sum().backward()
-
-
-@pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-def test_compiles_whole(name: str, compiler: str) -> None:
-    torch.compiler.reset()
-    case = ALL[name].cast(torch.float32)
-    compiled = Case(case.leaves, torch.compile(case.call, fullgraph=True, backend=compiler), case.constants)
-    plain, got = outcome("cpp", case), outcome("cpp", compiled)
-    for key, value in plain.items():
-        torch.testing.assert_close(got[key], value)
-
-
-@pytest.mark.parametrize("name", [*ALL, "attentive_mask"])
-def test_opcheck(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every registered op that a case reaches: its schema, its fake and its autograd, at the case's strides."""
-    seen: list[tuple] = []
-
-    class Record(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func.namespace == "softmask":
-                seen.append((func, tree_map_only(Tensor, Tensor.detach, args)))
-            return func(*args, **(kwargs or {}))
-
-    with Record():
-        if name == "attentive_mask":
-            ops.attentive_mask(cases.normal(2, 7, 5, seed=0), cases.normal(2, 3, 5, seed=1), ratio=0.5)
-        else:
-            outcome("cpp", ALL[name].cast(torch.float32))
-    assert len({func for func, _ in seen}) == (1 if name == "attentive_mask" else 2)
-    for func, args in seen:
-        floating = [arg for arg in args if isinstance(arg, Tensor) and arg.is_floating_point()]
-        for arg in floating if name != "attentive_mask" and not func.name().endswith("backward") else ():
-            arg.requires_grad_()
-        torch.library.opcheck(func, args)
-
-
-def test_results_may_be_changed_in_place() -> None:
-    case = ALL["soft_mask_attention"].cast(torch.float32)
-    leaves = {name: leaf.detach().requires_grad_() for name, leaf in case.leaves.items()}
-    with softmask.backend("cpp"):
-        case.call(**leaves).mul_(2.0).sum().backward()
-        once = case.call(**{name: leaf.detach().requires_grad_() for name, leaf in leaves.items()})
-    assert once.requires_grad and all(leaf.grad.isfinite().all() for leaf in leaves.values())
-
-
-@pytest.mark.parametrize("backend", ["reference", "cpp"])
-def test_only_features_and_scale_of_a_contrastive_loss_get_gradients(backend: str) -> None:
-    rows = cases.unit_rows(8, 5, 6, seed=0)
-    constants = {name: torch.tensor(0.5, requires_grad=True) for name in ("alpha", "gamma")}
-    keys = dict(zip(("image_teacher", "text_teacher", "image_queue", "text_queue"), rows[2:6], strict=True))
-    for tensor in keys.values():
-        tensor.requires_grad_()
-    with softmask.backend(backend):
-        assert not ops.momentum_contrastive_loss(rows[0], rows[1], 9.0, **keys, **constants).requires_grad
-        assert not ops.focal_contrastive_loss(rows[0], rows[1], 9.0, gamma=constants["gamma"]).requires_grad
-        image = rows[0].clone().requires_grad_()
-        ops.momentum_contrastive_loss(image, rows[1], 9.0, **keys, **constants).backward()
-    assert image.grad.any() and all(tensor.grad is None for tensor in (*keys.values(), *constants.values()))
 
 
 @pytest.mark.parametrize("capability", ["avx2", "default"])

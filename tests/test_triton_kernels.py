@@ -7,14 +7,7 @@ import pytest
 import torch
 from kernel_cases import SIZES, check_errors
 
-from softmask import kernels
-
-pytestmark = [
-    pytest.mark.skipif(
-        kernels.why_not("cpu", torch.float32) is not None, reason=str(kernels.why_not("cpu", torch.float32))
-    ),
-    pytest.mark.usefixtures("poisoned_memory", "fast_interpreter"),
-]
+pytestmark = [cases.needs_triton, pytest.mark.usefixtures("poisoned_memory", "fast_interpreter")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NORMALIZATIONS = ["minmax", "max", "sum", None]
 
