@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from softmask import ops
 
+from .attention import attend
 from .config import TextConfig
 
 
@@ -86,24 +87,19 @@ class SelfAttention(nn.Module):
         self.output = nn.Linear(config.width, config.width)
         self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
-        self.attention_dropout = config.attention_dropout
+        self.attention_dropout, self.library = config.attention_dropout, config.attention
 
     def forward(self, states: Tensor, attention_mask: Tensor) -> Tensor:
         query, key, value = (split_heads(f(states), self.heads) for f in (self.query, self.key, self.value))
-        mixed = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=attention_mask[:, None, None, :],
-            dropout_p=self.attention_dropout if self.training else 0.0,
-        )
+        dropout = self.attention_dropout if self.training else 0.0
+        mixed = attend(query, key, value, library=self.library, keep=attention_mask, dropout=dropout)
         return self.norm(states + self.dropout(self.output(merge_heads(mixed))))
 
 
 class CrossAttention(nn.Module):
     def __init__(self, config: TextConfig, *, image_width: int) -> None:
         super().__init__()
-        self.heads = config.heads
+        self.heads, self.library = config.heads, config.attention
         self.query = nn.Linear(config.width, config.width)
         self.key = nn.Linear(image_width, config.width, bias=False)
         self.value = nn.Linear(image_width, config.width)
@@ -123,18 +119,26 @@ class CrossAttention(nn.Module):
 
     def forward(self, states: Tensor, image: ImageKeys, pairs: PairIndex) -> tuple[Tensor, CrossRecord]:
         query = split_heads(self.query(states), self.heads)
-        mixed = ops.soft_mask_attention(
-            query,
-            image.key,
-            image.value,
-            key_weight=pairs.key_weight,
-            kv_index=pairs.kv_index,
-            value_bias=self.value_bias,
-        )
+        mixed = self._mix(query, image, pairs)
         if torch.is_grad_enabled() and not mixed.requires_grad:
             mixed.requires_grad_()  # frozen weights: the map still needs a gradient from here on
         states = self.norm(states + self.dropout(self.output(merge_heads(mixed))))
         return states, CrossRecord(query=query, output=mixed)
+
+    def _mix(self, query: Tensor, image: ImageKeys, pairs: PairIndex) -> Tensor:
+        if self.library == "sdpa" or pairs.key_weight is not None:
+            return ops.soft_mask_attention(
+                query,
+                image.key,
+                image.value,
+                key_weight=pairs.key_weight,
+                kv_index=pairs.kv_index,
+                value_bias=self.value_bias,
+            )
+        key, value = image.key, image.value
+        if pairs.kv_index is not None:
+            key, value = key.index_select(0, pairs.kv_index), value.index_select(0, pairs.kv_index)
+        return attend(query, key, value, library=self.library) + self.value_bias[:, None].to(value.dtype)
 
 
 class FeedForward(nn.Module):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from .attention import check_library
+
 
 @dataclass(frozen=True)
 class SpecialIds:
@@ -63,6 +65,7 @@ class TextConfig:
     max_positions: int = 512
     dropout: float = 0.1
     attention_dropout: float = 0.1  # of self-attention; cross-attention maps are never dropped
+    attention: str = "sdpa"  # who computes attention without soft masks: "sdpa", "flash_attn", "xformers", "eager"
     layer_norm_eps: float = 1e-12
     initializer_range: float = 0.02  # standard deviation of fresh weights; small widths want more
     pool: str = (
@@ -72,6 +75,7 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         _check_pool("text.pool", self.pool)
+        check_library(self.attention)
         if self.width % self.heads:
             raise ValueError(f"text.width: expected a multiple of text.heads ({self.heads}), got {self.width}")
         if self.fusion_layers < 1:
