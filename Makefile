@@ -76,7 +76,7 @@ bench: $(VENV)/.peers  ## speed of every op beside its baselines; ARGS="--compar
 
 $(VENV)/.peers: setup.py constraints.txt | $(READY)
 	@echo "bench: installing the packages that ops are compared with"
-	@SOFTMASK_SKIP_EXT=1 $(PIP) --no-build-isolation -e '.[bench]'
+	@SOFTMASK_SKIP_EXT=1 $(PIP) --no-build-isolation -e '.[$(if $(shell command -v nvidia-smi),bench-gpu,bench)]'
 	@touch $@
 
 gpu-report: $(READY)  ## what is known of the Triton kernels without a GPU: registers, tensor cores, bytes moved

@@ -45,6 +45,7 @@ BENCH = [
     "pytest-benchmark>=4",
     "pytorch-metric-learning>=2.6",
 ]
+BENCH_GPU = [*BENCH, "inf-cl>=1.2", "liger-kernel>=0.5", "memeff>=0.3"]
 TEST = [*DEMO, "ninja>=1.11", "packaging>=23", "pytest>=8", "pytest-xdist>=3.5", "setuptools>=77", "wheel>=0.43"]
 DEV = [*TEST, "clang-format>=18", "ruff>=0.9"]
 
@@ -144,6 +145,6 @@ setup(
     package_dir=FOLDERS,
     package_data={"softmask.train": ["configs/*.yaml", "configs/*.json"]},
     install_requires=["torch>=2.6"],
-    extras_require={"train": TRAIN, "demo": DEMO, "bench": BENCH, "test": TEST, "dev": DEV},
+    extras_require={"train": TRAIN, "demo": DEMO, "bench": BENCH, "bench-gpu": BENCH_GPU, "test": TEST, "dev": DEV},
     **extension_arguments(),
 )

@@ -8,28 +8,26 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import Bench, Run
+from harness import DEVICE, Bench, Run
 from torch import Tensor
 
 from softmask import ops, reference
 
 
 def peers() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """Of (image, text, logit_scale): open_clip's, cut-cross-entropy's torch.compile path and pytorch-metric-learning's.
-
-    The last two know no logit_scale: it goes into the rows.
-    """
+    """Of (image, text, logit_scale): the losses of other packages. But for open_clip's they know no logit_scale: it
+    goes into the rows. cut-cross-entropy has a path through torch.compile for the CPU."""
     from cut_cross_entropy import linear_cross_entropy
     from open_clip.loss import ClipLoss
     from pytorch_metric_learning.distances import DotProductSimilarity
     from pytorch_metric_learning.losses import NTXentLoss
 
-    clip = ClipLoss()
+    clip, impl = ClipLoss(), "cce" if DEVICE == "cuda" else "torch_compile"
 
     def cut(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
         label = torch.arange(len(image))
-        one = linear_cross_entropy(scale * image, text, label, impl="torch_compile")
-        return 0.5 * (one + linear_cross_entropy(scale * text, image, label, impl="torch_compile"))
+        one = linear_cross_entropy(scale * image, text, label, impl=impl)
+        return 0.5 * (one + linear_cross_entropy(scale * text, image, label, impl=impl))
 
     def metric(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
         label, same = torch.arange(len(image)), torch.arange(len(image))  # one tensor twice would mean one batch
@@ -37,7 +35,29 @@ def peers() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
         one = loss(scale * image, label, ref_emb=text, ref_labels=same)
         return 0.5 * (one + loss(scale * text, label, ref_emb=image, ref_labels=same))
 
-    return {"open_clip": clip, "cut-cross-entropy": cut, "pytorch-metric-learning": metric}
+    known = {"open_clip": clip, "cut-cross-entropy": cut, "pytorch-metric-learning": metric}
+    return known | gpu_peers() if DEVICE == "cuda" else known
+
+
+def gpu_peers() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    """Of packages whose kernels need a GPU."""
+    from inf_cl import cal_flash_loss
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+    from memeff import MemoryEfficientCLIPLoss
+
+    linear, symmetric = LigerFusedLinearCrossEntropyLoss(), MemoryEfficientCLIPLoss(1.0, normalized_inputs=True)
+
+    def inf(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+        return 0.5 * (cal_flash_loss(image, text, scale=scale) + cal_flash_loss(text, image, scale=scale)).mean()
+
+    def liger(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+        label = torch.arange(len(image))
+        return 0.5 * (linear(text, scale * image, label) + linear(image, scale * text, label))
+
+    def memeff(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+        return symmetric(scale * image, text)
+
+    return {"inf-cl": inf, "liger-kernel": liger, "memeff": memeff}
 
 
 def make(size: int, width: int, *, gamma: float, baselines: tuple[str, ...]) -> Bench:
@@ -63,7 +83,7 @@ def make(size: int, width: int, *, gamma: float, baselines: tuple[str, ...]) -> 
 
 
 OWN = ("reference", "compiled reference")
-PEERS = ("open_clip", "cut-cross-entropy")
+PEERS = ("open_clip", "cut-cross-entropy") + (("inf-cl", "liger-kernel", "memeff") if DEVICE == "cuda" else ())
 CUBIC = "pytorch-metric-learning"  # memory grows with N ** 3: 64 GiB at N 4096
 CASES = {
     "N4096 D256 gamma 0": partial(make, 4096, 256, gamma=0.0, baselines=(*OWN, *PEERS)),

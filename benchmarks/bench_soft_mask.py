@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from harness import Bench, Run
+from harness import KERNELS, Bench, Run
 from torch import Tensor
 
 import softmask
@@ -23,7 +23,7 @@ def make(batch: int, tokens: int, width: int, *, to_maps: bool) -> Bench:
     plain = features.detach()
 
     def kernel() -> Tensor:  # "auto" takes PyTorch where the map is a constant
-        with softmask.backend("cpp"):
+        with softmask.backend(KERNELS):
             return ops.soft_mask(features, maps)
 
     return Bench(

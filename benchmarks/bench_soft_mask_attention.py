@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from functools import partial
+from importlib.util import find_spec
 
 import pytest
 import torch
-import torch.nn.functional as F
-from harness import Bench, Run
+from harness import DEVICE, Bench, Run
 from torch import Tensor
 
 from softmask import ops, reference
+from softmask.models.attention import attend
+
+
+def gpu_libraries() -> list[str]:
+    """Those installed that can run here; flash-attn knows no fp32."""
+    known = ["xformers"] + (["flash_attn"] if torch.get_default_dtype() == torch.bfloat16 else [])
+    return [name for name in known if DEVICE == "cuda" and find_spec(name) is not None]
 
 
 def make(pairs: int, images: int, tokens: int, patches: int, width: int, heads: int) -> Bench:
@@ -29,15 +36,18 @@ def make(pairs: int, images: int, tokens: int, patches: int, width: int, heads: 
         states = (text, source, source)
         return [split(state @ projection) for state, projection in zip(states, projections, strict=True)]
 
-    def published() -> Tensor:
-        return F.scaled_dot_product_attention(*projected(image[index] * weight[..., None]))
+    def published(library: str) -> Tensor:
+        return attend(*projected(image[index] * weight[..., None]), library=library)
 
     options = {"key_weight": weight, "kv_index": index}
     return Bench(
         ours=Run(lambda: ops.soft_mask_attention(*projected(image), **options), leaves, upstream),
         baselines={
-            "masked and projected per pair": Run(published, leaves, upstream),
+            "masked and projected per pair": Run(partial(published, "sdpa"), leaves, upstream),
             "reference": Run(lambda: reference.soft_mask_attention(*projected(image), **options), leaves, upstream),
+        }
+        | {
+            f"the first by {library}": Run(partial(published, library), leaves, upstream) for library in gpu_libraries()
         },
         floor=Run(lambda: torch.cat([state.flatten() for state in projected(image)]), leaves),
         floor_name="the projections alone",

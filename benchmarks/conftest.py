@@ -18,6 +18,7 @@ RESULTS = pytest.StashKey[list]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("softmask")
     group.addoption("--compare", metavar="REVISION", help="time every op against this git revision")
+    group.addoption("--dtype", choices=harness.DTYPES, default="fp32", help="type of the inputs")
     group.addoption("--csv", type=Path, metavar="FILE", help="write the table as CSV")
 
 
@@ -41,10 +42,12 @@ def bench(request: pytest.FixtureRequest, benchmark, rival: Rival | None):
         if rival is not None:
             benchmark.pedantic(lambda: rival.check(Path(request.module.__file__).stem, size), rounds=1)
             return
-        case = make()
-        result = harness.measure(op, size, case)
-        benchmark.extra_info.update(over_floor=result.over_floor, **result.baselines)
-        benchmark.pedantic(case.ours, rounds=5, warmup_rounds=1)  # for pytest-benchmark's own table and files
+        dtype = request.config.getoption("--dtype")
+        with harness.defaults(harness.DTYPES[dtype]):
+            case = make()
+            result = harness.measure(op, dtype, size, case)
+            benchmark.extra_info.update(over_floor=result.over_floor, **result.baselines)
+            benchmark.pedantic(case.ours, rounds=5, warmup_rounds=1)  # for pytest-benchmark's own table and files
         request.config.stash[RESULTS].append(result)
 
     return run

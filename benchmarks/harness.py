@@ -11,7 +11,8 @@ import gc
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -21,8 +22,12 @@ from torch.profiler import ProfilerActivity, profile
 
 TURNS = (7, 40)  # at least, at most
 SECONDS = 6.0  # after which the turns end
-AGREEMENT = 1e-4  # of the largest value: that of sums of thousands of fp32 products in another order
+# Of the largest value: that of sums of thousands of fp32 products in another order, of results rounded to bf16.
+AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 MIB = 2**20
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KERNELS = {"cpu": "cpp", "cuda": "triton"}[DEVICE]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -59,6 +64,7 @@ class Result:
     """A row of the table: medians, in milliseconds, of the times and of the ratios to ours within a turn."""
 
     op: str
+    dtype: str
     size: str
     milliseconds: float
     floor: str
@@ -74,23 +80,30 @@ def check_values(bench: Bench) -> None:
     Raises:
         AssertionError: they differ by more than AGREEMENT of the largest.
     """
-    ours = bench.ours()
+    ours, agreement = bench.ours(), AGREEMENT[torch.get_default_dtype()]
     for name, run in bench.baselines.items():
         for position, (got, expected) in enumerate(zip(ours, run(), strict=True)):
             assert got.shape == expected.shape, f"{name}: output {position}: {got.shape}, expected {expected.shape}"
             difference = (got.double() - expected.double()).abs().max().item()
             largest = expected.double().abs().max().item()
-            assert difference <= AGREEMENT * largest, (
+            assert difference <= agreement * largest, (
                 f"{name}: output {position} differs by {difference:.3g}, the largest value is {largest:.3g}"
             )
 
 
 def seconds(call: Callable[[], object]) -> float:
+    synchronize()
     start = time.perf_counter()
     result = call()
+    synchronize()
     elapsed = time.perf_counter() - start
     del result
     return elapsed
+
+
+def synchronize() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
 
 
 def interleave(calls: Sequence[Callable[[], object]]) -> list[tuple[float, ...]]:
@@ -111,6 +124,11 @@ def interleave(calls: Sequence[Callable[[], object]]) -> list[tuple[float, ...]]
 
 def peak_mib(call: Callable[[], object]) -> float:
     """Most memory of torch's allocator that the call held at once, its results included, over what it found."""
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / MIB
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = call()
     del result
@@ -122,7 +140,7 @@ def peak_mib(call: Callable[[], object]) -> float:
     return peak / MIB
 
 
-def measure(op: str, size: str, bench: Bench) -> Result:
+def measure(op: str, dtype: str, size: str, bench: Bench) -> Result:
     check_values(bench)
     turns = interleave([bench.ours, bench.floor, *bench.baselines.values()])
     over_floor = statistics.median(ours / (bench.floor_times * floor) for ours, floor, *_ in turns)
@@ -133,6 +151,7 @@ def measure(op: str, size: str, bench: Bench) -> Result:
     out = bench.ours.forward()
     return Result(
         op=op,
+        dtype=dtype,
         size=size,
         milliseconds=1e3 * statistics.median(turn[0] for turn in turns),
         floor=bench.floor_name,
@@ -143,7 +162,21 @@ def measure(op: str, size: str, bench: Bench) -> Result:
     )
 
 
+@contextmanager
+def defaults(dtype: torch.dtype) -> Iterator[None]:
+    """New tensors are of this type and on the device that is measured."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(DEVICE):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def processor() -> str:
+    if DEVICE == "cuda":
+        return torch.cuda.get_device_name()
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
@@ -152,13 +185,14 @@ def processor() -> str:
 
 def table(results: Sequence[Result]) -> str:
     """Rows as text; a baseline's number is its time over ours, below 1 where it wins."""
-    lines = [f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, fp32"]
-    head = f"{'op':26} {'size':34} {'ms':>9} {'x floor':>8} {'MiB fwd':>8} {'bwd':>7}   baselines, their time over ours"
+    lines = [f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"]
+    head = f"{'op':26} {'type':4} {'size':34} {'ms':>9} {'x floor':>8} {'MiB fwd':>8} {'bwd':>7}"
+    head += "   baselines, their time over ours"
     lines += [head, "-" * len(head)]
     for r in results:
         against = ", ".join(f"{name} {ratio:.2f}" for name, ratio in r.baselines.items())
         numbers = f"{r.milliseconds:9.2f} {r.over_floor:8.2f} {r.forward_mib:8.1f} {r.backward_mib:7.1f}"
-        lines.append(f"{r.op:26} {r.size:34} {numbers}   {against}; floor: {r.floor}")
+        lines.append(f"{r.op:26} {r.dtype:4} {r.size:34} {numbers}   {against}; floor: {r.floor}")
     return "\n".join(lines)
 
 
