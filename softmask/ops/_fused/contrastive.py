@@ -49,6 +49,21 @@ def _fake(
     return rows.new_empty((count,), dtype=dtype), rows.new_empty((6 if both else 3, count), dtype=dtype)
 
 
+def _triton_fake(
+    rows: Tensor,
+    columns: Tensor,
+    scale: Tensor,
+    gamma: Tensor,
+    row_ids: Tensor | None,
+    column_ids: Tensor | None,
+    first_row: int,
+    both: bool,
+) -> tuple[Tensor, Tensor]:
+    """One statistic more where there are ids: C++ counts the positives again instead."""
+    loss, statistics = _fake(rows, columns, scale, gamma, row_ids, column_ids, first_row, both)
+    return loss, statistics.new_empty((statistics.shape[0] + (row_ids is not None), loss.shape[0]))
+
+
 def _backward_fake(
     grad: Tensor,
     statistics: Tensor,
@@ -74,11 +89,16 @@ def _backward(ctx, run: Callable, grad: Tensor, _grad_statistics: Tensor) -> tup
     return _library.wanted(ctx, *gradients, None, None, None, None, None)
 
 
-_KERNELS = _library.register(
-    "contrastive",
-    fake=_fake,
-    setup=_setup,
-    backward=_backward,
-    backward_fake=_backward_fake,
-    public_name="focal_contrastive_loss",
-)
+def _register(fake: Callable, backend: str) -> _library.Kernels:
+    return _library.register(
+        "contrastive",
+        fake=fake,
+        setup=_setup,
+        backward=_backward,
+        backward_fake=_backward_fake,
+        public_name="focal_contrastive_loss",
+        backends=(backend,),
+    )
+
+
+_KERNELS = _register(_fake, "cpp") | _register(_triton_fake, "triton")

@@ -40,6 +40,10 @@ def momentum_contrastive_loss(
     positives = (ids, ids if all_ids is None else all_ids, queue_ids, first_row)
     with_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (image, text, scalars[0]))
     options = (*scalars, *positives, with_gradient)
+    if backend == "triton":
+        teachers, queues = (image_teacher, text_teacher), (image_queue, text_queue)
+        loss, _, _ = _BOTH[backend](image, text, *teachers, image_keys, text_keys, *queues, *options)
+        return reference.reduce(loss, reduction)
     of_image, _ = _KERNELS[backend](image, image_teacher, text_keys, text_queue, *options)
     of_text, _ = _KERNELS[backend](text, text_teacher, image_keys, image_queue, *options)
     return reference.reduce(0.5 * (of_image + of_text), reduction)
@@ -77,6 +81,44 @@ def _backward_fake(grad: Tensor, query: Tensor, scale: Tensor, gradients: Tensor
     return query.new_empty(query.shape), scale.new_empty(())
 
 
+def _both_fake(
+    image: Tensor,
+    text: Tensor,
+    image_teacher: Tensor,
+    text_teacher: Tensor,
+    image_keys: Tensor,
+    text_keys: Tensor,
+    image_queue: Tensor | None,
+    text_queue: Tensor | None,
+    scale: Tensor,
+    alpha: Tensor,
+    gamma: Tensor,
+    ids: Tensor | None,
+    key_ids: Tensor | None,
+    queue_ids: Tensor | None,
+    first_row: int,
+    gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    fp32 = {"dtype": torch.float32}
+    gradients = (image.new_empty(image.shape if gradient else (0,), **fp32) for _ in range(2))
+    return image.new_empty((image.shape[0],), **fp32), *gradients
+
+
+def _both_setup(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:2], inputs[8], *output[1:])
+
+
+def _both_backward(ctx, run: Callable, grad: Tensor, *_grad_gradients: Tensor) -> tuple[Tensor | None, ...]:
+    image_grad, text_grad, scale_grad = run(grad, *ctx.saved_tensors)
+    return _library.wanted(ctx, image_grad, text_grad, *(None,) * 6, scale_grad, *(None,) * 7)
+
+
+def _both_backward_fake(
+    grad: Tensor, image: Tensor, text: Tensor, scale: Tensor, image_gradients: Tensor, text_gradients: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return image.new_empty(image.shape), text.new_empty(text.shape), scale.new_empty(())
+
+
 _KERNELS = _library.register(
     "momentum_contrastive",
     fake=_fake,
@@ -84,5 +126,14 @@ _KERNELS = _library.register(
     backward=_backward,
     backward_fake=_backward_fake,
     backends=("cpp",),
+    public_name="momentum_contrastive_loss",
+)
+_BOTH = _library.register(
+    "momentum_contrastive",
+    fake=_both_fake,
+    setup=_both_setup,
+    backward=_both_backward,
+    backward_fake=_both_backward_fake,
+    backends=("triton",),
     public_name="momentum_contrastive_loss",
 )

@@ -56,7 +56,8 @@ def _backward_fake(
     key_weight: Tensor | None,
     kv_index: Tensor | None,
     value_bias: Tensor | None,
-    *_options: object,
+    key_padding_mask: Tensor | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     heads, width = value.shape[1], value.shape[3]
     bias = query.new_empty((0, heads, width), dtype=_library.compute_dtype(query))
@@ -81,5 +82,4 @@ _KERNELS = _library.register(
     setup=_setup,
     backward=_backward,
     backward_fake=_backward_fake,
-    backends=("cpp",),
 )

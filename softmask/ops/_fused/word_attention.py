@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from softmask.ops import _library
@@ -25,7 +26,7 @@ def word_attention(
 ) -> Tensor:
     floating = (query, key, value, grad_output, value_bias)
     query, key, value, grad_output, value_bias = _library.of_one_type(*floating)
-    return _KERNELS[backend](
+    out = _KERNELS[backend](
         query,
         key,
         word_index if word_index.dim() == 3 else word_index.unsqueeze(-1),
@@ -37,6 +38,7 @@ def word_attention(
         num_prefix_tokens,
         normalize or "none",
     )
+    return out if isinstance(out, Tensor) else out[0]
 
 
 def _fake(
@@ -80,6 +82,49 @@ def _backward(ctx, run: Callable, grad: Tensor) -> tuple[Tensor | None, ...]:
     return _library.wanted(ctx, query, key, None, value, grad_output, value_bias, None, None, None, None)
 
 
+def _triton_fake(
+    query: Tensor,
+    key: Tensor,
+    word_index: Tensor,
+    value: Tensor | None,
+    grad_output: Tensor | None,
+    value_bias: Tensor | None,
+    key_padding_mask: Tensor | None,
+    scale: float,
+    num_prefix_tokens: int,
+    normalize: str,
+) -> tuple[Tensor, Tensor]:
+    """The maps, and the same before their normalization (empty where there is none)."""
+    maps = query.new_empty((query.shape[0], word_index.shape[1], key.shape[2] - num_prefix_tokens), dtype=torch.float32)
+    return maps, maps.new_empty(maps.shape if normalize != "none" else (0,))
+
+
+def _triton_backward_fake(
+    grad: Tensor,
+    raw: Tensor,
+    query: Tensor,
+    key: Tensor,
+    word_index: Tensor,
+    value: Tensor | None,
+    grad_output: Tensor | None,
+    value_bias: Tensor | None,
+    key_padding_mask: Tensor | None,
+    scale: float,
+    num_prefix_tokens: int,
+    normalize: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _backward_fake(grad, query, key, word_index, value, grad_output, value_bias)
+
+
+def _triton_setup(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.scale, ctx.num_prefix_tokens, ctx.normalize = inputs
+    ctx.save_for_backward(output[1], *tensors)
+
+
+def _triton_backward(ctx, run: Callable, grad: Tensor, _grad_raw: Tensor) -> tuple[Tensor | None, ...]:
+    return _backward(ctx, run, grad)
+
+
 _KERNELS = _library.register(
     "word_attention",
     fake=_fake,
@@ -87,4 +132,11 @@ _KERNELS = _library.register(
     backward=_backward,
     backward_fake=_backward_fake,
     backends=("cpp",),
+) | _library.register(
+    "word_attention",
+    fake=_triton_fake,
+    setup=_triton_setup,
+    backward=_triton_backward,
+    backward_fake=_triton_backward_fake,
+    backends=("triton",),
 )

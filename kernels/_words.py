@@ -1,0 +1,118 @@
+"""What the kernels of word_attention share: rows of its tensors, their products, and the settings of their launches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from softmask.kernels._launch import Configs, config, dots, last_contiguous
+
+MIN_BLOCK = 16  # of a product
+
+
+@triton.jit
+def load_rows(tensor, row, row_stride, live, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows of a tensor, zeros where they are not live: [rows, BLOCK]."""
+    column = tl.arange(0, BLOCK)
+    mask = live[:, None]
+    if WIDTH < BLOCK:
+        mask = mask & (column < WIDTH)[None, :]
+    return tl.load(tensor + row[:, None].to(tl.int64) * row_stride + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(tensor, row, live, values, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    column = tl.arange(0, BLOCK)
+    mask = live[:, None]
+    if WIDTH < BLOCK:
+        mask = mask & (column < WIDTH)[None, :]
+    tl.store(tensor + row[:, None].to(tl.int64) * WIDTH + column[None, :], values, mask=mask)
+
+
+@triton.jit
+def load_width(tensor, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """One row, fp32: [BLOCK]."""
+    column = tl.arange(0, BLOCK)
+    return tl.load(tensor + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def product(a, b, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """a b^T. A single row without tensor cores: padding it to their tile would be nearly all of the work."""
+    if a.shape[0] == 1:
+        return tl.sum(a.to(tl.float32)[:, None, :] * b.to(tl.float32)[None, :, :], 2)
+    return tl.dot(a.to(DOT), tl.trans(b.to(DOT)), input_precision=PRECISION)
+
+
+@triton.jit
+def load_tokens(index, row, rows, tokens, scale):
+    """The rows' tokens, negative for none; which to read; their logits' factor, NaN for a token beyond the text."""
+    token = tl.load(index + row, mask=row < rows, other=-1)
+    return token, (token >= 0) & (token < tokens), tl.where(token < tokens, scale, float("nan"))
+
+
+@triton.jit
+def kept_keys(ignore, position, keys):
+    """Which keys take part: [BLOCK_KEYS]."""
+    kept = position < keys
+    if ignore is not None:
+        kept = kept & (tl.load(ignore + position, mask=kept, other=1).to(tl.int32) == 0)
+    return kept
+
+
+@triton.jit
+def load_keys(
+    key, value, position, keys, key_token, value_token,
+    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_VALUE: tl.constexpr,
+):  # fmt: skip
+    """Keys and values at positions; the keys twice where there are no values."""
+    k = load_rows(key, position, key_token, position < keys, WIDTH, BLOCK_WIDTH)
+    v = k
+    if value is not None:
+        v = load_rows(value, position, value_token, position < keys, VALUE_WIDTH, BLOCK_VALUE)
+    return k, v
+
+
+@triton.jit
+def of_head(
+    batch, head, query, key, value, grad_output, bias, ignore,
+    query_batch, query_head, key_batch, key_head, value_batch, value_head, grad_batch, grad_head, ignore_batch,
+    VALUE_WIDTH: tl.constexpr,
+):  # fmt: skip
+    """The tensors of one caption and head."""
+    query += batch * query_batch + head * query_head
+    key += batch * key_batch + head * key_head
+    if value is not None:
+        value += batch * value_batch + head * value_head
+        grad_output += batch * grad_batch + head * grad_head
+    if bias is not None:
+        bias += head * VALUE_WIDTH
+    if ignore is not None:
+        ignore += batch * ignore_batch
+    return query, key, value, grad_output, bias, ignore
+
+
+def readable(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else last_contiguous(tensor) for tensor in tensors]
+
+
+def strides(
+    query: Tensor, key: Tensor, value: Tensor | None, grad_output: Tensor | None, ignore: Tensor | None
+) -> list[int]:
+    """Of captions, heads and tokens, as the kernels take them."""
+    by_tensor = [(0, 0, 0) if one is None else one.stride()[:3] for one in (query, key, value, grad_output)]
+    return [*sum(by_tensor, ()), 0 if ignore is None else ignore.stride(0)]
+
+
+def options(table: Configs, key: Tensor, value: Tensor | None) -> dict[str, Any]:
+    """Constants of the kernels that go through keys. Wider heads take shorter tiles."""
+    chosen, width = config(table, key), key.shape[3]
+    value_width = 0 if value is None else value.shape[3]
+    block, block_value = (max(MIN_BLOCK, triton.next_power_of_2(size)) for size in (width, value_width))
+    fit = chosen.pop("TILE_BYTES") // (max(block, block_value) * key.element_size())
+    chosen["BLOCK_KEYS"] = max(MIN_BLOCK, min(chosen["BLOCK_KEYS"], fit))
+    sizes = {"WIDTH": width, "VALUE_WIDTH": value_width, "BLOCK_WIDTH": block, "BLOCK_VALUE": block_value}
+    return chosen | sizes | dots(key)

@@ -1,0 +1,130 @@
+"""attentive_mask: the patches of an image that are most, or least, relevant to its caption.
+
+The first launch gives every patch a score. A program holds the cosines of a tile of patches with all tokens (beyond 128
+tokens with a block of them after the other) and streams both by chunks of the width: patches are read once, the few
+tokens by every tile of their image. Norms are summed up beside the products, which are divided by them at the end. The
+second launch ranks: a patch is selected if fewer than `count` patches of its image come before it. Comparing all pairs
+takes some hundred comparisons per patch, without a sort and without knowing on the host what was chosen.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from softmask.kernels._launch import Configs, config, dots, last_contiguous, launch
+
+EPS: tl.constexpr = tl.constexpr(1e-12)  # F.normalize's
+MIN_BLOCK_TOKENS, MAX_BLOCK_TOKENS = 16, 128
+# ROW_BYTES: of a chunk of the width, whatever the type. STAGES: chunks on their way. On Hopper one: Triton gives chunks
+# that are used by wgmma and elsewhere (the norms) too few buffers and overwrites them early (triton-lang/triton#6691).
+SCORE: Configs = {
+    0: {"BLOCK_PATCHES": 256, "ROW_BYTES": 256, "STAGES": 1},
+    80: {"BLOCK_PATCHES": 64, "ROW_BYTES": 128, "STAGES": 3},
+    90: {"BLOCK_PATCHES": 64, "ROW_BYTES": 128, "STAGES": 1},
+    100: {"BLOCK_PATCHES": 64, "ROW_BYTES": 128, "STAGES": 3},
+}
+SELECT: Configs = {
+    0: {"BLOCK_PATCHES": 256, "BLOCK_OTHERS": 256},
+    80: {"BLOCK_PATCHES": 32, "BLOCK_OTHERS": 128, "num_warps": 4, "num_stages": 1},
+}
+
+
+@triton.jit
+def _cosines(
+    patch_rows, token_rows, live_patch, live_token, width,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_WIDTH: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Of rows that start at patch_rows [BLOCK_PATCHES] and token_rows [BLOCK_TOKENS]: [BLOCK_PATCHES, BLOCK_TOKENS]."""
+    products = tl.zeros([live_patch.shape[0], live_token.shape[0]], tl.float32)
+    patch_square = tl.zeros([live_patch.shape[0]], tl.float32)
+    token_square = tl.zeros([live_token.shape[0]], tl.float32)
+    for start in tl.range(0, width, BLOCK_WIDTH, num_stages=STAGES):
+        column = start + tl.arange(0, BLOCK_WIDTH)
+        inside = (column < width)[None, :]
+        patch = tl.load(patch_rows[:, None] + column[None, :], mask=live_patch[:, None] & inside, other=0.0)
+        token = tl.load(token_rows[:, None] + column[None, :], mask=live_token[:, None] & inside, other=0.0)
+        products = tl.dot(patch.to(DOT), tl.trans(token.to(DOT)), products, input_precision=PRECISION)
+        patch, token = patch.to(tl.float32), token.to(tl.float32)
+        patch_square += tl.sum(patch * patch, 1)
+        token_square += tl.sum(token * token, 1)
+    return products * _inverse_norm(token_square)[None, :] * _inverse_norm(patch_square)[:, None]
+
+
+@triton.jit
+def _inverse_norm(square):
+    """Rounded to nearest, so that patches that differ by a power of two tie, as they do in PyTorch."""
+    return tl.div_rn(1.0, tl.maximum(tl.sqrt_rn(square), EPS))
+
+
+@triton.jit
+def _score(
+    patches, tokens, padding, score,
+    num_patches, num_tokens, width,
+    patches_batch, patches_patch, tokens_batch, tokens_token, padding_batch, padding_token,
+    HIGH: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, TOKEN_BLOCKS: tl.constexpr,
+    BLOCK_PATCHES: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(num_patches, BLOCK_PATCHES)
+    batch = (tl.program_id(0) // tiles).to(tl.int64)
+    patch = tl.program_id(0) % tiles * BLOCK_PATCHES + tl.arange(0, BLOCK_PATCHES)
+    live_patch = patch < num_patches
+    patch_rows = patches + batch * patches_batch + patch.to(tl.int64) * patches_patch
+    relevance = tl.full([BLOCK_PATCHES], float("-inf"), tl.float32)
+    for block in range(TOKEN_BLOCKS):  # most often one, and then no loop
+        token = block * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+        live_token = token < num_tokens
+        token_rows = tokens + batch * tokens_batch + token.to(tl.int64) * tokens_token
+        cosine = _cosines(patch_rows, token_rows, live_patch, live_token, width, DOT, PRECISION, BLOCK_WIDTH, STAGES)
+        cosine = tl.where(cosine == cosine, cosine, float("inf"))  # NaN is above all numbers, as in torch's sort
+        if padding is not None:
+            at_token = padding + batch * padding_batch + token * padding_token
+            live_token = live_token & (tl.load(at_token, mask=live_token, other=1) == 0)
+        relevance = tl.maximum(relevance, tl.max(tl.where(live_token[None, :], cosine, float("-inf")), 1))
+    tl.store(score + batch * num_patches + patch, relevance if HIGH else -relevance, mask=live_patch)
+
+
+@triton.jit
+def _select(score, selected, num_patches, count, BLOCK_PATCHES: tl.constexpr, BLOCK_OTHERS: tl.constexpr):
+    tiles = tl.cdiv(num_patches, BLOCK_PATCHES)
+    row = (tl.program_id(0) // tiles).to(tl.int64) * num_patches
+    patch = tl.program_id(0) % tiles * BLOCK_PATCHES + tl.arange(0, BLOCK_PATCHES)
+    live = patch < num_patches
+    mine = tl.load(score + row + patch, mask=live, other=0.0)[:, None]
+    rank = tl.zeros([BLOCK_PATCHES], tl.int32)
+    for first in range(0, num_patches, BLOCK_OTHERS):
+        other = first + tl.arange(0, BLOCK_OTHERS)
+        # -inf beyond the last patch comes before no patch: it is never greater, and never of a lower position.
+        theirs = tl.load(score + row + other, mask=other < num_patches, other=float("-inf"))[None, :]
+        before = (theirs > mine) | ((theirs == mine) & (other[None, :] < patch[:, None]))
+        rank += tl.sum(before.to(tl.int32), 1)
+    tl.store(selected + row + patch, rank < count, mask=live)
+
+
+def forward(patches: Tensor, tokens: Tensor, token_padding_mask: Tensor | None, count: int, high: bool) -> Tensor:
+    """patches [B, P, D], tokens [B, T, D], token_padding_mask [B, T] -> bool [B, P], `count` of each image selected."""
+    patches, tokens = last_contiguous(patches), last_contiguous(tokens)
+    batch, num_patches, width = patches.shape
+    num_tokens = tokens.shape[1]
+    score = patches.new_empty((batch, num_patches), dtype=torch.float32)
+    selected = patches.new_empty((batch, num_patches), dtype=torch.bool)
+    options = config(SCORE, patches)
+    row_bytes = options.pop("ROW_BYTES")
+    block_tokens = min(max(triton.next_power_of_2(num_tokens), MIN_BLOCK_TOKENS), MAX_BLOCK_TOKENS)
+    launch(
+        _score, (batch * triton.cdiv(num_patches, options["BLOCK_PATCHES"]),),
+        patches, tokens, token_padding_mask, score,
+        num_patches, num_tokens, width,
+        *patches.stride()[:2], *tokens.stride()[:2],
+        *((0, 0) if token_padding_mask is None else token_padding_mask.stride()),
+        HIGH=high, **dots(patches, tokens),
+        TOKEN_BLOCKS=triton.cdiv(num_tokens, block_tokens), BLOCK_TOKENS=block_tokens,
+        BLOCK_WIDTH=row_bytes // max(patches.element_size(), tokens.element_size()),
+        num_warps=max(4, block_tokens // 16), **options,
+    )  # fmt: skip
+    options = config(SELECT, patches)
+    tiles = triton.cdiv(num_patches, options["BLOCK_PATCHES"])
+    launch(_select, (batch * tiles,), score, selected, num_patches, count, **options)
+    return selected

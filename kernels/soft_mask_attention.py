@@ -1,0 +1,401 @@
+"""soft_mask_attention: flash attention to images that pairs share, each pair with its own weights of their tokens.
+
+Forward, one launch: a program holds a tile of text of one pair and head, streams its image's keys and values once, and
+applies the pair's weights to logits and probabilities: no pair's keys or values exist. An image that is none (its
+index is out of range) has no keys. Backward, three launches: the tiles of the forward stream keys and values twice,
+first for the softmax's statistics, then for the query's gradient; a program per image, head and tile of keys goes
+through the image's pairs in their order, which it finds in the index itself, and writes the gradients of keys and
+values once; the partial sums of the bias's gradient are added up. Nothing but the inputs is saved between the two.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from softmask.kernels._launch import Configs, config, dots, last_contiguous, launch
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+MAX_BLOCK_PAIRS = 1024  # of the index, in registers beside the gradients
+BIAS = {"BLOCK_ROWS": 64, "BLOCK_WIDTH": 64}
+
+# For rows of 128 bytes, 64 numbers of a half type: where rows are longer, tiles have fewer of them and warps are 8.
+ROW_BYTES, MANY_WARPS = 128, 8
+FORWARD: Configs = {
+    0: {"BLOCK_TOKENS": 128, "BLOCK_KEYS": 512},
+    80: {"BLOCK_TOKENS": 64, "BLOCK_KEYS": 32, "num_warps": 4, "num_stages": 3},
+    90: {"BLOCK_TOKENS": 64, "BLOCK_KEYS": 64, "num_warps": 4, "num_stages": 3},
+}
+QUERY_BACKWARD: Configs = {capability: FORWARD[capability] for capability in (0, 80)}
+KEY_BACKWARD: Configs = {
+    0: {"BLOCK_TOKENS": 128, "BLOCK_KEYS": 512},
+    80: {"BLOCK_TOKENS": 32, "BLOCK_KEYS": 32, "num_warps": 4, "num_stages": 3},
+    90: {"BLOCK_TOKENS": 32, "BLOCK_KEYS": 64, "num_warps": 4, "num_stages": 3},
+}
+
+
+@triton.jit
+def _place(index, images, pairs, tokens, keys, BLOCK_TOKENS: tl.constexpr):
+    """(head, pair, tile of text, image, its keys) of this program: close in time where they may share an image."""
+    tiles = tl.cdiv(tokens, BLOCK_TOKENS)
+    tile = tl.program_id(0) % tiles
+    pair = (tl.program_id(0) // tiles % pairs).to(tl.int64)
+    head = (tl.program_id(0) // tiles // pairs).to(tl.int64)
+    image = pair
+    if index is not None:
+        image = tl.load(index + pair)
+        keys = tl.where((image >= 0) & (image < images), keys, 0)
+    return head, pair, tile, image, keys
+
+
+@triton.jit
+def _tile(start, stride, live, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Pointers to the rows from start on and which of them to touch: [rows, BLOCK]."""
+    row, column = tl.arange(0, live.shape[0]), tl.arange(0, BLOCK)
+    mask = live[:, None]
+    if WIDTH < BLOCK:
+        mask = mask & (column < WIDTH)[None, :]
+    return start + row[:, None] * stride + column[None, :], mask
+
+
+@triton.jit
+def _load_rows(start, stride, live, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """The rows from start on, zeros where they are not live: [rows, BLOCK]."""
+    pointers, mask = _tile(start, stride, live, WIDTH, BLOCK)
+    return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def _store_rows(start, stride, values, live, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    pointers, mask = _tile(start, stride, live, WIDTH, BLOCK)
+    tl.store(pointers, values, mask=mask)
+
+
+@triton.jit
+def _logits(
+    q, key, stride, weight, ignore, first, keys, scale,
+    WIDTH: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+):  # fmt: skip
+    """A tile of keys, which of them exist, their weights [BLOCK_KEYS], and the rows' logits [BLOCK_TOKENS, BLOCK_KEYS].
+
+    Logits are to the base 2; those of keys that do not exist or are ignored are -inf.
+    """
+    position = first + tl.arange(0, BLOCK_KEYS)
+    live = position < keys
+    k = _load_rows(key, stride, live, WIDTH, BLOCK_WIDTH)
+    m = tl.full([BLOCK_KEYS], 1.0, tl.float32)
+    if weight is not None:
+        m = tl.load(weight + position, mask=live, other=0.0).to(tl.float32)
+    kept = live
+    if ignore is not None:
+        kept = live & (tl.load(ignore + position, mask=live, other=1).to(tl.int32) == 0)
+    logit = tl.dot(q, tl.trans(k.to(DOT)), input_precision=PRECISION) * (m * scale * LOG2E)[None, :]
+    return k, live, m, tl.where(kept[None, :], logit, float("-inf"))
+
+
+@triton.jit
+def _softmax_step(logit, top):
+    """(exponentials at the new maximum, what shrinks sums at the old one, the new maximum) of rows [BLOCK_TOKENS]."""
+    new_top = tl.maximum(top, tl.max(logit, 1))
+    anchor = tl.where(new_top == float("-inf"), 0.0, new_top)  # no key yet: exp2(-inf - 0), not NaN
+    return tl.exp2(logit - anchor[:, None]), tl.exp2(top - anchor), new_top
+
+
+@triton.jit
+def _forward(
+    query, key, value, weight, index, bias, ignore, out,
+    images, pairs, heads, tokens, keys, scale,
+    query_pair, query_head, query_token, key_image, key_head, key_token, value_image, value_head, value_token,
+    weight_pair, ignore_image, bias_head,
+    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_VALUE: tl.constexpr,
+):  # fmt: skip
+    head, pair, tile, image, keys = _place(index, images, pairs, tokens, keys, BLOCK_TOKENS)
+    in_text = tile * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS) < tokens
+    first_token = tile.to(tl.int64) * BLOCK_TOKENS
+    key += image * key_image + head * key_head
+    value += image * value_image + head * value_head
+    if weight is not None:
+        weight += pair * weight_pair
+    if ignore is not None:
+        ignore += image * ignore_image
+    query += pair * query_pair + head * query_head + first_token * query_token
+    q = _load_rows(query, query_token, in_text, WIDTH, BLOCK_WIDTH).to(DOT)
+    top = tl.full([BLOCK_TOKENS], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_TOKENS], tl.float32)
+    mean = tl.zeros([BLOCK_TOKENS, BLOCK_VALUE], tl.float32)
+    for first in range(0, keys, BLOCK_KEYS):
+        _, live, m, logit = _logits(
+            q, key, key_token, weight, ignore, first, keys, scale, WIDTH, DOT, PRECISION, BLOCK_KEYS, BLOCK_WIDTH
+        )
+        e, shrink, top = _softmax_step(logit, top)
+        v = _load_rows(value, value_token, live, VALUE_WIDTH, BLOCK_VALUE).to(DOT)
+        mean = tl.dot((e * m[None, :]).to(DOT), v, mean * shrink[:, None], input_precision=PRECISION)
+        total = total * shrink + tl.sum(e, 1)
+        key += BLOCK_KEYS * key_token
+        value += BLOCK_KEYS * value_token
+    attends = total > 0
+    mean = mean / tl.where(attends, total, 1.0)[:, None]
+    if bias is not None:
+        column = tl.arange(0, BLOCK_VALUE)
+        b = tl.load(bias + head * bias_head + column, mask=column < VALUE_WIDTH, other=0.0).to(tl.float32)
+        mean = tl.where(attends[:, None], mean + b[None, :], 0.0)
+    out += ((pair * tokens + first_token) * heads + head) * VALUE_WIDTH
+    _store_rows(out, heads * VALUE_WIDTH, mean, in_text, VALUE_WIDTH, BLOCK_VALUE)
+
+
+@triton.jit
+def _query_backward(
+    grad, query, key, value, weight, index, ignore, query_grad, lse, delta, at_bias,
+    images, pairs, heads, tokens, keys, scale,
+    grad_pair, grad_head, grad_token,
+    query_pair, query_head, query_token, key_image, key_head, key_token, value_image, value_head, value_token,
+    weight_pair, ignore_image,
+    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, FACTOR: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_VALUE: tl.constexpr,
+):  # fmt: skip
+    head, pair, tile, image, keys = _place(index, images, pairs, tokens, keys, BLOCK_TOKENS)
+    token = tile * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    in_text = token < tokens
+    first_token = tile.to(tl.int64) * BLOCK_TOKENS
+    key += image * key_image + head * key_head
+    value += image * value_image + head * value_head
+    if weight is not None:
+        weight += pair * weight_pair
+    if ignore is not None:
+        ignore += image * ignore_image
+    query += pair * query_pair + head * query_head + first_token * query_token
+    grad += pair * grad_pair + head * grad_head + first_token * grad_token
+    q = _load_rows(query, query_token, in_text, WIDTH, BLOCK_WIDTH).to(DOT)
+    d_out = _load_rows(grad, grad_token, in_text, VALUE_WIDTH, BLOCK_VALUE)
+    top = tl.full([BLOCK_TOKENS], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_TOKENS], tl.float32)
+    mean = tl.zeros([BLOCK_TOKENS], tl.float32)  # of the gradient at the probabilities, under them
+    key_tile, value_tile = key, value
+    for first in range(0, keys, BLOCK_KEYS):
+        _, live, m, logit = _logits(
+            q, key_tile, key_token, weight, ignore, first, keys, scale,
+            WIDTH, DOT, PRECISION, BLOCK_KEYS, BLOCK_WIDTH,
+        )  # fmt: skip
+        v = _load_rows(value_tile, value_token, live, VALUE_WIDTH, BLOCK_VALUE).to(DOT)
+        d_a = tl.dot(d_out.to(DOT), tl.trans(v), input_precision=PRECISION) * m[None, :]
+        e, shrink, top = _softmax_step(logit, top)
+        total = total * shrink + tl.sum(e, 1)
+        mean = mean * shrink + tl.sum(e * d_a, 1)
+        key_tile += BLOCK_KEYS * key_token
+        value_tile += BLOCK_KEYS * value_token
+    attends = total > 0
+    total = tl.where(attends, total, 1.0)
+    mean /= total
+    log_sum = tl.where(attends, top + tl.log2(total), float("inf"))  # no key: probabilities of 0
+    row = (pair * heads + head) * tokens
+    tl.store(lse + row + token, log_sum, mask=in_text)
+    tl.store(delta + row + token, mean, mask=in_text)
+    if at_bias is not None:
+        column = tl.arange(0, BLOCK_VALUE)
+        d_bias = tl.sum(tl.where(attends[:, None], d_out.to(tl.float32), 0.0), 0)
+        at_bias += ((pair * tl.cdiv(tokens, BLOCK_TOKENS) + tile) * heads + head) * VALUE_WIDTH
+        tl.store(at_bias + column, d_bias, mask=column < VALUE_WIDTH)
+    d_q = tl.zeros([BLOCK_TOKENS, BLOCK_WIDTH], tl.float32)
+    for first in range(0, keys, BLOCK_KEYS):
+        k, live, m, logit = _logits(
+            q, key, key_token, weight, ignore, first, keys, scale, WIDTH, DOT, PRECISION, BLOCK_KEYS, BLOCK_WIDTH
+        )
+        v = _load_rows(value, value_token, live, VALUE_WIDTH, BLOCK_VALUE).to(DOT)
+        d_a = tl.dot(d_out.to(DOT), tl.trans(v), input_precision=PRECISION) * m[None, :]
+        d_logit = tl.exp2(logit - log_sum[:, None]) * (d_a - mean[:, None])
+        d_q = tl.dot((d_logit * m[None, :]).to(FACTOR), k.to(FACTOR), d_q, input_precision=PRECISION)
+        key += BLOCK_KEYS * key_token
+        value += BLOCK_KEYS * value_token
+    query_grad += ((pair * tokens + first_token) * heads + head) * WIDTH
+    _store_rows(query_grad, heads * WIDTH, d_q * scale, in_text, WIDTH, BLOCK_WIDTH)
+
+
+@triton.jit
+def _key_backward(
+    grad, query, key, value, weight, index, ignore, lse, delta, key_grad, value_grad,
+    pairs, heads, tokens, keys, scale,
+    grad_pair, grad_head, grad_token,
+    query_pair, query_head, query_token, key_image, key_head, key_token, value_image, value_head, value_token,
+    weight_pair, ignore_image,
+    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, FACTOR: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_VALUE: tl.constexpr,
+    BLOCK_PAIRS: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(keys, BLOCK_KEYS)
+    head = (tl.program_id(0) // tiles % heads).to(tl.int64)
+    image = (tl.program_id(0) // tiles // heads).to(tl.int64)
+    position = tl.program_id(0) % tiles * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
+    first_key = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_KEYS
+    live = position < keys
+    kept = live
+    if ignore is not None:
+        kept = live & (tl.load(ignore + image * ignore_image + position, mask=live, other=1).to(tl.int32) == 0)
+    key += image * key_image + head * key_head + first_key * key_token
+    value += image * value_image + head * value_head + first_key * value_token
+    query += head * query_head
+    grad += head * grad_head
+    k = _load_rows(key, key_token, live, WIDTH, BLOCK_WIDTH)
+    v = _load_rows(value, value_token, live, VALUE_WIDTH, BLOCK_VALUE)
+    d_k = tl.zeros([BLOCK_KEYS, BLOCK_WIDTH], tl.float32)
+    d_v = tl.zeros([BLOCK_KEYS, BLOCK_VALUE], tl.float32)
+    for first_pair in range(0, pairs, BLOCK_PAIRS):
+        every = first_pair + tl.arange(0, BLOCK_PAIRS)
+        ours = every == image
+        if index is not None:
+            ours = tl.load(index + every, mask=every < pairs, other=-1) == image
+        pair, first = tl.min(tl.where(ours, every, pairs), 0), 0
+        for _ in range(tl.sum(ours.to(tl.int32), 0) * tl.cdiv(tokens, BLOCK_TOKENS)):
+            n = pair.to(tl.int64)
+            m = tl.full([BLOCK_KEYS], 1.0, tl.float32)
+            if weight is not None:
+                m = tl.load(weight + n * weight_pair + position, mask=live, other=0.0).to(tl.float32)
+            token = tl.arange(0, BLOCK_TOKENS)
+            in_text = token < tokens - first
+            row = (n * heads + head) * tokens + first
+            q = _load_rows(query + n * query_pair + first * query_token, query_token, in_text, WIDTH, BLOCK_WIDTH)
+            d_out = _load_rows(grad + n * grad_pair + first * grad_token, grad_token, in_text, VALUE_WIDTH, BLOCK_VALUE)
+            log_sum = tl.load(lse + row + token, mask=in_text, other=float("inf"))
+            mean = tl.load(delta + row + token, mask=in_text, other=0.0)
+            logit = tl.dot(k.to(DOT), tl.trans(q.to(DOT)), input_precision=PRECISION) * (m * scale * LOG2E)[:, None]
+            logit = tl.where(kept[:, None], logit, float("-inf"))
+            a = tl.exp2(logit - log_sum[None, :])  # [BLOCK_KEYS, BLOCK_TOKENS]
+            d_v = tl.dot((a * m[:, None]).to(FACTOR), d_out.to(FACTOR), d_v, input_precision=PRECISION)
+            d_a = tl.dot(v.to(DOT), tl.trans(d_out.to(DOT)), input_precision=PRECISION) * m[:, None]
+            d_logit = a * (d_a - mean[None, :])
+            d_k = tl.dot((d_logit * m[:, None]).to(FACTOR), q.to(FACTOR), d_k, input_precision=PRECISION)
+            first += BLOCK_TOKENS
+            following = tl.min(tl.where(ours & (every > pair), every, pairs), 0)
+            pair = tl.where(first < tokens, pair, following)
+            first = tl.where(first < tokens, first, 0)
+    row = (image * keys + first_key) * heads + head
+    _store_rows(key_grad + row * WIDTH, heads * WIDTH, d_k * scale, live, WIDTH, BLOCK_WIDTH)
+    _store_rows(value_grad + row * VALUE_WIDTH, heads * VALUE_WIDTH, d_v, live, VALUE_WIDTH, BLOCK_VALUE)
+
+
+@triton.jit
+def _bias_backward(at_bias, bias_grad, rows, width, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+    column = tl.program_id(0) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
+    total = tl.zeros([BLOCK_ROWS, BLOCK_WIDTH], tl.float32)
+    for first in range(0, rows, BLOCK_ROWS):
+        row = (first + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
+        live = (row < rows)[:, None] & (column < width)[None, :]
+        total += tl.load(at_bias + row[:, None] * width + column[None, :], mask=live, other=0.0)
+    tl.store(bias_grad + column, tl.sum(total, 0), mask=column < width)
+
+
+def _options(table: Configs, query: Tensor, value: Tensor) -> dict[str, Any]:
+    """Constants of a launch, blocks fitted to the problem."""
+    options = config(table, query) | dots(query)
+    width, value_width = query.shape[3], value.shape[3]
+    blocks = {"BLOCK_WIDTH": _block(width), "BLOCK_VALUE": _block(value_width)}
+    longer = max(1, max(blocks.values()) * query.element_size() // ROW_BYTES)
+    if longer > 1:
+        options["num_warps"] = MANY_WARPS
+    for name, size in (("BLOCK_TOKENS", query.shape[2]), ("BLOCK_KEYS", value.shape[2])):
+        blocks[name] = max(16, min(options[name] // longer, _block(size)))
+    return options | blocks | {"WIDTH": width, "VALUE_WIDTH": value_width}
+
+
+def _backward_options(table: Configs, query: Tensor, value: Tensor) -> dict[str, Any]:
+    """FACTOR: the type of products with probabilities and gradients at logits, which fp16 would flush to zero."""
+    options = _options(table, query, value)
+    if query.dtype == torch.float16:
+        return options | {"FACTOR": tl.float32, "PRECISION": "tf32"}  # exact for the other factor
+    return options | {"FACTOR": options["DOT"]}
+
+
+def _block(size: int) -> int:
+    """A power of two, and what products take at least."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def _tokens_first(tensor: Tensor, width: int) -> Tensor:
+    """Empty [N, H, T, width] laid out as [N, T, H, width], as the projections around attention are."""
+    first, heads, tokens, _ = tensor.shape
+    return tensor.new_empty((first, tokens, heads, width)).transpose(1, 2)
+
+
+def _readable(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else last_contiguous(tensor) for tensor in tensors]
+
+
+def _first_stride(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.stride(0)
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_weight: Tensor | None,
+    kv_index: Tensor | None,
+    value_bias: Tensor | None,
+    key_padding_mask: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """query [N, H, T, E], key [B, H, P, E], value [B, H, P, V] -> [N, H, T, V]."""
+    query, key, value, weight, index, bias, ignore = _readable(
+        query, key, value, key_weight, kv_index, value_bias, key_padding_mask
+    )
+    out = _tokens_first(query, value.shape[3])
+    (pairs, heads, tokens, _), (images, _, keys, _) = query.shape, key.shape
+    options = _options(FORWARD, query, value)
+    launch(
+        _forward,
+        (heads * pairs * triton.cdiv(tokens, options["BLOCK_TOKENS"]),),
+        query, key, value, weight, index, bias, ignore, out,
+        images, pairs, heads, tokens, keys, scale,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
+        _first_stride(weight), _first_stride(ignore), _first_stride(bias),
+        **options,
+    )  # fmt: skip
+    return out
+
+
+def backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_weight: Tensor | None,
+    kv_index: Tensor | None,
+    value_bias: Tensor | None,
+    key_padding_mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value and value_bias (empty where there is none)."""
+    grad, query, key, value, weight, index, ignore = _readable(
+        grad, query, key, value, key_weight, kv_index, key_padding_mask
+    )
+    query_grad, key_grad, value_grad = (_tokens_first(tensor, tensor.shape[3]) for tensor in (query, key, value))
+    (pairs, heads, tokens, _), (images, _, keys, value_width) = query.shape, value.shape
+    options = _backward_options(QUERY_BACKWARD, query, value)
+    tiles = triton.cdiv(tokens, options["BLOCK_TOKENS"])
+    statistics = query.new_empty((2, pairs, heads, tokens), dtype=torch.float32)
+    at_bias = query.new_empty((pairs * tiles if value_bias is not None else 0, heads, value_width), dtype=torch.float32)
+    strides = [length for tensor in (grad, query, key, value) for length in tensor.stride()[:3]]
+    strides += [_first_stride(weight), _first_stride(ignore)]
+    launch(
+        _query_backward, (heads * pairs * tiles,),
+        grad, query, key, value, weight, index, ignore, query_grad, *statistics, None if value_bias is None else at_bias,
+        images, pairs, heads, tokens, keys, scale, *strides, **options,
+    )  # fmt: skip
+    options = _backward_options(KEY_BACKWARD, query, value)
+    launch(
+        _key_backward, (images * heads * triton.cdiv(keys, options["BLOCK_KEYS"]),),
+        grad, query, key, value, weight, index, ignore, *statistics, key_grad, value_grad,
+        pairs, heads, tokens, keys, scale, *strides,
+        BLOCK_PAIRS=min(MAX_BLOCK_PAIRS, triton.next_power_of_2(max(1, pairs))), **options,
+    )  # fmt: skip
+    if value_bias is None:
+        return query_grad, key_grad, value_grad, at_bias
+    bias_grad, width = value_bias.new_empty(value_bias.shape), heads * value_width
+    launch(
+        _bias_backward, (triton.cdiv(width, BIAS["BLOCK_WIDTH"]),), at_bias, bias_grad, len(at_bias), width, **BIAS
+    )
+    return query_grad, key_grad, value_grad, bias_grad

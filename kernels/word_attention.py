@@ -1,0 +1,172 @@
+"""word_attention: rows of the attention, or of Grad-CAM, at the tokens of words, and no other row.
+
+Two launches, as in flash decoding. A program of the first holds one tile of one head's keys and values and goes through
+the words' rows: it reads query and grad_output at those tokens alone, and writes exp(logit - top), times
+relu(grad_output (v + bias)^T), with the tile's largest logit and the sum of its exponentials. A program of the second
+makes one map: from tops and sums it has the softmax's denominators, adds up heads and sub-tokens, and normalizes. Every
+key and value is read once; what lies between the launches is one number per key, head and row. For the gradient, which
+is in word_attention_backward, it keeps the maps before normalization.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from softmask.kernels._launch import Configs, config, launch
+from softmask.kernels._normalize import extent
+from softmask.kernels._words import (
+    kept_keys,
+    load_keys,
+    load_rows,
+    load_tokens,
+    load_width,
+    of_head,
+    options,
+    product,
+    readable,
+    strides,
+)
+from softmask.kernels.word_attention_backward import backward
+
+__all__ = ["backward", "forward"]
+
+BLOCK_ROWS = 16
+FORWARD: Configs = {
+    0: {"BLOCK_KEYS": 256, "TILE_BYTES": 1 << 20},
+    80: {"BLOCK_KEYS": 64, "TILE_BYTES": 1 << 14, "num_warps": 4, "num_stages": 1},
+}
+# ELEMENTS: of the rows that a program adds to its map at once, at least one row.
+COMBINE: Configs = {0: {"ELEMENTS": 1 << 16}, 80: {"ELEMENTS": 1 << 13, "num_warps": 8, "num_stages": 1}}
+
+
+@triton.jit
+def _forward(
+    query, key, index, value, grad_output, bias, ignore, partial, tops, totals,
+    rows, tokens, keys, pitch, scale,
+    query_batch, query_head, query_token, key_batch, key_head, key_token,
+    value_batch, value_head, value_token, grad_batch, grad_head, grad_token, ignore_batch,
+    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_VALUE: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(keys, BLOCK_KEYS)
+    batch, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
+    head = tl.program_id(1).to(tl.int64)
+    query, key, value, grad_output, bias, ignore = of_head(
+        batch, head, query, key, value, grad_output, bias, ignore,
+        query_batch, query_head, key_batch, key_head, value_batch, value_head, grad_batch, grad_head, ignore_batch,
+        VALUE_WIDTH,
+    )  # fmt: skip
+    position = tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
+    k, v = load_keys(key, value, position, keys, key_token, value_token, WIDTH, VALUE_WIDTH, BLOCK_WIDTH, BLOCK_VALUE)
+    kept = kept_keys(ignore, position, keys)
+    for first in range(0, rows, BLOCK_ROWS):
+        row = first + tl.arange(0, BLOCK_ROWS)
+        token, read, factor = load_tokens(index + batch * rows, row, rows, tokens, scale)
+        if tl.max(token, 0) >= 0:
+            q = load_rows(query, token, query_token, read, WIDTH, BLOCK_WIDTH)
+            logit = product(q, k, DOT, PRECISION) * factor[:, None]  # [BLOCK_ROWS, BLOCK_KEYS]
+            logit = tl.where(kept[None, :], logit, float("-inf"))
+            top = tl.max(logit, 1)
+            e = tl.exp(logit - tl.where(top == float("-inf"), 0.0, top)[:, None])
+            total = tl.sum(e, 1)
+            if value is not None:
+                d_out = load_rows(grad_output, token, grad_token, read, VALUE_WIDTH, BLOCK_VALUE)
+                gate = product(d_out, v, DOT, PRECISION)
+                if bias is not None:
+                    b = load_width(bias, VALUE_WIDTH, BLOCK_VALUE)
+                    gate += tl.sum(d_out.to(tl.float32) * b[None, :], 1)[:, None]
+                e *= tl.where(gate < 0, 0.0, gate)  # lets NaN through
+            place = (batch * tl.num_programs(1) + head) * rows + row
+            tl.store(tops + place * tiles + tile, top, mask=token >= 0)
+            tl.store(totals + place * tiles + tile, total, mask=token >= 0)
+            mask = (token >= 0)[:, None] & (position < pitch)[None, :]
+            tl.store(partial + place[:, None] * pitch + position[None, :], e, mask=mask)
+
+
+@triton.jit
+def _combine(
+    partial, tops, totals, index, maps, raw,
+    heads, words, subtokens, keys, prefix, tiles, pitch,
+    NORMALIZE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_TILES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+):  # fmt: skip
+    batch, word = (tl.program_id(0) // words).to(tl.int64), tl.program_id(0) % words
+    rows, tile = words * subtokens, tl.arange(0, BLOCK_TILES)
+    position = tile[:, None] * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)[None, :]
+    c = tl.zeros([BLOCK_TILES, BLOCK_KEYS], tl.float32)
+    count = 0.0
+    for first in range(0, heads * subtokens, BLOCK_ROWS):
+        i = first + tl.arange(0, BLOCK_ROWS)
+        of_caption = word * subtokens + i % subtokens
+        named = tl.load(index + batch * rows + of_caption, mask=i < heads * subtokens, other=-1) >= 0
+        row = (batch * heads + i // subtokens) * rows + of_caption
+        place = row[:, None] * tiles + tile[None, :]
+        mask = named[:, None] & (tile < tiles)[None, :]
+        top = tl.load(tops + place, mask=mask, other=float("-inf"))
+        highest = tl.max(top, 1)
+        highest = tl.where(highest == float("-inf"), 0.0, highest)
+        weight = tl.exp(top - highest[:, None])  # [BLOCK_ROWS, BLOCK_TILES]
+        total = tl.sum(weight * tl.load(totals + place, mask=mask, other=0.0), 1)
+        weight = weight / tl.where(total == 0, 1.0, total)[:, None]
+        mask = named[:, None, None] & (position < pitch)[None, :, :]
+        e = tl.load(partial + row[:, None, None] * pitch + position[None, :, :], mask=mask, other=0.0)
+        c += tl.sum(e * weight[:, :, None], 0)
+        count += tl.sum(named.to(tl.float32), 0)
+    c = tl.reshape(c / tl.maximum(count, 1.0), [BLOCK_TILES * BLOCK_KEYS])
+    position = tl.arange(0, BLOCK_TILES * BLOCK_KEYS)
+    live = (position >= prefix) & (position < keys)
+    place = tl.program_id(0).to(tl.int64) * (keys - prefix) + position - prefix
+    low, divisor = extent(c, live, NORMALIZE)
+    tl.store(maps + place, (c - low) / divisor, mask=live)
+    if raw is not None:
+        tl.store(raw + place, c, mask=live)
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    word_index: Tensor,
+    value: Tensor | None,
+    grad_output: Tensor | None,
+    value_bias: Tensor | None,
+    key_padding_mask: Tensor | None,
+    scale: float,
+    num_prefix_tokens: int,
+    normalize: str,
+) -> tuple[Tensor, Tensor]:
+    """query, grad_output [B, H, T, E], key, value [B, H, P, E], word_index [B, W, S] -> maps [B, W, P - prefix], and
+    these before normalization (empty where there is none)."""
+    (batch, heads, tokens, _), keys = query.shape, key.shape[2]
+    words, subtokens = word_index.shape[1:]
+    rows = words * subtokens
+    maps = query.new_empty((batch, words, keys - num_prefix_tokens), dtype=torch.float32)
+    raw = maps.new_empty(maps.shape if normalize != "none" else (0,))
+    if rows == 0:
+        return maps.zero_(), raw.zero_()
+    query, key, value, grad_output, ignore = readable(query, key, value, grad_output, key_padding_mask)
+    bias = None if value_bias is None else value_bias.contiguous()
+    index = word_index.contiguous()
+    chosen = options(FORWARD, key, value)
+    block_keys = chosen["BLOCK_KEYS"]
+    tiles, pitch = triton.cdiv(keys, block_keys), 16 * triton.cdiv(keys, 16)  # rows of whole wide stores
+    partial = maps.new_empty((batch, heads, rows, pitch))
+    tops, totals = (maps.new_empty((batch, heads, rows, tiles)) for _ in range(2))
+    one_row = key.dtype == torch.float32 and chosen["PRECISION"] == "ieee"
+    launch(
+        _forward, (batch * tiles, heads),
+        query, key, index, value, grad_output, bias, ignore, partial, tops, totals,
+        rows, tokens, keys, pitch, scale, *strides(query, key, value, grad_output, ignore),
+        BLOCK_ROWS=1 if one_row else BLOCK_ROWS, **chosen,
+    )  # fmt: skip
+    combine, block_tiles = config(COMBINE, key), triton.next_power_of_2(tiles)
+    at_once = max(1, combine.pop("ELEMENTS") // (block_tiles * block_keys))
+    launch(
+        _combine, (batch * words,),
+        partial, tops, totals, index, maps, raw if normalize != "none" else None,
+        heads, words, subtokens, keys, num_prefix_tokens, tiles, pitch,
+        NORMALIZE=normalize, BLOCK_ROWS=min(at_once, triton.next_power_of_2(max(1, heads * subtokens))),
+        BLOCK_TILES=block_tiles, BLOCK_KEYS=block_keys, **combine,
+    )  # fmt: skip
+    return maps, raw
