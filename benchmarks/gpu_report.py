@@ -30,6 +30,7 @@ PRECISIONS = {
     "fp16": (torch.float16, "highest"),
     "bf16": (torch.bfloat16, "highest"),
 }
+FORBIDDEN = {"local": "bytes of local memory", "races": "copies that may overtake products"}
 CHECKED = [(80, "fp32"), (90, "bf16")]  # by --check
 COUNTED = {"fp32": 80, "fp16": 90}  # traffic: type -> architecture whose configurations count
 
@@ -58,7 +59,7 @@ def launches(call: Call, precision: str, architecture: int) -> list[Launch]:
     torch.set_float32_matmul_precision(matmul_precision)
     try:
         with hooked(seen.append, architecture=architecture):
-            call.run(**call.inputs(call.size, dtype, "meta"))
+            call.run(*call.inputs(call.size, dtype, "meta"))
     finally:
         torch.set_float32_matmul_precision(before)
     return seen
@@ -89,7 +90,7 @@ def traffic_rows() -> Iterator[dict]:
             dtype = PRECISIONS[precision][0]
             inputs = call.inputs(call.small, dtype, "cpu")
             with counted(architecture) as seen:
-                call.run(**inputs)
+                call.run(*inputs)
             fewest_bytes, fewest_flops = call.fewest(call.small, dtype.itemsize)
             flops = sum(one.flops for one in seen)
             yield {
@@ -121,7 +122,7 @@ def floor_rows() -> Iterator[dict]:
 
 def broken(row: dict, budget: dict) -> list[str]:
     """How a compiled kernel exceeds its budget."""
-    found = [f"{row['local']} bytes of local memory"] if row["local"] else []
+    found = [f"{row[name]} {what}" for name, what in FORBIDDEN.items() if row[name]]
     for name in ("registers", "shared"):
         if row[name] > budget[name]:
             found.append(f"{row[name]} of {budget[name]} {name}")

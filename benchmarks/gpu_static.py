@@ -51,6 +51,7 @@ class Static:
     async_copies: int
     tensor_core: dict[str, int]  # instruction -> how many
     dots: int  # products in the source's intermediate form
+    races: int  # chunks in shared memory that a copy may overwrite under a pending wgmma
 
 
 def compile_launch(one: Launch, architecture: int) -> Static:
@@ -60,7 +61,7 @@ def compile_launch(one: Launch, architecture: int) -> Static:
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     registers, local = _resources(compiled.asm["cubin"])
     ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
-    copies = [int(width) for width in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, (0x[0-9a-f]+|\d+)", ptx)]
+    copies = [int(width, 0) for width in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, (0x[0-9a-f]+|\d+)", ptx)]
     loads = Counter(_width(*found) for found in _global_accesses("ld", ptx))
     return Static(
         kernel=one.kernel.__name__,
@@ -75,6 +76,7 @@ def compile_launch(one: Launch, architecture: int) -> Static:
         async_copies=len(copies),
         tensor_core={name: ptx.count(name) for name in TENSOR_CORE if name in ptx},
         dots=compiled.asm["ttir"].count("tt.dot "),
+        races=_races(compiled.asm["ttgir"]),
     )
 
 
@@ -129,3 +131,25 @@ def _global_accesses(which: str, ptx: str) -> list[tuple[str, str]]:
 
 def _width(vector: str, bits: str) -> int:
     return int(vector[1:] or 1) * int(bits) // 8 if vector else int(bits) // 8
+
+
+def _races(ttgir: str) -> int:
+    """Chunks of a pipelined loop that are read by wgmma and elsewhere, while products are left pending.
+
+    Triton 3.8 gives them one buffer too few, and the next copy may overwrite what a product still reads
+    (triton-lang/triton#6691).
+    """
+    if not re.search(r"pendings = [1-9]", ttgir):
+        return 0
+    buffers = set(re.findall(r"(%\S+) = ttg\.local_alloc : \(\)", ttgir))
+    views = dict(re.findall(r"(%\S+) = ttg\.memdesc_(?:index|trans|subslice|reinterpret) (%\w+)", ttgir))
+
+    def buffer(name: str) -> str:
+        while name in views:
+            name = views[name]
+        return name
+
+    products = re.findall(r"ttng\.warp_group_dot (%\w+), (%\w+)", ttgir)
+    by_wgmma = {buffer(name) for operands in products for name in operands}
+    by_loads = {buffer(name) for name in re.findall(r"ttg\.local_load (%\w+)", ttgir)}
+    return len(buffers & by_wgmma & by_loads)

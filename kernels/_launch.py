@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from itertools import product
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from softmask.kernels import INTERPRETED
 
 AUTOTUNE = os.environ.get("SOFTMASK_AUTOTUNE", "0") not in ("", "0")
-TUNED_WARPS, TUNED_STAGES = (2, 4, 8), (1, 2, 3, 4)
+WARP_FACTORS = (0.5, 1, 2)  # what tuning tries, times the table's number of warps
 OLDEST = 80  # the first compute capability in every table
 
 Configs = Mapping[int, Mapping[str, int]]
@@ -35,28 +34,31 @@ class Launch:
     num_warps: int
     num_stages: int
 
+    @property
+    def device(self) -> torch.device:
+        return next(value.device for value in self.arguments.values() if isinstance(value, Tensor))
+
     def run(self) -> None:
-        tensor = next(value for value in self.arguments.values() if isinstance(value, Tensor))
-        with torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext():
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
             self.kernel[self.grid](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
 
 
 _hook: Callable[[Launch], None] | None = None
 _architecture: int | None = None
-_tuned: dict[tuple, tuple[int, int]] = {}
+_tuned: dict[tuple, int] = {}
 
 
 def launch(
     kernel: Any, grid: tuple[int, ...], *given: Any, num_warps: int = 4, num_stages: int = 2, **constants: Any
 ) -> None:
     """Run kernel over grid; an empty grid runs nothing."""
-    arguments = dict(zip(kernel.arg_names, given, strict=False)) | constants
+    arguments = dict(zip(kernel.arg_names[: len(given)], given, strict=True)) | constants
     one = Launch(kernel, grid, arguments, num_warps, num_stages)
     if 0 in grid:
         return
     if _hook is not None:
         _hook(one)
-    elif AUTOTUNE and not INTERPRETED:
+    elif AUTOTUNE and not INTERPRETED and not torch.cuda.is_current_stream_capturing():
         tune(one).run()
     else:
         one.run()
@@ -75,23 +77,32 @@ def hooked(hook: Callable[[Launch], None], *, architecture: int | None = None) -
 
 def config(table: Configs, tensor: Tensor) -> dict[str, int]:
     """The entry of table for the processor that runs kernels on tensor."""
-    capability = _architecture or (0 if INTERPRETED else OLDEST)
-    if _architecture is None and tensor.is_cuda and not INTERPRETED:
+    if _architecture is None and INTERPRETED:
+        return dict(table[0])
+    capability = _architecture or OLDEST
+    if _architecture is None and tensor.is_cuda:
         major, minor = torch.cuda.get_device_capability(tensor.device)
         capability = 10 * major + minor
-    return dict(table[max((known for known in table if known <= capability), default=OLDEST)])
+    return dict(table[max(known for known in table if OLDEST <= known <= capability)])
 
 
 def dots(*tensors: Tensor) -> dict[str, Any]:
     """DOT: the type in which the tensors' values enter products, fp32 if they differ; PRECISION: of fp32 products.
 
-    The interpreter has no bf16 products. fp32 is rounded to tf32 where torch's own products are.
+    The interpreter has no bf16 products. fp32 is rounded to tf32 where torch's own products on a GPU are.
     """
     types = {tensor.dtype for tensor in tensors}
     half = {torch.float16: tl.float16, torch.bfloat16: tl.float32 if INTERPRETED else tl.bfloat16}
     dot = half.get(types.pop(), tl.float32) if len(types) == 1 else tl.float32
-    tf32 = torch.get_float32_matmul_precision() != "highest"
-    return {"DOT": dot, "PRECISION": "tf32" if tf32 else "ieee"}
+    return {"DOT": dot, "PRECISION": "tf32" if _allows_tf32() else "ieee"}
+
+
+def _allows_tf32() -> bool:
+    settings = torch.backends.cuda.matmul
+    try:
+        return settings.fp32_precision == "tf32"
+    except AttributeError:  # before torch 2.9
+        return settings.allow_tf32
 
 
 def last_contiguous(tensor: Tensor) -> Tensor:
@@ -100,24 +111,27 @@ def last_contiguous(tensor: Tensor) -> Tensor:
 
 
 def tune(one: Launch) -> Launch:
-    """The launch with the fastest number of warps and stages, timed once per kernel, constants and tensors' types.
+    """The launch with the fastest number of warps, timed once per device, kernel, constants and shapes.
 
     Kernels write the same values on every run, so trying is harmless.
     """
-    key = (one.kernel, *(_tuning_key(value) for value in one.arguments.values()))
+    key = (one.device, one.kernel, *(_tuning_key(value) for value in one.arguments.values()))
     if key not in _tuned:
-        tried = {pair: _milliseconds(one, *pair) for pair in product(TUNED_WARPS, TUNED_STAGES)}
-        _tuned[key] = min(tried, key=tried.__getitem__)
-    warps, stages = _tuned[key]
-    return replace(one, num_warps=warps, num_stages=stages)
+        tried = {int(one.num_warps * factor) for factor in WARP_FACTORS} & {1, 2, 4, 8, 16}
+        times = {warps: _milliseconds(replace(one, num_warps=warps)) for warps in sorted(tried)}
+        _tuned[key] = min(times, key=times.__getitem__)
+    return replace(one, num_warps=_tuned[key])
 
 
 def _tuning_key(value: Any) -> Any:
-    return (value.dtype, tuple(value.shape)) if isinstance(value, Tensor) else value
+    if isinstance(value, Tensor):
+        return value.dtype, tuple(value.shape)
+    return None if isinstance(value, float) else value
 
 
-def _milliseconds(one: Launch, warps: int, stages: int) -> float:
-    try:
-        return triton.testing.do_bench(replace(one, num_warps=warps, num_stages=stages).run, return_mode="median")
-    except triton.runtime.errors.OutOfResources:
-        return float("inf")
+def _milliseconds(one: Launch) -> float:
+    with torch.cuda.device(one.device):
+        try:
+            return triton.testing.do_bench(one.run, return_mode="median")
+        except triton.runtime.errors.OutOfResources:
+            return float("inf")

@@ -14,9 +14,10 @@ def extent(c, live, NORMALIZE: tl.constexpr):
     low, divisor = 0.0, 1.0
     if NORMALIZE == "minmax":
         low = tl.min(tl.where(live, c, float("inf")), 0)
+    if NORMALIZE == "minmax" or NORMALIZE == "max":
         divisor = tl.max(tl.where(live, c, float("-inf")), 0) - low + EPS
-    if NORMALIZE == "max":
-        divisor = tl.max(tl.where(live, c, float("-inf")), 0) + EPS
+        broken = tl.max((live & (c != c)).to(tl.int32), 0)  # unlike torch's, these maxima pass over NaN
+        divisor = tl.where(broken > 0, float("nan"), divisor)
     if NORMALIZE == "sum":
         divisor = tl.sum(tl.where(live, c, 0.0), 0) + EPS
     return low, divisor

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from softmask.kernels._launch import Configs, config, dots, last_contiguous
 
-MIN_BLOCK = 16  # of a product
+BLOCK_ROWS = MIN_WIDTH = 16  # the least that a product takes
 
 
 @triton.jit
@@ -43,7 +43,7 @@ def load_width(tensor, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 def product(a, b, DOT: tl.constexpr, PRECISION: tl.constexpr):
     """a b^T. A single row without tensor cores: padding it to their tile would be nearly all of the work."""
     if a.shape[0] == 1:
-        return tl.sum(a.to(tl.float32)[:, None, :] * b.to(tl.float32)[None, :, :], 2)
+        return tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)[None, :]
     return tl.dot(a.to(DOT), tl.trans(b.to(DOT)), input_precision=PRECISION)
 
 
@@ -111,8 +111,8 @@ def options(table: Configs, key: Tensor, value: Tensor | None) -> dict[str, Any]
     """Constants of the kernels that go through keys. Wider heads take shorter tiles."""
     chosen, width = config(table, key), key.shape[3]
     value_width = 0 if value is None else value.shape[3]
-    block, block_value = (max(MIN_BLOCK, triton.next_power_of_2(size)) for size in (width, value_width))
+    block, block_value = (max(MIN_WIDTH, triton.next_power_of_2(size)) for size in (width, value_width))
     fit = chosen.pop("TILE_BYTES") // (max(block, block_value) * key.element_size())
-    chosen["BLOCK_KEYS"] = max(MIN_BLOCK, min(chosen["BLOCK_KEYS"], fit))
+    chosen["BLOCK_KEYS"] = max(16, min(chosen["BLOCK_KEYS"], fit))
     sizes = {"WIDTH": width, "VALUE_WIDTH": value_width, "BLOCK_WIDTH": block, "BLOCK_VALUE": block_value}
     return chosen | sizes | dots(key)

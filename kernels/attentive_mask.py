@@ -22,13 +22,13 @@ MIN_BLOCK_TOKENS, MAX_BLOCK_TOKENS = 16, 128
 # that are used by wgmma and elsewhere (the norms) too few buffers and overwrites them early (triton-lang/triton#6691).
 SCORE: Configs = {
     0: {"BLOCK_PATCHES": 256, "ROW_BYTES": 256, "STAGES": 1},
-    80: {"BLOCK_PATCHES": 64, "ROW_BYTES": 128, "STAGES": 3},
-    90: {"BLOCK_PATCHES": 64, "ROW_BYTES": 128, "STAGES": 1},
-    100: {"BLOCK_PATCHES": 64, "ROW_BYTES": 128, "STAGES": 3},
+    80: {"BLOCK_PATCHES": 128, "ROW_BYTES": 128, "STAGES": 3},
+    90: {"BLOCK_PATCHES": 128, "ROW_BYTES": 128, "STAGES": 1},
+    100: {"BLOCK_PATCHES": 128, "ROW_BYTES": 128, "STAGES": 3},
 }
 SELECT: Configs = {
     0: {"BLOCK_PATCHES": 256, "BLOCK_OTHERS": 256},
-    80: {"BLOCK_PATCHES": 32, "BLOCK_OTHERS": 128, "num_warps": 4, "num_stages": 1},
+    80: {"BLOCK_PATCHES": 128, "BLOCK_OTHERS": 32, "num_warps": 4, "num_stages": 1},
 }
 
 
@@ -122,7 +122,7 @@ def forward(patches: Tensor, tokens: Tensor, token_padding_mask: Tensor | None, 
         HIGH=high, **dots(patches, tokens),
         TOKEN_BLOCKS=triton.cdiv(num_tokens, block_tokens), BLOCK_TOKENS=block_tokens,
         BLOCK_WIDTH=row_bytes // max(patches.element_size(), tokens.element_size()),
-        num_warps=max(4, block_tokens // 16), **options,
+        num_warps=max(8, block_tokens // 8), **options,
     )  # fmt: skip
     options = config(SELECT, patches)
     tiles = triton.cdiv(num_patches, options["BLOCK_PATCHES"])

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from softmask.kernels._focal import focal
+from softmask.kernels._focal import SMALLEST, focal
 from softmask.kernels._launch import Configs, config, dots, last_contiguous, launch
 
 ATOMICS = os.environ.get("SOFTMASK_ATOMICS", "0") not in ("", "0")
@@ -67,16 +67,25 @@ def _same(ids, other_ids, i, j, size, other_size):
 
 
 @triton.jit
-def _store_sums(sums, z, same, tile, index, size, AXIS: tl.constexpr, NUMBERS: tl.constexpr):
+def _slope(scale):
+    """(sign, size) of scale: logits are size * x, x = sign * product. Where x - max(x) is what is scaled, a product that
+    the compiler fuses with its sum cannot be off at the maximum. Size is kept off 0: it meets infinity."""
+    scale = tl.load(scale).to(tl.float32)
+    size = tl.abs(scale)
+    return tl.where(scale < 0.0, -1.0, 1.0), tl.where(size < SMALLEST, SMALLEST, size)
+
+
+@triton.jit
+def _store_sums(sums, x, same, steep, tile, index, size, AXIS: tl.constexpr, NUMBERS: tl.constexpr):
     """A tile's part of the sums of its rows (AXIS 1) or columns (AXIS 0), sums [tiles, NUMBERS, size]: the maximum, the
     sum of exponentials under it, with ids also the sum and the number of the positive logits."""
     place = sums + tile.to(tl.int64) * (NUMBERS * size) + index
     live = index < size
-    highest = tl.maximum(tl.max(z, AXIS), LOWEST)
+    highest = tl.maximum(tl.max(x, AXIS), LOWEST)
     tl.store(place, highest, mask=live)
-    tl.store(place + size, tl.sum(tl.exp(z - tl.expand_dims(highest, AXIS)), AXIS), mask=live)
+    tl.store(place + size, tl.sum(tl.exp(steep * (x - tl.expand_dims(highest, AXIS))), AXIS), mask=live)
     if NUMBERS == 4:
-        tl.store(place + 2 * size, tl.sum(tl.where(same, z, 0.0), AXIS), mask=live)
+        tl.store(place + 2 * size, tl.sum(tl.where(same, x, 0.0), AXIS), mask=live)
         tl.store(place + 3 * size, tl.sum(same.to(tl.float32), AXIS), mask=live)
 
 
@@ -92,44 +101,45 @@ def _tiles(
     m, n = tl.swizzle2d(program // column_tiles, program % column_tiles, row_tiles, column_tiles, GROUP)
     i, j = m * BLOCK_M + tl.arange(0, BLOCK_M), n * BLOCK_N + tl.arange(0, BLOCK_N)
     left, right = (rows, height, row_stride), (columns, width, column_stride)
-    z = tl.load(scale).to(tl.float32) * _products(left, right, i, j, depth, BLOCK_K, DOT, PRECISION)
-    z = tl.where((i < height)[:, None] & (j < width)[None, :], z, float("-inf"))
+    sign, steep = _slope(scale)
+    x = sign * _products(left, right, i, j, depth, BLOCK_K, DOT, PRECISION)
+    x = tl.where((i < height)[:, None] & (j < width)[None, :], x, float("-inf"))
     same = None
     if row_ids is not None:
         same = _same(row_ids, column_ids, i, j, height, width)
     elif (n * BLOCK_N < (m + 1) * BLOCK_M + first_row) & (m * BLOCK_M + first_row < (n + 1) * BLOCK_N):
         positive = i + first_row
-        logit = tl.sum(tl.where(j[None, :] == positive[:, None], z, 0.0), 1)
+        logit = tl.sum(tl.where(j[None, :] == positive[:, None], x, 0.0), 1)
         tl.store(positives + i, logit, mask=(i < height) & (positive // BLOCK_N == n))
     NUMBERS: tl.constexpr = 2 if row_ids is None else 4
-    _store_sums(row_sums, z, same, n, i, height, 1, NUMBERS)
+    _store_sums(row_sums, x, same, steep, n, i, height, 1, NUMBERS)
     if column_sums is not None:
-        _store_sums(column_sums, z, same, m, j, width, 0, NUMBERS)
+        _store_sums(column_sums, x, same, steep, m, j, width, 0, NUMBERS)
 
 
 @triton.jit
-def _join(sums, tiles, index, size, NUMBERS: tl.constexpr):
+def _join(sums, steep, tiles, index, size, NUMBERS: tl.constexpr):
     """The sums of samples index over all tiles: maximum, log of the sum of exponentials, and of the positive logits."""
     highest = tl.full([index.shape[0]], LOWEST, tl.float32)
     total = tl.zeros([index.shape[0]], tl.float32)
-    logits, count = total, total
+    hits, count = total, total
     for start in range(0, tiles, JOINED):
         tile = start + tl.arange(0, JOINED)
         place = sums + tile[:, None].to(tl.int64) * (NUMBERS * size) + index[None, :]
         live = (tile < tiles)[:, None]
         tops = tl.load(place, mask=live, other=LOWEST)  # [JOINED, BLOCK_M]
         before, highest = highest, tl.maximum(highest, tl.max(tops, 0))
-        part = tl.load(place + size, mask=live, other=0.0) * tl.exp(tops - highest[None, :])
-        total = total * tl.exp(before - highest) + tl.sum(part, 0)
+        part = tl.load(place + size, mask=live, other=0.0) * tl.exp(steep * (tops - highest[None, :]))
+        total = total * tl.exp(steep * (before - highest)) + tl.sum(part, 0)
         if NUMBERS == 4:
-            logits += tl.sum(tl.load(place + 2 * size, mask=live, other=0.0), 0)
+            hits += tl.sum(tl.load(place + 2 * size, mask=live, other=0.0), 0)
             count += tl.sum(tl.load(place + 3 * size, mask=live, other=0.0), 0)
-    return highest, tl.log(total), logits, count
+    return highest, tl.log(total), hits, count
 
 
 @triton.jit
 def _over_positives(
-    own, other, own_ids, other_ids, m, highest, rest, scale, gamma, depth,
+    own, other, own_ids, other_ids, m, highest, rest, sign, steep, gamma, depth,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sums of the focal terms, and of their slopes, over the positives of the samples from m on: products of the tiles
@@ -141,8 +151,9 @@ def _over_positives(
         j = n + tl.arange(0, BLOCK_N)
         same = _same(own_ids, other_ids, i, j, own[1], other[1])
         if tl.max(same.to(tl.int32)) > 0:
-            z = scale * _products(own, other, i, j, depth, BLOCK_K, DOT, PRECISION)
-            losses, slopes = focal(tl.where(same, z - highest[:, None] - rest[:, None], 0.0), gamma)
+            x = sign * _products(own, other, i, j, depth, BLOCK_K, DOT, PRECISION)
+            log_p = steep * (x - highest[:, None]) - rest[:, None]
+            losses, slopes = focal(tl.where(same, log_p, 0.0), gamma)
             loss += tl.sum(tl.where(same, losses, 0.0), 1)
             slope += tl.sum(tl.where(same, slopes, 0.0), 1)
     return loss, slope
@@ -150,23 +161,23 @@ def _over_positives(
 
 @triton.jit
 def _direction(
-    own, other, own_ids, other_ids, sums, tiles, positives, statistics, m, scale, gamma, depth,
+    own, other, own_ids, other_ids, sums, tiles, positives, statistics, m, sign, steep, gamma, depth,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One direction's loss of the samples from m on, and their number of positives; writes its three statistics."""
     size = own[1]
     i = m + tl.arange(0, BLOCK_M)
     index = tl.minimum(i, size - 1)
-    highest, rest, logits, count = _join(sums, tiles, index, size, 2 if own_ids is None else 4)
+    highest, rest, hits, count = _join(sums, steep, tiles, index, size, 2 if own_ids is None else 4)
     if own_ids is None:
-        logit = tl.load(positives + index)
+        positive = tl.load(positives + index)
     else:
-        logit = logits / count
-    loss, slope = focal(logit - highest - rest, gamma)
+        positive = hits / count
+    loss, slope = focal(steep * (positive - highest) - rest, gamma)
     if own_ids is not None:
         if gamma != 0.0:  # no function of the mean logit then
             loss, slope = _over_positives(
-                own, other, own_ids, other_ids, m, highest, rest, scale, gamma, depth,
+                own, other, own_ids, other_ids, m, highest, rest, sign, steep, gamma, depth,
                 BLOCK_M, BLOCK_N, BLOCK_K, DOT, PRECISION,
             )  # fmt: skip
             loss, slope = loss / count, slope / count
@@ -186,16 +197,17 @@ def _finish(
     """Loss and statistics of BLOCK_M samples."""
     m = tl.program_id(0) * BLOCK_M
     i = m + tl.arange(0, BLOCK_M)
-    scale, gamma = tl.load(scale).to(tl.float32), tl.load(gamma).to(tl.float32)
+    sign, steep = _slope(scale)
+    gamma = tl.load(gamma).to(tl.float32)
     left, right = (rows, height, row_stride), (columns, width, column_stride)
     total, count = _direction(
-        left, right, row_ids, column_ids, row_sums, column_tiles, positives, statistics, m, scale, gamma, depth,
+        left, right, row_ids, column_ids, row_sums, column_tiles, positives, statistics, m, sign, steep, gamma, depth,
         BLOCK_M, BLOCK_N, BLOCK_K, DOT, PRECISION,
     )  # fmt: skip
     shares = statistics + 3 * height
     if column_sums is not None:
         by_column, _ = _direction(
-            right, left, column_ids, row_ids, column_sums, row_tiles, positives, shares, m, scale, gamma, depth,
+            right, left, column_ids, row_ids, column_sums, row_tiles, positives, shares, m, sign, steep, gamma, depth,
             BLOCK_M, BLOCK_N, BLOCK_K, DOT, PRECISION,
         )  # fmt: skip
         total = 0.5 * (total + by_column)
@@ -223,15 +235,11 @@ def _numbers(statistics, shares, grad, weight, index, size, AXIS: tl.constexpr):
 
 
 @triton.jit
-def _gradient(z, same, numbers, gamma, terms, WITH_IDS: tl.constexpr):
-    """One direction's gradient at the logits; terms: focal terms differ from positive to positive."""
-    highest, rest, at_softmax, at_positive = numbers
-    log_p = z - highest - rest
-    slope = tl.full([z.shape[0], z.shape[1]], 1.0, tl.float32)
-    if WITH_IDS:
-        if terms:
-            _, slope = focal(tl.where(same, log_p, 0.0), gamma)
-    return at_softmax * tl.exp(log_p) - tl.where(same, at_positive * slope, 0.0)
+def _at_positives(x, same, numbers, steep, gamma):
+    """What focal terms take from the gradient at positives, each its own: [BLOCK_M, BLOCK_N]."""
+    highest, rest, _, at_positive = numbers
+    _, slope = focal(tl.where(same, steep * (x - highest) - rest, 0.0), gamma)
+    return at_positive * slope
 
 
 @triton.jit
@@ -245,6 +253,7 @@ def _owner(
     m = tile * BLOCK_M
     i = m + tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
+    sign, steep = _slope(scale)
     if RESIDENT or other_grad is not None:
         features = _load(own, i, d, depth)
     if own_statistics is not None:
@@ -259,7 +268,7 @@ def _owner(
         else:
             products = _products(own, other, i, j, depth, BLOCK_K, DOT, PRECISION)
             others = _load(other, j, d, depth)
-        z = scale * products
+        x = sign * products
         live = (i < own[1])[:, None] & (j < other[1])[None, :]
         terms = gamma != 0.0
         if own_ids is None:
@@ -269,24 +278,35 @@ def _owner(
             if terms:
                 terms = tl.max(same.to(tl.int32)) > 0
         dz = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        hit = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         if own_statistics is not None:
-            dz += _gradient(z, same, own_numbers, gamma, terms, own_ids is not None)
+            dz += own_numbers[2] * tl.exp(steep * (x - own_numbers[0]) - own_numbers[1])
+            hit += own_numbers[3]
         if other_statistics is not None:
             numbers = _numbers(other_statistics, shares, grad, weight, j, other[1], 0)
-            dz += _gradient(z, same, numbers, gamma, terms, own_ids is not None)
+            dz += numbers[2] * tl.exp(steep * (x - numbers[0]) - numbers[1])
+            hit += numbers[3]
+        if own_ids is not None:
+            if terms:
+                hit = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+                if own_statistics is not None:
+                    hit += _at_positives(x, same, own_numbers, steep, gamma)
+                if other_statistics is not None:
+                    hit += _at_positives(x, same, numbers, steep, gamma)
+        dz -= tl.where(same, hit, 0.0)
         dz = tl.where(live, dz, 0.0)
         if at_scale is not None:
-            by_scale += tl.sum(dz * products, 1)
+            by_scale += tl.sum(dz * x, 1)
         total = tl.dot(dz.to(GRAD_DOT), others.to(GRAD_DOT), total, input_precision=GRAD_PRECISION)
         if other_grad is not None:
             part = tl.dot(tl.trans(dz.to(GRAD_DOT)), features.to(GRAD_DOT), input_precision=GRAD_PRECISION)
             place = other_grad + j[:, None].to(tl.int64) * depth + d[None, :]
             live_part = (j < other[1])[:, None] & (d < depth)[None, :]
-            tl.atomic_add(place, scale * part, mask=live_part, sem="relaxed")
+            tl.atomic_add(place, sign * steep * part, mask=live_part, sem="relaxed")
     place = own_grad + i[:, None].to(tl.int64) * depth + d[None, :]
-    tl.store(place, scale * total, mask=(i < own[1])[:, None] & (d < depth)[None, :])
+    tl.store(place, sign * steep * total, mask=(i < own[1])[:, None] & (d < depth)[None, :])
     if at_scale is not None:
-        tl.store(at_scale + tile, tl.sum(by_scale, 0))
+        tl.store(at_scale + tile, sign * tl.sum(by_scale, 0))
 
 
 @triton.jit
@@ -299,7 +319,7 @@ def _backward(
     """The first programs own rows, the others columns; where rows' owners add to the columns' gradient, there are none."""
     tile = tl.program_id(0)
     row_tiles = tl.cdiv(height, BLOCK_M)
-    scale, gamma = tl.load(scale).to(tl.float32), tl.load(gamma).to(tl.float32)
+    gamma = tl.load(gamma).to(tl.float32)
     left, right = (rows, height, row_stride), (columns, width, column_stride)
     by_column = statistics + 3 * height if BOTH else None
     shares = None if row_ids is None else statistics + (6 if BOTH else 3) * height

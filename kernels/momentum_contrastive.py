@@ -23,16 +23,18 @@ from softmask.kernels.momentum_contrastive_streams import (
     by_split,
     first_stream,
     join,
-    rows_from,
     second_stream,
+    tile_of,
 )
 
-WIDTH = 256  # for which the blocks are; wider features have fewer rows
+WIDEST = 512  # features that are multiplied as a whole; wider ones by parts of WIDTH
+WIDTH = 256
 MIN_BLOCK = 16  # of a product
 
-# BLOCK_KEYS of types of two bytes; others take half as many. PROGRAMS: one per multiprocessor, whose registers it fills.
+# BLOCK_KEYS of types of two bytes; larger ones have half as many, and a stage less. PROGRAMS: one per multiprocessor,
+# whose registers it fills.
 STREAM: Configs = {
-    0: {"BLOCK_ROWS": 64, "BLOCK_KEYS": 512, "PROGRAMS": 4},
+    0: {"BLOCK_ROWS": 64, "BLOCK_KEYS": 512, "PROGRAMS": 4, "num_stages": 1},
     80: {"BLOCK_ROWS": 32, "BLOCK_KEYS": 32, "PROGRAMS": 108, "num_warps": 8, "num_stages": 3},
     90: {"BLOCK_ROWS": 32, "BLOCK_KEYS": 32, "PROGRAMS": 132, "num_warps": 8, "num_stages": 3},
     100: {"BLOCK_ROWS": 32, "BLOCK_KEYS": 32, "PROGRAMS": 148, "num_warps": 8, "num_stages": 3},
@@ -111,7 +113,7 @@ def _backward(
         out = image_grad if side == 0 else text_grad
         gradient = tl.load(gradients + place, mask=live, other=0.0) * upstream[:, None]
         tl.store(out + place, gradient * scale, mask=live)
-        x = rows_from(first, (query, rows, width, query_row, 1), BLOCK_ROWS, BLOCK_WIDTH).to(tl.float32)
+        x = tile_of(query, first, rows, 0, width, query_row, 1, BLOCK_ROWS, BLOCK_WIDTH).to(tl.float32)
         tl.store(at_scale + side * rows + row, tl.sum(gradient * x, 1), mask=row < rows)
 
 
@@ -124,6 +126,12 @@ def _rows(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
     return _alike(last_contiguous(image), last_contiguous(text))
 
 
+def _as_queue(keys: Tensor, queue: Tensor) -> Tensor:
+    """Keys of the batch, few, as those of the queue: of their type, and neighbours in memory where they are."""
+    keys = keys.to(queue.dtype)
+    return keys.T.contiguous().T if queue.stride(0) == 1 and queue.stride(1) != 1 else keys
+
+
 def _types(*tensors: Tensor) -> dict[str, Any]:
     """Of the products, and of those with computed factors, small ones of which fp16 would make 0."""
     chosen = dots(*tensors)
@@ -133,14 +141,18 @@ def _types(*tensors: Tensor) -> dict[str, Any]:
     return chosen
 
 
-def _blocks(width: int, *tensors: Tensor) -> tuple[int, dict[str, int]]:
-    """Number of programs wanted, and the block sizes, num_warps and num_stages of both streams."""
+def _blocks(width: int, *tensors: Tensor) -> tuple[int, dict[str, Any]]:
+    """Number of programs wanted, and the constants, num_warps and num_stages of both streams."""
     options = config(STREAM, tensors[0])
-    options["BLOCK_WIDTH"] = max(triton.next_power_of_2(width), MIN_BLOCK)
-    wider = max(options["BLOCK_WIDTH"] // WIDTH, 1)
-    halves = {tensor.dtype for tensor in tensors} in ({torch.float16}, {torch.bfloat16})
-    options["BLOCK_ROWS"] = max(options["BLOCK_ROWS"] // wider, MIN_BLOCK)
-    options["BLOCK_KEYS"] = max(options["BLOCK_KEYS"] // wider // (1 if halves else 2), MIN_BLOCK)
+    options["WIDE"] = width > WIDEST
+    options["BLOCK_WIDTH"] = WIDTH if options["WIDE"] else max(triton.next_power_of_2(width), MIN_BLOCK)
+    if options["BLOCK_WIDTH"] > WIDTH:
+        options["BLOCK_ROWS"] //= 2
+        options["BLOCK_KEYS"] //= 2
+        options["num_warps"] = 16
+    if {tensor.dtype for tensor in tensors} not in ({torch.float16}, {torch.bfloat16}):
+        options["BLOCK_KEYS"] = max(options["BLOCK_KEYS"] // 2, MIN_BLOCK)
+        options["num_stages"] = max(options["num_stages"] - 1, 1)
     return options.pop("PROGRAMS"), options
 
 
@@ -167,14 +179,13 @@ def forward(
     image, text = _rows(image, text)
     image_teacher, text_teacher = _rows(image_teacher, text_teacher)
     image_keys, text_keys = _rows(image_keys, text_keys)
-    keys = [image, image_keys]
     queue_count, queue_strides = 0, (0, 0)
     if image_queue is not None and text_queue is not None:
         image_queue, text_queue = _alike(image_queue, text_queue)
         queue_count, queue_strides = image_queue.shape[0], image_queue.stride()
-        keys.append(image_queue)
+        image_keys, text_keys = _as_queue(image_keys, image_queue), _as_queue(text_keys, text_queue)
     rows, width = image.shape
-    programs, options = _blocks(width, *keys)
+    programs, options = _blocks(width, image, image_keys)
     blocks = triton.cdiv(rows, options["BLOCK_ROWS"])
     tiles = sum(triton.cdiv(count, options["BLOCK_KEYS"]) for count in (len(image_keys), queue_count))
     tiles_of_split = max(triton.cdiv(tiles, max(programs // max(2 * blocks, 1), 1)), 1)
@@ -186,15 +197,16 @@ def forward(
     gradients = [_fp32(image, rows, width) if gradient else None for _ in range(2)]
     loss = _fp32(image, rows)
     tensors = (image, text, image_teacher, text_teacher, image_keys, text_keys, image_queue, text_queue)
-    sizes = (rows, len(image_keys), queue_count, width, first_row, tiles_of_split)
-    strides = (image.stride(0), image_teacher.stride(0), image_keys.stride(0), *queue_strides)
-    options |= {"GRADIENT": gradient} | _types(*keys)
+    sizes = (rows, len(image_keys), queue_count, width, first_row, tiles, tiles_of_split)
+    strides = (image.stride(0), image_teacher.stride(0), *image_keys.stride(), *queue_strides)
+    options |= {"GRADIENT": gradient} | _types(image, image_keys)
+    grid = (splits * 2 * blocks, triton.cdiv(width, options["BLOCK_WIDTH"]) if gradient else 1)
     launch(
-        first_stream, (splits * 2 * blocks,), *tensors, scale, gamma, ids, key_ids, queue_ids,
+        first_stream, grid, *tensors, scale, gamma, ids, key_ids, queue_ids,
         statistics, sums[0], sums[1], *sizes, *strides, **options,
     )  # fmt: skip
     launch(
-        second_stream, (splits * 2 * blocks,), *tensors, scale, alpha, gamma, ids, key_ids, queue_ids,
+        second_stream, grid, *tensors, scale, alpha, gamma, ids, key_ids, queue_ids,
         statistics, terms, sums[2], *sizes, *strides, BLOCK_SPLITS=block_splits, **options,
     )  # fmt: skip
     options = config(FINISH, image)

@@ -112,6 +112,10 @@ def _tile(table: Configs, features: Tensor) -> dict[str, int]:
     return options | {"BLOCK_TOKENS": options["BLOCK_TOKENS"] * 2 // features.element_size()}
 
 
+def _block_width(width: int) -> int:
+    return min(triton.next_power_of_2(max(width, 1)), MAX_BLOCK_WIDTH)
+
+
 def _by_word(maps: Tensor) -> Tensor:
     """[B, W, P'], neighbouring patches neighbours in memory."""
     return last_contiguous(maps if maps.dim() == 3 else maps.unsqueeze(1))
@@ -124,7 +128,7 @@ def forward(features: Tensor, maps: Tensor, strength: float, normalize: str, num
     features, by_word = last_contiguous(features), _by_word(maps)
     _, words, patches = by_word.shape
     options = _tile(FORWARD, features)
-    block_width = min(triton.next_power_of_2(width), MAX_BLOCK_WIDTH)
+    block_width = _block_width(width)
     launch(
         _forward,
         (batch * triton.cdiv(tokens, options["BLOCK_TOKENS"]), triton.cdiv(width, block_width)),
@@ -152,7 +156,7 @@ def backward(
     at_features = grad.new_empty((batch, tokens, width) if features_grad else (0,))
     at_maps = maps.new_empty(maps.shape if features is not None else (0,))
     options = _tile(BACKWARD, grad)
-    block_width = min(triton.next_power_of_2(width), MAX_BLOCK_WIDTH)
+    block_width = _block_width(width)
     chunks, block_patches = triton.cdiv(width, block_width), triton.next_power_of_2(patches)
     at_norm = None
     if features is not None:

@@ -1,11 +1,11 @@
 """soft_mask_attention: flash attention to images that pairs share, each pair with its own weights of their tokens.
 
 Forward, one launch: a program holds a tile of text of one pair and head, streams its image's keys and values once, and
-applies the pair's weights to logits and probabilities: no pair's keys or values exist. An image that is none (its
-index is out of range) has no keys. Backward, three launches: the tiles of the forward stream keys and values twice,
-first for the softmax's statistics, then for the query's gradient; a program per image, head and tile of keys goes
-through the image's pairs in their order, which it finds in the index itself, and writes the gradients of keys and
-values once; the partial sums of the bias's gradient are added up. Nothing but the inputs is saved between the two.
+applies the pair's weights to logits and probabilities: no pair's keys or values exist. An index that names no image
+names one without keys. Backward, three launches: the forward's tiles stream keys and values twice, for the softmax's
+statistics and for the query's gradient; a program per image, head and tile of keys goes through the image's pairs in
+their order, found in the index itself, and writes the gradients of keys and values once; parts of the bias's gradient
+are added up. Only inputs are saved for it: a result may be changed in place.
 """
 
 from __future__ import annotations
@@ -23,19 +23,21 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 MAX_BLOCK_PAIRS = 1024  # of the index, in registers beside the gradients
 BIAS = {"BLOCK_ROWS": 64, "BLOCK_WIDTH": 64}
 
-# For rows of 128 bytes, 64 numbers of a half type: where rows are longer, tiles have fewer of them and warps are 8.
-ROW_BYTES, MANY_WARPS = 128, 8
+# For heads as wide as 64; wider ones take MANY_WARPS, and smaller tiles where those would not fit registers.
+HEAD_WIDTH, MANY_WARPS = 64, 8
 FORWARD: Configs = {
-    0: {"BLOCK_TOKENS": 128, "BLOCK_KEYS": 512},
+    0: {"BLOCK_TOKENS": 64, "BLOCK_KEYS": 256},
     80: {"BLOCK_TOKENS": 64, "BLOCK_KEYS": 32, "num_warps": 4, "num_stages": 3},
     90: {"BLOCK_TOKENS": 64, "BLOCK_KEYS": 64, "num_warps": 4, "num_stages": 3},
 }
 QUERY_BACKWARD: Configs = {capability: FORWARD[capability] for capability in (0, 80)}
 KEY_BACKWARD: Configs = {
-    0: {"BLOCK_TOKENS": 128, "BLOCK_KEYS": 512},
+    0: FORWARD[0],
     80: {"BLOCK_TOKENS": 32, "BLOCK_KEYS": 32, "num_warps": 4, "num_stages": 3},
     90: {"BLOCK_TOKENS": 32, "BLOCK_KEYS": 64, "num_warps": 4, "num_stages": 3},
 }
+# fp32: its exact products are no matter of tensor cores and need more registers.
+SINGLE: Configs = {0: FORWARD[0], 80: {"BLOCK_TOKENS": 32, "BLOCK_KEYS": 16, "num_warps": 8, "num_stages": 3}}
 
 
 @triton.jit
@@ -78,7 +80,8 @@ def _store_rows(start, stride, values, live, WIDTH: tl.constexpr, BLOCK: tl.cons
 @triton.jit
 def _logits(
     q, key, stride, weight, ignore, first, keys, scale,
-    WIDTH: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    WIDTH: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     """A tile of keys, which of them exist, their weights [BLOCK_KEYS], and the rows' logits [BLOCK_TOKENS, BLOCK_KEYS].
 
@@ -178,9 +181,8 @@ def _query_backward(
     key_tile, value_tile = key, value
     for first in range(0, keys, BLOCK_KEYS):
         _, live, m, logit = _logits(
-            q, key_tile, key_token, weight, ignore, first, keys, scale,
-            WIDTH, DOT, PRECISION, BLOCK_KEYS, BLOCK_WIDTH,
-        )  # fmt: skip
+            q, key_tile, key_token, weight, ignore, first, keys, scale, WIDTH, DOT, PRECISION, BLOCK_KEYS, BLOCK_WIDTH
+        )
         v = _load_rows(value_tile, value_token, live, VALUE_WIDTH, BLOCK_VALUE).to(DOT)
         d_a = tl.dot(d_out.to(DOT), tl.trans(v), input_precision=PRECISION) * m[None, :]
         e, shrink, top = _softmax_step(logit, top)
@@ -248,17 +250,19 @@ def _key_backward(
         ours = every == image
         if index is not None:
             ours = tl.load(index + every, mask=every < pairs, other=-1) == image
-        pair, first = tl.min(tl.where(ours, every, pairs), 0), 0
+        pair, first = tl.min(tl.where(ours, every, pairs), 0), tl.full((), 0, tl.int32)
+        # One loop over pairs and their tiles of text, without branches: the next tile's loads are started in time.
         for _ in range(tl.sum(ours.to(tl.int32), 0) * tl.cdiv(tokens, BLOCK_TOKENS)):
-            n = pair.to(tl.int64)
+            n, first_token = pair.to(tl.int64), first.to(tl.int64)
             m = tl.full([BLOCK_KEYS], 1.0, tl.float32)
             if weight is not None:
                 m = tl.load(weight + n * weight_pair + position, mask=live, other=0.0).to(tl.float32)
             token = tl.arange(0, BLOCK_TOKENS)
             in_text = token < tokens - first
-            row = (n * heads + head) * tokens + first
-            q = _load_rows(query + n * query_pair + first * query_token, query_token, in_text, WIDTH, BLOCK_WIDTH)
-            d_out = _load_rows(grad + n * grad_pair + first * grad_token, grad_token, in_text, VALUE_WIDTH, BLOCK_VALUE)
+            row = (n * heads + head) * tokens + first_token
+            q = _load_rows(query + n * query_pair + first_token * query_token, query_token, in_text, WIDTH, BLOCK_WIDTH)
+            d_out = grad + n * grad_pair + first_token * grad_token
+            d_out = _load_rows(d_out, grad_token, in_text, VALUE_WIDTH, BLOCK_VALUE)
             log_sum = tl.load(lse + row + token, mask=in_text, other=float("inf"))
             mean = tl.load(delta + row + token, mask=in_text, other=0.0)
             logit = tl.dot(k.to(DOT), tl.trans(q.to(DOT)), input_precision=PRECISION) * (m * scale * LOG2E)[:, None]
@@ -290,14 +294,15 @@ def _bias_backward(at_bias, bias_grad, rows, width, BLOCK_ROWS: tl.constexpr, BL
 
 def _options(table: Configs, query: Tensor, value: Tensor) -> dict[str, Any]:
     """Constants of a launch, blocks fitted to the problem."""
-    options = config(table, query) | dots(query)
+    single = query.dtype == torch.float32
+    options = config(SINGLE if single else table, query) | dots(query)
     width, value_width = query.shape[3], value.shape[3]
     blocks = {"BLOCK_WIDTH": _block(width), "BLOCK_VALUE": _block(value_width)}
-    longer = max(1, max(blocks.values()) * query.element_size() // ROW_BYTES)
-    if longer > 1:
+    wider = max(blocks.values()) // HEAD_WIDTH
+    if wider > 1:
         options["num_warps"] = MANY_WARPS
     for name, size in (("BLOCK_TOKENS", query.shape[2]), ("BLOCK_KEYS", value.shape[2])):
-        blocks[name] = max(16, min(options[name] // longer, _block(size)))
+        blocks[name] = max(16, min(options[name] // max(1, wider if single else wider // 2), _block(size)))
     return options | blocks | {"WIDTH": width, "VALUE_WIDTH": value_width}
 
 
@@ -324,10 +329,6 @@ def _readable(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if tensor is None else last_contiguous(tensor) for tensor in tensors]
 
 
-def _first_stride(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.stride(0)
-
-
 def forward(
     query: Tensor,
     key: Tensor,
@@ -346,13 +347,11 @@ def forward(
     (pairs, heads, tokens, _), (images, _, keys, _) = query.shape, key.shape
     options = _options(FORWARD, query, value)
     launch(
-        _forward,
-        (heads * pairs * triton.cdiv(tokens, options["BLOCK_TOKENS"]),),
+        _forward, (heads * pairs * triton.cdiv(tokens, options["BLOCK_TOKENS"]),),
         query, key, value, weight, index, bias, ignore, out,
         images, pairs, heads, tokens, keys, scale,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-        _first_stride(weight), _first_stride(ignore), _first_stride(bias),
-        **options,
+        *(0 if tensor is None else tensor.stride(0) for tensor in (weight, ignore, bias)), **options,
     )  # fmt: skip
     return out
 
@@ -376,13 +375,14 @@ def backward(
     (pairs, heads, tokens, _), (images, _, keys, value_width) = query.shape, value.shape
     options = _backward_options(QUERY_BACKWARD, query, value)
     tiles = triton.cdiv(tokens, options["BLOCK_TOKENS"])
-    statistics = query.new_empty((2, pairs, heads, tokens), dtype=torch.float32)
-    at_bias = query.new_empty((pairs * tiles if value_bias is not None else 0, heads, value_width), dtype=torch.float32)
+    biased = value_bias is not None
+    statistics = [query.new_empty(query.shape[:3], dtype=torch.float32) for _ in ("lse", "delta")]
+    at_bias = query.new_empty((pairs * tiles if biased else 0, heads, value_width), dtype=torch.float32)
     strides = [length for tensor in (grad, query, key, value) for length in tensor.stride()[:3]]
-    strides += [_first_stride(weight), _first_stride(ignore)]
+    strides += [0 if tensor is None else tensor.stride(0) for tensor in (weight, ignore)]
     launch(
         _query_backward, (heads * pairs * tiles,),
-        grad, query, key, value, weight, index, ignore, query_grad, *statistics, None if value_bias is None else at_bias,
+        grad, query, key, value, weight, index, ignore, query_grad, *statistics, at_bias if biased else None,
         images, pairs, heads, tokens, keys, scale, *strides, **options,
     )  # fmt: skip
     options = _backward_options(KEY_BACKWARD, query, value)
@@ -392,10 +392,8 @@ def backward(
         pairs, heads, tokens, keys, scale, *strides,
         BLOCK_PAIRS=min(MAX_BLOCK_PAIRS, triton.next_power_of_2(max(1, pairs))), **options,
     )  # fmt: skip
-    if value_bias is None:
+    if not biased:
         return query_grad, key_grad, value_grad, at_bias
     bias_grad, width = value_bias.new_empty(value_bias.shape), heads * value_width
-    launch(
-        _bias_backward, (triton.cdiv(width, BIAS["BLOCK_WIDTH"]),), at_bias, bias_grad, len(at_bias), width, **BIAS
-    )
+    launch(_bias_backward, (triton.cdiv(width, BIAS["BLOCK_WIDTH"]),), at_bias, bias_grad, len(at_bias), width, **BIAS)
     return query_grad, key_grad, value_grad, bias_grad

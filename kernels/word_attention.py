@@ -18,6 +18,7 @@ from torch import Tensor
 from softmask.kernels._launch import Configs, config, launch
 from softmask.kernels._normalize import extent
 from softmask.kernels._words import (
+    BLOCK_ROWS,
     kept_keys,
     load_keys,
     load_rows,
@@ -33,13 +34,12 @@ from softmask.kernels.word_attention_backward import backward
 
 __all__ = ["backward", "forward"]
 
-BLOCK_ROWS = 16
 FORWARD: Configs = {
     0: {"BLOCK_KEYS": 256, "TILE_BYTES": 1 << 20},
     80: {"BLOCK_KEYS": 64, "TILE_BYTES": 1 << 14, "num_warps": 4, "num_stages": 1},
 }
-# ELEMENTS: of the rows that a program adds to its map at once, at least one row.
-COMBINE: Configs = {0: {"ELEMENTS": 1 << 16}, 80: {"ELEMENTS": 1 << 13, "num_warps": 8, "num_stages": 1}}
+# ELEMENTS: of the heads that a program adds to its map at once, at least one head.
+COMBINE: Configs = {0: {"ELEMENTS": 1 << 16}, 80: {"ELEMENTS": 1 << 13, "num_warps": 16, "num_stages": 1}}
 
 
 @triton.jit
@@ -90,31 +90,33 @@ def _forward(
 def _combine(
     partial, tops, totals, index, maps, raw,
     heads, words, subtokens, keys, prefix, tiles, pitch,
-    NORMALIZE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_TILES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    NORMALIZE: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_TILES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
     batch, word = (tl.program_id(0) // words).to(tl.int64), tl.program_id(0) % words
     rows, tile = words * subtokens, tl.arange(0, BLOCK_TILES)
     position = tile[:, None] * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)[None, :]
     c = tl.zeros([BLOCK_TILES, BLOCK_KEYS], tl.float32)
-    count = 0.0
-    for first in range(0, heads * subtokens, BLOCK_ROWS):
-        i = first + tl.arange(0, BLOCK_ROWS)
-        of_caption = word * subtokens + i % subtokens
-        named = tl.load(index + batch * rows + of_caption, mask=i < heads * subtokens, other=-1) >= 0
-        row = (batch * heads + i // subtokens) * rows + of_caption
-        place = row[:, None] * tiles + tile[None, :]
-        mask = named[:, None] & (tile < tiles)[None, :]
-        top = tl.load(tops + place, mask=mask, other=float("-inf"))
-        highest = tl.max(top, 1)
-        highest = tl.where(highest == float("-inf"), 0.0, highest)
-        weight = tl.exp(top - highest[:, None])  # [BLOCK_ROWS, BLOCK_TILES]
-        total = tl.sum(weight * tl.load(totals + place, mask=mask, other=0.0), 1)
-        weight = weight / tl.where(total == 0, 1.0, total)[:, None]
-        mask = named[:, None, None] & (position < pitch)[None, :, :]
-        e = tl.load(partial + row[:, None, None] * pitch + position[None, :, :], mask=mask, other=0.0)
-        c += tl.sum(e * weight[:, :, None], 0)
-        count += tl.sum(named.to(tl.float32), 0)
-    c = tl.reshape(c / tl.maximum(count, 1.0), [BLOCK_TILES * BLOCK_KEYS])
+    count = 0
+    for i in range(subtokens):
+        row = word * subtokens + i
+        if tl.load(index + batch * rows + row) >= 0:
+            count += 1
+            for first in range(0, heads, BLOCK_HEADS):
+                head = first + tl.arange(0, BLOCK_HEADS)
+                of_head = (batch * heads + head) * rows + row
+                place = of_head[:, None] * tiles + tile[None, :]
+                mask = (head < heads)[:, None] & (tile < tiles)[None, :]
+                top = tl.load(tops + place, mask=mask, other=float("-inf"))
+                total = tl.load(totals + place, mask=mask, other=0.0)
+                highest = tl.max(top, 1)
+                highest = tl.where(highest == float("-inf"), 0.0, highest)
+                weight = tl.exp(top - highest[:, None])  # [BLOCK_HEADS, BLOCK_TILES]
+                total = tl.sum(weight * total, 1)
+                weight = weight / tl.where(total == 0, 1.0, total)[:, None]
+                mask = (head < heads)[:, None, None] & (position < pitch)[None, :, :]
+                place = of_head[:, None, None] * pitch + position[None, :, :]
+                c += tl.sum(tl.load(partial + place, mask=mask, other=0.0) * weight[:, :, None], 0)
+    c = tl.reshape(c / (tl.maximum(count, 1) * heads), [BLOCK_TILES * BLOCK_KEYS])
     position = tl.arange(0, BLOCK_TILES * BLOCK_KEYS)
     live = (position >= prefix) & (position < keys)
     place = tl.program_id(0).to(tl.int64) * (keys - prefix) + position - prefix
@@ -166,7 +168,7 @@ def forward(
         _combine, (batch * words,),
         partial, tops, totals, index, maps, raw if normalize != "none" else None,
         heads, words, subtokens, keys, num_prefix_tokens, tiles, pitch,
-        NORMALIZE=normalize, BLOCK_ROWS=min(at_once, triton.next_power_of_2(max(1, heads * subtokens))),
+        NORMALIZE=normalize, BLOCK_HEADS=min(at_once, triton.next_power_of_2(max(1, heads))),
         BLOCK_TILES=block_tiles, BLOCK_KEYS=block_keys, **combine,
     )  # fmt: skip
     return maps, raw

@@ -19,7 +19,7 @@ from torch import Tensor
 from softmask.kernels._launch import Configs, launch
 from softmask.kernels._normalize import gradient
 from softmask.kernels._words import (
-    MIN_BLOCK,
+    BLOCK_ROWS,
     kept_keys,
     load_keys,
     load_rows,
@@ -33,7 +33,6 @@ from softmask.kernels._words import (
     strides,
 )
 
-MAX_BLOCK_ROWS = 32
 BLOCK_TOKENS, BLOCK_PARTS = 16, 64
 ROWS_BACKWARD: Configs = {
     0: {"BLOCK_KEYS": 256, "TILE_BYTES": 1 << 20},
@@ -270,10 +269,9 @@ def _keys_backward(
         _add_parts(bias_grad + head * VALUE_WIDTH, bias_parts, parts, VALUE_WIDTH, BLOCK_VALUE, BLOCK_PARTS)
 
 
-def _options(table: Configs, key: Tensor, value: Tensor | None, rows: int, subtokens: int) -> dict[str, Any]:
+def _options(table: Configs, key: Tensor, value: Tensor | None, subtokens: int) -> dict[str, Any]:
     chosen = options(table, key, value)
-    chosen["BLOCK_ROWS"] = max(MIN_BLOCK, min(MAX_BLOCK_ROWS, triton.next_power_of_2(rows)))
-    chosen["BLOCK_SUBTOKENS"] = triton.next_power_of_2(subtokens)
+    chosen |= {"BLOCK_ROWS": BLOCK_ROWS, "BLOCK_SUBTOKENS": triton.next_power_of_2(subtokens)}
     # A product's computed factor, a probability say, can be too small for fp16.
     chosen["FACTOR"] = tl.float32 if key.dtype == torch.float16 else chosen["DOT"]
     chosen["PRECISION"] = chosen["PRECISION"] if key.dtype == torch.float32 else "tf32"
@@ -305,8 +303,8 @@ def backward(
     at_raw, index = _through_normalization(grad.contiguous(), raw, normalize), word_index.contiguous()
     query, key, value, grad_output, ignore = readable(query, key, value, grad_output, key_padding_mask)
     bias = None if value_bias is None else value_bias.contiguous()
-    of_rows, of_keys = (_options(table, key, value, rows, subtokens) for table in (ROWS_BACKWARD, KEYS_BACKWARD))
-    parts = batch * triton.cdiv(rows, of_rows["BLOCK_ROWS"])
+    of_rows, of_keys = (_options(table, key, value, subtokens) for table in (ROWS_BACKWARD, KEYS_BACKWARD))
+    parts = batch * triton.cdiv(rows, BLOCK_ROWS)
     tensors = (query, key, index, value, grad_output, bias, ignore, at_raw)
     statistics = [at_raw.new_empty((batch, heads, rows)) for _ in range(3)]
     query_rows = at_raw.new_empty((batch, heads, rows, width))

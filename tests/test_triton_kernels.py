@@ -1,21 +1,155 @@
-"""The Triton kernels of all ops: errors against fp64 truth, by Triton's interpreter where there is no GPU."""
+"""The Triton kernels of all ops: errors against fp64 truth, in Triton's interpreter where there is no GPU."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import kernel_cases as cases
 import pytest
 import torch
-from kernel_cases import SIZES, check_errors
+from kernel_cases import GAMMAS, SIZES, check_errors, outcome
+from torch import Tensor
+
+import softmask
+from softmask import ops
 
 pytestmark = [cases.needs_triton, pytest.mark.usefixtures("poisoned_memory", "fast_interpreter")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NORMALIZATIONS = ["minmax", "max", "sum", None]
+FLAGS = (True, False)
+of_each_type = pytest.mark.parametrize("dtype", DTYPES)
+of_each_size = pytest.mark.parametrize("size", SIZES)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", SIZES)
+@of_each_type
+@of_each_size
 def test_soft_mask(size: int, dtype: torch.dtype) -> None:
     # The gradient through "max" and "sum" of a single patch is 1e-7 of its terms: nothing but rounding.
     chosen = NORMALIZATIONS if size > 1 else ["minmax", None]
     check_errors("triton", dtype, *(cases.soft_mask(size, normalize=normalize) for normalize in chosen))
     check_errors("triton", dtype, cases.soft_mask(size, words=3, prefix=0))
+
+
+def test_soft_mask_of_a_map_with_nan() -> None:
+    case = cases.soft_mask(7).cast(torch.float32)
+    case.leaves["maps"][0, 3] = float("nan")
+    with softmask.backend("triton"):
+        out = case.call(**case.leaves)
+    assert out[0, 1:].isnan().all() and out[1].isfinite().all()
+
+
+@of_each_type
+@of_each_size
+def test_word_attention(size: int, dtype: torch.dtype) -> None:
+    options = [{"gradcam": gradcam, "masked": masked} for gradcam in FLAGS for masked in FLAGS]
+    if size == 130:
+        options += [{"normalize": normalize} for normalize in NORMALIZATIONS]
+    check_errors("triton", dtype, *(cases.word_attention(size, **chosen) for chosen in options))
+
+
+@of_each_type
+@of_each_size
+def test_contrastive(size: int, dtype: torch.dtype) -> None:
+    options = [{"gamma": gamma, "with_ids": with_ids} for gamma in GAMMAS for with_ids in FLAGS]
+    check_errors("triton", dtype, *(cases.contrastive(size, **chosen) for chosen in options))
+    check_errors("triton", dtype, *(cases.contrastive(size, gamma=gamma, scale=100.0) for gamma in GAMMAS))
+
+
+@of_each_type
+@pytest.mark.parametrize("queue", [0, 7, 130, 577])
+def test_momentum_contrastive(queue: int, dtype: torch.dtype) -> None:
+    options = [{"gamma": gamma, "with_ids": with_ids} for gamma in GAMMAS for with_ids in FLAGS]
+    options.append({"transposed": True})
+    extreme = [{"gamma": gamma, "alpha": alpha, "scale": 100.0} for gamma in (0.0, 2.0) for alpha in (0.0, 0.5, 1.0)]
+    for group in (options, extreme):
+        given = [cases.momentum_contrastive(size, queue=queue, **one) for one in group for size in (7, 63)]
+        check_errors("triton", dtype, *given)
+
+
+@of_each_type
+@of_each_size
+def test_soft_mask_attention(size: int, dtype: torch.dtype) -> None:
+    options = [{"shared": s, "weighted": w, "masked": m} for s in FLAGS for w in FLAGS for m in FLAGS]
+    check_errors("triton", dtype, *(cases.soft_mask_attention(size, **chosen) for chosen in options))
+
+
+@of_each_type
+@pytest.mark.parametrize("patch_size", [1, 4, 7, 16])
+def test_masked_patch_loss(patch_size: int, dtype: torch.dtype) -> None:
+    options = [{"normalize": normalize, "share": share} for normalize in FLAGS for share in (0.0, 0.5, 1.0)]
+    check_errors("triton", dtype, *(cases.masked_patch_loss(patch_size, **chosen) for chosen in options))
+
+
+def test_masked_patch_loss_of_flat_patches() -> None:
+    """A patch of one color has nothing but its prediction to be compared with, whatever the mean's rounding."""
+    case = cases.masked_patch_loss(7, share=1.0).cast(torch.float32)
+    case.leaves["images"] = torch.full_like(case.leaves["images"], 2.2489083)
+    expected = case.leaves["prediction"].double().square().mean(-1)
+    torch.testing.assert_close(outcome("triton", case)["out"].double(), expected, atol=0.0, rtol=1e-6)
+
+
+def test_masked_patch_loss_of_other_layouts() -> None:
+    """Images and predictions of other strides and types give the same bits; nothing gives nothing."""
+    case = cases.masked_patch_loss(4).cast(torch.float32)
+    prediction, images = case.leaves["prediction"], case.leaves["images"].half().float()
+    plain = outcome("triton", replace(case, leaves={"prediction": prediction, "images": images}))
+    behind_cls, cropped = torch.cat([prediction[:, :1], prediction], 1)[:, 1:], torch.cat([images, images], -1)
+    for one, two in (
+        (prediction, images.contiguous(memory_format=torch.channels_last)),
+        (prediction.mT.contiguous().mT, images.half()),
+        (behind_cls, cropped[..., :20]),
+    ):
+        got = outcome("triton", replace(case, leaves={"prediction": one, "images": two}))
+        assert all(torch.equal(got[name], plain[name]) for name in plain)
+    none = replace(case, leaves={"prediction": prediction[:0], "images": images[:0]})
+    got = outcome("triton", replace(none, fixed={"mask": case.fixed["mask"][:0]}))
+    assert got["out"].shape == (0, 15) and got["prediction"].shape == (0, 15, 48)
+
+
+def selected(backend: str, patches: Tensor, tokens: Tensor, **options: object) -> Tensor:
+    with softmask.backend(backend):
+        return ops.attentive_mask(patches, tokens, **options)
+
+
+@of_each_type
+@pytest.mark.parametrize("select", ["high", "low"])
+def test_attentive_mask(select: str, dtype: torch.dtype) -> None:
+    """The same patches as in PyTorch, where no two are within a rounding of each other."""
+    for size in SIZES:
+        patches, tokens = (cases.normal(3, n, 33, seed=n).to(dtype) for n in (size, 9))
+        padding = cases.normal(3, 9, seed=1) < 0
+        padding[2] = True
+        for ratio in (0.3, 0.5):
+            options = {"ratio": ratio, "select": select, "token_padding_mask": padding}
+            expected = selected("reference", patches, tokens, **options)
+            assert torch.equal(selected("triton", patches, tokens, **options), expected)
+
+
+@pytest.mark.parametrize("select", ["high", "low"])
+def test_attentive_mask_of_ties_and_nan(select: str) -> None:
+    patches, tokens = cases.normal(3, 130, 33, seed=0).float(), cases.normal(3, 9, 33, seed=1).float()
+    patches[0, 1::2] = 2.0 * patches[0, ::2]  # a length is no relevance
+    patches[1, 5], patches[1, 100] = float("nan"), 0.0
+    for given in (patches, patches[:, :1].expand(-1, 300, -1), torch.zeros_like(patches)):
+        options = {"ratio": 0.4, "select": select}
+        assert torch.equal(
+            selected("triton", given, tokens, **options), selected("reference", given, tokens, **options)
+        )
+
+
+def test_attentive_mask_of_other_shapes() -> None:
+    """More tokens than a block holds, wide features, inner strides, two types, nothing at all."""
+    patches, tokens = cases.normal(2, 70, 300, seed=0).float(), cases.normal(2, 140, 300, seed=1).float()
+    padding = cases.normal(2, 140, seed=2) < 0.5
+    strided = patches.mT.contiguous().mT, tokens.mT.contiguous().mT, padding.T.contiguous().T
+    for one, two, three, ratio in (
+        (patches, tokens, None, 0.5),
+        (*strided, 0.0),
+        (*strided, 1.0),
+        (patches.half(), tokens.bfloat16(), padding, 0.5),
+        (patches[:0], tokens[:0], padding[:0], 0.5),
+        (patches[:, :0], tokens, padding, 0.5),
+        (patches[:, 1:], tokens[:, :1], None, 0.5),
+    ):
+        options = {"ratio": ratio, "token_padding_mask": three}
+        assert torch.equal(selected("triton", one, two, **options), selected("reference", one, two, **options))

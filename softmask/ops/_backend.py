@@ -54,15 +54,18 @@ def backend(name: str) -> Iterator[None]:
         _chosen.reset(token)
 
 
-def resolve(op: str, tensor: Tensor, *, kernel_pays: bool = True) -> str:
-    """The backend that runs op on the device of tensor; BackendError where the named one cannot.
+def resolve(op: str, *tensors: Tensor | None, kernel_pays: bool = True) -> str:
+    """The backend that runs op on the device of the tensors; BackendError where the named one cannot.
 
+    tensors: the op's floating ones, the first not None; an fp64 one decides what kernels must be able to take.
     kernel_pays: False where benchmarks found PyTorch to be faster at these inputs; "auto" then takes the reference.
     """
-    name, device = _chosen.get(), tensor.device.type
+    name, device = _chosen.get(), tensors[0].device.type
+    double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
+    dtype = torch.float64 if double else tensors[0].dtype
     if name == "auto":
-        return choose(device, tensor.dtype) if kernel_pays else "reference"
-    reason = why_not(name, device, tensor.dtype)
+        return choose(device, dtype) if kernel_pays else "reference"
+    reason = why_not(name, device, dtype)
     if reason is not None:
         raise BackendError(f"backend {name!r} cannot run {op}: {reason}")
     return name

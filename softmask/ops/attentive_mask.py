@@ -54,7 +54,7 @@ def attentive_mask(
     _checks.one_of("select", select, SELECTIONS)
     if not 0.0 <= ratio <= 1.0:
         _checks.fail("ratio", "0 to 1", ratio)
-    backend = resolve("attentive_mask", patches)
+    backend = resolve("attentive_mask", patches, tokens)
     run = reference.attentive_mask if backend == "reference" else partial(fused.attentive_mask, backend)
     return run(patches, tokens, ratio=ratio, select=select, token_padding_mask=token_padding_mask)
 

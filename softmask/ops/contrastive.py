@@ -52,7 +52,7 @@ def focal_contrastive_loss(
         all_image, all_text = gather_rows(torch.cat([image, text], -1), group).split(image.shape[1], -1)
         columns = {"all_image": all_image, "all_text": all_text, "first_row": first_row(image, group)}
         columns["all_ids"] = None if ids is None else gather_rows_no_grad(ids, group)
-    backend = resolve("focal_contrastive_loss", image)
+    backend = resolve("focal_contrastive_loss", image, text)
     run = reference.focal_contrastive_loss if backend == "reference" else partial(fused.focal_contrastive_loss, backend)
     return run(image, text, logit_scale, gamma=gamma, ids=ids, reduction=reduction, **columns)
 

@@ -55,7 +55,7 @@ def masked_patch_loss(
     _checks.dtype("mask", mask, (torch.bool,))
     _checks.device(prediction, images=images, mask=mask)
     _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
-    backend = resolve("masked_patch_loss", prediction)
+    backend = resolve("masked_patch_loss", prediction, images)
     run = reference.masked_patch_loss if backend == "reference" else partial(fused.masked_patch_loss, backend)
     return run(prediction, images, mask, patch_size=patch_size, normalize=normalize, reduction=reduction)
 

@@ -75,7 +75,7 @@ def momentum_contrastive_loss(
         columns = {"all_image_teacher": teachers[0], "all_text_teacher": teachers[1]}
         columns["all_ids"] = None if ids is None else gather_rows_no_grad(ids, group)
         columns["first_row"] = first_row(image, group)
-    backend = resolve("momentum_contrastive_loss", image)
+    backend = resolve("momentum_contrastive_loss", image, text, image_teacher, text_teacher)
     by_kernels = partial(fused.momentum_contrastive_loss, backend)
     run = reference.momentum_contrastive_loss if backend == "reference" else by_kernels
     return run(

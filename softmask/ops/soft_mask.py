@@ -54,7 +54,7 @@ def soft_mask(
     # maps and for types that PyTorch converts first.
     half = features.dtype in (torch.float16, torch.bfloat16)
     pays = features.device.type != "cpu" or half or maps.requires_grad or maps.dim() == 3
-    backend = resolve("soft_mask", features, kernel_pays=pays)
+    backend = resolve("soft_mask", features, maps, kernel_pays=pays)
     run = reference.soft_mask if backend == "reference" else partial(fused.soft_mask, backend)
     return run(features, maps, strength=strength, normalize=normalize, num_prefix_tokens=num_prefix_tokens)
 

@@ -50,7 +50,7 @@ def soft_mask_attention(
         _checks.shape("key_weight", key_weight, (len(query), key.shape[2]))
         _checks.dtype("key_weight", key_weight)
         _checks.device(query, key_weight=key_weight)
-    backend = resolve("soft_mask_attention", query)
+    backend = resolve("soft_mask_attention", query, key, value, value_bias)
     run = reference.soft_mask_attention if backend == "reference" else partial(fused.soft_mask_attention, backend)
     return run(
         query,

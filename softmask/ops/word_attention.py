@@ -68,7 +68,7 @@ def word_attention(
     if not differentiable:
         floating = tuple(None if tensor is None else tensor.detach() for tensor in floating)
     query, key, value, grad_output, value_bias = floating
-    backend = resolve("word_attention", query)
+    backend = resolve("word_attention", *floating)
     run = reference.word_attention if backend == "reference" else partial(fused.word_attention, backend)
     return run(
         query,

@@ -1,0 +1,88 @@
+"""What the Triton kernels move and multiply, counted in the interpreter with the tiles of a GPU."""
+
+from __future__ import annotations
+
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+import kernel_cases as cases
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+pytestmark = [cases.needs_triton, pytest.mark.usefixtures("fast_interpreter")]
+
+
+@lru_cache
+def launches(name: str, *, architecture: int = 90, dtype: torch.dtype = torch.float16) -> list:
+    from gpu_cases import CALLS
+    from gpu_traffic import counted
+
+    (call,) = [call for call in CALLS if call.name == name]
+    inputs = call.inputs(call.small, dtype, "cpu")
+    with counted(architecture) as seen:
+        call.run(*inputs)
+    return seen
+
+
+def fewest(name: str, *, dtype: torch.dtype = torch.float16) -> tuple[float, float]:
+    from gpu_cases import CALLS
+
+    (call,) = [call for call in CALLS if call.name == name]
+    return call.fewest(call.small, dtype.itemsize)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "word_attention forward",
+        "soft_mask forward",
+        "soft_mask backward",
+        "attentive_mask forward",
+        "masked_patch_loss forward",
+        "masked_patch_loss backward",
+        "momentum_contrastive_loss backward",
+    ],
+)
+@pytest.mark.parametrize(("dtype", "architecture"), [(torch.float32, 80), (torch.float16, 90)])
+def test_memory_bound_kernels_move_little_more_than_they_must(name: str, dtype: torch.dtype, architecture: int) -> None:
+    moved = sum(one.moved for one in launches(name, architecture=architecture, dtype=dtype))
+    assert moved <= 1.1 * fewest(name, dtype=dtype)[0]
+
+
+def test_symmetric_contrastive_loss_takes_five_products() -> None:
+    both = [*launches("focal_contrastive_loss forward"), *launches("focal_contrastive_loss backward")]
+    product = fewest("focal_contrastive_loss forward")[1]
+    assert 5.0 * product <= sum(one.flops for one in both) <= 5.1 * product
+
+
+def test_four_with_atomics(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gpu_cases import CALLS
+    from gpu_traffic import counted
+
+    from softmask.kernels import contrastive
+
+    monkeypatch.setattr(contrastive, "ATOMICS", True)
+    (call,) = [call for call in CALLS if call.name == "focal_contrastive_loss backward"]
+    inputs = call.inputs(call.small, torch.float16, "cpu")
+    with counted(90) as seen:
+        call.run(*inputs)
+    product = fewest("focal_contrastive_loss forward")[1]
+    assert sum(one.flops for one in (*launches("focal_contrastive_loss forward"), *seen)) <= 4.1 * product
+
+
+def test_momentum_loss_streams_keys_twice_at_most() -> None:
+    """Keys are all but a few thousandths of what the streams load; a third launch joins partial sums."""
+    name = "momentum_contrastive_loss forward"
+    keys = fewest(name)[0]
+    for one in launches(name)[:2]:
+        assert one.loaded <= 1.1 * keys
+
+
+def test_no_op_takes_more_than_three_launches() -> None:
+    from gpu_cases import CALLS
+
+    for call in CALLS:
+        assert len(launches(call.name)) <= 3, call.name
