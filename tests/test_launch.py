@@ -1,0 +1,87 @@
+"""What a launch depends on: the processor's configuration, torch's precision settings, tuning."""
+
+from __future__ import annotations
+
+import kernel_cases as cases
+import pytest
+import torch
+
+pytestmark = cases.needs_triton
+TABLE = {0: {"BLOCK": 256}, 80: {"BLOCK": 32}, 90: {"BLOCK": 64}}
+
+
+@pytest.fixture
+def launcher():
+    from softmask.kernels import _launch
+
+    return _launch
+
+
+@pytest.mark.parametrize(("architecture", "block"), [(80, 32), (86, 32), (90, 64), (120, 64)])
+def test_config_of_the_nearest_architecture_below(launcher, architecture: int, block: int) -> None:
+    with launcher.hooked(lambda one: None, architecture=architecture):
+        assert launcher.config(TABLE, torch.ones(1)) == {"BLOCK": block}
+    assert launcher.config(TABLE, torch.ones(1)) == {"BLOCK": 256 if launcher.INTERPRETED else 32}
+
+
+class Kernel:
+    """What a launch reads of a kernel."""
+
+    def __init__(self, *names: str) -> None:
+        self.arg_names = list(names)
+
+
+def test_launches_reach_the_hook_unless_empty(launcher) -> None:
+    seen = []
+    one = torch.ones(1)
+    with launcher.hooked(seen.append):
+        launcher.launch(Kernel("x", "size", "BLOCK"), (3,), one, 5, BLOCK=16, num_warps=8)
+        launcher.launch(Kernel("x", "size", "BLOCK"), (0,), one, 5, BLOCK=16)
+        with pytest.raises(ValueError):
+            launcher.launch(Kernel("x"), (1,), one, 5)
+    (launch,) = seen
+    assert launch.arguments == {"x": one, "size": 5, "BLOCK": 16}
+    assert (launch.grid, launch.num_warps, launch.device) == ((3,), 8, one.device)
+
+
+def test_tuning_keeps_the_fastest(launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for values of one shape, and again for another."""
+    tried = []
+
+    def milliseconds(launch) -> float:
+        tried.append(launch.num_warps)
+        return {2: 3.0, 4: 2.0, 8: 1.0}[launch.num_warps]
+
+    monkeypatch.setattr(launcher, "_milliseconds", milliseconds)
+    monkeypatch.setattr(launcher, "_tuned", {})
+    some = Kernel("x", "factor")
+    for factor in (0.5, 0.7):
+        chosen = launcher.tune(launcher.Launch(some, (1,), {"x": torch.ones(3), "factor": factor}, 4, 3))
+        assert (chosen.num_warps, chosen.num_stages) == (8, 3)
+    assert tried == [2, 4, 8]
+    launcher.tune(launcher.Launch(some, (1,), {"x": torch.ones(4), "factor": 0.5}, 4, 3))
+    assert len(tried) == 6
+
+
+@pytest.mark.parametrize("setting", ["highest", "high", "new"])
+def test_tf32_where_torch_allows_it(launcher, setting: str) -> None:
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        if setting == "new":
+            matmul.fp32_precision = "tf32"
+        else:
+            torch.set_float32_matmul_precision(setting)
+        assert launcher.dots(torch.ones(1))["PRECISION"] == ("ieee" if setting == "highest" else "tf32")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = before
+
+
+def test_type_of_products(launcher) -> None:
+    import triton.language as tl
+
+    half, bf16, single = (torch.ones(1, dtype=dtype) for dtype in (torch.float16, torch.bfloat16, torch.float32))
+    assert launcher.dots(half, half)["DOT"] == tl.float16
+    assert launcher.dots(half, bf16)["DOT"] == launcher.dots(half, single)["DOT"] == tl.float32
+    assert launcher.dots(bf16)["DOT"] == (tl.float32 if launcher.INTERPRETED else tl.bfloat16)
