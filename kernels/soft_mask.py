@@ -18,8 +18,8 @@ from softmask.kernels._normalize import extent, gradient
 
 MAX_BLOCK_WIDTH = 1024
 # BLOCK_TOKENS of features of two bytes; those of four take half as many.
-FORWARD: Configs = {0: {"BLOCK_TOKENS": 64}, 80: {"BLOCK_TOKENS": 16, "num_warps": 8, "num_stages": 1}}
-BACKWARD: Configs = {0: {"BLOCK_TOKENS": 64}, 80: {"BLOCK_TOKENS": 8, "num_warps": 8, "num_stages": 1}}
+FORWARD: Configs = {0: {"BLOCK_TOKENS": 64}, 80: {"BLOCK_TOKENS": 16, "num_warps": 16, "num_stages": 1}}
+BACKWARD: Configs = {0: {"BLOCK_TOKENS": 64}, 80: {"BLOCK_TOKENS": 8, "num_warps": 16, "num_stages": 1}}
 
 
 @triton.jit
