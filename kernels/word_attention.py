@@ -35,7 +35,7 @@ from softmask.kernels.word_attention_backward import backward
 __all__ = ["backward", "forward"]
 
 FORWARD: Configs = {
-    0: {"BLOCK_KEYS": 256, "TILE_BYTES": 1 << 20},
+    0: {"BLOCK_KEYS": 512, "TILE_BYTES": 1 << 20},
     80: {"BLOCK_KEYS": 64, "TILE_BYTES": 1 << 14, "num_warps": 4, "num_stages": 1},
 }
 # ELEMENTS: of the heads that a program adds to its map at once, at least one head.
@@ -103,8 +103,8 @@ def _combine(
             count += 1
             for first in range(0, heads, BLOCK_HEADS):
                 head = first + tl.arange(0, BLOCK_HEADS)
-                of_head = (batch * heads + head) * rows + row
-                place = of_head[:, None] * tiles + tile[None, :]
+                by_head = (batch * heads + head) * rows + row
+                place = by_head[:, None] * tiles + tile[None, :]
                 mask = (head < heads)[:, None] & (tile < tiles)[None, :]
                 top = tl.load(tops + place, mask=mask, other=float("-inf"))
                 total = tl.load(totals + place, mask=mask, other=0.0)
@@ -114,7 +114,7 @@ def _combine(
                 total = tl.sum(weight * total, 1)
                 weight = weight / tl.where(total == 0, 1.0, total)[:, None]
                 mask = (head < heads)[:, None, None] & (position < pitch)[None, :, :]
-                place = of_head[:, None, None] * pitch + position[None, :, :]
+                place = by_head[:, None, None] * pitch + position[None, :, :]
                 c += tl.sum(tl.load(partial + place, mask=mask, other=0.0) * weight[:, :, None], 0)
     c = tl.reshape(c / (tl.maximum(count, 1) * heads), [BLOCK_TILES * BLOCK_KEYS])
     position = tl.arange(0, BLOCK_TILES * BLOCK_KEYS)

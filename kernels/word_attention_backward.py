@@ -35,11 +35,11 @@ from softmask.kernels._words import (
 
 BLOCK_TOKENS, BLOCK_PARTS = 16, 64
 ROWS_BACKWARD: Configs = {
-    0: {"BLOCK_KEYS": 256, "TILE_BYTES": 1 << 20},
-    80: {"BLOCK_KEYS": 64, "TILE_BYTES": 1 << 14, "num_warps": 8, "num_stages": 2},
+    0: {"BLOCK_KEYS": 512, "TILE_BYTES": 1 << 20},
+    80: {"BLOCK_KEYS": 32, "TILE_BYTES": 1 << 13, "num_warps": 4, "num_stages": 2},
 }
 KEYS_BACKWARD: Configs = {
-    0: {"BLOCK_KEYS": 256, "TILE_BYTES": 1 << 20},
+    0: {"BLOCK_KEYS": 512, "TILE_BYTES": 1 << 20},
     80: {"BLOCK_KEYS": 32, "TILE_BYTES": 1 << 13, "num_warps": 4, "num_stages": 1},
 }
 
