@@ -10,6 +10,7 @@ third adds up the splits, in fixed order. Backward scales what the forward found
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
 import torch
@@ -20,25 +21,49 @@ from torch import Tensor
 from softmask.kernels._launch import Configs, config, dots, last_contiguous, launch
 from softmask.kernels.momentum_contrastive_streams import (
     STATISTICS,
-    by_split,
+    TERMS,
     first_stream,
     join,
+    places,
     second_stream,
-    tile_of,
 )
 
-WIDEST = 512  # features that are multiplied as a whole; wider ones by parts of WIDTH
-WIDTH = 256
+PART = 256  # of wide features
 MIN_BLOCK = 16  # of a product
 
-# BLOCK_KEYS of types of two bytes; larger ones have half as many, and a stage less. PROGRAMS: one per multiprocessor,
-# whose registers it fills.
+# BLOCK_KEYS of types of two bytes; larger ones have half as many, and a stage less. WIDEST: features that a program
+# holds as a whole; 86 and 120 have less shared memory. PROGRAMS: one per multiprocessor, whose registers it fills; each
+# goes through FEWEST tiles, whose keys are more than the sums that it leaves.
 STREAM: Configs = {
-    0: {"BLOCK_ROWS": 64, "BLOCK_KEYS": 512, "PROGRAMS": 4, "num_stages": 1},
-    80: {"BLOCK_ROWS": 32, "BLOCK_KEYS": 32, "PROGRAMS": 108, "num_warps": 8, "num_stages": 3},
-    90: {"BLOCK_ROWS": 32, "BLOCK_KEYS": 32, "PROGRAMS": 132, "num_warps": 8, "num_stages": 3},
-    100: {"BLOCK_ROWS": 32, "BLOCK_KEYS": 32, "PROGRAMS": 148, "num_warps": 8, "num_stages": 3},
+    0: {
+        "BLOCK_ROWS": 64,
+        "BLOCK_KEYS": 512,
+        "WIDEST": 512,
+        "PROGRAMS": 4,
+        "FEWEST": 1,
+        "num_warps": 4,
+        "num_stages": 1,
+    },
+    80: {
+        "BLOCK_ROWS": 32,
+        "BLOCK_KEYS": 32,
+        "WIDEST": 512,
+        "PROGRAMS": 108,
+        "FEWEST": 4,
+        "num_warps": 8,
+        "num_stages": 3,
+    },
+    86: {
+        "BLOCK_ROWS": 16,
+        "BLOCK_KEYS": 32,
+        "WIDEST": 256,
+        "PROGRAMS": 84,
+        "FEWEST": 4,
+        "num_warps": 8,
+        "num_stages": 3,
+    },
 }
+STREAM |= {90: STREAM[80] | {"PROGRAMS": 132}, 100: STREAM[80] | {"PROGRAMS": 148}, 120: STREAM[86] | {"PROGRAMS": 170}}
 # ELEMENTS: of the sums of all splits, at a time.
 FINISH: Configs = {
     0: {"BLOCK_ROWS": 64, "ELEMENTS": 1 << 20},
@@ -48,73 +73,71 @@ BACKWARD: Configs = {0: {"BLOCK_ROWS": 64}, 80: {"BLOCK_ROWS": 4, "num_warps": 4
 
 
 @triton.jit
-def _sum_of_splits(sums, weights, side, row, column, rows, width, splits, BLOCK_SPLITS: tl.constexpr):
+def _sum_of_splits(sums, weights, at, live, column, width):
     """sums [splits, 2, rows, width] under weights [BLOCK_SPLITS, BLOCK_ROWS], read where these are not 0."""
-    split = tl.arange(0, BLOCK_SPLITS)
-    at = (split[:, None] * 2 + side).to(tl.int64) * rows + row[None, :]
-    live = (split < splits)[:, None] & (row < rows)[None, :] & (weights != 0.0)
-    live = live[:, :, None] & (column < width)[None, None, :]
-    part = tl.load(sums + at[:, :, None] * width + column[None, None, :], mask=live, other=0.0)
-    return tl.sum(part * weights[:, :, None], 0)
+    live = (live & (weights != 0.0))[:, :, None] & (column < width)[None, None, :]
+    place = at.to(tl.int64)[:, :, None] * width + column[None, None, :]
+    return tl.sum(tl.load(sums + place, mask=live, other=0.0) * weights[:, :, None], 0)
 
 
 @triton.jit
 def _finish(
-    statistics, terms, means, teacher_means, targets, alpha, gamma, loss, image_gradients, text_gradients,
+    statistics, terms, means, teacher_means, targets, scale, alpha, gamma,
+    loss, at_scale, image_gradients, text_gradients,
     rows, width, splits,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    live = (row < rows)[:, None] & (column < width)[None, :]
-    alpha, gamma = tl.load(alpha).to(tl.float32), tl.load(gamma).to(tl.float32)
-    losses = tl.zeros([BLOCK_ROWS], tl.float32)
+    scale, alpha, gamma = tl.load(scale).to(tl.float32), tl.load(alpha).to(tl.float32), tl.load(gamma).to(tl.float32)
+    of_row = tl.zeros([BLOCK_ROWS], tl.float32)
+    slope_of_row = of_row
     for side in tl.static_range(2):
-        student, teacher, cross, positive, counts = join(statistics, side, row, rows, splits, BLOCK_SPLITS)
-        if gamma == 0.0:
-            hard = positive / tl.maximum(tl.sum(counts, 0), 1.0) - student[0]
-            of_side = tl.log(student[1]) - alpha * cross - (1.0 - alpha) * hard
-            slope = tl.full([BLOCK_ROWS], 1.0, tl.float32)
-        else:
-            of_side = tl.sum(by_split(terms, 0, 0.0, side, row, rows, splits, BLOCK_SPLITS), 0)
-            slope = tl.sum(by_split(terms, 1, 0.0, side, row, rows, splits, BLOCK_SPLITS), 0)
-            counts = tl.full([BLOCK_SPLITS, BLOCK_ROWS], 1.0, tl.float32)  # every split has targets
-        losses += 0.5 * of_side
+        at, live = places(side, row, rows, splits, BLOCK_SPLITS)
+        student, teacher, positive, positives = join(statistics, at, live, row, rows, splits)
         if means is not None:
-            mean = _sum_of_splits(means, student[2], side, row, column, rows, width, splits, BLOCK_SPLITS)
-            has = tl.where(counts > 0.0, 1.0, 0.0)
-            target = _sum_of_splits(targets, has, side, row, column, rows, width, splits, BLOCK_SPLITS)
-            if gamma == 0.0:
-                target += alpha * _sum_of_splits(
-                    teacher_means, teacher[2], side, row, column, rows, width, splits, BLOCK_SPLITS
-                )
+            mean = _sum_of_splits(means, student[2], at, live, column, width)
+        if gamma == 0.0:
+            hard = positive / tl.maximum(tl.sum(positives, 0), 1.0) - student[0]
+            of_row += 0.5 * (tl.log(student[1]) - alpha * teacher[3] - (1.0 - alpha) * hard)
+            slope_of_row += 0.5 * (alpha * (student[3] - teacher[3]) + (1.0 - alpha) * (student[3] - hard))
+            if means is not None:
+                soft = _sum_of_splits(teacher_means, teacher[2], at, live, column, width)
+                has = tl.where(positives > 0.0, 1.0, 0.0)
+                target = _sum_of_splits(targets, has, at, live, column, width)
+                gradient = alpha * (mean - soft) + (1.0 - alpha) * (mean - target)  # 0 where these are equal
+        else:
+            step = splits * 2 * rows
+            of_row += 0.5 * tl.sum(tl.load(terms + at, mask=live, other=0.0), 0)
+            slope = tl.sum(tl.load(terms + step + at, mask=live, other=0.0), 0)
+            spread = tl.sum(tl.load(terms + 2 * step + at, mask=live, other=0.0), 0)
+            slope_of_row += 0.5 * (slope * student[3] - spread)
+            if means is not None:
+                ones = tl.full([BLOCK_SPLITS, BLOCK_ROWS], 1.0, tl.float32)
+                gradient = slope[:, None] * mean - _sum_of_splits(targets, ones, at, live, column, width)
+        if means is not None:
             gradients = image_gradients if side == 0 else text_gradients
             place = row[:, None].to(tl.int64) * width + column[None, :]
-            tl.store(gradients + place, slope[:, None] * mean - target, mask=live)
+            tl.store(gradients + place, 0.5 * gradient, mask=(row < rows)[:, None] & (column < width)[None, :])
     if tl.program_id(1) == 0:
-        tl.store(loss + row, losses, mask=row < rows)
+        tl.store(loss + row, of_row, mask=row < rows)
+        tl.store(at_scale + row, slope_of_row / scale, mask=row < rows)
 
 
 @triton.jit
 def _backward(
-    grad, image, text, scale, image_gradients, text_gradients, image_grad, text_grad, at_scale,
-    rows, width, grad_row, query_row,
+    grad, scale, at_scale, image_gradients, text_gradients, image_grad, text_grad, scale_grad,
+    rows, width, grad_row,
     BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0) * BLOCK_ROWS
-    row, column = first + tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_WIDTH)
+    row, column = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_WIDTH)
     live = (row < rows)[:, None] & (column < width)[None, :]
     place = row[:, None].to(tl.int64) * width + column[None, :]
-    upstream = 0.5 * tl.load(grad + row * grad_row, mask=row < rows, other=0.0).to(tl.float32)
-    scale = tl.load(scale).to(tl.float32)
-    for side in tl.static_range(2):
-        query = image if side == 0 else text
-        gradients = image_gradients if side == 0 else text_gradients
-        out = image_grad if side == 0 else text_grad
-        gradient = tl.load(gradients + place, mask=live, other=0.0) * upstream[:, None]
-        tl.store(out + place, gradient * scale, mask=live)
-        x = tile_of(query, first, rows, 0, width, query_row, 1, BLOCK_ROWS, BLOCK_WIDTH).to(tl.float32)
-        tl.store(at_scale + side * rows + row, tl.sum(gradient * x, 1), mask=row < rows)
+    upstream = tl.load(grad + row * grad_row, mask=row < rows, other=0.0).to(tl.float32)
+    tl.store(scale_grad + row, upstream * tl.load(at_scale + row, mask=row < rows, other=0.0), mask=row < rows)
+    upstream *= tl.load(scale).to(tl.float32)
+    tl.store(image_grad + place, tl.load(image_gradients + place, mask=live, other=0.0) * upstream[:, None], mask=live)
+    tl.store(text_grad + place, tl.load(text_gradients + place, mask=live, other=0.0) * upstream[:, None], mask=live)
 
 
 def _alike(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,10 +149,17 @@ def _rows(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
     return _alike(last_contiguous(image), last_contiguous(text))
 
 
-def _as_queue(keys: Tensor, queue: Tensor) -> Tensor:
-    """Keys of the batch, few, as those of the queue: of their type, and neighbours in memory where they are."""
-    keys = keys.to(queue.dtype)
-    return keys.T.contiguous().T if queue.stride(0) == 1 and queue.stride(1) != 1 else keys
+def _keys(*given: Tensor | None) -> list[Tensor | None]:
+    """Keys and queues of images and texts, all of one type: a queue is copied where it has the smaller one. The batch's
+    keys, which are few, are neighbours in memory as those of the queue."""
+    common = reduce(torch.promote_types, (tensor.dtype for tensor in given if tensor is not None))
+    image_keys, text_keys, image_queue, text_queue = (None if one is None else one.to(common) for one in given)
+    image_keys, text_keys = _rows(image_keys, text_keys)
+    if image_queue is not None:
+        image_queue, text_queue = _alike(image_queue, text_queue)
+        if image_queue.stride(0) == 1 and image_queue.stride(1) != 1:
+            image_keys, text_keys = image_keys.T.contiguous().T, text_keys.T.contiguous().T
+    return [image_keys, text_keys, image_queue, text_queue]
 
 
 def _types(*tensors: Tensor) -> dict[str, Any]:
@@ -141,19 +171,17 @@ def _types(*tensors: Tensor) -> dict[str, Any]:
     return chosen
 
 
-def _blocks(width: int, *tensors: Tensor) -> tuple[int, dict[str, Any]]:
-    """Number of programs wanted, and the constants, num_warps and num_stages of both streams."""
+def _constants(width: int, *tensors: Tensor) -> tuple[int, int, dict[str, Any]]:
+    """Programs wanted and tiles that each has at least; the constants, num_warps and num_stages of both streams."""
     options = config(STREAM, tensors[0])
-    options["WIDE"] = width > WIDEST
-    options["BLOCK_WIDTH"] = WIDTH if options["WIDE"] else max(triton.next_power_of_2(width), MIN_BLOCK)
-    if options["BLOCK_WIDTH"] > WIDTH:
-        options["BLOCK_ROWS"] //= 2
-        options["BLOCK_KEYS"] //= 2
-        options["num_warps"] = 16
+    options["WIDTH"], options["WIDE"] = width, width > options.pop("WIDEST")
+    options["BLOCK_WIDTH"] = PART if options["WIDE"] else max(triton.next_power_of_2(width), MIN_BLOCK)
+    if options["BLOCK_WIDTH"] > PART:
+        options |= {"BLOCK_ROWS": options["BLOCK_ROWS"] // 2, "BLOCK_KEYS": options["BLOCK_KEYS"] // 2, "num_warps": 16}
     if {tensor.dtype for tensor in tensors} not in ({torch.float16}, {torch.bfloat16}):
         options["BLOCK_KEYS"] = max(options["BLOCK_KEYS"] // 2, MIN_BLOCK)
         options["num_stages"] = max(options["num_stages"] - 1, 1)
-    return options.pop("PROGRAMS"), options
+    return options.pop("PROGRAMS"), options.pop("FEWEST"), options
 
 
 def forward(
@@ -173,33 +201,31 @@ def forward(
     queue_ids: Tensor | None,
     first_row: int,
     gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses [B], the mean of both directions; the gradients of each direction's at scale * image and scale * text,
-    [B, D], or nothing without gradient."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Losses [B], the means of both directions, and their derivatives [B] by the scale; with gradient also those by
+    scale * image and scale * text, [B, D]."""
     image, text = _rows(image, text)
     image_teacher, text_teacher = _rows(image_teacher, text_teacher)
-    image_keys, text_keys = _rows(image_keys, text_keys)
-    queue_count, queue_strides = 0, (0, 0)
-    if image_queue is not None and text_queue is not None:
-        image_queue, text_queue = _alike(image_queue, text_queue)
-        queue_count, queue_strides = image_queue.shape[0], image_queue.stride()
-        image_keys, text_keys = _as_queue(image_keys, image_queue), _as_queue(text_keys, text_queue)
+    keys = _keys(image_keys, text_keys, image_queue, text_queue)
+    ids, key_ids, queue_ids = (None if one is None else one.contiguous() for one in (ids, key_ids, queue_ids))
     rows, width = image.shape
-    programs, options = _blocks(width, image, image_keys)
+    count, queue_count = (0 if one is None else len(one) for one in keys[::2])
+    programs, fewest_tiles, options = _constants(width, image, keys[0])
     blocks = triton.cdiv(rows, options["BLOCK_ROWS"])
-    tiles = sum(triton.cdiv(count, options["BLOCK_KEYS"]) for count in (len(image_keys), queue_count))
-    tiles_of_split = max(triton.cdiv(tiles, max(programs // max(2 * blocks, 1), 1)), 1)
-    splits = triton.cdiv(tiles, tiles_of_split)
-    block_splits = triton.next_power_of_2(max(splits, 1))
+    tiles = sum(triton.cdiv(number, options["BLOCK_KEYS"]) for number in (count, queue_count))
+    tiles_of_split = max(triton.cdiv(tiles, max(programs // max(2 * blocks, 1), 1)), fewest_tiles)
+    splits = max(triton.cdiv(tiles, tiles_of_split), 1)
+    block_splits = triton.next_power_of_2(splits)
     statistics = _fp32(image, STATISTICS.value, splits, 2, rows)
-    terms = _fp32(image, 2, splits, 2, rows)
+    terms = _fp32(image, TERMS.value, splits, 2, rows)
     sums = [_fp32(image, splits, 2, rows, width) if gradient else None for _ in range(3)]
     gradients = [_fp32(image, rows, width) if gradient else None for _ in range(2)]
-    loss = _fp32(image, rows)
-    tensors = (image, text, image_teacher, text_teacher, image_keys, text_keys, image_queue, text_queue)
-    sizes = (rows, len(image_keys), queue_count, width, first_row, tiles, tiles_of_split)
-    strides = (image.stride(0), image_teacher.stride(0), *image_keys.stride(), *queue_strides)
-    options |= {"GRADIENT": gradient} | _types(image, image_keys)
+    loss, at_scale = _fp32(image, rows), _fp32(image, rows)
+    tensors = (image, text, image_teacher, text_teacher, *keys)
+    sizes = (rows, count, queue_count, first_row, tiles, tiles_of_split)
+    strides = [stride for one in keys[::2] for stride in ((0, 0) if one is None else one.stride())]
+    strides = (image.stride(0), image_teacher.stride(0), *strides)
+    options |= {"GRADIENT": gradient} | _types(image, keys[0])
     grid = (splits * 2 * blocks, triton.cdiv(width, options["BLOCK_WIDTH"]) if gradient else 1)
     launch(
         first_stream, grid, *tensors, scale, gamma, ids, key_ids, queue_ids,
@@ -214,29 +240,26 @@ def forward(
     block_columns = min(triton.next_power_of_2(width), elements)
     launch(
         _finish, (triton.cdiv(rows, options["BLOCK_ROWS"]), triton.cdiv(width, block_columns) if gradient else 1),
-        statistics, terms, *sums, alpha, gamma, loss, *gradients, rows, width, splits,
+        statistics, terms, *sums, scale, alpha, gamma, loss, at_scale, *gradients, rows, width, splits,
         BLOCK_COLUMNS=block_columns, BLOCK_SPLITS=block_splits, **options,
     )  # fmt: skip
     of_image, of_text = (_fp32(image, 0) if gradient is None else gradient for gradient in gradients)
-    return loss, of_image, of_text
+    return loss, at_scale, of_image, of_text
 
 
 def backward(
-    grad: Tensor, image: Tensor, text: Tensor, scale: Tensor, image_gradients: Tensor, text_gradients: Tensor
+    grad: Tensor, image: Tensor, scale: Tensor, at_scale: Tensor, image_gradients: Tensor, text_gradients: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of image, text and scale."""
+    """Gradients of image, text, both of image's type, and scale."""
     rows, width = image.shape
-    image_grad, text_grad = image.new_empty(image.shape), text.new_empty(text.shape)
-    at_scale = _fp32(image, 2, rows)
-    image, text = _rows(image, text)
+    image_grad, text_grad, scale_grad = image.new_empty(image.shape), image.new_empty(image.shape), _fp32(image, rows)
     options = config(BACKWARD, image)
     launch(
         _backward, (triton.cdiv(rows, options["BLOCK_ROWS"]),),
-        grad, image, text, scale, image_gradients, text_gradients, image_grad, text_grad, at_scale,
-        rows, width, grad.stride(0), image.stride(0),
-        BLOCK_WIDTH=triton.next_power_of_2(width), **options,
+        grad, scale, at_scale, image_gradients, text_gradients, image_grad, text_grad, scale_grad,
+        rows, width, grad.stride(0), BLOCK_WIDTH=triton.next_power_of_2(width), **options,
     )  # fmt: skip
-    return image_grad, text_grad, at_scale.sum().to(scale.dtype)
+    return image_grad, text_grad, scale_grad.sum().to(scale.dtype)
 
 
 def _fp32(like: Tensor, *shape: int) -> Tensor:

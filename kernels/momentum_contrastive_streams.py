@@ -11,7 +11,8 @@ import triton.language as tl
 
 from softmask.kernels._focal import focal
 
-STATISTICS: tl.constexpr = tl.constexpr(7)  # of a row in one split
+STATISTICS: tl.constexpr = tl.constexpr(8)  # of a row in one split, by the first stream
+TERMS: tl.constexpr = tl.constexpr(3)  # of a row in one split, by the second where gamma is not 0
 LOWEST: tl.constexpr = tl.constexpr(-1e38)  # a logit of no key, and a maximum of nothing: differences are finite
 LEAST: tl.constexpr = tl.constexpr(1e-30)  # a weight of no key, by which others can be divided
 
@@ -36,27 +37,30 @@ def _of_side(image, text, side):
 
 
 @triton.jit
-def tile_of(
-    start, first, rows, first_column, width, row_stride, column_stride,
-    BLOCK: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+def _tile_of(
+    start, first, rows, first_column, row_stride, column_stride,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK, BLOCK_WIDTH] of a matrix, zeros beyond its edges."""
     row, column = tl.arange(0, BLOCK), first_column + tl.arange(0, BLOCK_WIDTH)
     start += tl.cast(first, tl.int64) * row_stride
     place = row[:, None] * row_stride + column[None, :].to(tl.int64) * column_stride
-    return tl.load(start + place, mask=(first + row < rows)[:, None] & (column < width)[None, :], other=0.0)
+    live = (first + row < rows)[:, None]
+    if WIDTH % BLOCK_WIDTH != 0:
+        live = live & (column < WIDTH)[None, :]
+    return tl.load(start + place, mask=live, other=0.0)
 
 
 @triton.jit
-def _row_tile(of_rows, first_column, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
-    start, first, rows, width, stride = of_rows
-    return tile_of(start, first, rows, first_column, width, stride, 1, BLOCK_ROWS, BLOCK_WIDTH)
+def _row_tile(of_rows, first_column, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+    start, first, rows, stride = of_rows
+    return _tile_of(start, first, rows, first_column, stride, 1, WIDTH, BLOCK_ROWS, BLOCK_WIDTH)
 
 
 @triton.jit
-def _key_tile(tile, first_column, source, BLOCK_KEYS: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
-    """(keys [BLOCK_KEYS, BLOCK_WIDTH], their places in batch or queue, which of them exist, whether in the batch)."""
-    keys, queue, count, queue_count, width, row_stride, column_stride, queue_row, queue_column = source
+def _keys_at(tile, source, BLOCK_KEYS: tl.constexpr):
+    """(matrix of a tile of keys, their places in it, which of them exist, whether it is the batch's)."""
+    keys, queue, count, queue_count, row_stride, column_stride, queue_row, queue_column = source
     first, tiles = tile * BLOCK_KEYS, tl.cdiv(count, BLOCK_KEYS)
     in_batch = tile < tiles
     if queue is not None:
@@ -67,8 +71,13 @@ def _key_tile(tile, first_column, source, BLOCK_KEYS: tl.constexpr, BLOCK_WIDTH:
         row_stride = tl.where(in_batch, row_stride, queue_row)
         column_stride = tl.where(in_batch, column_stride, queue_column)
     key = first + tl.arange(0, BLOCK_KEYS)
-    k = tile_of(keys, first, count, first_column, width, row_stride, column_stride, BLOCK_KEYS, BLOCK_WIDTH)
-    return k, key, key < count, in_batch
+    return (keys, first, count, row_stride, column_stride), key, key < count, in_batch
+
+
+@triton.jit
+def _key_tile(matrix, first_column, WIDTH: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+    start, first, count, row_stride, column_stride = matrix
+    return _tile_of(start, first, count, first_column, row_stride, column_stride, WIDTH, BLOCK_KEYS, BLOCK_WIDTH)
 
 
 @triton.jit
@@ -93,69 +102,72 @@ def _positives(own, ids, key, live, in_batch):
 
 @triton.jit
 def _logits(
-    rows_of, tiles_of, k, live, tile, source, scale, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    rows_of, tiles_of, keys_of_tile, k, scale,
     WIDE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Of student and teacher at a tile of keys k, [BLOCK_ROWS, BLOCK_KEYS] each; with WIDE by parts of the features."""
     if WIDE:
-        z = tl.zeros([BLOCK_ROWS, live.shape[0]], tl.float32)
+        z = tl.zeros([BLOCK_ROWS, BLOCK_KEYS], tl.float32)
         t = z
-        for column in range(0, source[4], BLOCK_WIDTH):
-            part = tl.trans(_key_tile(tile, column, source, live.shape[0], BLOCK_WIDTH)[0].to(DOT))
-            student = _row_tile(rows_of[0], column, BLOCK_ROWS, BLOCK_WIDTH).to(DOT)
-            teacher = _row_tile(rows_of[1], column, BLOCK_ROWS, BLOCK_WIDTH).to(DOT)
+        for column in range(0, WIDTH, BLOCK_WIDTH):
+            part = tl.trans(_key_tile(keys_of_tile, column, WIDTH, BLOCK_KEYS, BLOCK_WIDTH).to(DOT))
+            student = _row_tile(rows_of[0], column, WIDTH, BLOCK_ROWS, BLOCK_WIDTH).to(DOT)
+            teacher = _row_tile(rows_of[1], column, WIDTH, BLOCK_ROWS, BLOCK_WIDTH).to(DOT)
             z = tl.dot(student, part, z, input_precision=PRECISION)
             t = tl.dot(teacher, part, t, input_precision=PRECISION)
     else:
         z = tl.dot(tiles_of[0], tl.trans(k), input_precision=PRECISION)
         t = tl.dot(tiles_of[1], tl.trans(k), input_precision=PRECISION)
-    return tl.where(live[None, :], z * scale, LOWEST), tl.where(live[None, :], t * scale, LOWEST)
+    return z * scale, t * scale
 
 
 @triton.jit
-def _store_sums(to, sums, at, live, first_column, width, BLOCK_WIDTH: tl.constexpr):
+def _store_sums(to, sums, at, live, first_column, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
     """sums [BLOCK_ROWS, BLOCK_WIDTH] of keys to rows `at` of a matrix."""
     column = first_column + tl.arange(0, BLOCK_WIDTH)
-    tl.store(to + at[:, None] * width + column[None, :], sums, mask=live[:, None] & (column < width)[None, :])
+    live = live[:, None] & (column < WIDTH)[None, :]
+    tl.store(to + at[:, None].to(tl.int64) * WIDTH + column[None, :], sums, mask=live)
 
 
 @triton.jit
 def first_stream(
     image, text, image_teacher, text_teacher, image_keys, text_keys, image_queue, text_queue,
     scale, gamma, ids, key_ids, queue_ids, statistics, means, teacher_means,
-    rows, count, queue_count, width, first_row, tiles, tiles_of_split,
+    rows, count, queue_count, first_row, tiles, tiles_of_split,
     query_row, teacher_row, keys_row, keys_column, queue_row, queue_column,
     GRADIENT: tl.constexpr, WIDE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     FACTOR: tl.constexpr, FACTOR_PRECISION: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Statistics of rows in one split, and the sums of keys under the exponentials of both softmaxes."""
     split, splits, side, first_of_rows, first, last = _place(rows, tiles, tiles_of_split, BLOCK_ROWS)
     first_column = tl.program_id(1) * BLOCK_WIDTH if WIDE else 0
     scale, gamma = tl.load(scale).to(tl.float32), tl.load(gamma).to(tl.float32)
-    student = (_of_side(image, text, side), first_of_rows, rows, width, query_row)
-    teacher = (_of_side(image_teacher, text_teacher, side), first_of_rows, rows, width, teacher_row)
-    students = _row_tile(student, 0, BLOCK_ROWS, BLOCK_WIDTH).to(DOT)
-    teachers = _row_tile(teacher, 0, BLOCK_ROWS, BLOCK_WIDTH).to(DOT)
+    student = (_of_side(image, text, side), first_of_rows, rows, query_row)
+    teacher = (_of_side(image_teacher, text_teacher, side), first_of_rows, rows, teacher_row)
+    students = _row_tile(student, 0, WIDTH, BLOCK_ROWS, BLOCK_WIDTH).to(DOT)
+    teachers = _row_tile(teacher, 0, WIDTH, BLOCK_ROWS, BLOCK_WIDTH).to(DOT)
     row = first_of_rows + tl.arange(0, BLOCK_ROWS)
     own = _known_by(ids, row, row < rows, first_row)
     keys, queue = _of_side(text_keys, image_keys, side), None
     if image_queue is not None:
         queue = _of_side(text_queue, image_queue, side)
-    source = (keys, queue, count, queue_count, width, keys_row, keys_column, queue_row, queue_column)
+    source = (keys, queue, count, queue_count, keys_row, keys_column, queue_row, queue_column)
     top = tl.full([BLOCK_ROWS], LOWEST, tl.float32)
     teacher_top = top
     total = tl.zeros([BLOCK_ROWS], tl.float32)
-    teacher_total, cross, positive, positives = total, total, total, total
+    spread, teacher_total, cross, positive, positives = total, total, total, total, total
     mean = tl.zeros([BLOCK_ROWS, BLOCK_WIDTH], tl.float32)
     teacher_mean = mean
     for tile in range(first, last):
-        k, key, live, in_batch = _key_tile(tile, first_column, source, BLOCK_KEYS, BLOCK_WIDTH)
-        k = k.to(DOT)
+        keys_of_tile, key, live, in_batch = _keys_at(tile, source, BLOCK_KEYS)
+        k = _key_tile(keys_of_tile, first_column, WIDTH, BLOCK_KEYS, BLOCK_WIDTH).to(DOT)
         z, t = _logits(
-            (student, teacher), (students, teachers), k, live, tile, source, scale,
-            BLOCK_ROWS, BLOCK_WIDTH, WIDE, DOT, PRECISION,
+            (student, teacher), (students, teachers), keys_of_tile, k, scale,
+            WIDE, DOT, PRECISION, WIDTH, BLOCK_ROWS, BLOCK_KEYS, BLOCK_WIDTH,
         )  # fmt: skip
+        z, t = tl.where(live[None, :], z, LOWEST), tl.where(live[None, :], t, LOWEST)
         if in_batch | (queue_ids is not None):
             same = _positives(own, (key_ids, queue_ids), key, live, in_batch)
             positive += tl.sum(tl.where(same, z, 0.0), 1)
@@ -165,6 +177,7 @@ def first_stream(
         shrink, teacher_shrink = tl.exp(before - top), tl.exp(teacher_before - teacher_top)
         z -= top[:, None]
         e, teacher_e = tl.exp(z), tl.exp(t - teacher_top[:, None])
+        spread = shrink * (spread + total * (before - top)) + tl.sum(e * z, 1)
         cross = teacher_shrink * (cross + teacher_total * (before - top)) + tl.sum(teacher_e * z, 1)
         total = total * shrink + tl.sum(e, 1)
         teacher_total = teacher_total * teacher_shrink + tl.sum(teacher_e, 1)
@@ -174,143 +187,153 @@ def first_stream(
             if gamma == 0.0:
                 teacher_mean *= teacher_shrink[:, None]
                 teacher_mean = tl.dot(teacher_e.to(FACTOR), k, teacher_mean, input_precision=FACTOR_PRECISION)
-    at = (split * 2 + side).to(tl.int64) * rows + row
-    state = (top, total, teacher_top, teacher_total, cross, positive, positives)
+    at = (split * 2 + side) * rows + row
+    state = (top, total, teacher_top, teacher_total, spread, cross, positive, positives)
     for number in tl.static_range(STATISTICS):
         tl.store(statistics + number * splits * 2 * rows + at, state[number], mask=(row < rows) & (first_column == 0))
     if GRADIENT:
-        _store_sums(means, mean, at, row < rows, first_column, width, BLOCK_WIDTH)
+        _store_sums(means, mean, at, row < rows, first_column, WIDTH, BLOCK_WIDTH)
         if gamma == 0.0:
-            _store_sums(teacher_means, teacher_mean, at, row < rows, first_column, width, BLOCK_WIDTH)
+            _store_sums(teacher_means, teacher_mean, at, row < rows, first_column, WIDTH, BLOCK_WIDTH)
 
 
 @triton.jit
-def by_split(statistics, number, fill, side, row, rows, splits, BLOCK_SPLITS: tl.constexpr):
-    """One of the statistics [numbers, splits, 2, rows]: [BLOCK_SPLITS, BLOCK_ROWS]."""
-    split = tl.arange(0, BLOCK_SPLITS)
-    place = ((number * splits + split[:, None]) * 2 + side).to(tl.int64) * rows + row[None, :]
-    return tl.load(statistics + place, mask=(split < splits)[:, None] & (row < rows)[None, :], other=fill)
+def places(side, row, rows, splits, BLOCK_SPLITS: tl.constexpr):
+    """Where a number of every split is in [splits, 2, rows], and which exist: [BLOCK_SPLITS, BLOCK_ROWS]."""
+    split = tl.arange(0, BLOCK_SPLITS)[:, None]
+    return (split * 2 + side) * rows + row[None, :], (split < splits) & (row < rows)[None, :]
 
 
 @triton.jit
-def join(statistics, side, row, rows, splits, BLOCK_SPLITS: tl.constexpr):
+def join(statistics, at, live, row, rows, splits):
     """Statistics over all splits.
 
-    Of student and teacher each the highest logit, the sum of exponentials under it, and every split's part of a mean;
-    the mean of z - highest under the teacher's softmax; the sum of the positives' logits; their number by split.
+    Of student and teacher each the highest logit, the sum of exponentials under it, every split's part of a mean, and
+    the mean of z - highest under its softmax; the sum of the positives' logits; their number by split.
     """
-    live = row < rows
-    tops = by_split(statistics, 0, LOWEST, side, row, rows, splits, BLOCK_SPLITS)
-    totals = by_split(statistics, 1, 0.0, side, row, rows, splits, BLOCK_SPLITS)
-    teacher_tops = by_split(statistics, 2, LOWEST, side, row, rows, splits, BLOCK_SPLITS)
-    teacher_totals = by_split(statistics, 3, 0.0, side, row, rows, splits, BLOCK_SPLITS)
-    top, teacher_top = tl.where(live, tl.max(tops, 0), 0.0), tl.where(live, tl.max(teacher_tops, 0), 0.0)
-    parts, teacher_parts = tl.exp(tops - top[None, :]), tl.exp(teacher_tops - teacher_top[None, :])
-    total = tl.where(live, tl.sum(totals * parts, 0), 1.0)
-    teacher_total = tl.where(live, tl.sum(teacher_totals * teacher_parts, 0), 1.0)
+    step, exists = splits * 2 * rows, row < rows
+    tops = tl.load(statistics + at, mask=live, other=LOWEST)
+    totals = tl.load(statistics + step + at, mask=live, other=0.0)
+    teacher_tops = tl.load(statistics + 2 * step + at, mask=live, other=LOWEST)
+    teacher_totals = tl.load(statistics + 3 * step + at, mask=live, other=0.0)
+    top, teacher_top = tl.where(exists, tl.max(tops, 0), 0.0), tl.where(exists, tl.max(teacher_tops, 0), 0.0)
+    below = tops - top[None, :]
+    parts, teacher_parts = tl.exp(below), tl.exp(teacher_tops - teacher_top[None, :])
+    total = tl.where(exists, tl.sum(totals * parts, 0), 1.0)
+    teacher_total = tl.where(exists, tl.sum(teacher_totals * teacher_parts, 0), 1.0)
+    parts /= total[None, :]
     teacher_parts /= teacher_total[None, :]
-    cross = by_split(statistics, 4, 0.0, side, row, rows, splits, BLOCK_SPLITS)
-    cross = tl.sum(teacher_parts * (cross + teacher_totals * (tops - top[None, :])), 0)
-    positive = tl.sum(by_split(statistics, 5, 0.0, side, row, rows, splits, BLOCK_SPLITS), 0)
-    positives = by_split(statistics, 6, 0.0, side, row, rows, splits, BLOCK_SPLITS)
-    return (top, total, parts / total[None, :]), (teacher_top, teacher_total, teacher_parts), cross, positive, positives
+    spread = tl.load(statistics + 4 * step + at, mask=live, other=0.0) + totals * below
+    cross = tl.load(statistics + 5 * step + at, mask=live, other=0.0) + teacher_totals * below
+    positive = tl.sum(tl.load(statistics + 6 * step + at, mask=live, other=0.0), 0)
+    positives = tl.load(statistics + 7 * step + at, mask=live, other=0.0)
+    student = (top, total, parts, tl.sum(parts * spread, 0))
+    return student, (teacher_top, teacher_total, teacher_parts, tl.sum(teacher_parts * cross, 0)), positive, positives
 
 
 @triton.jit
 def _positive_keys(
     own, ids, source, first, last, first_column,
-    BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
     DOT: tl.constexpr, FACTOR: tl.constexpr, FACTOR_PRECISION: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     """The sums of the rows' positive keys, from the tiles that have any."""
     total = tl.zeros([BLOCK_ROWS, BLOCK_WIDTH], tl.float32)
     for tile in range(first, last):
-        k, key, live, in_batch = _key_tile(tile, first_column, source, BLOCK_KEYS, BLOCK_WIDTH)
+        keys_of_tile, key, live, in_batch = _keys_at(tile, source, BLOCK_KEYS)
         same = _positives(own, ids, key, live, in_batch)
         if tl.max(same.to(tl.int32)) > 0:
-            total = tl.dot(same.to(FACTOR), k.to(DOT).to(FACTOR), total, input_precision=FACTOR_PRECISION)
+            k = _key_tile(keys_of_tile, first_column, WIDTH, BLOCK_KEYS, BLOCK_WIDTH).to(DOT).to(FACTOR)
+            total = tl.dot(same.to(FACTOR), k, total, input_precision=FACTOR_PRECISION)
     return total
 
 
 @triton.jit
 def _focal_targets(
     rows_of, tiles_of, own, ids, source, first, last, first_column, student, teacher, share, scale, alpha, gamma,
-    BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, WIDE: tl.constexpr,
-    GRADIENT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    GRADIENT: tl.constexpr, WIDE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     FACTOR: tl.constexpr, FACTOR_PRECISION: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Sums over tiles of keys: of y's focal terms, of the weights y h(p), of the keys under them.
+    """Sums over tiles of keys: of y's focal terms, of the weights y h(p), of z - highest and of the keys under them.
 
-    The latter is taken in units of the highest weight so far, which thus is not rounded: where a row is right, it
-    nearly cancels with the student's own part of the gradient.
+    The last is taken in units of the highest weight so far, which thus is not rounded: where a row is right, it nearly
+    cancels with the student's own part of the gradient.
     """
-    loss = tl.zeros([BLOCK_ROWS], tl.float32)
-    slope, highest = loss, tl.full([BLOCK_ROWS], LEAST, tl.float32)
+    loss = tl.zeros([BLOCK_ROWS, BLOCK_KEYS], tl.float32)
+    slope, spread, highest = loss, loss, tl.full([BLOCK_ROWS], LEAST, tl.float32)
     total = tl.zeros([BLOCK_ROWS, BLOCK_WIDTH], tl.float32)
     log_total = tl.log(student[1])
     for tile in range(first, last):
-        k, key, live, in_batch = _key_tile(tile, first_column, source, BLOCK_KEYS, BLOCK_WIDTH)
-        k = k.to(DOT)
-        z, t = _logits(rows_of, tiles_of, k, live, tile, source, scale, BLOCK_ROWS, BLOCK_WIDTH, WIDE, DOT, PRECISION)
-        y = tl.exp(t - teacher[0][:, None]) * (alpha / teacher[1])[:, None]
+        keys_of_tile, key, live, in_batch = _keys_at(tile, source, BLOCK_KEYS)
+        k = _key_tile(keys_of_tile, first_column, WIDTH, BLOCK_KEYS, BLOCK_WIDTH).to(DOT)
+        z, t = _logits(
+            rows_of, tiles_of, keys_of_tile, k, scale,
+            WIDE, DOT, PRECISION, WIDTH, BLOCK_ROWS, BLOCK_KEYS, BLOCK_WIDTH,
+        )  # fmt: skip
+        y = tl.exp(tl.where(live[None, :], t, LOWEST) - teacher[0][:, None]) * (alpha / teacher[1])[:, None]
         y += tl.where(_positives(own, ids, key, live, in_batch), share[:, None], 0.0)
-        terms, slopes = focal(z - student[0][:, None] - log_total[:, None], gamma)
+        z -= student[0][:, None]
+        terms, slopes = focal(z - log_total[:, None], gamma)
         weight = y * slopes
-        loss += tl.sum(y * terms, 1)
-        slope += tl.sum(weight, 1)
+        loss += y * terms
+        slope += weight
+        spread += weight * z
         if GRADIENT:
             before = highest
             highest = tl.maximum(before, tl.max(weight, 1))
-            weight = (weight * (1.0 / highest)[:, None]).to(FACTOR)
             total *= (before / highest)[:, None]
+            weight = (weight / highest[:, None]).to(FACTOR)
             total = tl.dot(weight, k.to(FACTOR), total, input_precision=FACTOR_PRECISION)
-    return loss, slope, total * highest[:, None]
+    return (tl.sum(loss, 1), tl.sum(slope, 1), tl.sum(spread, 1)), total * highest[:, None]
 
 
 @triton.jit
 def second_stream(
     image, text, image_teacher, text_teacher, image_keys, text_keys, image_queue, text_queue,
     scale, alpha, gamma, ids, key_ids, queue_ids, statistics, terms, targets,
-    rows, count, queue_count, width, first_row, tiles, tiles_of_split,
+    rows, count, queue_count, first_row, tiles, tiles_of_split,
     query_row, teacher_row, keys_row, keys_column, queue_row, queue_column,
     GRADIENT: tl.constexpr, WIDE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     FACTOR: tl.constexpr, FACTOR_PRECISION: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Of rows in one split: at gamma 0 the share of each positive times their sum, without any nothing; at other gammas
-    the focal terms, their slopes, and the sum of keys under the focal targets."""
+    """Of rows in one split: at gamma 0 the mean positive key's part, where there are any; at other gammas the focal
+    terms and their slopes, and the sum of keys under the focal targets."""
     split, splits, side, first_of_rows, first, last = _place(rows, tiles, tiles_of_split, BLOCK_ROWS)
     scale, alpha, gamma = tl.load(scale).to(tl.float32), tl.load(alpha).to(tl.float32), tl.load(gamma).to(tl.float32)
     first_column = tl.program_id(1) * BLOCK_WIDTH if WIDE else 0
     row = first_of_rows + tl.arange(0, BLOCK_ROWS)
-    own = _known_by(ids, row, row < rows, first_row)
     keys, queue = _of_side(text_keys, image_keys, side), None
     if image_queue is not None:
         queue = _of_side(text_queue, image_queue, side)
-    source = (keys, queue, count, queue_count, width, keys_row, keys_column, queue_row, queue_column)
-    statistics_of_side = join(statistics, side, row, rows, splits, BLOCK_SPLITS)
-    share = (1.0 - alpha) / tl.maximum(tl.sum(statistics_of_side[4], 0), 1.0)
-    at = (split * 2 + side).to(tl.int64) * rows + row
+    source = (keys, queue, count, queue_count, keys_row, keys_column, queue_row, queue_column)
+    places_of_splits, exist = places(side, row, rows, splits, BLOCK_SPLITS)
+    statistics_of_side = join(statistics, places_of_splits, exist, row, rows, splits)
+    positives = tl.maximum(tl.sum(statistics_of_side[3], 0), 1.0)
+    at = (split * 2 + side) * rows + row
+    own = _known_by(ids, row, row < rows, first_row)
     if gamma == 0.0:
         if GRADIENT:
-            in_split = tl.load(statistics + 6 * splits * 2 * rows + at, mask=row < rows, other=0.0)
+            in_split = tl.load(statistics + (STATISTICS - 1) * splits * 2 * rows + at, mask=row < rows, other=0.0)
             if tl.max(in_split, 0) > 0.0:
                 total = _positive_keys(
-                    own, (key_ids, queue_ids), source, first, last, first_column, BLOCK_ROWS, BLOCK_KEYS, BLOCK_WIDTH,
-                    DOT, FACTOR, FACTOR_PRECISION,
+                    own, (key_ids, queue_ids), source, first, last, first_column,
+                    DOT, FACTOR, FACTOR_PRECISION, WIDTH, BLOCK_ROWS, BLOCK_KEYS, BLOCK_WIDTH,
                 )  # fmt: skip
-                _store_sums(targets, total * share[:, None], at, row < rows, first_column, width, BLOCK_WIDTH)
+                _store_sums(targets, total / positives[:, None], at, row < rows, first_column, WIDTH, BLOCK_WIDTH)
     else:
-        student = (_of_side(image, text, side), first_of_rows, rows, width, query_row)
-        teacher = (_of_side(image_teacher, text_teacher, side), first_of_rows, rows, width, teacher_row)
-        students = _row_tile(student, 0, BLOCK_ROWS, BLOCK_WIDTH).to(DOT)
-        teachers = _row_tile(teacher, 0, BLOCK_ROWS, BLOCK_WIDTH).to(DOT)
-        loss, slope, total = _focal_targets(
+        student = (_of_side(image, text, side), first_of_rows, rows, query_row)
+        teacher = (_of_side(image_teacher, text_teacher, side), first_of_rows, rows, teacher_row)
+        students = _row_tile(student, 0, WIDTH, BLOCK_ROWS, BLOCK_WIDTH).to(DOT)
+        teachers = _row_tile(teacher, 0, WIDTH, BLOCK_ROWS, BLOCK_WIDTH).to(DOT)
+        sums, total = _focal_targets(
             (student, teacher), (students, teachers), own, (key_ids, queue_ids), source, first, last, first_column,
-            statistics_of_side[0], statistics_of_side[1], share, scale, alpha, gamma,
-            BLOCK_ROWS, BLOCK_KEYS, BLOCK_WIDTH, WIDE, GRADIENT, DOT, PRECISION, FACTOR, FACTOR_PRECISION,
+            statistics_of_side[0], statistics_of_side[1], (1.0 - alpha) / positives, scale, alpha, gamma,
+            GRADIENT, WIDE, DOT, PRECISION, FACTOR, FACTOR_PRECISION, WIDTH, BLOCK_ROWS, BLOCK_KEYS, BLOCK_WIDTH,
         )  # fmt: skip
-        tl.store(terms + at, loss, mask=(row < rows) & (first_column == 0))
-        tl.store(terms + splits * 2 * rows + at, slope, mask=(row < rows) & (first_column == 0))
+        for number in tl.static_range(TERMS):
+            tl.store(terms + number * splits * 2 * rows + at, sums[number], mask=(row < rows) & (first_column == 0))
         if GRADIENT:
-            _store_sums(targets, total, at, row < rows, first_column, width, BLOCK_WIDTH)
+            _store_sums(targets, total, at, row < rows, first_column, WIDTH, BLOCK_WIDTH)

@@ -2,10 +2,10 @@
 
 Forward, one launch: a program holds a tile of text of one pair and head, streams its image's keys and values once, and
 applies the pair's weights to logits and probabilities: no pair's keys or values exist. An index that names no image
-names one without keys. Backward, three launches: the forward's tiles stream keys and values twice, for the softmax's
-statistics and for the query's gradient; a program per image, head and tile of keys goes through the image's pairs in
-their order, found in the index itself, and writes the gradients of keys and values once; parts of the bias's gradient
-are added up. Only inputs are saved for it: a result may be changed in place.
+names one without keys. Backward, three launches, from the inputs alone: the forward's tiles stream keys and values
+twice, for the softmax's statistics and for the query's gradient; a program per image, head and tile of keys goes
+through the image's pairs in their order, found in the index itself, and writes the gradients of keys and values once;
+parts of the bias's gradient are added up.
 """
 
 from __future__ import annotations
@@ -36,8 +36,13 @@ KEY_BACKWARD: Configs = {
     80: {"BLOCK_TOKENS": 32, "BLOCK_KEYS": 32, "num_warps": 4, "num_stages": 3},
     90: {"BLOCK_TOKENS": 32, "BLOCK_KEYS": 64, "num_warps": 4, "num_stages": 3},
 }
-# fp32: its exact products are no matter of tensor cores and need more registers.
-SINGLE: Configs = {0: FORWARD[0], 80: {"BLOCK_TOKENS": 32, "BLOCK_KEYS": 16, "num_warps": 8, "num_stages": 3}}
+# fp32: exact products are no matter of tensor cores and need more registers.
+FORWARD_SINGLE: Configs = {0: FORWARD[0], 80: {"BLOCK_TOKENS": 32, "BLOCK_KEYS": 16, "num_warps": 8, "num_stages": 2}}
+KEY_BACKWARD_SINGLE: Configs = {
+    0: FORWARD[0],
+    80: {"BLOCK_TOKENS": 16, "BLOCK_KEYS": 32, "num_warps": 8, "num_stages": 3},
+    90: {"BLOCK_TOKENS": 16, "BLOCK_KEYS": 32, "num_warps": 8, "num_stages": 2},
+}
 
 
 @triton.jit
@@ -83,10 +88,7 @@ def _logits(
     WIDTH: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_KEYS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """A tile of keys, which of them exist, their weights [BLOCK_KEYS], and the rows' logits [BLOCK_TOKENS, BLOCK_KEYS].
-
-    Logits are to the base 2; those of keys that do not exist or are ignored are -inf.
-    """
+    """(keys, which exist, their weights, the rows' logits to the base 2: -inf where ignored) of a tile of keys."""
     position = first + tl.arange(0, BLOCK_KEYS)
     live = position < keys
     k = _load_rows(key, stride, live, WIDTH, BLOCK_WIDTH)
@@ -118,8 +120,8 @@ def _forward(
     BLOCK_TOKENS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_VALUE: tl.constexpr,
 ):  # fmt: skip
     head, pair, tile, image, keys = _place(index, images, pairs, tokens, keys, BLOCK_TOKENS)
-    in_text = tile * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS) < tokens
     first_token = tile.to(tl.int64) * BLOCK_TOKENS
+    in_text = tl.arange(0, BLOCK_TOKENS) < tokens - tile * BLOCK_TOKENS
     key += image * key_image + head * key_head
     value += image * value_image + head * value_head
     if weight is not None:
@@ -153,9 +155,8 @@ def _forward(
 
 @triton.jit
 def _query_backward(
-    grad, query, key, value, weight, index, ignore, query_grad, lse, delta, at_bias,
-    images, pairs, heads, tokens, keys, scale,
-    grad_pair, grad_head, grad_token,
+    grad, query, key, value, weight, index, ignore, query_grad, tops, shares, means, at_bias,
+    images, pairs, heads, tokens, keys, scale, grad_pair, grad_head, grad_token,
     query_pair, query_head, query_token, key_image, key_head, key_token, value_image, value_head, value_token,
     weight_pair, ignore_image,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, FACTOR: tl.constexpr,
@@ -191,12 +192,13 @@ def _query_backward(
         key_tile += BLOCK_KEYS * key_token
         value_tile += BLOCK_KEYS * value_token
     attends = total > 0
-    total = tl.where(attends, total, 1.0)
-    mean /= total
-    log_sum = tl.where(attends, top + tl.log2(total), float("inf"))  # no key: probabilities of 0
+    top = tl.where(attends, top, float("inf"))  # no key: probabilities of 0
+    share = 1.0 / tl.where(attends, total, 1.0)  # kept apart from top, whose rounding would grow with the logits
+    mean *= share
     row = (pair * heads + head) * tokens
-    tl.store(lse + row + token, log_sum, mask=in_text)
-    tl.store(delta + row + token, mean, mask=in_text)
+    tl.store(tops + row + token, top, mask=in_text)
+    tl.store(shares + row + token, share, mask=in_text)
+    tl.store(means + row + token, mean, mask=in_text)
     if at_bias is not None:
         column = tl.arange(0, BLOCK_VALUE)
         d_bias = tl.sum(tl.where(attends[:, None], d_out.to(tl.float32), 0.0), 0)
@@ -209,19 +211,18 @@ def _query_backward(
         )
         v = _load_rows(value, value_token, live, VALUE_WIDTH, BLOCK_VALUE).to(DOT)
         d_a = tl.dot(d_out.to(DOT), tl.trans(v), input_precision=PRECISION) * m[None, :]
-        d_logit = tl.exp2(logit - log_sum[:, None]) * (d_a - mean[:, None])
+        d_logit = tl.exp2(logit - top[:, None]) * (d_a - mean[:, None])  # without share
         d_q = tl.dot((d_logit * m[None, :]).to(FACTOR), k.to(FACTOR), d_q, input_precision=PRECISION)
         key += BLOCK_KEYS * key_token
         value += BLOCK_KEYS * value_token
     query_grad += ((pair * tokens + first_token) * heads + head) * WIDTH
-    _store_rows(query_grad, heads * WIDTH, d_q * scale, in_text, WIDTH, BLOCK_WIDTH)
+    _store_rows(query_grad, heads * WIDTH, d_q * (share * scale)[:, None], in_text, WIDTH, BLOCK_WIDTH)
 
 
 @triton.jit
 def _key_backward(
-    grad, query, key, value, weight, index, ignore, lse, delta, key_grad, value_grad,
-    pairs, heads, tokens, keys, scale,
-    grad_pair, grad_head, grad_token,
+    grad, query, key, value, weight, index, ignore, tops, shares, means, key_grad, value_grad,
+    pairs, heads, tokens, keys, scale, grad_pair, grad_head, grad_token,
     query_pair, query_head, query_token, key_image, key_head, key_token, value_image, value_head, value_token,
     weight_pair, ignore_image,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, FACTOR: tl.constexpr,
@@ -253,21 +254,21 @@ def _key_backward(
         pair, first = tl.min(tl.where(ours, every, pairs), 0), tl.full((), 0, tl.int32)
         # One loop over pairs and their tiles of text, without branches: the next tile's loads are started in time.
         for _ in range(tl.sum(ours.to(tl.int32), 0) * tl.cdiv(tokens, BLOCK_TOKENS)):
-            n, first_token = pair.to(tl.int64), first.to(tl.int64)
+            n, at = pair.to(tl.int64), first.to(tl.int64)
             m = tl.full([BLOCK_KEYS], 1.0, tl.float32)
             if weight is not None:
                 m = tl.load(weight + n * weight_pair + position, mask=live, other=0.0).to(tl.float32)
             token = tl.arange(0, BLOCK_TOKENS)
             in_text = token < tokens - first
-            row = (n * heads + head) * tokens + first_token
-            q = _load_rows(query + n * query_pair + first_token * query_token, query_token, in_text, WIDTH, BLOCK_WIDTH)
-            d_out = grad + n * grad_pair + first_token * grad_token
-            d_out = _load_rows(d_out, grad_token, in_text, VALUE_WIDTH, BLOCK_VALUE)
-            log_sum = tl.load(lse + row + token, mask=in_text, other=float("inf"))
-            mean = tl.load(delta + row + token, mask=in_text, other=0.0)
+            row = (n * heads + head) * tokens + at
+            q = _load_rows(query + n * query_pair + at * query_token, query_token, in_text, WIDTH, BLOCK_WIDTH)
+            d_out = _load_rows(grad + n * grad_pair + at * grad_token, grad_token, in_text, VALUE_WIDTH, BLOCK_VALUE)
+            top = tl.load(tops + row + token, mask=in_text, other=float("inf"))
+            share = tl.load(shares + row + token, mask=in_text, other=0.0)
+            mean = tl.load(means + row + token, mask=in_text, other=0.0)
             logit = tl.dot(k.to(DOT), tl.trans(q.to(DOT)), input_precision=PRECISION) * (m * scale * LOG2E)[:, None]
             logit = tl.where(kept[:, None], logit, float("-inf"))
-            a = tl.exp2(logit - log_sum[None, :])  # [BLOCK_KEYS, BLOCK_TOKENS]
+            a = tl.exp2(logit - top[None, :]) * share[None, :]  # [BLOCK_KEYS, BLOCK_TOKENS]
             d_v = tl.dot((a * m[:, None]).to(FACTOR), d_out.to(FACTOR), d_v, input_precision=PRECISION)
             d_a = tl.dot(v.to(DOT), tl.trans(d_out.to(DOT)), input_precision=PRECISION) * m[:, None]
             d_logit = a * (d_a - mean[None, :])
@@ -292,23 +293,23 @@ def _bias_backward(at_bias, bias_grad, rows, width, BLOCK_ROWS: tl.constexpr, BL
     tl.store(bias_grad + column, tl.sum(total, 0), mask=column < width)
 
 
-def _options(table: Configs, query: Tensor, value: Tensor) -> dict[str, Any]:
-    """Constants of a launch, blocks fitted to the problem."""
-    single = query.dtype == torch.float32
-    options = config(SINGLE if single else table, query) | dots(query)
+def _options(half: Configs, single: Configs, query: Tensor, value: Tensor) -> dict[str, Any]:
+    """Constants of a launch by the table for query's type, blocks fitted to the problem."""
+    in_single = query.dtype == torch.float32
+    options = config(single if in_single else half, query) | dots(query)
     width, value_width = query.shape[3], value.shape[3]
     blocks = {"BLOCK_WIDTH": _block(width), "BLOCK_VALUE": _block(value_width)}
     wider = max(blocks.values()) // HEAD_WIDTH
-    if wider > 1:
-        options["num_warps"] = MANY_WARPS
+    options |= {"num_warps": MANY_WARPS} if wider > 1 else {}
+    fewer = max(1, wider if in_single else wider // 2)
     for name, size in (("BLOCK_TOKENS", query.shape[2]), ("BLOCK_KEYS", value.shape[2])):
-        blocks[name] = max(16, min(options[name] // max(1, wider if single else wider // 2), _block(size)))
+        blocks[name] = max(16, min(options[name] // fewer, _block(size)))
     return options | blocks | {"WIDTH": width, "VALUE_WIDTH": value_width}
 
 
-def _backward_options(table: Configs, query: Tensor, value: Tensor) -> dict[str, Any]:
+def _backward_options(half: Configs, single: Configs, query: Tensor, value: Tensor) -> dict[str, Any]:
     """FACTOR: the type of products with probabilities and gradients at logits, which fp16 would flush to zero."""
-    options = _options(table, query, value)
+    options = _options(half, single, query, value)
     if query.dtype == torch.float16:
         return options | {"FACTOR": tl.float32, "PRECISION": "tf32"}  # exact for the other factor
     return options | {"FACTOR": options["DOT"]}
@@ -320,9 +321,10 @@ def _block(size: int) -> int:
 
 
 def _tokens_first(tensor: Tensor, width: int) -> Tensor:
-    """Empty [N, H, T, width] laid out as [N, T, H, width], as the projections around attention are."""
+    """Empty [N, H, T, width] laid out as [N, T, H, width]; no view, which could not be changed in place."""
     first, heads, tokens, _ = tensor.shape
-    return tensor.new_empty((first, tokens, heads, width)).transpose(1, 2)
+    columns, row = max(1, width), max(1, heads) * max(1, width)
+    return tensor.new_empty_strided((first, heads, tokens, width), (max(1, tokens) * row, columns, row, 1))
 
 
 def _readable(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -340,12 +342,11 @@ def forward(
     scale: float,
 ) -> Tensor:
     """query [N, H, T, E], key [B, H, P, E], value [B, H, P, V] -> [N, H, T, V]."""
-    query, key, value, weight, index, bias, ignore = _readable(
-        query, key, value, key_weight, kv_index, value_bias, key_padding_mask
-    )
+    inputs = (query, key, value, key_weight, kv_index, value_bias, key_padding_mask)
+    query, key, value, weight, index, bias, ignore = _readable(*inputs)
     out = _tokens_first(query, value.shape[3])
     (pairs, heads, tokens, _), (images, _, keys, _) = query.shape, key.shape
-    options = _options(FORWARD, query, value)
+    options = _options(FORWARD, FORWARD_SINGLE, query, value)
     launch(
         _forward, (heads * pairs * triton.cdiv(tokens, options["BLOCK_TOKENS"]),),
         query, key, value, weight, index, bias, ignore, out,
@@ -368,15 +369,14 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and value_bias (empty where there is none)."""
-    grad, query, key, value, weight, index, ignore = _readable(
-        grad, query, key, value, key_weight, kv_index, key_padding_mask
-    )
+    inputs = (grad, query, key, value, key_weight, kv_index, key_padding_mask)
+    grad, query, key, value, weight, index, ignore = _readable(*inputs)
     query_grad, key_grad, value_grad = (_tokens_first(tensor, tensor.shape[3]) for tensor in (query, key, value))
     (pairs, heads, tokens, _), (images, _, keys, value_width) = query.shape, value.shape
-    options = _backward_options(QUERY_BACKWARD, query, value)
+    options = _backward_options(QUERY_BACKWARD, FORWARD_SINGLE, query, value)
     tiles = triton.cdiv(tokens, options["BLOCK_TOKENS"])
     biased = value_bias is not None
-    statistics = [query.new_empty(query.shape[:3], dtype=torch.float32) for _ in ("lse", "delta")]
+    statistics = [query.new_empty(query.shape[:3], dtype=torch.float32) for _ in range(3)]
     at_bias = query.new_empty((pairs * tiles if biased else 0, heads, value_width), dtype=torch.float32)
     strides = [length for tensor in (grad, query, key, value) for length in tensor.stride()[:3]]
     strides += [0 if tensor is None else tensor.stride(0) for tensor in (weight, ignore)]
@@ -385,7 +385,7 @@ def backward(
         grad, query, key, value, weight, index, ignore, query_grad, *statistics, at_bias if biased else None,
         images, pairs, heads, tokens, keys, scale, *strides, **options,
     )  # fmt: skip
-    options = _backward_options(KEY_BACKWARD, query, value)
+    options = _backward_options(KEY_BACKWARD, KEY_BACKWARD_SINGLE, query, value)
     launch(
         _key_backward, (images * heads * triton.cdiv(keys, options["BLOCK_KEYS"]),),
         grad, query, key, value, weight, index, ignore, *statistics, key_grad, value_grad,

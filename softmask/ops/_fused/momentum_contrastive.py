@@ -42,7 +42,7 @@ def momentum_contrastive_loss(
     options = (*scalars, *positives, with_gradient)
     if backend == "triton":
         teachers, queues = (image_teacher, text_teacher), (image_queue, text_queue)
-        loss, _, _ = _BOTH[backend](image, text, *teachers, image_keys, text_keys, *queues, *options)
+        loss, *_ = _BOTH[backend](image, text, *teachers, image_keys, text_keys, *queues, *options)
         return reference.reduce(loss, reduction)
     of_image, _ = _KERNELS[backend](image, image_teacher, text_keys, text_queue, *options)
     of_text, _ = _KERNELS[backend](text, text_teacher, image_keys, image_queue, *options)
@@ -98,14 +98,14 @@ def _both_fake(
     queue_ids: Tensor | None,
     first_row: int,
     gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    fp32 = {"dtype": torch.float32}
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, fp32 = image.shape[:1], {"dtype": torch.float32}
     gradients = (image.new_empty(image.shape if gradient else (0,), **fp32) for _ in range(2))
-    return image.new_empty((image.shape[0],), **fp32), *gradients
+    return image.new_empty(rows, **fp32), image.new_empty(rows, **fp32), *gradients
 
 
-def _both_setup(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:2], inputs[8], *output[1:])
+def _both_setup(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(inputs[0], inputs[8], *output[1:])
 
 
 def _both_backward(ctx, run: Callable, grad: Tensor, *_grad_gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -114,9 +114,9 @@ def _both_backward(ctx, run: Callable, grad: Tensor, *_grad_gradients: Tensor) -
 
 
 def _both_backward_fake(
-    grad: Tensor, image: Tensor, text: Tensor, scale: Tensor, image_gradients: Tensor, text_gradients: Tensor
+    grad: Tensor, image: Tensor, scale: Tensor, at_scale: Tensor, image_gradients: Tensor, text_gradients: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return image.new_empty(image.shape), text.new_empty(text.shape), scale.new_empty(())
+    return image.new_empty(image.shape), image.new_empty(image.shape), scale.new_empty(())
 
 
 _KERNELS = _library.register(

@@ -1,0 +1,178 @@
+"""The backward kernel of focal_contrastive_loss.
+
+A program owns a tile of rows, or of columns, and holds its gradient in registers. It goes through the tiles of the
+other side, makes the logits and the gradient at them again, every factor folded in, and adds up its product with that
+side: four products. ATOMIC, owners of rows add to the columns' gradient in memory as well: three products.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from softmask.kernels._focal import focal
+from softmask.kernels._launch import Configs, config
+from softmask.kernels._similarity import load_features, multiply, same_ids, steepness
+
+# By the width of features, the last for all beyond: a gradient [BLOCK_M, width] lives in registers, and so, where
+# RESIDENT, do the features of its owner.
+CONFIGS: dict[int, Configs] = {
+    256: {
+        80: {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "RESIDENT": True, "num_warps": 8, "num_stages": 2},
+        90: {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64, "RESIDENT": True, "num_warps": 8, "num_stages": 2},
+    },
+    512: {80: {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 64, "RESIDENT": True, "num_warps": 8, "num_stages": 2}},
+    1024: {80: {"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_K": 64, "RESIDENT": False, "num_warps": 8, "num_stages": 3}},
+    2048: {80: {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 64, "RESIDENT": False, "num_warps": 8, "num_stages": 3}},
+}
+# Where ids take registers too, or where few samples want many programs.
+NARROW = {512: CONFIGS[512], 2048: CONFIGS[2048]}
+FP32: dict[int, Configs] = {
+    256: {80: {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "RESIDENT": False, "num_warps": 8, "num_stages": 2}},
+    512: {80: {"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_K": 16, "RESIDENT": False, "num_warps": 8, "num_stages": 2}},
+    1024: {80: {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "RESIDENT": False, "num_warps": 8, "num_stages": 2}},
+}
+# Where a tile's gradient of the other side takes registers too.
+WITH_ATOMICS: dict[int, Configs] = {
+    512: {80: {"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_K": 64, "RESIDENT": True, "num_warps": 8, "num_stages": 2}},
+    2048: CONFIGS[2048],
+}
+INTERPRETED = {"BLOCK_M": 256, "BLOCK_N": 256, "BLOCK_K": 16}
+MANY = 6400  # samples of both sides, from which on 64 to a program still fill a GPU
+
+
+@triton.jit
+def _numbers(statistics, shares, grad, weight, index, size, AXIS: tl.constexpr):
+    """Of samples index: both parts of the log-sum-exp, and the factors of softmax and positives in the gradient."""
+    index = tl.minimum(index, size - 1)
+    place = statistics + index
+    highest, rest = tl.load(place), tl.load(place + size)
+    upstream = weight * tl.load(grad + index)
+    at_softmax = upstream * tl.load(place + 2 * size)
+    at_positive = at_softmax
+    if shares is not None:
+        at_positive = upstream * tl.load(shares + index)
+    return (
+        tl.expand_dims(highest, AXIS), tl.expand_dims(rest, AXIS),
+        tl.expand_dims(at_softmax, AXIS), tl.expand_dims(at_positive, AXIS),
+    )  # fmt: skip
+
+
+@triton.jit
+def _at_positives(x, same, numbers, steep, gamma):
+    """What focal terms take from the gradient at positives, each its own: [BLOCK_M, BLOCK_N]."""
+    highest, rest, _, at_positive = numbers
+    _, slope = focal(tl.where(same, steep * (x - highest) - rest, 0.0), gamma)
+    return at_positive * slope
+
+
+@triton.jit
+def _owner(
+    own, other, own_ids, other_ids, own_statistics, other_statistics, shares, grad, weight, scale, gamma,
+    own_grad, other_grad, at_scale, tile, shift, depth,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, RESIDENT: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, GRAD_DOT: tl.constexpr, GRAD_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradient of BLOCK_M samples of one side; sample i's positive without ids is i + shift of the other."""
+    m = tile * BLOCK_M
+    i = m + tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    sign, steep = steepness(scale)
+    if RESIDENT or other_grad is not None:
+        features = load_features(own, i, d, depth)
+    if own_statistics is not None:
+        own_numbers = _numbers(own_statistics, shares, grad, weight, i, own[1], 1)
+    total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    by_scale = tl.zeros([BLOCK_M], tl.float32)
+    for n in range(0, other[1], BLOCK_N):
+        j = n + tl.arange(0, BLOCK_N)
+        if RESIDENT:
+            others = load_features(other, j, d, depth)
+            products = tl.dot(features.to(DOT), tl.trans(others.to(DOT)), input_precision=PRECISION)
+        else:
+            products = multiply(own, other, i, j, depth, BLOCK_K, DOT, PRECISION)
+            others = load_features(other, j, d, depth)
+        x = sign * products
+        live = (i < own[1])[:, None] & (j < other[1])[None, :]
+        terms = gamma != 0.0
+        if own_ids is None:
+            same = i[:, None] + shift == j[None, :]
+        else:
+            same = same_ids(own_ids, other_ids, i, j, own[1], other[1])
+            if terms:
+                terms = tl.max(same.to(tl.int32)) > 0
+        dz = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        hit = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        if own_statistics is not None:
+            dz += own_numbers[2] * tl.exp(steep * (x - own_numbers[0]) - own_numbers[1])
+            hit += own_numbers[3]
+        if other_statistics is not None:
+            numbers = _numbers(other_statistics, shares, grad, weight, j, other[1], 0)
+            dz += numbers[2] * tl.exp(steep * (x - numbers[0]) - numbers[1])
+            hit += numbers[3]
+        if own_ids is not None:
+            if terms:
+                hit = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+                if own_statistics is not None:
+                    hit += _at_positives(x, same, own_numbers, steep, gamma)
+                if other_statistics is not None:
+                    hit += _at_positives(x, same, numbers, steep, gamma)
+        dz -= tl.where(same, hit, 0.0)
+        dz = tl.where(live, dz, 0.0)
+        if at_scale is not None:
+            by_scale += tl.sum(dz * x, 1)
+        total = tl.dot(dz.to(GRAD_DOT), others.to(GRAD_DOT), total, input_precision=GRAD_PRECISION)
+        if other_grad is not None:
+            part = tl.dot(tl.trans(dz.to(GRAD_DOT)), features.to(GRAD_DOT), input_precision=GRAD_PRECISION)
+            place = other_grad + j[:, None].to(tl.int64) * depth + d[None, :]
+            live_part = (j < other[1])[:, None] & (d < depth)[None, :]
+            tl.atomic_add(place, scale * part, mask=live_part, sem="relaxed")
+    place = own_grad + i[:, None].to(tl.int64) * depth + d[None, :]
+    tl.store(place, scale * total, mask=(i < own[1])[:, None] & (d < depth)[None, :])
+    if at_scale is not None:
+        tl.store(at_scale + tile, sign * tl.sum(by_scale, 0))
+
+
+@triton.jit
+def backward_kernel(
+    rows, columns, row_ids, column_ids, statistics, grad, scale, gamma, rows_grad, columns_grad, at_scale,
+    height, width, depth, first_row, row_stride, column_stride, BOTH: tl.constexpr, ATOMIC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, RESIDENT: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, GRAD_DOT: tl.constexpr, GRAD_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The first programs own rows, the others columns."""
+    tile = tl.program_id(0)
+    row_tiles = tl.cdiv(height, BLOCK_M)
+    scale, gamma = tl.load(scale).to(tl.float32), tl.load(gamma).to(tl.float32)
+    left, right = (rows, height, row_stride), (columns, width, column_stride)
+    by_column = statistics + 3 * height if BOTH else None
+    shares = None if row_ids is None else statistics + (6 if BOTH else 3) * height
+    weight: tl.constexpr = 0.5 if BOTH else 1.0  # of a direction in the loss
+    if tile < row_tiles:
+        _owner(
+            left, right, row_ids, column_ids, statistics, by_column, shares, grad, weight, scale, gamma,
+            rows_grad, columns_grad if ATOMIC else None, at_scale, tile, first_row, depth,
+            BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_D, RESIDENT, DOT, PRECISION, GRAD_DOT, GRAD_PRECISION,
+        )  # fmt: skip
+    elif not ATOMIC:
+        _owner(
+            right, left, column_ids, row_ids, by_column, statistics, shares, grad, weight, scale, gamma,
+            columns_grad, None, None, tile - row_tiles, -first_row, depth,
+            BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_D, RESIDENT, DOT, PRECISION, GRAD_DOT, GRAD_PRECISION,
+        )  # fmt: skip
+
+
+def backward_config(rows: Tensor, width: int, *, with_ids: bool, atomics: bool) -> dict[str, Any]:
+    height, depth = rows.shape
+    if rows.dtype == torch.float32:
+        table = FP32
+    elif atomics:
+        table = WITH_ATOMICS
+    else:
+        table = NARROW if with_ids or height + width < MANY else CONFIGS
+    of_width = table[min((known for known in table if known >= depth), default=max(table))]
+    return config(of_width | {0: INTERPRETED | {"RESIDENT": rows.dtype != torch.float32}}, rows)
