@@ -149,9 +149,10 @@ def _queued(size: Size, dtype: torch.dtype, device: str) -> tuple:
 
 
 def _queued_backward(size: Size, dtype: torch.dtype, device: str) -> tuple:
-    image, text = (_random(size["B"], size["D"], dtype=dtype, device=device) for _ in range(2))
-    gradients = [one.float() for one in (image, text)]
-    return (gradients[0][:, 0].contiguous(), image, text, _number(10.0, device), *gradients)
+    image = _random(size["B"], size["D"], dtype=dtype, device=device)
+    gradients = [image.float(), image.float()]
+    per_row = gradients[0][:, 0].contiguous()
+    return per_row, image, _number(10.0, device), per_row, *gradients
 
 
 def _queued_fewest(size: Size, itemsize: int) -> tuple[float, float]:
@@ -161,7 +162,7 @@ def _queued_fewest(size: Size, itemsize: int) -> tuple[float, float]:
 
 
 def _queued_backward_fewest(size: Size, itemsize: int) -> tuple[float, float]:
-    return 2.0 * size["B"] * size["D"] * (4 + 2 * itemsize), 0.0
+    return 2.0 * size["B"] * size["D"] * (4 + itemsize), 0.0
 
 
 QUEUED = {"B": 64, "K": 65536, "D": 256}

@@ -29,12 +29,15 @@ CONFIGS: dict[int, Configs] = {
     1024: {80: {"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_K": 64, "RESIDENT": False, "num_warps": 8, "num_stages": 3}},
     2048: {80: {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 64, "RESIDENT": False, "num_warps": 8, "num_stages": 3}},
 }
-# Where ids take registers too, or where few samples want many programs.
-NARROW = {512: CONFIGS[512], 2048: CONFIGS[2048]}
 FP32: dict[int, Configs] = {
-    256: {80: {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "RESIDENT": False, "num_warps": 8, "num_stages": 2}},
+    256: {80: {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 16, "RESIDENT": False, "num_warps": 8, "num_stages": 2}},
     512: {80: {"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_K": 16, "RESIDENT": False, "num_warps": 8, "num_stages": 2}},
     1024: {80: {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "RESIDENT": False, "num_warps": 8, "num_stages": 2}},
+}
+# Where ids take registers too, or where few samples want many programs.
+NARROW = {512: CONFIGS[512], 2048: CONFIGS[2048]}
+NARROW_FP32: dict[int, Configs] = FP32 | {
+    256: {80: {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32, "RESIDENT": False, "num_warps": 8, "num_stages": 2}},
 }
 # Where a tile's gradient of the other side takes registers too.
 WITH_ATOMICS: dict[int, Configs] = {
@@ -64,10 +67,31 @@ def _numbers(statistics, shares, grad, weight, index, size, AXIS: tl.constexpr):
 
 @triton.jit
 def _at_positives(x, same, numbers, steep, gamma):
-    """What focal terms take from the gradient at positives, each its own: [BLOCK_M, BLOCK_N]."""
+    """What one direction's focal terms take from the gradient at the positives."""
     highest, rest, _, at_positive = numbers
     _, slope = focal(tl.where(same, steep * (x - highest) - rest, 0.0), gamma)
     return at_positive * slope
+
+
+@triton.jit
+def _at_logits(x, same, own, other, terms, steep, gamma, WITH_IDS: tl.constexpr):
+    """The gradient at logits [BLOCK_M, BLOCK_N], over scale, by the numbers of the directions that there are. Where
+    there are terms, focal terms of several positives, each positive has its own."""
+    dz, hit = tl.zeros_like(x), tl.zeros_like(x)
+    if own is not None:
+        dz += own[2] * tl.exp(steep * (x - own[0]) - own[1])
+        hit += own[3]
+    if other is not None:
+        dz += other[2] * tl.exp(steep * (x - other[0]) - other[1])
+        hit += other[3]
+    if WITH_IDS:
+        if terms:
+            hit = tl.zeros_like(x)
+            if own is not None:
+                hit += _at_positives(x, same, own, steep, gamma)
+            if other is not None:
+                hit += _at_positives(x, same, other, steep, gamma)
+    return dz - tl.where(same, hit, 0.0)
 
 
 @triton.jit
@@ -84,6 +108,7 @@ def _owner(
     sign, steep = steepness(scale)
     if RESIDENT or other_grad is not None:
         features = load_features(own, i, d, depth)
+    own_numbers = None
     if own_statistics is not None:
         own_numbers = _numbers(own_statistics, shares, grad, weight, i, own[1], 1)
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -97,7 +122,6 @@ def _owner(
             products = multiply(own, other, i, j, depth, BLOCK_K, DOT, PRECISION)
             others = load_features(other, j, d, depth)
         x = sign * products
-        live = (i < own[1])[:, None] & (j < other[1])[None, :]
         terms = gamma != 0.0
         if own_ids is None:
             same = i[:, None] + shift == j[None, :]
@@ -105,24 +129,11 @@ def _owner(
             same = same_ids(own_ids, other_ids, i, j, own[1], other[1])
             if terms:
                 terms = tl.max(same.to(tl.int32)) > 0
-        dz = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        hit = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        if own_statistics is not None:
-            dz += own_numbers[2] * tl.exp(steep * (x - own_numbers[0]) - own_numbers[1])
-            hit += own_numbers[3]
+        other_numbers = None
         if other_statistics is not None:
-            numbers = _numbers(other_statistics, shares, grad, weight, j, other[1], 0)
-            dz += numbers[2] * tl.exp(steep * (x - numbers[0]) - numbers[1])
-            hit += numbers[3]
-        if own_ids is not None:
-            if terms:
-                hit = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-                if own_statistics is not None:
-                    hit += _at_positives(x, same, own_numbers, steep, gamma)
-                if other_statistics is not None:
-                    hit += _at_positives(x, same, numbers, steep, gamma)
-        dz -= tl.where(same, hit, 0.0)
-        dz = tl.where(live, dz, 0.0)
+            other_numbers = _numbers(other_statistics, shares, grad, weight, j, other[1], 0)
+        dz = _at_logits(x, same, own_numbers, other_numbers, terms, steep, gamma, own_ids is not None)
+        dz = tl.where((i < own[1])[:, None] & (j < other[1])[None, :], dz, 0.0)
         if at_scale is not None:
             by_scale += tl.sum(dz * x, 1)
         total = tl.dot(dz.to(GRAD_DOT), others.to(GRAD_DOT), total, input_precision=GRAD_PRECISION)
@@ -168,11 +179,12 @@ def backward_kernel(
 
 def backward_config(rows: Tensor, width: int, *, with_ids: bool, atomics: bool) -> dict[str, Any]:
     height, depth = rows.shape
-    if rows.dtype == torch.float32:
-        table = FP32
+    narrow, fp32 = with_ids or height + width < MANY, rows.dtype == torch.float32
+    if fp32:
+        table = NARROW_FP32 if narrow or atomics else FP32
     elif atomics:
         table = WITH_ATOMICS
     else:
-        table = NARROW if with_ids or height + width < MANY else CONFIGS
+        table = NARROW if narrow else CONFIGS
     of_width = table[min((known for known in table if known >= depth), default=max(table))]
-    return config(of_width | {0: INTERPRETED | {"RESIDENT": rows.dtype != torch.float32}}, rows)
+    return config(of_width | {0: INTERPRETED | {"RESIDENT": not fp32}}, rows)

@@ -59,7 +59,7 @@ def test_word_attention(size: int, dtype: torch.dtype) -> None:
 @of_each_type
 @of_each_size
 def test_contrastive(size: int, dtype: torch.dtype) -> None:
-    gammas = GAMMAS if dtype == torch.float32 else [2.0]
+    gammas = GAMMAS if dtype == torch.float32 and size < 257 else [2.0]
     options = [{"gamma": gamma, "with_ids": with_ids} for gamma in gammas for with_ids in FLAGS]
     check_errors("triton", dtype, *(cases.contrastive(size, **chosen) for chosen in options))
     check_errors("triton", dtype, *(cases.contrastive(size, gamma=gamma, scale=100.0) for gamma in gammas))

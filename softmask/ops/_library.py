@@ -40,7 +40,7 @@ def of_one_type(*tensors: Tensor | None) -> list[Tensor | None]:
 def scalar(value: Tensor | float, *, like: Tensor) -> Tensor:
     """A number as the 0-dim tensor that kernels take, so that no value is part of a compiled graph."""
     if isinstance(value, Tensor):
-        return value
+        return value.to(like.device)
     return torch.full((), value, dtype=torch.float64, device=like.device)
 
 
