@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import kernel_cases as cases
 import pytest
 import torch
-from kernel_cases import GAMMAS, SIZES, check_errors, outcome
+from kernel_cases import GAMMAS, SIZES, Case, check_errors, outcome
 from torch import Tensor
 
 import softmask
-from softmask import ops
+from softmask import ops, reference
+from softmask.ops import _backend
+from softmask.ops._fused import contrastive, momentum_contrastive
 
 pytestmark = [cases.needs_triton, pytest.mark.usefixtures("poisoned_memory", "fast_interpreter")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -63,6 +67,47 @@ def test_contrastive(size: int, dtype: torch.dtype) -> None:
     options = [{"gamma": gamma, "with_ids": with_ids} for gamma in gammas for with_ids in FLAGS]
     check_errors("triton", dtype, *(cases.contrastive(size, **chosen) for chosen in options))
     check_errors("triton", dtype, *(cases.contrastive(size, gamma=gamma, scale=100.0) for gamma in gammas))
+
+
+def by(backend: str, op: str, module: object) -> Callable[..., Tensor]:
+    """What an op calls once it has gathered the features of all ranks."""
+    return getattr(reference, op) if backend == "reference" else partial(getattr(module, op), backend)
+
+
+def one_rank(op: str, module: object, *, with_ids: bool) -> Case:
+    """What the last of three ranks computes: its 7 rows against the rows of all."""
+    leaves = {name: cases.unit_rows(7, 32, seed=seed) for seed, name in enumerate(("image", "text"))}
+    names, constants, options = ("all_image", "all_text"), frozenset(), {"gamma": 2.0, "first_row": 14}
+    if module is momentum_contrastive:
+        leaves |= {f"{name}_teacher": cases.unit_rows(7, 32, seed=2) for name in ("image", "text")}
+        names, options = ("all_image_teacher", "all_text_teacher"), options | {"alpha": 0.4, "queue_ids": None}
+        options |= {"image_queue": None, "text_queue": None}
+        constants = frozenset({"image_teacher", "text_teacher", *names})
+    leaves |= {name: cases.unit_rows(21, 32, seed=seed) for seed, name in enumerate(names, start=5)}
+    leaves["logit_scale"] = torch.tensor(14.0, dtype=torch.float64)
+    ids = cases.some_ids(21)
+    fixed = {"ids": ids[14:], "all_ids": ids} if with_ids else {"ids": None}
+
+    def call(**given: Tensor) -> Tensor:
+        return by(_backend.resolve(op, given["image"]), op, module)(**given, **options, reduction="none")
+
+    return Case(leaves, call, constants, fixed)
+
+
+@pytest.mark.parametrize("with_ids", FLAGS)
+@pytest.mark.parametrize(
+    ("op", "module"),
+    [("focal_contrastive_loss", contrastive), ("momentum_contrastive_loss", momentum_contrastive)],
+)
+def test_contrastive_losses_of_one_rank(op: str, module: object, with_ids: bool) -> None:
+    check_errors("triton", torch.float32, one_rank(op, module, with_ids=with_ids))
+
+
+def test_contrastive_with_atomics(monkeypatch: pytest.MonkeyPatch) -> None:
+    from softmask.kernels import contrastive as kernels
+
+    monkeypatch.setattr(kernels, "ATOMICS", True)
+    check_errors("triton", torch.float32, cases.contrastive(63, gamma=2.0, with_ids=True))
 
 
 @of_each_type
