@@ -105,6 +105,18 @@ def _allows_tf32() -> bool:
         return settings.allow_tf32
 
 
+def factor_dots(*tensors: Tensor) -> dict[str, Any]:
+    """As dots, where a computed factor, a probability or a gradient at logits, meets the tensors' values: it may be too
+    small for fp16, whose values tf32 holds exactly."""
+    chosen = dots(*tensors)
+    return {"DOT": tl.float32, "PRECISION": "tf32"} if chosen["DOT"] == tl.float16 else chosen
+
+
+def readable(*tensors: Tensor | None) -> list[Tensor | None]:
+    """As kernels read them, whatever their other strides."""
+    return [None if tensor is None else last_contiguous(tensor) for tensor in tensors]
+
+
 def last_contiguous(tensor: Tensor) -> Tensor:
     """As it is where neighbours of the last dimension are neighbours in memory, else a copy."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from softmask.kernels._launch import Configs, config, dots, last_contiguous
+from softmask.kernels._launch import Configs, config, dots
 
 BLOCK_ROWS = MIN_WIDTH = 16  # the least that a product takes
 
@@ -93,10 +93,6 @@ def of_head(
     if ignore is not None:
         ignore += batch * ignore_batch
     return query, key, value, grad_output, bias, ignore
-
-
-def readable(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if tensor is None else last_contiguous(tensor) for tensor in tensors]
 
 
 def strides(

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from softmask.kernels._focal import focal
-from softmask.kernels._launch import Configs, config, dots, launch
+from softmask.kernels._launch import Configs, config, dots, factor_dots, launch
 from softmask.kernels._similarity import as_read, multiply, same_ids, steepness
 from softmask.kernels.contrastive_backward import backward_config, backward_kernel
 
@@ -247,9 +247,7 @@ def backward(
     row_tiles, column_tiles = triton.cdiv(height, options["BLOCK_M"]), triton.cdiv(width, options["BLOCK_M"])
     at_rows, at_scale = rows.new_empty(rows.shape), grad.new_empty((row_tiles,))
     at_columns = columns.new_zeros(columns.shape, dtype=torch.float32) if ATOMICS else columns.new_empty(columns.shape)
-    of_grad = dots(rows)
-    if rows.dtype == torch.float16:  # a gradient at the logits may be too small for it
-        of_grad = {"DOT": tl.float32, "PRECISION": "tf32"}
+    of_grad = factor_dots(rows)
     launch(
         backward_kernel, (row_tiles if ATOMICS else row_tiles + column_tiles,),
         *sides, statistics, grad.contiguous(), scale, gamma, at_rows, at_columns, at_scale,

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from softmask.kernels._launch import Configs, config, dots, last_contiguous, launch
+from softmask.kernels._launch import Configs, config, dots, factor_dots, last_contiguous, launch
 from softmask.kernels.momentum_contrastive_streams import (
     STATISTICS,
     TERMS,
@@ -163,12 +163,9 @@ def _keys(*given: Tensor | None) -> list[Tensor | None]:
 
 
 def _types(*tensors: Tensor) -> dict[str, Any]:
-    """Of the products, and of those with computed factors, small ones of which fp16 would make 0."""
-    chosen = dots(*tensors)
-    half = chosen["DOT"] == tl.float16
-    chosen["FACTOR"] = tl.float32 if half else chosen["DOT"]
-    chosen["FACTOR_PRECISION"] = "tf32" if half else chosen["PRECISION"]
-    return chosen
+    """Of the products, and of those with computed factors."""
+    factor = factor_dots(*tensors)
+    return dots(*tensors) | {"FACTOR": factor["DOT"], "FACTOR_PRECISION": factor["PRECISION"]}
 
 
 def _constants(width: int, *tensors: Tensor) -> tuple[int, int, dict[str, Any]]:

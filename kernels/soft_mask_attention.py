@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from softmask.kernels._launch import Configs, config, dots, last_contiguous, launch
+from softmask.kernels._launch import Configs, config, dots, factor_dots, launch, readable
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 MAX_BLOCK_PAIRS = 1024  # of the index, in registers beside the gradients
@@ -308,11 +308,9 @@ def _options(half: Configs, single: Configs, query: Tensor, value: Tensor) -> di
 
 
 def _backward_options(half: Configs, single: Configs, query: Tensor, value: Tensor) -> dict[str, Any]:
-    """FACTOR: the type of products with probabilities and gradients at logits, which fp16 would flush to zero."""
-    options = _options(half, single, query, value)
-    if query.dtype == torch.float16:
-        return options | {"FACTOR": tl.float32, "PRECISION": "tf32"}  # exact for the other factor
-    return options | {"FACTOR": options["DOT"]}
+    """FACTOR: the type of products with probabilities and gradients at logits."""
+    factor = factor_dots(query)
+    return _options(half, single, query, value) | {"FACTOR": factor["DOT"], "PRECISION": factor["PRECISION"]}
 
 
 def _block(size: int) -> int:
@@ -327,10 +325,6 @@ def _tokens_first(tensor: Tensor, width: int) -> Tensor:
     return tensor.new_empty_strided((first, heads, tokens, width), (max(1, tokens) * row, columns, row, 1))
 
 
-def _readable(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if tensor is None else last_contiguous(tensor) for tensor in tensors]
-
-
 def forward(
     query: Tensor,
     key: Tensor,
@@ -343,7 +337,7 @@ def forward(
 ) -> Tensor:
     """query [N, H, T, E], key [B, H, P, E], value [B, H, P, V] -> [N, H, T, V]."""
     inputs = (query, key, value, key_weight, kv_index, value_bias, key_padding_mask)
-    query, key, value, weight, index, bias, ignore = _readable(*inputs)
+    query, key, value, weight, index, bias, ignore = readable(*inputs)
     out = _tokens_first(query, value.shape[3])
     (pairs, heads, tokens, _), (images, _, keys, _) = query.shape, key.shape
     options = _options(FORWARD, FORWARD_SINGLE, query, value)
@@ -370,7 +364,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and value_bias (empty where there is none)."""
     inputs = (grad, query, key, value, key_weight, kv_index, key_padding_mask)
-    grad, query, key, value, weight, index, ignore = _readable(*inputs)
+    grad, query, key, value, weight, index, ignore = readable(*inputs)
     query_grad, key_grad, value_grad = (_tokens_first(tensor, tensor.shape[3]) for tensor in (query, key, value))
     (pairs, heads, tokens, _), (images, _, keys, value_width) = query.shape, value.shape
     options = _backward_options(QUERY_BACKWARD, FORWARD_SINGLE, query, value)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from softmask.kernels._launch import Configs, config, launch
+from softmask.kernels._launch import Configs, config, launch, readable
 from softmask.kernels._normalize import extent
 from softmask.kernels._words import (
     BLOCK_ROWS,
@@ -27,7 +27,6 @@ from softmask.kernels._words import (
     of_head,
     options,
     product,
-    readable,
     strides,
 )
 from softmask.kernels.word_attention_backward import backward

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from softmask.kernels._launch import Configs, launch
+from softmask.kernels._launch import Configs, launch, readable
 from softmask.kernels._normalize import gradient
 from softmask.kernels._words import (
     BLOCK_ROWS,
@@ -28,7 +28,6 @@ from softmask.kernels._words import (
     of_head,
     options,
     product,
-    readable,
     store_rows,
     strides,
 )

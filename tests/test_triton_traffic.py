@@ -15,22 +15,29 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 pytestmark = [cases.needs_triton, pytest.mark.usefixtures("fast_interpreter")]
 
 
-@lru_cache
-def launches(name: str, *, architecture: int = 90, dtype: torch.dtype = torch.float16) -> list:
+def call_of(name: str):
     from gpu_cases import CALLS
-    from gpu_traffic import counted
 
     (call,) = [call for call in CALLS if call.name == name]
-    inputs = call.inputs(call.small, dtype, "cpu")
+    return call
+
+
+def count(name: str, *, architecture: int = 90, dtype: torch.dtype = torch.float16, **size: int) -> list:
+    """The launches of a call at its small size, or another one."""
+    from gpu_traffic import counted
+
+    call = call_of(name)
+    inputs = call.inputs(call.small | size, dtype, "cpu")
     with counted(architecture) as seen:
         call.run(*inputs)
     return seen
 
 
-def fewest(name: str, *, dtype: torch.dtype = torch.float16) -> tuple[float, float]:
-    from gpu_cases import CALLS
+launches = lru_cache(count)
 
-    (call,) = [call for call in CALLS if call.name == name]
+
+def fewest(name: str, *, dtype: torch.dtype = torch.float16) -> tuple[float, float]:
+    call = call_of(name)
     return call.fewest(call.small, dtype.itemsize)
 
 
@@ -59,33 +66,19 @@ def test_symmetric_contrastive_loss_takes_five_products() -> None:
 
 
 def test_four_with_atomics(monkeypatch: pytest.MonkeyPatch) -> None:
-    from gpu_cases import CALLS
-    from gpu_traffic import counted
-
     from softmask.kernels import contrastive
 
     monkeypatch.setattr(contrastive, "ATOMICS", True)
-    (call,) = [call for call in CALLS if call.name == "focal_contrastive_loss backward"]
-    inputs = call.inputs(call.small, torch.float16, "cpu")
-    with counted(90) as seen:
-        call.run(*inputs)
+    seen = count("focal_contrastive_loss backward")
     product = fewest("focal_contrastive_loss forward")[1]
     assert sum(one.flops for one in (*launches("focal_contrastive_loss forward"), *seen)) <= 4.1 * product
 
 
 def test_momentum_loss_streams_keys_twice_at_most() -> None:
     """At gamma 0, for 64 rows in two tiles: what more keys add to the loads, beside each program's rows and sums."""
-    from gpu_cases import CALLS
-    from gpu_traffic import counted
-
-    (call,) = [call for call in CALLS if call.name == "momentum_contrastive_loss forward"]
-    loaded = []
-    for queue in (4096, 8192):
-        inputs = call.inputs(call.small | {"K": queue}, torch.float16, "cpu")
-        with counted(90) as seen:
-            call.run(*inputs)
-        loaded.append(sum(one.loaded for one in seen))
-    stream = 2 * 4096 * call.small["D"] * torch.float16.itemsize  # of both sides
+    name = "momentum_contrastive_loss forward"
+    loaded = [sum(one.loaded for one in count(name, K=queue)) for queue in (4096, 8192)]
+    stream = 2 * 4096 * call_of(name).small["D"] * torch.float16.itemsize  # of both sides
     assert loaded[1] - loaded[0] <= 2.05 * stream
 
 

@@ -42,7 +42,7 @@ def momentum_contrastive_loss(
     options = (*scalars, *positives, with_gradient)
     if backend == "triton":
         teachers, queues = (image_teacher, text_teacher), (image_queue, text_queue)
-        loss, *_ = _BOTH[backend](image, text, *teachers, image_keys, text_keys, *queues, *options)
+        loss, *_ = _KERNELS[backend](image, text, *teachers, image_keys, text_keys, *queues, *options)
         return reference.reduce(loss, reduction)
     of_image, _ = _KERNELS[backend](image, image_teacher, text_keys, text_queue, *options)
     of_text, _ = _KERNELS[backend](text, text_teacher, image_keys, image_queue, *options)
@@ -127,8 +127,7 @@ _KERNELS = _library.register(
     backward_fake=_backward_fake,
     backends=("cpp",),
     public_name="momentum_contrastive_loss",
-)
-_BOTH = _library.register(
+) | _library.register(
     "momentum_contrastive",
     fake=_both_fake,
     setup=_both_setup,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from softmask.ops import _library
@@ -71,12 +70,13 @@ def _backward_fake(
     return tuple(query.new_empty((0,) if tensor is None else tensor.shape) for tensor in inputs)
 
 
-def _setup(ctx, inputs: tuple, output: Tensor) -> None:
+def _setup(ctx, inputs: tuple, output: Tensor | tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.scale, ctx.num_prefix_tokens, ctx.normalize = inputs
-    ctx.save_for_backward(*tensors)
+    raw = () if isinstance(output, Tensor) else output[1:]
+    ctx.save_for_backward(*raw, *tensors)
 
 
-def _backward(ctx, run: Callable, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx, run: Callable, grad: Tensor, *_grad_raw: Tensor) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
     query, key, value, grad_output, value_bias = run(grad, *tensors, ctx.scale, ctx.num_prefix_tokens, ctx.normalize)
     return _library.wanted(ctx, query, key, None, value, grad_output, value_bias, None, None, None, None)
@@ -95,7 +95,8 @@ def _triton_fake(
     normalize: str,
 ) -> tuple[Tensor, Tensor]:
     """The maps, and the same before their normalization (empty where there is none)."""
-    maps = query.new_empty((query.shape[0], word_index.shape[1], key.shape[2] - num_prefix_tokens), dtype=torch.float32)
+    options = (scale, num_prefix_tokens, normalize)
+    maps = _fake(query, key, word_index, value, grad_output, value_bias, key_padding_mask, *options)
     return maps, maps.new_empty(maps.shape if normalize != "none" else (0,))
 
 
@@ -116,27 +117,15 @@ def _triton_backward_fake(
     return _backward_fake(grad, query, key, word_index, value, grad_output, value_bias)
 
 
-def _triton_setup(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.scale, ctx.num_prefix_tokens, ctx.normalize = inputs
-    ctx.save_for_backward(output[1], *tensors)
+def _register(fake: Callable, backward_fake: Callable, backend: str) -> _library.Kernels:
+    return _library.register(
+        "word_attention",
+        fake=fake,
+        setup=_setup,
+        backward=_backward,
+        backward_fake=backward_fake,
+        backends=(backend,),
+    )
 
 
-def _triton_backward(ctx, run: Callable, grad: Tensor, _grad_raw: Tensor) -> tuple[Tensor | None, ...]:
-    return _backward(ctx, run, grad)
-
-
-_KERNELS = _library.register(
-    "word_attention",
-    fake=_fake,
-    setup=_setup,
-    backward=_backward,
-    backward_fake=_backward_fake,
-    backends=("cpp",),
-) | _library.register(
-    "word_attention",
-    fake=_triton_fake,
-    setup=_triton_setup,
-    backward=_triton_backward,
-    backward_fake=_triton_backward_fake,
-    backends=("triton",),
-)
+_KERNELS = _register(_fake, _backward_fake, "cpp") | _register(_triton_fake, _triton_backward_fake, "triton")
