@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import triton
+from fast_interpreter import fast_interpreter
 from gpu_cases import CALLS, Call
 
 from softmask.kernels import INTERPRETED
@@ -214,7 +215,8 @@ def main() -> None:
     if chosen.traffic != INTERPRETED:
         sys.exit("TRITON_INTERPRET=1 is for --traffic alone: the interpreter compiles nothing")
     if chosen.traffic:
-        print(json.dumps(list(traffic_rows())))
+        with fast_interpreter():
+            print(json.dumps(list(traffic_rows())))
     elif chosen.check:
         sys.exit("\n".join(check()) or None)
     else:

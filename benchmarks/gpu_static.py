@@ -57,8 +57,7 @@ class Static:
 def compile_launch(one: Launch, architecture: int) -> Static:
     signature, constants, attributes = _specialize(one)
     source = ASTSource(one.kernel, signature, constants, attributes)
-    options = {"num_warps": one.num_warps, "num_stages": one.num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=one.options)
     registers, local = _resources(compiled.asm["cubin"])
     ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
     copies = [int(width, 0) for width in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, (0x[0-9a-f]+|\d+)", ptx)]

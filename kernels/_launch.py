@@ -20,8 +20,9 @@ WARP_FACTORS = (0.5, 1, 2)  # what tuning tries, times the table's number of war
 OLDEST = 80  # the first compute capability in every table
 
 Configs = Mapping[int, Mapping[str, int]]
-"""Compute capability (80, 90, 100) -> block sizes, num_warps and num_stages. A newer one takes the nearest below; 0 is
-the interpreter, whose time is the number of programs."""
+"""Compute capability (80, 90, 100) -> block sizes, num_warps, num_stages and maxnreg. A newer one takes the nearest
+below; 0 is the interpreter, whose time is the number of programs. maxnreg, registers a thread: by itself the assembler
+spills a few to let one block more in; at a limit that lets in as many, it does not."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,15 @@ class Launch:
     arguments: dict[str, Any]
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.maxnreg}
+
+    def with_warps(self, num_warps: int) -> Launch:
+        """A limit of registers holds for the number of warps that it was found for."""
+        return self if num_warps == self.num_warps else replace(self, num_warps=num_warps, maxnreg=None)
 
     @property
     def device(self) -> torch.device:
@@ -40,7 +50,7 @@ class Launch:
 
     def run(self) -> None:
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
-            self.kernel[self.grid](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
+            self.kernel[self.grid](**self.arguments, **self.options)
 
 
 _hook: Callable[[Launch], None] | None = None
@@ -49,11 +59,17 @@ _tuned: dict[tuple, int] = {}
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], *given: Any, num_warps: int = 4, num_stages: int = 2, **constants: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    *given: Any,
+    num_warps: int = 4,
+    num_stages: int = 2,
+    maxnreg: int | None = None,
+    **constants: Any,
 ) -> None:
     """Run kernel over grid; an empty grid runs nothing."""
     arguments = dict(zip(kernel.arg_names[: len(given)], given, strict=True)) | constants
-    one = Launch(kernel, grid, arguments, num_warps, num_stages)
+    one = Launch(kernel, grid, arguments, num_warps, num_stages, maxnreg)
     if 0 in grid:
         return
     if _hook is not None:
@@ -130,9 +146,9 @@ def tune(one: Launch) -> Launch:
     key = (one.device, one.kernel, *(_tuning_key(value) for value in one.arguments.values()))
     if key not in _tuned:
         tried = {int(one.num_warps * factor) for factor in WARP_FACTORS} & {1, 2, 4, 8, 16}
-        times = {warps: _milliseconds(replace(one, num_warps=warps)) for warps in sorted(tried)}
+        times = {warps: _milliseconds(one.with_warps(warps)) for warps in sorted(tried)}
         _tuned[key] = min(times, key=times.__getitem__)
-    return replace(one, num_warps=_tuned[key])
+    return one.with_warps(_tuned[key])
 
 
 def _tuning_key(value: Any) -> Any:

@@ -22,7 +22,7 @@ MIN_BLOCK_TOKENS, MAX_BLOCK_TOKENS = 16, 128
 # that are used by wgmma and elsewhere (the norms) too few buffers and overwrites them early (triton-lang/triton#6691).
 SCORE: Configs = {
     0: {"BLOCK_PATCHES": 256, "ROW_BYTES": 256, "STAGES": 1},
-    80: {"BLOCK_PATCHES": 128, "ROW_BYTES": 128, "STAGES": 3},
+    80: {"BLOCK_PATCHES": 128, "ROW_BYTES": 128, "STAGES": 2},
     90: {"BLOCK_PATCHES": 128, "ROW_BYTES": 128, "STAGES": 1},
     100: {"BLOCK_PATCHES": 128, "ROW_BYTES": 128, "STAGES": 3},
 }

@@ -33,7 +33,10 @@ CONFIGS: dict[int, Configs] = {
     2048: {80: {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 64, "RESIDENT": False, "num_warps": 8, "num_stages": 3}},
 }
 FP32: dict[int, Configs] = {
-    256: {80: {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 16, "RESIDENT": False, "num_warps": 8, "num_stages": 2}},
+    256: {
+        80: {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 16, "RESIDENT": False, "num_warps": 8, "num_stages": 2},
+        100: {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 16, "RESIDENT": False, "num_warps": 8, "num_stages": 1},
+    },
     512: {80: {"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_K": 16, "RESIDENT": False, "num_warps": 8, "num_stages": 2}},
     1024: {80: {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "RESIDENT": False, "num_warps": 8, "num_stages": 2}},
 }

@@ -24,11 +24,14 @@ from softmask.kernels.momentum_contrastive_streams import (
     TERMS,
     first_stream,
     join,
+    load_scale,
     places,
     second_stream,
 )
 
 PART = 256  # of wide features
+REGISTERS = 2048  # that a multiprocessor has for a thread of every warp: shared by the warps
+MAX_REGISTERS = 255  # of a thread
 MIN_BLOCK = 16  # of a product
 
 # BLOCK_KEYS of types of two bytes; larger ones have half as many, and a stage less. WIDEST: features that a program
@@ -89,7 +92,7 @@ def _finish(
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    scale, alpha, gamma = tl.load(scale).to(tl.float32), tl.load(alpha).to(tl.float32), tl.load(gamma).to(tl.float32)
+    scale, alpha, gamma = load_scale(scale), tl.load(alpha).to(tl.float32), tl.load(gamma).to(tl.float32)
     of_row = tl.zeros([BLOCK_ROWS], tl.float32)
     slope_of_row = of_row
     for side in tl.static_range(2):
@@ -178,6 +181,7 @@ def _constants(width: int, *tensors: Tensor) -> tuple[int, int, dict[str, Any]]:
     if {tensor.dtype for tensor in tensors} not in ({torch.float16}, {torch.bfloat16}):
         options["BLOCK_KEYS"] = max(options["BLOCK_KEYS"] // 2, MIN_BLOCK)
         options["num_stages"] = max(options["num_stages"] - 1, 1)
+    options["maxnreg"] = min(REGISTERS // options["num_warps"], MAX_REGISTERS)
     return options.pop("PROGRAMS"), options.pop("FEWEST"), options
 
 

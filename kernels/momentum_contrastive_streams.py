@@ -17,6 +17,16 @@ LOWEST: tl.constexpr = tl.constexpr(-1e38)  # a logit of no key, and a maximum o
 LEAST: tl.constexpr = tl.constexpr(1e-30)  # a weight of no key, by which others can be divided
 
 
+LEAST_SCALE: tl.constexpr = tl.constexpr(1e-7)  # moves no logit by more than a rounding
+
+
+@triton.jit
+def load_scale(scale):
+    """Kept off 0: the sums of a gradient at the scale are of logits, and divided by it."""
+    scale = tl.load(scale).to(tl.float32)
+    return tl.where(tl.abs(scale) < LEAST_SCALE, LEAST_SCALE, scale)
+
+
 @triton.jit
 def _place(rows, tiles, tiles_of_split, BLOCK_ROWS: tl.constexpr):
     """(split, number of splits, side, first row, first tile, last tile) of this program; neighbours read the same."""
@@ -143,7 +153,7 @@ def first_stream(
     """Statistics of rows in one split, and the sums of keys under the exponentials of both softmaxes."""
     split, splits, side, first_of_rows, first, last = _place(rows, tiles, tiles_of_split, BLOCK_ROWS)
     first_column = tl.program_id(1) * BLOCK_WIDTH if WIDE else 0
-    scale, gamma = tl.load(scale).to(tl.float32), tl.load(gamma).to(tl.float32)
+    scale, gamma = load_scale(scale), tl.load(gamma).to(tl.float32)
     student = (_of_side(image, text, side), first_of_rows, rows, query_row)
     teacher = (_of_side(image_teacher, text_teacher, side), first_of_rows, rows, teacher_row)
     students = _row_tile(student, 0, WIDTH, BLOCK_ROWS, BLOCK_WIDTH).to(DOT)
@@ -302,7 +312,7 @@ def second_stream(
     """Of rows in one split: at gamma 0 the mean positive key's part, where there are any; at other gammas the focal
     terms and their slopes, and the sum of keys under the focal targets."""
     split, splits, side, first_of_rows, first, last = _place(rows, tiles, tiles_of_split, BLOCK_ROWS)
-    scale, alpha, gamma = tl.load(scale).to(tl.float32), tl.load(alpha).to(tl.float32), tl.load(gamma).to(tl.float32)
+    scale, alpha, gamma = load_scale(scale), tl.load(alpha).to(tl.float32), tl.load(gamma).to(tl.float32)
     first_column = tl.program_id(1) * BLOCK_WIDTH if WIDE else 0
     row = first_of_rows + tl.arange(0, BLOCK_ROWS)
     keys, queue = _of_side(text_keys, image_keys, side), None

@@ -30,18 +30,19 @@ FORWARD: Configs = {
     80: {"BLOCK_TOKENS": 64, "BLOCK_KEYS": 32, "num_warps": 4, "num_stages": 3},
     90: {"BLOCK_TOKENS": 64, "BLOCK_KEYS": 64, "num_warps": 4, "num_stages": 3},
 }
-QUERY_BACKWARD: Configs = {capability: FORWARD[capability] for capability in (0, 80)}
+QUERY_BACKWARD: Configs = {0: FORWARD[0], 80: FORWARD[80], 90: FORWARD[80] | {"num_stages": 2}}
 KEY_BACKWARD: Configs = {
     0: FORWARD[0],
     80: {"BLOCK_TOKENS": 32, "BLOCK_KEYS": 32, "num_warps": 4, "num_stages": 3},
     90: {"BLOCK_TOKENS": 32, "BLOCK_KEYS": 64, "num_warps": 4, "num_stages": 3},
+    100: {"BLOCK_TOKENS": 32, "BLOCK_KEYS": 64, "num_warps": 4, "num_stages": 2},
 }
 # fp32: exact products are no matter of tensor cores and need more registers.
 FORWARD_SINGLE: Configs = {0: FORWARD[0], 80: {"BLOCK_TOKENS": 32, "BLOCK_KEYS": 16, "num_warps": 8, "num_stages": 2}}
 KEY_BACKWARD_SINGLE: Configs = {
     0: FORWARD[0],
-    80: {"BLOCK_TOKENS": 16, "BLOCK_KEYS": 32, "num_warps": 8, "num_stages": 3},
-    90: {"BLOCK_TOKENS": 16, "BLOCK_KEYS": 32, "num_warps": 8, "num_stages": 2},
+    80: {"BLOCK_TOKENS": 16, "BLOCK_KEYS": 32, "num_warps": 8, "num_stages": 3, "maxnreg": 128},
+    90: {"BLOCK_TOKENS": 16, "BLOCK_KEYS": 32, "num_warps": 8, "num_stages": 4},
 }
 
 
@@ -300,7 +301,7 @@ def _options(half: Configs, single: Configs, query: Tensor, value: Tensor) -> di
     width, value_width = query.shape[3], value.shape[3]
     blocks = {"BLOCK_WIDTH": _block(width), "BLOCK_VALUE": _block(value_width)}
     wider = max(blocks.values()) // HEAD_WIDTH
-    options |= {"num_warps": MANY_WARPS} if wider > 1 else {}
+    options |= {"num_warps": MANY_WARPS, "maxnreg": None} if wider > 1 else {}
     fewer = max(1, wider if in_single else wider // 2)
     for name, size in (("BLOCK_TOKENS", query.shape[2]), ("BLOCK_KEYS", value.shape[2])):
         blocks[name] = max(16, min(options[name] // fewer, _block(size)))

@@ -36,10 +36,12 @@ BLOCK_TOKENS, BLOCK_PARTS = 16, 64
 ROWS_BACKWARD: Configs = {
     0: {"BLOCK_KEYS": 512, "TILE_BYTES": 1 << 20},
     80: {"BLOCK_KEYS": 32, "TILE_BYTES": 1 << 13, "num_warps": 4, "num_stages": 2},
+    90: {"BLOCK_KEYS": 32, "TILE_BYTES": 1 << 13, "num_warps": 4, "num_stages": 1},
 }
 KEYS_BACKWARD: Configs = {
     0: {"BLOCK_KEYS": 512, "TILE_BYTES": 1 << 20},
     80: {"BLOCK_KEYS": 32, "TILE_BYTES": 1 << 13, "num_warps": 4, "num_stages": 1},
+    90: {"BLOCK_KEYS": 32, "TILE_BYTES": 1 << 13, "num_warps": 4, "num_stages": 3},
 }
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))  # what the tests share with them
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -42,29 +45,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def fast_interpreter():
-    """Triton's interpreter patches triton.language anew in every call of a helper function: once per launch will do."""
     from softmask import kernels
 
     if not kernels.INSTALLED:
         yield
         return
-    import triton.language as tl
-    from triton.runtime import interpreter
+    from fast_interpreter import fast_interpreter
 
-    patch, active = interpreter._patch_lang, []
-
-    def restore():
-        while active:
-            active.pop().restore()
-
-    def patch_once(fn):
-        if not active:
-            active.extend((patch(fn), patch(tl.max.fn)))  # the latter for what Triton's own helpers call
-        return SimpleNamespace(restore=restore)
-
-    interpreter._patch_lang = patch_once
-    yield
-    interpreter._patch_lang = patch
+    with fast_interpreter():
+        yield
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ class PlainALBEF:
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         out = x @ self.weights[f"{name}.weight"].T
-        bias = self.weights.get(f"{name}.bias")
+        bias = self.weights.get(f"{name}.bias", self.weights.get(f"{name}_bias"))
         return out if bias is None else out + bias
 
     def norm(self, name: str, x: Tensor) -> Tensor:

@@ -56,8 +56,9 @@ def test_tuning_keeps_the_fastest(launcher, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(launcher, "_tuned", {})
     some = Kernel("x", "factor")
     for factor in (0.5, 0.7):
-        chosen = launcher.tune(launcher.Launch(some, (1,), {"x": torch.ones(3), "factor": factor}, 4, 3))
+        chosen = launcher.tune(launcher.Launch(some, (1,), {"x": torch.ones(3), "factor": factor}, 4, 3, 128))
         assert (chosen.num_warps, chosen.num_stages) == (8, 3)
+        assert chosen.maxnreg is None, "128 registers were for 4 warps"
     assert tried == [2, 4, 8]
     launcher.tune(launcher.Launch(some, (1,), {"x": torch.ones(4), "factor": 0.5}, 4, 3))
     assert len(tried) == 6

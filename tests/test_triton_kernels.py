@@ -127,6 +127,17 @@ def test_momentum_contrastive_at_extremes(gamma: float) -> None:
 
 
 @of_each_type
+def test_momentum_contrastive_of_many_rows(dtype: torch.dtype) -> None:
+    given = [cases.momentum_contrastive(130, queue=63, gamma=gamma, with_ids=True) for gamma in (0.0, 2.0)]
+    check_errors("triton", dtype, *given)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 2.0])
+def test_momentum_contrastive_at_a_scale_of_0(gamma: float) -> None:
+    check_errors("triton", torch.float32, cases.momentum_contrastive(63, gamma=gamma, scale=0.0))
+
+
+@of_each_type
 @of_each_size
 def test_soft_mask_attention(size: int, dtype: torch.dtype) -> None:
     check_errors("triton", dtype, cases.soft_mask_attention(size, masked=True))

@@ -11,7 +11,6 @@ import kernel_cases as cases
 import pytest
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
 
 pytestmark = cases.needs_triton
 

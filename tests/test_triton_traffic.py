@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from functools import lru_cache
-from pathlib import Path
 
 import kernel_cases as cases
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 pytestmark = [cases.needs_triton, pytest.mark.usefixtures("fast_interpreter")]
 

@@ -52,10 +52,11 @@ class PairIndex:
 
 @dataclass
 class CrossRecord:
-    """What a word's map needs of one cross-attention: query and output, [N, H, T, E]."""
+    """What a word's map needs of one cross-attention: query and output [N, H, T, E], the bias [H, E] of its values."""
 
     query: Tensor
     output: Tensor
+    value_bias: Tensor
 
 
 class Embeddings(nn.Module):
@@ -102,30 +103,27 @@ class CrossAttention(nn.Module):
         self.heads, self.library = config.heads, config.attention
         self.query = nn.Linear(config.width, config.width)
         self.key = nn.Linear(image_width, config.width, bias=False)
-        self.value = nn.Linear(image_width, config.width)
+        self.value = nn.Linear(image_width, config.width, bias=False)
+        self.value_bias = nn.Parameter(torch.zeros(config.width))  # added by the op
         self.output = nn.Linear(config.width, config.width)
         self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
-    @property
-    def value_bias(self) -> Tensor:
-        return self.value.bias.unflatten(0, (self.heads, -1))  # [H, E]
-
     def project(self, image_tokens: Tensor) -> ImageKeys:
         """image_tokens [B, P, D_image] -> keys and values [B, H, P, E]."""
-        key = self.key(image_tokens)
-        value = F.linear(image_tokens, self.value.weight)
-        return ImageKeys(key=split_heads(key, self.heads), value=split_heads(value, self.heads))
+        key, value = (split_heads(f(image_tokens), self.heads) for f in (self.key, self.value))
+        return ImageKeys(key=key, value=value)
 
     def forward(self, states: Tensor, image: ImageKeys, pairs: PairIndex) -> tuple[Tensor, CrossRecord]:
         query = split_heads(self.query(states), self.heads)
-        mixed = self._mix(query, image, pairs)
+        bias = self.value_bias.unflatten(0, (self.heads, -1))  # [H, E]
+        mixed = self._mix(query, image, pairs, bias)
         if torch.is_grad_enabled() and not mixed.requires_grad:
             mixed.requires_grad_()  # frozen weights: the map still needs a gradient from here on
         states = self.norm(states + self.dropout(self.output(merge_heads(mixed))))
-        return states, CrossRecord(query=query, output=mixed)
+        return states, CrossRecord(query=query, output=mixed, value_bias=bias)
 
-    def _mix(self, query: Tensor, image: ImageKeys, pairs: PairIndex) -> Tensor:
+    def _mix(self, query: Tensor, image: ImageKeys, pairs: PairIndex, bias: Tensor) -> Tensor:
         if self.library == "sdpa" or pairs.key_weight is not None:
             return ops.soft_mask_attention(
                 query,
@@ -133,12 +131,12 @@ class CrossAttention(nn.Module):
                 image.value,
                 key_weight=pairs.key_weight,
                 kv_index=pairs.kv_index,
-                value_bias=self.value_bias,
+                value_bias=bias,
             )
         key, value = image.key, image.value
         if pairs.kv_index is not None:
             key, value = key.index_select(0, pairs.kv_index), value.index_select(0, pairs.kv_index)
-        return attend(query, key, value, library=self.library) + self.value_bias[:, None].to(value.dtype)
+        return attend(query, key, value, library=self.library) + bias[:, None].to(value.dtype)
 
 
 class FeedForward(nn.Module):

@@ -217,8 +217,7 @@ class SoftMaskPP(nn.Module):
         if gradient:
             score = at_least_fp32(fused.logits[:, 1]).sum()
             (grad_output,) = torch.autograd.grad(score, record.output, retain_graph=True)
-            bias = self.backbone.fusion.layers[layer].cross_attention.value_bias
-            options = {"value": image.value, "grad_output": grad_output, "value_bias": bias}
+            options = {"value": image.value, "grad_output": grad_output, "value_bias": record.value_bias}
         return ops.word_attention(
             record.query,
             image.key,
