@@ -13,11 +13,11 @@ from model_fixtures import small_config
 from torch import Tensor
 
 from softmask.models.attention import LIBRARIES, attend, check_library
-from softmask.models.bert import FusionEncoder, PairIndex
+from softmask.models.fusion import FusionEncoder, PairIndex
+from softmask.models.packing import Packing
 
 
-def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Tensor:
-    assert dropout_p == 0.0 and q.shape[2] == k.shape[2]
+def one_sequence(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
 
@@ -31,6 +31,7 @@ def flash_attn_varlen_func(
     max_seqlen_k: int,
     dropout_p: float = 0.0,
 ) -> Tensor:
+    assert dropout_p == 0.0 and q.shape[1] == k.shape[1]
     assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
     assert cu_seqlens_q.diff().max() <= max_seqlen_q and cu_seqlens_k.diff().max() <= max_seqlen_k
     assert cu_seqlens_q[-1] == len(q) and cu_seqlens_k[-1] == len(k) == len(v)
@@ -38,28 +39,35 @@ def flash_attn_varlen_func(
     bounds = list(starts)
     parts = []
     for (q_begin, k_begin), (q_end, k_end) in zip(bounds, bounds[1:], strict=False):
-        parts.append(flash_attn_func(q[None, q_begin:q_end], k[None, k_begin:k_end], v[None, k_begin:k_end])[0])
+        parts.append(one_sequence(q[None, q_begin:q_end], k[None, k_begin:k_end], v[None, k_begin:k_end])[0])
     return torch.cat(parts)
 
 
+class BlockDiagonalMask:
+    def __init__(self, q_seqlen: list[int], kv_seqlen: list[int]) -> None:
+        starts = ([sum(lengths[:n]) for n in range(len(lengths) + 1)] for lengths in (q_seqlen, kv_seqlen))
+        self.starts = [torch.tensor(one, dtype=torch.int32) for one in starts]
+
+    @classmethod
+    def from_seqlens(cls, q_seqlen: list[int], kv_seqlen: list[int]) -> BlockDiagonalMask:
+        return cls(q_seqlen, kv_seqlen)
+
+
 def memory_efficient_attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_bias: Tensor | None = None, p: float = 0.0
+    query: Tensor, key: Tensor, value: Tensor, attn_bias: BlockDiagonalMask, p: float = 0.0
 ) -> Tensor:
-    assert p == 0.0
-    if attn_bias is not None:
-        rows, length, heads, _ = query.shape
-        assert attn_bias.shape == (rows, heads, length, key.shape[1]) and attn_bias.dtype == query.dtype
-        assert attn_bias.stride(0) % 8 == 0
-    heads_first = [x.transpose(1, 2) for x in (query, key, value)]
-    return F.scaled_dot_product_attention(*heads_first, attn_mask=attn_bias).transpose(1, 2)
+    assert len(query) == len(key) == len(value) == 1
+    longest = (int(starts.diff().max()) for starts in attn_bias.starts)
+    return flash_attn_varlen_func(query[0], key[0], value[0], *attn_bias.starts, *longest, dropout_p=p)[None]
 
 
 @pytest.fixture(autouse=True)
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     functions = {
-        "flash_attn": [flash_attn_func, flash_attn_varlen_func],
+        "flash_attn": [flash_attn_varlen_func],
         "xformers": [],
         "xformers.ops": [memory_efficient_attention],
+        "xformers.ops.fmha": [BlockDiagonalMask],
     }
     for name, members in functions.items():
         module = ModuleType(name)
@@ -69,16 +77,24 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, name, module)
 
 
-@pytest.mark.parametrize("masked", [False, True])
+def some_mask(rows: int, length: int) -> Tensor:
+    """Captions of all lengths, and one with a hole."""
+    mask = torch.arange(length) < torch.arange(1, rows + 1)[:, None] * length // rows
+    mask[-1, 1] = False
+    return mask
+
+
+@pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_same_attention(library: str, masked: bool) -> None:
+def test_same_attention(library: str, ragged: bool) -> None:
     torch.manual_seed(0)
-    query, key, value = torch.randn(3, 2, 3, 5, 7, dtype=torch.float64).unbind()
-    key, value = (torch.cat([x, x.flip(2)], 2) for x in (key, value))
-    keep = torch.rand(2, 10) < 0.6 if masked else None
-    mask = None if keep is None else keep[:, None, None]
-    expected = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    torch.testing.assert_close(attend(query, key, value, library=library, keep=keep), expected)
+    query, key = torch.randn(4, 5, 3, 7, dtype=torch.float64), torch.randn(4, 10, 3, 7, dtype=torch.float64)
+    masks = [some_mask(4, 5), some_mask(4, 10)] if ragged else [torch.ones(4, 5).bool(), torch.ones(4, 10).bool()]
+    queries, keys = map(Packing.of, masks)
+    by_head = [x.transpose(1, 2) for x in (query, key, key.sin())]
+    expected = F.scaled_dot_product_attention(*by_head, attn_mask=masks[1][:, None, None]).transpose(1, 2)[masks[0]]
+    packed = queries.pack(query), keys.pack(key), keys.pack(key.sin())
+    torch.testing.assert_close(attend(*packed, library=library, queries=queries, keys=keys), expected)
 
 
 @pytest.mark.parametrize("library", ["eager", "flash_attn", "xformers"])
@@ -91,10 +107,10 @@ def test_same_fusion(library: str, soft: bool) -> None:
     config.attention = library
     other = FusionEncoder(config, image_width=16).double().eval()
     other.load_state_dict(plain.state_dict())
-    states, image = torch.randn(3, 6, config.width).double(), torch.randn(2, 9, 16).double()
-    mask = torch.arange(6) < torch.tensor([[6], [3], [1]])
+    packing = Packing.of(some_mask(3, 6))
+    states, image = torch.randn(packing.size, config.width).double(), torch.randn(2, 9, 16).double()
     pairs = PairIndex(torch.tensor([1, 0, 1]), torch.rand(3, 9).double() if soft else None)
-    expected, got = (model(states, mask, model.project(image), pairs)[0] for model in (plain, other))
+    expected, got = (model(model.start(states, packing), model.project(image), pairs)[0] for model in (plain, other))
     torch.testing.assert_close(got, expected)
 
 

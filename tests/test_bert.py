@@ -11,6 +11,7 @@ from model_fixtures import small_config
 from softmask.models.backbone import Backbone
 from softmask.models.bert_weights import convert, read_state
 from softmask.models.config import VisionConfig
+from softmask.models.packing import Packing
 from softmask.models.vision import GlobalBatchNorm, VisionEncoder
 
 
@@ -47,14 +48,17 @@ def test_text_and_fusion_layers_give_berts_outputs(hugging_face):
     input_ids, mask = _inputs()
     with torch.no_grad():
         expected = theirs.bert(input_ids, attention_mask=mask.long(), output_hidden_states=True)
-        tokens = ours.text(input_ids, mask)
-        states, _ = ours.fusion(tokens, mask, None)
+        packing = Packing.of(mask)
+        tokens = ours.text(input_ids, packing)
+        states = tokens
+        for layer in ours.fusion.layers:  # without its cross-attention a fusion layer is BERT's
+            states = layer.feed_forward(layer.self_attention(states, packing))
         logits = ours.predict_tokens(states)
         expected_logits = theirs(input_ids, attention_mask=mask.long()).logits
     middle = expected.hidden_states[config.text.text_layers]
-    torch.testing.assert_close(tokens[mask], middle[mask], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(states[mask], expected.last_hidden_state[mask], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(logits[mask], expected_logits[mask], rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(tokens, middle[mask], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(states, expected.last_hidden_state[mask], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits, expected_logits[mask], rtol=1e-4, atol=1e-3)
 
 
 def test_old_names_and_binary_files_are_understood(hugging_face):

@@ -78,10 +78,14 @@ class Batch:
     word_ids: Tensor  # [B, T] int64, see TokenBatch
     image_id: Tensor  # [B] int64, equal for captions of the same picture
     skipped: list[str] = field(default_factory=list)  # "shard.tar:key: reason" of samples that were replaced
+    num_tokens: int | None = None  # real ones, known to the host though the mask is on a device
 
     def to(self, device: torch.device | str) -> Batch:
         """A copy on `device`; asynchronous from pinned memory."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        moved = self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        if self.attention_mask.device.type == "cpu":
+            moved.num_tokens = int(self.attention_mask.sum())
+        return moved
 
     def pin_memory(self) -> Batch:
         """A copy in page-locked memory; DataLoader calls this."""

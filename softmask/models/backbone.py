@@ -9,15 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .bert import FusionEncoder, MLMHead, TextEncoder, at_least_fp32, initialize
+from .bert import MLMHead, TextEncoder, at_least_fp32, initialize
 from .bert_weights import load_bert
 from .config import SoftMaskPPConfig
+from .fusion import FusionEncoder
+from .packing import Packing
 from .vision import VisionEncoder
 
 
 @dataclass
 class Encoded:
-    """tokens [B, P or T, D] and the L2-normalized feature [B, embed_dim] of the CLS token (or the mean)."""
+    """tokens, [B, P, D] of images or [S, D] of packed captions, and the L2-normalized feature [B, embed_dim] of the
+    CLS token (or the mean)."""
 
     tokens: Tensor
     feature: Tensor
@@ -42,14 +45,13 @@ class Backbone(nn.Module):
         tokens = self.vision(images)
         return Encoded(tokens, F.normalize(at_least_fp32(self.image_projection(self.vision.pool(tokens))), dim=-1))
 
-    def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
-        tokens = self.text(input_ids, attention_mask)
+    def text_feature(self, tokens: Tensor, packing: Packing) -> Tensor:
+        """tokens [S, D] of B captions -> normalized feature [B, embed_dim] of their CLS token, or of the mean."""
         if self.text_pooling == "cls":
-            pooled = tokens[:, 0]
+            pooled = tokens[packing.starts[:-1]]
         else:
-            real = attention_mask[..., None]
-            pooled = (tokens * real).sum(dim=1) / real.sum(dim=1)
-        return Encoded(tokens, F.normalize(at_least_fp32(self.text_projection(pooled)), dim=-1))
+            pooled = packing.pad(tokens).sum(dim=1) / packing.mask.sum(dim=1, keepdim=True)
+        return F.normalize(at_least_fp32(self.text_projection(pooled)), dim=-1)
 
     def predict_tokens(self, states: Tensor) -> Tensor:
         """Fused states of any leading shape [..., D] -> logits [..., vocabulary]."""

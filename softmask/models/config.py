@@ -122,6 +122,8 @@ class SoftMaskPPConfig:
     soft_mask: bool = True
     soft_negatives: bool = True  # without them, "masked" would come to mean "match"
     cam_layer: int = 2  # fusion layer, from 0; a layer must follow that mixes the words into CLS
+    cam_source: str = "online"  # whose match the map explains: "online", of the step itself; "recompute", the same by
+    # another pass, under ZeRO-3 and activation checkpointing; "momentum", the twin's
     strength: float = 1.0
     normalize: str = "minmax"
 
@@ -139,6 +141,10 @@ class SoftMaskPPConfig:
             "negative_temperature": (self.negative_temperature >= 0, "a number >= 0"),
             "gamma": (self.gamma >= 0, "a number >= 0"),
             "mask_probability": (0 <= self.mask_probability <= 1, "a number in [0, 1]"),
+            "cam_source": (
+                self.cam_source in ("online", "momentum", "recompute"),
+                "'online', 'momentum' or 'recompute'",
+            ),
             "normalize": (self.normalize in ("minmax", "max", "sum"), "'minmax', 'max' or 'sum'"),
         }
         for name, (right, description) in expected.items():

@@ -1,11 +1,12 @@
 """SoftMask++ (Park & Han, CVPR 2023): ALBEF with text-driven soft masks, a focal contrastive loss and masked text.
 
 One step, as `forward` reads: encode, contrast, fuse the positive pairs, look up where the picture made a pair match
-for one word of its caption, fuse the negatives and the soft-masked pairs, predict the masked tokens.
+for one word of its caption; then, in one pass, fuse the negatives, the soft-masked pairs and the masked captions.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,9 +18,13 @@ from softmask import ops
 from softmask.data import Batch
 
 from .backbone import Backbone, Encoded, momentum_twin, update_twin
-from .bert import CrossRecord, ImageKeys, PairIndex, at_least_fp32, initialize
+from .bert import at_least_fp32, initialize
 from .config import MAX_TEMPERATURE, MIN_TEMPERATURE, SoftMaskPPConfig, SpecialIds
-from .masking import IGNORE, MaskedText, mask_tokens, pick_words, sample_negatives, word_positions
+from .fusion import CrossRecord, ImageKeys
+from .masking import IGNORE, mask_tokens, pick_words, sample_negatives, word_positions
+from .mlm import masked_token_loss
+from .packing import HostInts, Packing
+from .pairs import Pairs, Prepared, fuse, split_first
 
 MAX_WORD_TOKENS = 8  # of a longer word, the map is the mean over its first tokens
 
@@ -34,27 +39,34 @@ class SoftMaskPPOutput:
 
 
 @dataclass
-class Fused:
-    """A fused pass: states [N, T, D], matching logits [N, 2] and, where asked for, what a map needs."""
-
-    states: Tensor
-    logits: Tensor
-    record: CrossRecord | None
-
-
-@dataclass
 class Step:
-    """What the terms of one training step share."""
+    """What the terms of one training step share.
+
+    `captions` are the batch's B captions as every term reads them and, where `mask_text` is "mlm", the B masked ones
+    behind them; the tokens of `text` and `text_teacher` are packed like that.
+    """
 
     batch: Batch
-    masked: MaskedText
-    input_ids: Tensor  # [B, T], as the encoders read them
+    labels: Tensor  # [B, T] of the tokens that MLM predicts, else IGNORE
+    chosen: HostInts  # how many these are, and the most of them in one caption
+    input_ids: Tensor  # [B, T], as every term but MLM reads them
+    captions: Packing
+    tokens: int  # of the B captions
     alpha: float
     logit_scale: Tensor
     image: Encoded
     text: Encoded
     image_teacher: Encoded
     text_teacher: Encoded
+
+
+@dataclass
+class MapSource:
+    """What word maps are made from: matching logits [N, 2], the record of the map's layer and all layers' keys."""
+
+    match: Tensor
+    record: CrossRecord | None
+    keys: list[ImageKeys]
 
 
 class SoftMaskPP(nn.Module):
@@ -124,31 +136,32 @@ class SoftMaskPP(nn.Module):
         distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         return dist.group.WORLD if distributed else None
 
-    def _mask_text(self, input_ids: Tensor) -> MaskedText:
-        return mask_tokens(
-            input_ids,
-            self.special_ids,
-            vocab_size=self.config.text.vocab_size,
-            probability=self.config.mask_probability,
-        )
-
     def _logit_scale(self) -> Tensor:
         """1 / temperature, clamped in value only: a parameter that left the range can come back."""
         clamped = self.temperature.clamp(MIN_TEMPERATURE, MAX_TEMPERATURE)
         return 1.0 / (self.temperature + (clamped - self.temperature).detach())
 
+    # -- encoders and the contrastive term ----------------------------------------------------------------------------
+
     def _encode(self, batch: Batch, alpha: float) -> Step:
-        masked = self._mask_text(batch.input_ids)
-        input_ids = masked.input_ids if self.config.mask_text == "all" else batch.input_ids
-        image = self.backbone.encode_image(batch.images)
-        text = self.backbone.encode_text(input_ids, batch.attention_mask)
+        options = {"vocab_size": self.config.text.vocab_size, "probability": self.config.mask_probability}
+        masked = mask_tokens(batch.input_ids, self.special_ids, **options)
+        chosen = (masked.labels != IGNORE).sum(1)
+        packing = Packing.of(batch.attention_mask, batch.num_tokens)
+        if self.config.mask_text == "all":
+            ids, captions = masked.input_ids, packing
+        else:
+            ids, captions = torch.cat([batch.input_ids, masked.input_ids]), Packing.cat([packing, packing])
+        image, text = self._encode_pairs(self.backbone, batch.images, ids, captions, packing)
         with torch.no_grad():
-            image_teacher = self.twin.encode_image(batch.images)
-            text_teacher = self.twin.encode_text(input_ids, batch.attention_mask)
+            image_teacher, text_teacher = self._encode_pairs(self.twin, batch.images, ids, captions, packing)
         return Step(
             batch=batch,
-            masked=masked,
-            input_ids=input_ids,
+            labels=masked.labels,
+            chosen=HostInts(chosen.sum(), chosen.max()),
+            input_ids=ids[: len(batch.images)],
+            captions=captions,
+            tokens=packing.size,
             alpha=alpha,
             logit_scale=self._logit_scale(),
             image=image,
@@ -156,6 +169,14 @@ class SoftMaskPP(nn.Module):
             image_teacher=image_teacher,
             text_teacher=text_teacher,
         )
+
+    @staticmethod
+    def _encode_pairs(
+        backbone: Backbone, images: Tensor, ids: Tensor, captions: Packing, packing: Packing
+    ) -> tuple[Encoded, Encoded]:
+        """Images, and all captions at once; those of `packing`, the first of them, have a feature."""
+        image, tokens = backbone.encode_image(images), backbone.text(ids, captions)
+        return image, Encoded(tokens, backbone.text_feature(tokens[: packing.size], packing))
 
     def _contrastive(self, step: Step) -> Tensor:
         self.contrast.group = self._group()
@@ -182,40 +203,94 @@ class SoftMaskPP(nn.Module):
 
     def _fused_losses(self, step: Step) -> dict[str, Tensor]:
         """Every term that reads words and picture together: itm, itm_soft and mlm."""
-        keys = self.backbone.fusion.project(step.image.tokens)
-        mask = step.batch.attention_mask
-        positive = self._fuse(step.text.tokens, mask, keys, record_layer=self._record_layer())
-        key_weight = self._soft_mask(positive, keys, step) if self.config.soft_mask else None
-        losses = self._matching(step, keys, positive, key_weight)
-        states = positive.states
-        if self.config.mask_text == "mlm":
-            states = self._fuse_masked(self.backbone, step, keys)
-        return losses | {"mlm": self._mlm(states, step)}
+        hard_text, hard_image = self._hard_negatives(step)
+        hard_tokens = HostInts(step.batch.attention_mask.sum(1)[hard_text].sum())
+        student = self._prepare(self.backbone, step.image, step.text, step)
+        teacher = None
+        if step.alpha > 0 or (self.config.soft_mask and self.config.cam_source == "momentum"):
+            with torch.no_grad():
+                teacher = self._prepare(self.twin, step.image_teacher, step.text_teacher, step)
+        positive, masked_pairs = self._positive_pairs(step), self._masked_pairs(step)
+        together = self.config.mask_text == "all"  # MLM reads the positive pairs
+        read = positive.with_chosen(masked_pairs) if together else positive
+        longest = 1 + step.chosen.read()[1]
+        options = {"record_layer": self.config.cam_layer if self.config.soft_mask else None, "longest": longest}
+        (states,), record = fuse(self.backbone.fusion, student, [read], **options)
+        cls, masked = split_first(states, read)
+        match = self.itm_head(cls)
+        key_weight = None
+        if self.config.soft_mask:
+            source = self._map_source(positive, student, teacher, MapSource(match, record, student.keys))
+            key_weight = self._soft_mask(source, step)
+        kinds = self._other_pairs(step, hard_text, hard_image, hard_tokens.read()[0], key_weight)
+        others, _ = fuse(self.backbone.fusion, student, kinds + [masked_pairs] * (not together), longest=longest)
+        masked = masked if together else others.pop()
+        losses = self._matching(match, self.itm_head(torch.cat(others)).chunk(len(others)))
+        return losses | {"mlm": self._mlm(masked, masked_pairs, teacher, step)}
 
-    def _record_layer(self) -> int | None:
-        return self.config.cam_layer if self.config.soft_mask else None
+    @staticmethod
+    def _prepare(backbone: Backbone, image: Encoded, text: Encoded, step: Step) -> Prepared:
+        return Prepared.of(backbone.fusion, image.tokens, text.tokens, step.captions)
 
-    def _fuse(
-        self,
-        text_tokens: Tensor,
-        attention_mask: Tensor,
-        keys: list[ImageKeys],
-        pairs: PairIndex | None = None,
-        *,
-        record_layer: int | None = None,
-    ) -> Fused:
-        states, record = self.backbone.fusion(text_tokens, attention_mask, keys, pairs, record_layer=record_layer)
-        return Fused(states, self.itm_head(states[:, 0]), record)
+    def _positive_pairs(self, step: Step) -> Pairs:
+        own = _rows(step.batch.images)
+        return Pairs(own, own, step.tokens, _first_tokens(step.batch.attention_mask), len(own))
+
+    def _masked_pairs(self, step: Step) -> Pairs:
+        """The captions that MLM reads, with their images."""
+        own = _rows(step.batch.images)
+        texts = own if self.config.mask_text == "all" else own + len(own)
+        return Pairs(texts, own, step.tokens, step.labels != IGNORE, step.chosen.read()[0])
+
+    def _other_pairs(
+        self, step: Step, hard_text: Tensor, hard_image: Tensor, hard_tokens: int, key_weight: Tensor | None
+    ) -> list[Pairs]:
+        """(hard image, text), (image, hard text); with `key_weight`, (masked image, text), (masked image, hard text).
+
+        The soft term's other negative, (hard image, text), is the first of them again.
+        """
+        own, cls = _rows(step.batch.images), _first_tokens(step.batch.attention_mask)
+        kinds = [
+            Pairs(own, hard_image, step.tokens, cls, len(own)),
+            Pairs(hard_text, own, hard_tokens, cls, len(own)),
+        ]
+        if key_weight is not None:
+            kinds.append(Pairs(own, own, step.tokens, cls, len(own), key_weight))
+            if self.config.soft_negatives:
+                kinds.append(Pairs(hard_text, own, hard_tokens, cls, len(own), key_weight))
+        return kinds
+
+    @staticmethod
+    def _matching(match: Tensor, others: Sequence[Tensor]) -> dict[str, Tensor]:
+        """ITM and, where there are soft-masked pairs, ITM on them; logits [B, 2] of the pairs of `_other_pairs`."""
+        losses = {"itm": _match_loss(match=[match], mismatch=[others[0], others[1]])}
+        if len(others) > 2:
+            mismatch = [others[0], others[3]] if len(others) > 3 else []
+            losses["itm_soft"] = _match_loss(match=[others[2]], mismatch=mismatch)
+        return losses
+
+    # -- soft masks -------------------------------------------------------------------------------------------------
+
+    def _map_source(self, positive: Pairs, student: Prepared, teacher: Prepared | None, online: MapSource) -> MapSource:
+        """What the maps of the positive pairs are read from, by `cam_source`."""
+        layer = self.config.cam_layer
+        if self.config.cam_source == "online":
+            return online
+        if self.config.cam_source == "momentum":
+            fusion, prepared = self.twin.fusion, teacher
+        else:
+            fusion, prepared = self.backbone.fusion, student.detach()
+        (cls,), record = fuse(fusion, prepared, [positive], record_layer=layer, grad_from=layer)
+        return MapSource(self.itm_head(cls), record, prepared.keys)
 
     def _word_maps(
-        self, fused: Fused, keys: list[ImageKeys], word_index: Tensor, *, gradient: bool, normalize: str | None
+        self, source: MapSource, word_index: Tensor, *, gradient: bool = True, normalize: str | None
     ) -> Tensor:
-        """Maps [B, W, P'] of the positive pairs; Grad-CAM of the raw match logit, or the attention alone."""
-        layer = self.config.cam_layer
-        record, image = fused.record, keys[layer]
+        """Maps [B, W, P'] of the source's pairs; Grad-CAM of the raw match logit, or the attention alone."""
+        record, image = source.record, source.keys[self.config.cam_layer]
         options = {}
         if gradient:
-            score = at_least_fp32(fused.logits[:, 1]).sum()
+            score = at_least_fp32(source.match[:, 1]).sum()
             (grad_output,) = torch.autograd.grad(score, record.output, retain_graph=True)
             options = {"value": image.value, "grad_output": grad_output, "value_bias": record.value_bias}
         return ops.word_attention(
@@ -227,68 +302,27 @@ class SoftMaskPP(nn.Module):
             **options,
         )
 
-    def _soft_mask(self, positive: Fused, keys: list[ImageKeys], step: Step) -> Tensor:
+    def _soft_mask(self, source: MapSource, step: Step) -> Tensor:
         """Weight [B, P] of every image token for one random real word of the caption; CLS keeps weight 1."""
         batch, input_ids = step.batch, step.input_ids
         allowed = input_ids == batch.input_ids  # a word that was masked or replaced is not in the caption read
         word = pick_words(batch.word_ids, allowed & (input_ids != self.special_ids.mask))
         index = word_positions(batch.word_ids, word, max_tokens=MAX_WORD_TOKENS)
-        maps = self._word_maps(positive, keys, index[:, None], gradient=True, normalize=self.config.normalize)
+        maps = self._word_maps(source, index[:, None], normalize=self.config.normalize)
         return F.pad(1.0 - self.config.strength * maps[:, 0], (self.num_prefix_tokens, 0), value=1.0)
-
-    def _matching(
-        self, step: Step, keys: list[ImageKeys], positive: Fused, key_weight: Tensor | None
-    ) -> dict[str, Tensor]:
-        """ITM and, with `key_weight`, ITM on the soft-masked images; all their pairs in one fused pass.
-
-        Pairs: (hard image, text), (image, hard text), then (masked image, text), (masked image, hard text). The
-        soft term's other negative, (hard image, text), is the first of them again.
-        """
-        text_tokens, attention_mask = step.text.tokens, step.batch.attention_mask
-        hard_text, hard_image = self._hard_negatives(step)
-        own = torch.arange(len(text_tokens), device=text_tokens.device)
-        images, texts = [hard_image, own], [own, hard_text]
-        if key_weight is not None:
-            images, texts = images + [own], texts + [own]
-            if self.config.soft_negatives:
-                images, texts = images + [own], texts + [hard_text]
-            whole = torch.ones_like(key_weight)
-            key_weight = torch.cat([whole, whole] + [key_weight] * (len(images) - 2))
-        rows = torch.cat(texts)
-        pairs = PairIndex(kv_index=torch.cat(images), key_weight=key_weight)
-        logits = self._fuse(text_tokens[rows], attention_mask[rows], keys, pairs).logits.chunk(len(images))
-        losses = {"itm": _match_loss(match=[positive.logits], mismatch=[logits[0], logits[1]])}
-        if key_weight is not None:
-            mismatch = [logits[0], logits[3]] if self.config.soft_negatives else []
-            losses["itm_soft"] = _match_loss(match=[logits[2]], mismatch=mismatch)
-        return losses
 
     # -- masked language modelling --------------------------------------------------------------------------------
 
-    def _fuse_masked(self, backbone: Backbone, step: Step, keys: list[ImageKeys]) -> Tensor:
-        tokens = backbone.text(step.masked.input_ids, step.batch.attention_mask)
-        return backbone.fusion(tokens, step.batch.attention_mask, keys)[0]
-
-    def _mlm(self, states: Tensor, step: Step) -> Tensor:
+    def _mlm(self, states: Tensor, pairs: Pairs, teacher: Prepared | None, step: Step) -> Tensor:
         """(1 - alpha) * cross-entropy + alpha * soft cross-entropy with the twin, mean over the masked positions."""
-        chosen = step.masked.labels != IGNORE
-        logits = at_least_fp32(self.backbone.predict_tokens(states[chosen]))  # [M, vocabulary]
-        log_p = logits.log_softmax(dim=-1)
-        loss = F.nll_loss(log_p, step.masked.labels[chosen], reduction="sum")
+        logits = at_least_fp32(self.backbone.predict_tokens(states))  # [M, vocabulary]
+        labels = step.labels.flatten()[pairs.chosen_places]
+        targets = None
         if step.alpha > 0:
-            target = self._mlm_target(step, chosen)
-            loss = (1.0 - step.alpha) * loss - step.alpha * (target * log_p).sum()
-        return loss / max(len(logits), 1)
-
-    @torch.no_grad()
-    def _mlm_target(self, step: Step, chosen: Tensor) -> Tensor:
-        """The twin's probabilities [M, vocabulary] at the masked positions."""
-        keys = self.twin.fusion.project(step.image_teacher.tokens)
-        if self.config.mask_text == "mlm":
-            states = self._fuse_masked(self.twin, step, keys)
-        else:
-            states = self.twin.fusion(step.text_teacher.tokens, step.batch.attention_mask, keys)[0]
-        return at_least_fp32(self.twin.predict_tokens(states[chosen])).softmax(dim=-1)
+            with torch.no_grad():
+                (seen,), _ = fuse(self.twin.fusion, teacher, [pairs], longest=step.chosen.read()[1])
+            targets = lambda rows: at_least_fp32(self.twin.predict_tokens(seen[rows]))  # noqa: E731
+        return masked_token_loss(logits, labels, teacher=targets, alpha=step.alpha) / max(len(labels), 1)
 
     # -- evaluation -----------------------------------------------------------------------------------------------
 
@@ -299,15 +333,15 @@ class SoftMaskPP(nn.Module):
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """input_ids, attention_mask [B, T] -> tokens [B, T, D], normalized feature [B, embed_dim]."""
-        encoded = self.backbone.encode_text(input_ids, attention_mask)
-        return encoded.tokens, encoded.feature
+        packing = Packing.of(attention_mask)
+        tokens = self.backbone.text(input_ids, packing)
+        return packing.pad(tokens), self.backbone.text_feature(tokens, packing)
 
     def match(
         self, image_tokens: Tensor, text_tokens: Tensor, attention_mask: Tensor, *, kv_index: Tensor | None = None
     ) -> Tensor:
         """Matching logits [N, 2] (class 1: they match) of N captions' tokens with the images kv_index [N] names."""
-        keys = self.backbone.fusion.project(image_tokens)
-        return self._fuse(text_tokens, attention_mask, keys, PairIndex(kv_index=kv_index)).logits
+        return self._fuse_all(image_tokens, text_tokens, attention_mask, kv_index=kv_index).match
 
     @torch.enable_grad()
     def word_maps(
@@ -329,10 +363,39 @@ class SoftMaskPP(nn.Module):
             raise ValueError(f"kind: expected 'gradcam' or 'attention', got {kind!r}")
         with torch.no_grad():
             image_tokens = self.backbone.encode_image(images).tokens
-            text_tokens = self.backbone.encode_text(input_ids, attention_mask).tokens
-        keys = self.backbone.fusion.project(image_tokens)
-        fused = self._fuse(text_tokens, attention_mask, keys, record_layer=self.config.cam_layer)
-        return self._word_maps(fused, keys, word_index, gradient=kind == "gradcam", normalize=normalize)
+            text_tokens, _ = self.encode_text(input_ids, attention_mask)
+        source = self._fuse_all(image_tokens, text_tokens, attention_mask, record_layer=self.config.cam_layer)
+        return self._word_maps(source, word_index, gradient=kind == "gradcam", normalize=normalize)
+
+    def _fuse_all(
+        self,
+        image_tokens: Tensor,
+        text_tokens: Tensor,
+        attention_mask: Tensor,
+        *,
+        kv_index: Tensor | None = None,
+        record_layer: int | None = None,
+    ) -> MapSource:
+        """Captions' tokens [N, T, D] with the images kv_index [N] names; without it, each with its own."""
+        packing, own = Packing.of(attention_mask), _rows(text_tokens)
+        fusion = self.backbone.fusion
+        prepared = Prepared.of(fusion, image_tokens, packing.pack(text_tokens), packing)
+        images = own if kv_index is None else kv_index
+        pairs = Pairs(own, images, packing.size, _first_tokens(attention_mask), len(own))
+        (cls,), record = fuse(fusion, prepared, [pairs], record_layer=record_layer)
+        return MapSource(self.itm_head(cls), record, prepared.keys)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """0 .. len - 1, on the tensor's device."""
+    return torch.arange(len(tensor), device=tensor.device)
+
+
+def _first_tokens(attention_mask: Tensor) -> Tensor:
+    """Where CLS stands: [B, T] bool."""
+    first = torch.zeros_like(attention_mask, dtype=torch.bool)
+    first[:, 0] = True
+    return first
 
 
 def _match_loss(*, match: list[Tensor], mismatch: list[Tensor]) -> Tensor:

@@ -1,0 +1,190 @@
+"""The fusion layers: BERT's, whose cross-attention reads image tokens. Captions are packed, images shared.
+
+An image's keys and values are projected once per layer, without bias (the key's bias drops out of the softmax, the
+value's is added by the op), for all the pairs that read it, soft-masked or not. What the first layer makes of a caption
+before it looks at an image is made once per caption. Of the last layer, only what is wanted is computed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from softmask import ops
+
+from .attention import attend
+from .bert import FeedForward, SelfAttention
+from .config import TextConfig
+from .packing import Packing, Wanted
+
+
+@dataclass
+class ImageKeys:
+    """One fusion layer's keys and values of all images, [B, H, P, E], projected without bias."""
+
+    key: Tensor
+    value: Tensor
+
+    def detach(self) -> ImageKeys:
+        return ImageKeys(self.key.detach(), self.value.detach())
+
+
+@dataclass
+class PairIndex:
+    """Which image each pair reads (`kv_index` [N]) and how much of each of its tokens (`key_weight` [N, P])."""
+
+    kv_index: Tensor | None = None
+    key_weight: Tensor | None = None
+
+
+@dataclass
+class CrossRecord:
+    """What a word's map needs of one cross-attention: query and output [N, H, T, E], the bias [H, E] of its values."""
+
+    query: Tensor
+    output: Tensor
+    value_bias: Tensor
+
+
+@dataclass
+class FusionStart:
+    """Captions at the first cross-attention: states and query [S, D], as packed."""
+
+    states: Tensor
+    query: Tensor
+    packing: Packing
+
+    def take(self, rows: Tensor, size: int) -> FusionStart:
+        """The captions rows [M], `size` tokens in all; the same one may be taken many times."""
+        packing, index = self.packing.take(rows, size)
+        return FusionStart(self.states.index_select(0, index), self.query.index_select(0, index), packing)
+
+    def detach(self) -> FusionStart:
+        return FusionStart(self.states.detach(), self.query.detach(), self.packing)
+
+
+class CrossAttention(nn.Module):
+    def __init__(self, config: TextConfig, *, image_width: int) -> None:
+        super().__init__()
+        self.heads, self.library = config.heads, config.attention
+        self.query = nn.Linear(config.width, config.width)
+        self.key = nn.Linear(image_width, config.width, bias=False)
+        self.value = nn.Linear(image_width, config.width, bias=False)
+        self.value_bias = nn.Parameter(torch.zeros(config.width))  # added by the op
+        self.output = nn.Linear(config.width, config.width)
+        self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def project(self, image_tokens: Tensor) -> ImageKeys:
+        """image_tokens [B, P, D_image] -> keys and values [B, H, P, E]."""
+        by_head = (f(image_tokens).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.key, self.value))
+        return ImageKeys(*by_head)
+
+    def forward(
+        self, states: Tensor, query: Tensor, packing: Packing, image: ImageKeys, pairs: PairIndex
+    ) -> tuple[Tensor, CrossRecord]:
+        """states and query [S, D] -> states [S, D]."""
+        by_head = packing.pad(query.unflatten(-1, (self.heads, -1))).transpose(1, 2)  # [N, H, T, E]
+        bias = self.value_bias.unflatten(0, (self.heads, -1))  # [H, E]
+        mixed = self._mix(by_head, image, pairs, bias, packing)
+        if torch.is_grad_enabled() and not mixed.requires_grad:
+            mixed.requires_grad_()  # frozen weights: the map still needs a gradient from here on
+        record = CrossRecord(query=by_head, output=mixed, value_bias=bias)
+        mixed = packing.pack(mixed.transpose(1, 2)).flatten(1)
+        return self.norm(states + self.dropout(self.output(mixed))), record
+
+    def _mix(self, query: Tensor, image: ImageKeys, pairs: PairIndex, bias: Tensor, packing: Packing) -> Tensor:
+        if self.library == "sdpa" or pairs.key_weight is not None:
+            return ops.soft_mask_attention(
+                query,
+                image.key,
+                image.value,
+                key_weight=pairs.key_weight,
+                kv_index=pairs.kv_index,
+                value_bias=bias,
+            )
+        key, value = (x.transpose(1, 2) for x in (image.key, image.value))
+        if pairs.kv_index is not None:
+            key, value = key.index_select(0, pairs.kv_index), value.index_select(0, pairs.kv_index)
+        keys = Packing.full(*key.shape[:2], key.device)
+        packed = (packing.pack(query.transpose(1, 2)), key.flatten(0, 1), value.flatten(0, 1))
+        mixed = attend(*packed, library=self.library, queries=packing, keys=keys) + bias.to(value.dtype)
+        return packing.pad(mixed).transpose(1, 2)
+
+
+class FusionLayer(nn.Module):
+    """Self-attention over the text, cross-attention to the image, feed-forward; post-norm, as in BERT."""
+
+    def __init__(self, config: TextConfig, *, image_width: int) -> None:
+        super().__init__()
+        self.self_attention = SelfAttention(config)
+        self.cross_attention = CrossAttention(config, image_width=image_width)
+        self.feed_forward = FeedForward(config)
+
+    def start(self, states: Tensor, packing: Packing, wanted: Wanted | None = None) -> FusionStart:
+        """What comes before the image is looked at, for all tokens or those that are wanted."""
+        states = self.self_attention(states, packing, wanted)
+        return FusionStart(states, self.cross_attention.query(states), packing if wanted is None else wanted.packing)
+
+    def finish(self, start: FusionStart, image: ImageKeys, pairs: PairIndex) -> tuple[Tensor, CrossRecord]:
+        states, record = self.cross_attention(start.states, start.query, start.packing, image, pairs)
+        return self.feed_forward(states), record
+
+    def forward(
+        self, states: Tensor, packing: Packing, image: ImageKeys, pairs: PairIndex, wanted: Wanted | None
+    ) -> tuple[Tensor, CrossRecord]:
+        return self.finish(self.start(states, packing, wanted), image, pairs)
+
+
+class FusionEncoder(nn.Module):
+    """Captions, read together with the images that `pairs` names: FusionStart -> states [S, D] or [M, D]."""
+
+    def __init__(self, config: TextConfig, *, image_width: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(FusionLayer(config, image_width=image_width) for _ in range(config.fusion_layers))
+        self.activation_checkpointing = False
+
+    def project(self, image_tokens: Tensor) -> list[ImageKeys]:
+        """Keys and values of every layer, once for all pairs of these images."""
+        return [layer.cross_attention.project(image_tokens) for layer in self.layers]
+
+    def start(self, states: Tensor, packing: Packing) -> FusionStart:
+        """states [S, D] of the text encoder -> what the first layer has before it looks at an image."""
+        return self._run(self.layers[0].start, states, packing)
+
+    def forward(
+        self,
+        start: FusionStart,
+        images: list[ImageKeys],
+        pairs: PairIndex | None = None,
+        *,
+        wanted: Wanted | None = None,
+        record_layer: int | None = None,
+        grad_from: int = 0,
+    ) -> tuple[Tensor, CrossRecord | None]:
+        """States of all tokens, or of those wanted. `record_layer`: the layer whose query and attention output are
+        returned, for `ops.word_attention`. `grad_from`: the first layer of a graph that is soon left again; those
+        below it have none, those above are not computed twice."""
+        pairs = pairs or PairIndex()
+        packing, recorded = start.packing, None
+        if wanted is not None and len(self.layers) == 1:
+            start = FusionStart(start.states[wanted.index], start.query[wanted.index], wanted.packing)
+        for number, (layer, image) in enumerate(zip(self.layers, images, strict=True)):
+            keep = number == record_layer or grad_from > 0
+            with torch.set_grad_enabled(torch.is_grad_enabled() and number >= grad_from):
+                if number == 0:
+                    states, record = self._run(layer.finish, start, image, pairs, keep=keep)
+                else:
+                    last = wanted if number == len(self.layers) - 1 else None
+                    states, record = self._run(layer, states, packing, image, pairs, last, keep=keep)
+            recorded = record if number == record_layer else recorded
+        return states, recorded
+
+    def _run(self, function, *arguments, keep: bool = False):
+        """With activation checkpointing, computed again in the backward pass, unless something inside is kept."""
+        if self.activation_checkpointing and torch.is_grad_enabled() and not keep:
+            return checkpoint(function, *arguments, use_reentrant=False)
+        return function(*arguments)
