@@ -12,6 +12,7 @@ from torch import Tensor
 
 from softmask import ops, reference
 from softmask.models.attention import attend
+from softmask.models.packing import Packing
 
 
 def gpu_libraries() -> list[str]:
@@ -36,8 +37,12 @@ def make(pairs: int, images: int, tokens: int, patches: int, width: int, heads: 
         states = (text, source, source)
         return [split(state @ projection) for state, projection in zip(states, projections, strict=True)]
 
+    queries, keys = (Packing.full(pairs, length, text.device) for length in (tokens, patches))
+
     def published(library: str) -> Tensor:
-        return attend(*projected(image[index] * weight[..., None]), library=library)
+        packed = (states.transpose(1, 2).flatten(0, 1) for states in projected(image[index] * weight[..., None]))
+        mixed = attend(*packed, library=library, queries=queries, keys=keys)
+        return mixed.unflatten(0, (pairs, tokens)).transpose(1, 2)
 
     options = {"key_weight": weight, "kv_index": index}
     return Bench(

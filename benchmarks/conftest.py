@@ -13,6 +13,7 @@ import pytest
 from revisions import Rival
 
 RESULTS = pytest.StashKey[list]()
+LINES = pytest.StashKey[list[str]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -24,6 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[RESULTS] = []
+    config.stash[LINES] = []
 
 
 @pytest.fixture(scope="session")
@@ -53,6 +55,14 @@ def bench(request: pytest.FixtureRequest, benchmark, rival: Rival | None):
     return run
 
 
+@pytest.fixture
+def report(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Adds a line to what is printed at the end."""
+    if request.config.getoption("--compare"):
+        pytest.skip("compares two recipes, not two revisions")
+    return request.config.stash[LINES].append
+
+
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     results = config.stash[RESULTS]
     if results:
@@ -60,3 +70,6 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
         terminalreporter.write_line(harness.table(results))
         if config.getoption("--csv"):
             harness.write_csv(results, config.getoption("--csv"))
+    if config.stash[LINES]:
+        terminalreporter.section("a training step")
+        terminalreporter.write_line("\n".join(config.stash[LINES]))

@@ -152,10 +152,41 @@ def test_maps_leave_grad_alone_and_need_no_gradient_mode():
         model.word_maps(batch.images, batch.input_ids, batch.attention_mask, word_index, kind="saliency")
 
 
-def test_activation_checkpointing_changes_nothing():
+def test_maps_by_another_pass_are_the_same():
+    """`recompute` gives the step's own map and gradients; `momentum` another map, of the twin."""
+    results = {}
+    for source in ("online", "recompute", "momentum"):
+        model, batch = small_model(cam_source=source).double(), small_batch(dtype=torch.float64)
+        seen, original = {}, model._soft_mask
+        model._soft_mask = lambda *args, _original=original, _seen=seen: _seen.setdefault("w", _original(*args))
+        torch.manual_seed(2)
+        model(batch).loss.backward()
+        results[source] = seen["w"], gradients(model)
+        assert not any(p.grad is not None for p in model.twin.parameters())
+    online, again, twin = (weight for weight, _ in results.values())
+    torch.testing.assert_close(again, online)
+    assert worst_error(results["recompute"][1], results["online"][1]) < 1e-9
+    assert (twin - online).abs().max() > 1e-3
+
+
+def test_the_twins_map_is_the_one_of_a_model_with_its_weights():
+    """With the student's weights in the twin, its map is the student's."""
+    weights = []
+    for source in ("online", "momentum"):
+        model, batch = small_model(cam_source=source).double(), small_batch(dtype=torch.float64)
+        model.twin.load_state_dict(model.backbone.state_dict())
+        original = model._soft_mask
+        model._soft_mask = lambda *args, _original=original: weights.append(_original(*args)) or weights[-1]
+        torch.manual_seed(2)
+        model(batch, alpha=0.0)
+    torch.testing.assert_close(*weights)
+
+
+@pytest.mark.parametrize("cam_source", ["online", "recompute"])
+def test_activation_checkpointing_changes_nothing(cam_source):
     results = []
     for checkpointing in (False, True):
-        model = small_model(text={"dropout": 0.1, "attention_dropout": 0.1})
+        model = small_model(text={"dropout": 0.1, "attention_dropout": 0.1}, cam_source=cam_source)
         model.set_activation_checkpointing(checkpointing)
         torch.manual_seed(3)
         output = model(small_batch())
@@ -273,6 +304,7 @@ def test_bfloat16_autocast_runs_and_is_near():
     [
         ({"cam_layer": 2}, "cam_layer"),
         ({"mask_text": "none"}, "mask_text"),
+        ({"cam_source": "none"}, "cam_source"),
         ({"text": {"heads": 5}}, "text.width"),
         ({"text": {"fusion_layers": 0}}, "fusion_layers"),
     ],

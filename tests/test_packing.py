@@ -1,0 +1,61 @@
+"""Captions without padding: there and back, captions taken again, tokens that are wanted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from softmask.models.packing import HostInts, Packing, Wanted
+
+MASKS = {
+    "ragged": torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]]).bool(),
+    "with a hole": torch.tensor([[1, 0, 1, 0], [1, 1, 1, 1]]).bool(),
+    "full": torch.ones(2, 3).bool(),
+}
+of_each_mask = pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+
+
+@of_each_mask
+def test_there_and_back(mask: Tensor) -> None:
+    packing = Packing.of(mask)
+    padded = torch.randn(*mask.shape, 2, dtype=torch.float64)
+    packed = packing.pack(padded)
+    assert torch.equal(packed, padded[mask])
+    assert torch.equal(packing.pad(packed), padded * mask[..., None])
+    assert packing.starts.tolist() == [0, *mask.sum(1).cumsum(0).tolist()]
+    assert torch.equal(packing.rank[packing.place], torch.arange(packing.size))
+
+
+@of_each_mask
+def test_gradients(mask: Tensor) -> None:
+    packing = Packing.of(mask)
+    packed = torch.randn(packing.size, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(packing.pad, packed)
+    assert torch.autograd.gradcheck(packing.pack, torch.randn(*mask.shape, 2, dtype=torch.float64, requires_grad=True))
+
+
+@of_each_mask
+def test_captions_taken_again(mask: Tensor) -> None:
+    packing, rows = Packing.of(mask), torch.tensor([1, 0, 0, 1])
+    tokens = packing.pack(torch.arange(mask.numel()).view(mask.shape))
+    taken, index = packing.take(rows, int(mask[rows].sum()))
+    assert torch.equal(taken.mask, mask[rows])
+    assert torch.equal(tokens[index], torch.cat([tokens[packing.starts[r] : packing.starts[r + 1]] for r in rows]))
+
+
+def test_wanted_tokens() -> None:
+    packing = Packing.of(MASKS["ragged"])
+    chosen = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0], [0, 1, 1, 1]]).bool()
+    wanted = Wanted.of(packing, chosen, size=5, longest=3)
+    places = packing.place[wanted.index]
+    assert torch.equal(places, chosen.flatten().nonzero()[:, 0])
+    assert wanted.packing.mask.tolist() == [[True, True, False], [False] * 3, [True] * 3]
+    nothing = Wanted.of(packing, torch.zeros_like(chosen), size=0, longest=0)
+    assert len(nothing.index) == 0 and nothing.packing.mask.shape == (3, 1)
+
+
+def test_counts_are_checked_where_that_is_free() -> None:
+    """A number of tokens that is out of date, as of a batch that was cut, counts on a device alone."""
+    assert Packing.of(MASKS["ragged"], 99).size == 9
+    assert HostInts(torch.tensor(3), torch.tensor(5)).read() == [3, 5]
