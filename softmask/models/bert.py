@@ -54,7 +54,9 @@ class SelfAttention(nn.Module):
         self.attention_dropout, self.library = config.attention_dropout, config.attention
 
     def forward(self, states: Tensor, packing: Packing, wanted: Wanted | None = None) -> Tensor:
-        asking, queries = (states, packing) if wanted is None else (states[wanted.index], wanted.packing)
+        asking, queries = (
+            (states, packing) if wanted is None else (states.index_select(0, wanted.index), wanted.packing)
+        )
         sources = ((self.query, asking), (self.key, states), (self.value, states))
         by_head = (f(x).unflatten(-1, (self.heads, -1)) for f, x in sources)
         dropout = self.attention_dropout if self.training else 0.0

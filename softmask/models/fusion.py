@@ -171,7 +171,8 @@ class FusionEncoder(nn.Module):
         pairs = pairs or PairIndex()
         packing, recorded = start.packing, None
         if wanted is not None and len(self.layers) == 1:
-            start = FusionStart(start.states[wanted.index], start.query[wanted.index], wanted.packing)
+            states, query = (x.index_select(0, wanted.index) for x in (start.states, start.query))
+            start = FusionStart(states, query, wanted.packing)
         for number, (layer, image) in enumerate(zip(self.layers, images, strict=True)):
             keep = number == record_layer or grad_from > 0
             with torch.set_grad_enabled(torch.is_grad_enabled() and number >= grad_from):

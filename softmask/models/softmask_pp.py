@@ -114,7 +114,7 @@ class SoftMaskPP(nn.Module):
         """
         if len(batch.images) < 2:
             raise ValueError(f"batch: expected at least 2 pairs (hard negatives), got {len(batch.images)}")
-        step = self._encode(batch, self.config.alpha if alpha is None else alpha)
+        step = self._encode(batch, self.config.alpha if alpha is None else alpha, masked=fuse and self._masked_pass)
         losses = {"itc": self._contrastive(step)}
         if fuse:
             losses |= self._fused_losses(step)
@@ -143,21 +143,26 @@ class SoftMaskPP(nn.Module):
 
     # -- encoders and the contrastive term ----------------------------------------------------------------------------
 
-    def _encode(self, batch: Batch, alpha: float) -> Step:
+    @property
+    def _masked_pass(self) -> bool:
+        """Whether MLM reads captions of its own."""
+        return self.config.mask_text == "mlm" and self.config.weights.mlm > 0
+
+    def _encode(self, batch: Batch, alpha: float, *, masked: bool) -> Step:
+        """`masked`: encode the masked captions too."""
         options = {"vocab_size": self.config.text.vocab_size, "probability": self.config.mask_probability}
-        masked = mask_tokens(batch.input_ids, self.special_ids, **options)
-        chosen = (masked.labels != IGNORE).sum(1)
-        packing = Packing.of(batch.attention_mask, batch.num_tokens)
-        if self.config.mask_text == "all":
-            ids, captions = masked.input_ids, packing
-        else:
-            ids, captions = torch.cat([batch.input_ids, masked.input_ids]), Packing.cat([packing, packing])
-        image, text = self._encode_pairs(self.backbone, batch.images, ids, captions, packing)
+        text = mask_tokens(batch.input_ids, self.special_ids, **options)
+        chosen = (text.labels != IGNORE).sum(1)
+        ids = text.input_ids if self.config.mask_text == "all" else batch.input_ids
+        packing = captions = Packing.of(batch.attention_mask, batch.num_tokens)
+        if masked:
+            ids, captions = torch.cat([ids, text.input_ids]), Packing.cat([packing, packing])
+        image, student = self._encode_pairs(self.backbone, batch.images, ids, captions, packing)
         with torch.no_grad():
             image_teacher, text_teacher = self._encode_pairs(self.twin, batch.images, ids, captions, packing)
         return Step(
             batch=batch,
-            labels=masked.labels,
+            labels=text.labels,
             chosen=HostInts(chosen.sum(), chosen.max()),
             input_ids=ids[: len(batch.images)],
             captions=captions,
@@ -165,7 +170,7 @@ class SoftMaskPP(nn.Module):
             alpha=alpha,
             logit_scale=self._logit_scale(),
             image=image,
-            text=text,
+            text=student,
             image_teacher=image_teacher,
             text_teacher=text_teacher,
         )
@@ -207,14 +212,17 @@ class SoftMaskPP(nn.Module):
         hard_tokens = HostInts(step.batch.attention_mask.sum(1)[hard_text].sum())
         student = self._prepare(self.backbone, step.image, step.text, step)
         teacher = None
-        if step.alpha > 0 or (self.config.soft_mask and self.config.cam_source == "momentum"):
+        by_twin = self.config.soft_mask and self.config.cam_source == "momentum"
+        if by_twin or (step.alpha > 0 and self.config.weights.mlm > 0):
             with torch.no_grad():
                 teacher = self._prepare(self.twin, step.image_teacher, step.text_teacher, step)
         positive, masked_pairs = self._positive_pairs(step), self._masked_pairs(step)
-        together = self.config.mask_text == "all"  # MLM reads the positive pairs
-        read = positive.with_chosen(masked_pairs) if together else positive
-        longest = 1 + step.chosen.read()[1]
-        options = {"record_layer": self.config.cam_layer if self.config.soft_mask else None, "longest": longest}
+        most_masked = step.chosen.read()[1]
+        with_mlm = self.config.weights.mlm > 0
+        read, longest = positive, 1
+        if with_mlm and not self._masked_pass:  # MLM reads the positive pairs
+            read, longest = positive.with_chosen(masked_pairs), 1 + most_masked
+        options = {"longest": longest, "record_layer": self.config.cam_layer if self.config.soft_mask else None}
         (states,), record = fuse(self.backbone.fusion, student, [read], **options)
         cls, masked = split_first(states, read)
         match = self.itm_head(cls)
@@ -223,10 +231,11 @@ class SoftMaskPP(nn.Module):
             source = self._map_source(positive, student, teacher, MapSource(match, record, student.keys))
             key_weight = self._soft_mask(source, step)
         kinds = self._other_pairs(step, hard_text, hard_image, hard_tokens.read()[0], key_weight)
-        others, _ = fuse(self.backbone.fusion, student, kinds + [masked_pairs] * (not together), longest=longest)
-        masked = masked if together else others.pop()
+        kinds += [masked_pairs] if self._masked_pass else []
+        others, _ = fuse(self.backbone.fusion, student, kinds, longest=max(most_masked, 1))
+        masked = others.pop() if self._masked_pass else masked
         losses = self._matching(match, self.itm_head(torch.cat(others)).chunk(len(others)))
-        return losses | {"mlm": self._mlm(masked, masked_pairs, teacher, step)}
+        return losses | ({"mlm": self._mlm(masked, masked_pairs, teacher, step)} if with_mlm else {})
 
     @staticmethod
     def _prepare(backbone: Backbone, image: Encoded, text: Encoded, step: Step) -> Prepared:
@@ -239,7 +248,7 @@ class SoftMaskPP(nn.Module):
     def _masked_pairs(self, step: Step) -> Pairs:
         """The captions that MLM reads, with their images."""
         own = _rows(step.batch.images)
-        texts = own if self.config.mask_text == "all" else own + len(own)
+        texts = own + len(own) if self._masked_pass else own
         return Pairs(texts, own, step.tokens, step.labels != IGNORE, step.chosen.read()[0])
 
     def _other_pairs(
