@@ -53,7 +53,7 @@ class Backbone(nn.Module):
 
     def predict_tokens(self, states: Tensor) -> Tensor:
         """Fused states of any leading shape [..., D] -> logits [..., vocabulary]."""
-        return self.mlm_head(states, self.text.embeddings.word.weight)
+        return self.mlm_head(states, self.text.embeddings.word)
 
     def set_activation_checkpointing(self, enable: bool) -> None:
         self.vision.set_activation_checkpointing(enable)
