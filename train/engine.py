@@ -52,7 +52,7 @@ class GradientGuard:
 
     DeepSpeed 0.19's own scaling under torch_autocast clips scaled gradients by the unscaled norm, updates the scale
     once per parameter group, and neither lowers it after a skipped step nor saves it; its clipping at stage 0 fails on
-    parameters without dimensions. Here one scale belongs to the step. ZeRO 1 and 2 divide by it, clip and skip
+    parameters without dimensions. Here one scale belongs to the step. ZeRO 1 to 3 divide by it, clip and skip
     themselves (`override_loss_scale`); at stage 0 the engine calls this object as its gradient scaler.
     """
 
@@ -154,17 +154,45 @@ def create_engine(model: nn.Module, config: Config, *, steps: int) -> tuple[Any,
     )
     # DeepSpeed prepares its backward in hooks on the output's tensors, and looks for them in tuples, not dataclasses.
     model.register_forward_hook(lambda _module, _inputs, output: (output.loss, output))
+    section = deepspeed_config(config, parameters=parameters)
     with _scalars_kept_from_broadcast(model):
+        if config.zero_stage == 3:
+            _partition(model, section)
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
             lr_scheduler=scheduler_factory(options, steps=steps),
-            config=deepspeed_config(config, parameters=parameters),
+            config=section,
             dist_init_required=False,
         )
     guard = GradientGuard(dynamic=config.train.precision == "fp16", clip_grad=config.train.clip_grad)
     guard.attach(engine)
     return engine, guard
+
+
+def _partition(model: nn.Module, section: dict[str, Any]) -> None:
+    """Leave each rank its share of every parameter, as `deepspeed.initialize` would at stage 3, without the broadcast
+    of parameters that have no dimensions (see `_scalars_kept_from_broadcast`)."""
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    class Partition(Init):
+        def _zero_init_param(self, param: nn.Parameter) -> None:
+            if param.ndim:
+                super()._zero_init_param(param)
+            else:
+                self._convert_to_deepspeed_param(param)
+                param.partition()
+
+    Partition(module=model, config_dict_or_path=section)
+    for module in model.modules():
+        # DeepSpeed fetches a module's parameters for as many backward passes as it had forward passes. The gradient
+        # that the word map takes in the middle of the forward pass is one more; this count never ends.
+        module.applied_pre_backward_ref_cnt = 1 << 62
+
+
+def full_size(parameter: nn.Parameter) -> int:
+    """Number of a parameter's elements, on all ranks together at ZeRO stage 3."""
+    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 @contextmanager
