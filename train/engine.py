@@ -22,10 +22,9 @@ AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}
 def start_distributed() -> None:
     """Choose the accelerator, complete the environment of a single process and join the process group.
 
-    Called before anything imports DeepSpeed, which chooses its accelerator on import.
+    Called before anything imports DeepSpeed.
     """
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    choose_accelerator()
     if "RANK" not in os.environ:
         single = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_SIZE": 1}
         single |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
@@ -39,6 +38,12 @@ def start_distributed() -> None:
     # included, and then build an all-reduce for inference (40 seconds) on every CPU machine. Nothing else reads this.
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     deepspeed.init_distributed(verbose=False)
+
+
+def choose_accelerator() -> None:
+    """Spare DeepSpeed, which chooses its accelerator on import, the search for one."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def _free_port() -> int:

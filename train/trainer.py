@@ -122,7 +122,7 @@ class Trainer:
         self._encoder_buffers = [*self.model.backbone.buffers(), *self.model.twin.buffers()]
         self.progress = Progress()
         if checkpoint is not None:
-            self.progress, state = load_checkpoint(self.engine, checkpoint)
+            self.progress, state = load_checkpoint(self.engine, checkpoint, config)
             self.guard.load_state_dict(state["loss_scale"])
             apply_hyperparameters(self.engine, config)
         self.finished = False
