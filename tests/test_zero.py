@@ -1,4 +1,4 @@
-"""Two processes under the `deepspeed` launcher: ZeRO 0, 1 and 2 train alike, resume exactly and stop together."""
+"""Two processes under the `deepspeed` launcher: ZeRO 0 to 3 train alike, resume exactly and stop together."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from train_fixtures import PRETRAIN, child_environment, different, make_config, 
 from softmask.train.checkpoint import CheckpointError, check_resumable, find_checkpoint
 from softmask.train.config import load_config, save_config
 
-STAGES = (0, 1, 2)
+STAGES = (0, 1, 2, 3)
 # Both ranks run this: every stage once to the end, and once stopped at step 2 and resumed.
 WORKER = """
 import dataclasses, sys
@@ -30,7 +30,7 @@ def stop_at_two(self, batches):
     return outputs, stop or self.progress.step == 2
 
 base = load_config(sys.argv[-1])
-for stage in (0, 1, 2):
+for stage in (0, 1, 2, 3):
     config = dataclasses.replace(base, deepspeed={"zero_optimization": {"stage": stage}})
     train(dataclasses.replace(config, output=f"{base.output}-{stage}-whole"))
     halves = dataclasses.replace(config, output=f"{base.output}-{stage}-halves")

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from softmask.train.config import Config
@@ -189,10 +190,20 @@ def _partition(model: nn.Module, section: dict[str, Any]) -> None:
                 param.partition()
 
     Partition(module=model, config_dict_or_path=section)
+    for parameter in model.parameters():
+        _, owned = own_range(parameter)
+        parameter.ds_tensor[owned:].zero_()  # else equal runs write unequal padding into their checkpoints
     for module in model.modules():
         # DeepSpeed fetches a module's parameters for as many backward passes as it had forward passes. The gradient
         # that the word map takes in the middle of the forward pass is one more; this count never ends.
         module.applied_pre_backward_ref_cnt = 1 << 62
+
+
+def own_range(parameter: nn.Parameter) -> tuple[int, int]:
+    """First and number of a parameter's elements that this rank holds at ZeRO stage 3; what follows is padding."""
+    width = parameter.ds_tensor.numel()
+    start = min(dist.get_rank() * width, parameter.ds_numel)
+    return start, min(width, parameter.ds_numel - start)
 
 
 def full_size(parameter: nn.Parameter) -> int:

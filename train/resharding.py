@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from softmask.train.config import OptimizerConfig
-from softmask.train.engine import choose_accelerator
+from softmask.train.engine import choose_accelerator, own_range
 from softmask.train.schedule import parameter_groups
 
 MODEL_FILE = "mp_rank_00_model_states.pt"  # of all ranks, up to stage 2
@@ -183,10 +182,8 @@ def _put_partitioned(engine: Any, weights: dict[str, Pieces]) -> None:
     for name, parameter in parameters.items():
         if parameter.ds_shape != weights[name].shape:
             raise RuntimeError(f"{name}: expected shape {parameter.ds_shape}, got {weights[name].shape}")
-        size = parameter.ds_tensor.numel()
-        start = dist.get_rank() * size
-        own = weights[name].whole().flatten()[start : start + size]
-        parameter.ds_tensor[: own.numel()].copy_(own)
+        start, size = own_range(parameter)
+        parameter.ds_tensor[:size].copy_(weights[name].whole().flatten()[start : start + size])
     engine.optimizer.refresh_fp32_params()
     engine.optimizer.checkpoint_event_epilogue()
 
@@ -210,10 +207,8 @@ def _flat_tensors(engine: Any, stage: int, names: dict[Tensor, str]) -> Iterator
 def _share_places(parameters: list[Tensor], names: dict[Tensor, str]) -> Iterator[Place]:
     offset = 0
     for parameter in parameters:
-        size = parameter.ds_tensor.numel()
-        start = dist.get_rank() * size
-        yield Place(names[parameter], start, max(0, min(size, parameter.ds_numel - start)), offset)
-        offset += size
+        yield Place(names[parameter], *own_range(parameter), offset)
+        offset += parameter.ds_tensor.numel()
 
 
 def _place(name: str, mapping: Any) -> Place:
