@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from deepspeed import zero
-from train_fixtures import make_config, make_trainer, run_here, saved_state, write_shard
+from train_fixtures import make_config, make_trainer, rows, run_here, saved_state, write_shard
 
 from softmask.data import Loader, open_source
 from softmask.models import SoftMaskPP
@@ -22,16 +22,7 @@ from softmask.train.schedule import alpha_at, lr_factor, parameter_groups, seed_
 from softmask.train.trainer import TrainingError, prepare_run
 
 ZERO = [0, 1, 2, 3]
-
-
-@pytest.fixture(autouse=True)
-def plain_linear(monkeypatch) -> None:
-    """ZeRO 3 puts a function of its own, with other rounding, in this place for good."""
-    monkeypatch.setattr(torch.nn.functional, "linear", torch.nn.functional.linear)
-
-
-def rows(config: Config, name: str = "log.jsonl") -> list[dict]:
-    return [json.loads(line) for line in (Path(config.output) / name).read_text().splitlines()]
+pytestmark = pytest.mark.usefixtures("plain_linear")
 
 
 def weights(trainer, *, twin: bool = True) -> dict[str, torch.Tensor]:
@@ -226,7 +217,7 @@ def test_low_precision(tmp_path, precision: str, stage: int) -> None:
     assert dtypes == {torch.bfloat16 if precision == "bf16" else torch.float16}
     tensors = saved_state(config.output).values()
     assert {tensor.dtype for tensor in tensors if tensor.is_floating_point()} <= {torch.float32, torch.float64}
-    assert trainer.progress.step == 4 and all(row["loss"] == row["loss"] for row in rows(config))
+    assert trainer.progress.step == 4 and all(row["loss"] == row["loss"] for row in rows(config.output))
 
 
 # -- what is skipped --------------------------------------------------------------------------------------------------
@@ -240,7 +231,7 @@ def test_nonfinite_steps_are_skipped_and_counted(tmp_path, monkeypatch, stage: i
     trainer = run_here(config)
     assert (trainer.progress.step, trainer.progress.micro_batches, trainer.progress.nonfinite) == (4, 6, 2)
     assert all(tensor.isfinite().all() for tensor in weights(trainer).values())
-    events = rows(config, "events.jsonl")
+    events = rows(config.output, "events.jsonl")
     assert [(event["event"], event["step"], event["micro_batch"]) for event in events] == [
         ("nonfinite", 2, 1),
         ("nonfinite", 2, 2),
@@ -301,7 +292,7 @@ def test_unreadable_samples_are_named(tmp_path) -> None:
     config = make_config(tmp_path, "train.epochs=1", "train.steps=0", "data.max_bad_share=0.5", data=data)
     trainer = run_here(config)
     assert trainer.progress.step == 8 and trainer.progress.skipped_samples >= 2
-    text = " ".join(event["sample"] for event in rows(config, "events.jsonl"))
+    text = " ".join(event["sample"] for event in rows(config.output, "events.jsonl"))
     assert "000005" in text and "000009" in text and "broken.tar" in text
 
 
@@ -312,7 +303,7 @@ def test_files_of_a_run(tmp_path, capfd) -> None:
     config = make_config(tmp_path, "train.log_every=2", "train.checkpoint_every=2", "train.accumulation=2")
     trainer = run_here(config)
     run = Path(config.output)
-    logged = rows(config)
+    logged = rows(config.output)
     assert [row["step"] for row in logged] == [2, 4, 6]
     assert [row["epoch"] for row in logged] == [0.5, 1.0, 1.5]
     assert {"loss", "itc", "itm", "itm_soft", "mlm", "temperature", "lr", "samples_per_second"} <= logged[0].keys()

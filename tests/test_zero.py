@@ -1,4 +1,4 @@
-"""Two processes under the `deepspeed` launcher: ZeRO 0 to 3 train alike, resume exactly and stop together."""
+"""ZeRO 0 to 3 train alike; two processes under the `deepspeed` launcher resume exactly and stop together."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_fixtures import PRETRAIN, assert_rows_close, different, launch, make_config, rows, saved_state
+from train_fixtures import PRETRAIN, assert_rows_close, different, launch, make_config, rows, run_here, saved_state
 
 from softmask.train.checkpoint import CheckpointError, check_resumable, find_checkpoint
 from softmask.train.config import load_config, save_config
 
 STAGES = (0, 1, 2, 3)
+NOTHING_KEPT = (  # of the parameters that a module has fetched
+    "{stage: 3, stage3_param_persistence_threshold: 0, stage3_max_live_parameters: 0, stage3_max_reuse_distance: 0}"
+)
 CROSSED = {0: 3, 3: 1, 2: 0}  # from stage to stage, 1 and 2 being alike
 # Both ranks run this: every stage once to the end, once stopped at step 2 and resumed, and resumed in another stage.
 WORKER = """
@@ -69,6 +72,22 @@ def test_all_stages_train_alike_and_resume_exactly(tmp_path) -> None:
     checkpoint = find_checkpoint(f"{config.output}-1-whole")
     with pytest.raises(CheckpointError, match=r"number of ranks \(was 2, now 1\)"):
         check_resumable(checkpoint, load_config(checkpoint / "config.yaml"), world_size=1)
+
+
+@pytest.mark.usefixtures("plain_linear")
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["deepspeed.zero_optimization={stage: 3}"],
+        [f"deepspeed.zero_optimization={NOTHING_KEPT}", "train.activation_checkpointing=true"],
+    ],
+    ids=["small parameters stay", "none stays, checkpointing"],
+)
+def test_stage_3_trains_as_stage_0(tmp_path, overrides: list[str]) -> None:
+    common = ["train.steps=4", "train.clip_grad=1", "model.alpha_warmup_steps=0"]  # every step uses all modules
+    run_here(make_config(tmp_path, *common))
+    run_here(make_config(tmp_path, *common, *overrides, f"output={tmp_path / 'three'}"))
+    assert_rows_close(rows(tmp_path / "three"), rows(tmp_path / "run"))
 
 
 def test_launcher_passes_the_stop_signal_on(tmp_path) -> None:

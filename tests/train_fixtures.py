@@ -128,8 +128,8 @@ def launch(script: Path, *arguments: str) -> subprocess.Popen:
     )
 
 
-def rows(run: str | Path) -> list[dict]:
-    return [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
+def rows(run: str | Path, name: str = "log.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (Path(run) / name).read_text().splitlines()]
 
 
 def assert_rows_close(logged: list[dict], expected: list[dict]) -> None:

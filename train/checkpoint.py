@@ -167,16 +167,15 @@ def check_resumable(checkpoint: Path, config: Config, *, world_size: int) -> Non
     """
     saved = load_config(checkpoint / "config.yaml")
     differences = config_differences(saved, config)
-    made_by = read_json(checkpoint / "trainer.json").get("world_size")
+    made_by = read_json(checkpoint / "trainer.json").get("world_size", 0)
     old, new = saved.train.batch_size, config.train.batch_size
-    if made_by is None or made_by * old != world_size * new:
+    if made_by * old != world_size * new:
         if old != new:
             differences.append(f"train.batch_size (was {old}, now {new})")
         if made_by != world_size:
-            differences.append(
-                f"number of ranks (was {made_by}, now {world_size}) without the train.batch_size that keeps the "
-                f"batch of all ranks, and so the order of the data"
-            )
+            differences.append(f"number of ranks (was {made_by}, now {world_size})")
+            product = f"was {made_by * old}, now {world_size * new}; the order of the data follows from it"
+            differences.append(f"train.batch_size * ranks ({product})")
     if differences:
         raise CheckpointError(f"{checkpoint}: made with another configuration: {', '.join(differences)}")
 
