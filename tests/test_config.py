@@ -84,7 +84,7 @@ def test_overrides(write) -> None:
         ("data.image_size=64", ["data.image_size", "model.vision.image_size = 256", "got 64"]),
         ("seed=-1", ["seed", ">= 0", "got -1"]),
         ("output=", ["output", "the folder of the run"]),
-        ("deepspeed.zero_optimization.stage=3", ["deepspeed.zero_optimization.stage", "0, 1 or 2", "got 3"]),
+        ("deepspeed.zero_optimization.stage=4", ["deepspeed.zero_optimization.stage", "0, 1, 2 or 3", "got 4"]),
         ("deepspeed.zero_optimization=2", ["deepspeed.zero_optimization", "expected a mapping", "got 2"]),
         ("train.steps", ["override", "key=value", "'train.steps'"]),
         ("seed.x=1", ["seed.x", "has no keys to override"]),

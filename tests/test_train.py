@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_fixtures import make_config, make_trainer, run_here, saved_state, write_shard
+from deepspeed import zero
+from train_fixtures import make_config, make_trainer, rows, run_here, saved_state, write_shard
 
 from softmask.data import Loader, open_source
 from softmask.models import SoftMaskPP
@@ -20,16 +21,14 @@ from softmask.train.pretrain import choose_checkpoint, main
 from softmask.train.schedule import alpha_at, lr_factor, parameter_groups, seed_everything
 from softmask.train.trainer import TrainingError, prepare_run
 
-ZERO = [0, 1, 2]
-
-
-def rows(config: Config, name: str = "log.jsonl") -> list[dict]:
-    return [json.loads(line) for line in (Path(config.output) / name).read_text().splitlines()]
+ZERO = [0, 1, 2, 3]
+pytestmark = pytest.mark.usefixtures("plain_linear")
 
 
 def weights(trainer, *, twin: bool = True) -> dict[str, torch.Tensor]:
-    state = trainer.model.state_dict()
-    return {name: tensor.clone() for name, tensor in state.items() if twin or not name.startswith("twin.")}
+    with zero.GatheredParameters(list(trainer.model.parameters())):  # does nothing before stage 3
+        state = trainer.model.state_dict()
+        return {name: tensor.clone() for name, tensor in state.items() if twin or not name.startswith("twin.")}
 
 
 def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
@@ -202,7 +201,7 @@ def test_loss_scale_drops_out(tmp_path, monkeypatch, stage: int) -> None:
     assert_equal(weights(scaled), expected)
 
 
-@pytest.mark.parametrize(("precision", "stage"), [("bf16", 0), ("bf16", 2), ("fp16", 1)])
+@pytest.mark.parametrize(("precision", "stage"), [("bf16", 0), ("bf16", 2), ("fp16", 1), ("bf16", 3)])
 def test_low_precision(tmp_path, precision: str, stage: int) -> None:
     """Products are cast; weights, twin, queue and optimizer state are not."""
     overrides = [f"train.precision={precision}", "train.clip_grad=1", f"deepspeed.zero_optimization.stage={stage}"]
@@ -218,13 +217,13 @@ def test_low_precision(tmp_path, precision: str, stage: int) -> None:
     assert dtypes == {torch.bfloat16 if precision == "bf16" else torch.float16}
     tensors = saved_state(config.output).values()
     assert {tensor.dtype for tensor in tensors if tensor.is_floating_point()} <= {torch.float32, torch.float64}
-    assert trainer.progress.step == 4 and all(row["loss"] == row["loss"] for row in rows(config))
+    assert trainer.progress.step == 4 and all(row["loss"] == row["loss"] for row in rows(config.output))
 
 
 # -- what is skipped --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("stage", [0, 2, 3])
 @pytest.mark.parametrize("poison", [poison_loss, poison_images, poison_gradients])
 def test_nonfinite_steps_are_skipped_and_counted(tmp_path, monkeypatch, stage: int, poison) -> None:
     config = make_config(tmp_path, "train.steps=4", f"deepspeed.zero_optimization.stage={stage}")
@@ -232,7 +231,7 @@ def test_nonfinite_steps_are_skipped_and_counted(tmp_path, monkeypatch, stage: i
     trainer = run_here(config)
     assert (trainer.progress.step, trainer.progress.micro_batches, trainer.progress.nonfinite) == (4, 6, 2)
     assert all(tensor.isfinite().all() for tensor in weights(trainer).values())
-    events = rows(config, "events.jsonl")
+    events = rows(config.output, "events.jsonl")
     assert [(event["event"], event["step"], event["micro_batch"]) for event in events] == [
         ("nonfinite", 2, 1),
         ("nonfinite", 2, 2),
@@ -240,7 +239,7 @@ def test_nonfinite_steps_are_skipped_and_counted(tmp_path, monkeypatch, stage: i
     assert trainer.engine.lr_scheduler.last_epoch == 4  # the schedule counts the steps that were taken
 
 
-@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("stage", [0, 2, 3])
 @pytest.mark.parametrize("poison", [poison_loss, poison_images, poison_gradients])
 def test_too_many_nonfinite_steps_stop_with_the_weights_unchanged(tmp_path, monkeypatch, stage: int, poison) -> None:
     overrides = ["train.max_nonfinite=3", "train.checkpoint_every=1", f"deepspeed.zero_optimization.stage={stage}"]
@@ -268,7 +267,7 @@ def test_a_skipped_batch_in_an_accumulated_step_is_replaced(tmp_path, monkeypatc
     assert (trainer.progress.step, trainer.progress.micro_batches, trainer.engine.micro_steps) == (2, 5, 4)
 
 
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("stage", [0, 1, 3])
 def test_fp16_overflow_halves_the_loss_scale(tmp_path, monkeypatch, stage: int) -> None:
     overrides = ["train.precision=fp16", "train.steps=3", f"deepspeed.zero_optimization.stage={stage}"]
     poison_gradients(monkeypatch, lambda forward: forward == 1)
@@ -293,7 +292,7 @@ def test_unreadable_samples_are_named(tmp_path) -> None:
     config = make_config(tmp_path, "train.epochs=1", "train.steps=0", "data.max_bad_share=0.5", data=data)
     trainer = run_here(config)
     assert trainer.progress.step == 8 and trainer.progress.skipped_samples >= 2
-    text = " ".join(event["sample"] for event in rows(config, "events.jsonl"))
+    text = " ".join(event["sample"] for event in rows(config.output, "events.jsonl"))
     assert "000005" in text and "000009" in text and "broken.tar" in text
 
 
@@ -304,7 +303,7 @@ def test_files_of_a_run(tmp_path, capfd) -> None:
     config = make_config(tmp_path, "train.log_every=2", "train.checkpoint_every=2", "train.accumulation=2")
     trainer = run_here(config)
     run = Path(config.output)
-    logged = rows(config)
+    logged = rows(config.output)
     assert [row["step"] for row in logged] == [2, 4, 6]
     assert [row["epoch"] for row in logged] == [0.5, 1.0, 1.5]
     assert {"loss", "itc", "itm", "itm_soft", "mlm", "temperature", "lr", "samples_per_second"} <= logged[0].keys()

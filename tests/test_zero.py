@@ -1,24 +1,26 @@
-"""Two processes under the `deepspeed` launcher: ZeRO 0, 1 and 2 train alike, resume exactly and stop together."""
+"""ZeRO 0 to 3 train alike; two processes under the `deepspeed` launcher resume exactly and stop together."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from train_fixtures import PRETRAIN, child_environment, different, make_config, saved_state
+from train_fixtures import PRETRAIN, assert_rows_close, different, launch, make_config, rows, run_here, saved_state
 
 from softmask.train.checkpoint import CheckpointError, check_resumable, find_checkpoint
 from softmask.train.config import load_config, save_config
 
-STAGES = (0, 1, 2)
-# Both ranks run this: every stage once to the end, and once stopped at step 2 and resumed.
+STAGES = (0, 1, 2, 3)
+NOTHING_KEPT = (  # of the parameters that a module has fetched
+    "{stage: 3, stage3_param_persistence_threshold: 0, stage3_max_live_parameters: 0, stage3_max_reuse_distance: 0}"
+)
+CROSSED = {0: 3, 3: 1, 2: 0}  # from stage to stage, 1 and 2 being alike
+# Both ranks run this: every stage once to the end, once stopped at step 2 and resumed, and resumed in another stage.
 WORKER = """
 import dataclasses, sys
 from softmask.train.checkpoint import find_checkpoint
@@ -30,7 +32,7 @@ def stop_at_two(self, batches):
     return outputs, stop or self.progress.step == 2
 
 base = load_config(sys.argv[-1])
-for stage in (0, 1, 2):
+for stage in (0, 1, 2, 3):
     config = dataclasses.replace(base, deepspeed={"zero_optimization": {"stage": stage}})
     train(dataclasses.replace(config, output=f"{base.output}-{stage}-whole"))
     halves = dataclasses.replace(config, output=f"{base.output}-{stage}-halves")
@@ -38,23 +40,11 @@ for stage in (0, 1, 2):
     train(halves)
     Trainer._step = step
     train(halves, checkpoint=find_checkpoint(halves.output))
+for stage, other in {0: 3, 3: 1, 2: 0}.items():
+    config = dataclasses.replace(base, deepspeed={"zero_optimization": {"stage": other}})
+    checkpoint = find_checkpoint(f"{base.output}-{stage}-halves/checkpoints/step_00000002")
+    train(dataclasses.replace(config, output=f"{base.output}-{stage}-crossed"), checkpoint=checkpoint)
 """
-
-
-def launch(script: Path, *arguments: str) -> subprocess.Popen:
-    """The launcher with two ranks, in a process group of its own."""
-    launcher = Path(sys.executable).with_name("deepspeed")
-    port = 20000 + os.getpid() % 20000
-    command = [str(launcher), "--num_accelerators", "2", "--master_port", str(port), str(script), *arguments]
-    environment = child_environment() | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    environment["PATH"] = f"{launcher.parent}{os.pathsep}{environment['PATH']}"
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-
-
-def rows(run: str) -> list[dict]:
-    return [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
 
 
 def test_all_stages_train_alike_and_resume_exactly(tmp_path) -> None:
@@ -75,13 +65,29 @@ def test_all_stages_train_alike_and_resume_exactly(tmp_path) -> None:
         assert different(whole, halves) == []
         assert any("optim_states" in name for name in whole) == (stage > 0)
         # The stages add up the same gradients in another order: what differs is rounding.
-        for row, expected in zip(rows(f"{config.output}-{stage}-whole"), reference, strict=True):
-            names = row.keys() - {"seconds", "samples_per_second"}
-            assert {name: row[name] for name in names} == pytest.approx({n: expected[n] for n in names}, rel=1e-5)
+        assert_rows_close(rows(f"{config.output}-{stage}-whole"), reference)
+    for stage in CROSSED:
+        assert_rows_close(rows(f"{config.output}-{stage}-crossed"), reference[2:])
 
     checkpoint = find_checkpoint(f"{config.output}-1-whole")
     with pytest.raises(CheckpointError, match=r"number of ranks \(was 2, now 1\)"):
         check_resumable(checkpoint, load_config(checkpoint / "config.yaml"), world_size=1)
+
+
+@pytest.mark.usefixtures("plain_linear")
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["deepspeed.zero_optimization={stage: 3}"],
+        [f"deepspeed.zero_optimization={NOTHING_KEPT}", "train.activation_checkpointing=true"],
+    ],
+    ids=["small parameters stay", "none stays, checkpointing"],
+)
+def test_stage_3_trains_as_stage_0(tmp_path, overrides: list[str]) -> None:
+    common = ["train.steps=4", "train.clip_grad=1", "model.alpha_warmup_steps=0"]  # every step uses all modules
+    run_here(make_config(tmp_path, *common))
+    run_here(make_config(tmp_path, *common, *overrides, f"output={tmp_path / 'three'}"))
+    assert_rows_close(rows(tmp_path / "three"), rows(tmp_path / "run"))
 
 
 def test_launcher_passes_the_stop_signal_on(tmp_path) -> None:

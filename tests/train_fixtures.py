@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import random
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import tarfile
 from pathlib import Path
 
+import pytest
 import torch
 from PIL import Image
 
@@ -112,6 +114,29 @@ def start_cli(config: Config, *arguments: str) -> subprocess.Popen:
 def run_cli(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(PRETRAIN), *arguments]
     return subprocess.run(command, env=child_environment(), capture_output=True, text=True, timeout=240)
+
+
+def launch(script: Path, *arguments: str) -> subprocess.Popen:
+    """The launcher with two ranks, in a process group of its own."""
+    launcher = Path(sys.executable).with_name("deepspeed")
+    port = 20000 + os.getpid() % 20000
+    command = [str(launcher), "--num_accelerators", "2", "--master_port", str(port), str(script), *arguments]
+    environment = child_environment() | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    environment["PATH"] = f"{launcher.parent}{os.pathsep}{environment['PATH']}"
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def rows(run: str | Path, name: str = "log.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (Path(run) / name).read_text().splitlines()]
+
+
+def assert_rows_close(logged: list[dict], expected: list[dict]) -> None:
+    """Equal up to the rounding of sums that were taken in another order, times of day left out."""
+    for row, other in zip(logged, expected, strict=True):
+        names = row.keys() - {"seconds", "samples_per_second"}
+        assert {name: row[name] for name in names} == pytest.approx({name: other[name] for name in names}, rel=1e-5)
 
 
 def saved_state(path: Path) -> dict[str, torch.Tensor]:

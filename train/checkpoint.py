@@ -23,9 +23,9 @@ import torch.distributed as dist
 from softmask.data import CaptionTokenizer
 from softmask.models import SoftMaskPP, SpecialIds
 from softmask.train.config import Config, ConfigError, flatten, load_config, save_config
+from softmask.train.resharding import load_resharded, read_weights
 
 COMPLETE = re.compile(r"step_\d{8,}")
-MODEL_FILE = "mp_rank_00_model_states.pt"
 # Keys that may change when a run goes on; all others of `model` and `data` must stay as they were.
 FREE_KEYS = (
     "data.workers",
@@ -34,7 +34,7 @@ FREE_KEYS = (
     "model.text.checkpoint",  # only for fresh weights
     "model.vision.checkpoint",
 )
-FIXED_KEYS = ("seed", "train.batch_size", "train.accumulation", "train.precision", "optimizer.lr_scales")
+FIXED_KEYS = ("seed", "train.accumulation", "train.precision", "optimizer.lr_scales")
 
 
 class CheckpointError(RuntimeError):
@@ -132,36 +132,50 @@ def _prune(folder: Path, keep: int) -> None:
         shutil.rmtree(doomed)
 
 
-def load_checkpoint(engine: Any, checkpoint: Path) -> tuple[Progress, dict[str, Any]]:
+def load_checkpoint(engine: Any, checkpoint: Path, config: Config) -> tuple[Progress, dict[str, Any]]:
     """Put a checkpoint's state into the engine; returns the progress and all of trainer.json.
+
+    One that another number of ranks or another ZeRO stage wrote is put together by parameter.
 
     Raises:
         CheckpointError: files that lack or cannot be read, or parameters that do not fit.
     """
     state = read_json(checkpoint / "trainer.json")
     try:
-        loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+        if not _same_layout(checkpoint, state, config):
+            load_resharded(engine, checkpoint, config.optimizer)
+        elif engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)[0] is None:
+            raise FileNotFoundError("DeepSpeed found no state in it")
     except (OSError, EOFError, pickle.UnpicklingError, RuntimeError, KeyError) as error:
         raise CheckpointError(f"{checkpoint}: cannot be loaded: {_first_line(error)}") from error
-    if loaded is None:
-        raise CheckpointError(f"{checkpoint}: DeepSpeed found no state in it")
     names = [item.name for item in dataclasses.fields(Progress)]
     return Progress(**{name: state[name] for name in names}), state
 
 
+def _same_layout(checkpoint: Path, state: dict[str, Any], config: Config) -> bool:
+    """Whether DeepSpeed's files are those that this run would write. Stages 1 and 2 write the same."""
+    saved = load_config(checkpoint / "config.yaml")
+    kinds = [min(stage, 1) + (stage == 3) for stage in (saved.zero_stage, config.zero_stage)]
+    return kinds[0] == kinds[1] and state["world_size"] == dist.get_world_size()
+
+
 def check_resumable(checkpoint: Path, config: Config, *, world_size: int) -> None:
-    """Refuse a checkpoint that another model, other data or another distribution made.
+    """Refuse a checkpoint that another model, other data or another order of the data made.
 
     Raises:
         CheckpointError: naming every key that differs, with both values.
     """
     saved = load_config(checkpoint / "config.yaml")
     differences = config_differences(saved, config)
-    made_by = read_json(checkpoint / "trainer.json").get("world_size")
-    if made_by != world_size:
-        differences.append(f"number of ranks (was {made_by}, now {world_size})")
-    if bool(saved.zero_stage) != bool(config.zero_stage):
-        differences.append(f"deepspeed.zero_optimization.stage (was {saved.zero_stage}, now {config.zero_stage})")
+    made_by = read_json(checkpoint / "trainer.json").get("world_size", 0)
+    old, new = saved.train.batch_size, config.train.batch_size
+    if made_by * old != world_size * new:
+        if old != new:
+            differences.append(f"train.batch_size (was {old}, now {new})")
+        if made_by != world_size:
+            differences.append(f"number of ranks (was {made_by}, now {world_size})")
+            product = f"was {made_by * old}, now {world_size * new}; the order of the data follows from it"
+            differences.append(f"train.batch_size * ranks ({product})")
     if differences:
         raise CheckpointError(f"{checkpoint}: made with another configuration: {', '.join(differences)}")
 
@@ -215,7 +229,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[So
     )
     try:
         tokenizer = CaptionTokenizer.load(checkpoint / "tokenizer")
-        state = torch.load(checkpoint / MODEL_FILE, map_location="cpu", weights_only=False, mmap=True)["module"]
+        state = read_weights(checkpoint)
     except (OSError, EOFError, ValueError, RuntimeError, pickle.UnpicklingError, KeyError) as error:
         raise CheckpointError(f"{checkpoint}: cannot be read: {_first_line(error)}") from error
     model = build_model(dataclasses.replace(config, model=bare), tokenizer)

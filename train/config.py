@@ -36,7 +36,7 @@ OWNED_DEEPSPEED_KEYS = {
     "activation_checkpointing": "train.activation_checkpointing",
     "tensorboard": "output (a run's folder always holds tensorboard/)",
 }
-ZERO_STAGES = (0, 1, 2)
+ZERO_STAGES = (0, 1, 2, 3)
 
 
 class ConfigError(ValueError):
@@ -113,7 +113,7 @@ class Config:
         for key in self.deepspeed:
             if key in OWNED_DEEPSPEED_KEYS:
                 raise ValueError(f"deepspeed.{key}: set by this configuration, use {OWNED_DEEPSPEED_KEYS[key]} instead")
-        _require(self.zero_stage in ZERO_STAGES, "deepspeed.zero_optimization.stage", "0, 1 or 2", self.zero_stage)
+        _require(self.zero_stage in ZERO_STAGES, "deepspeed.zero_optimization.stage", "0, 1, 2 or 3", self.zero_stage)
         if self.data.image_size != self.model.vision.image_size:
             raise ValueError(
                 f"data.image_size: expected model.vision.image_size = {self.model.vision.image_size}, "

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from softmask.train.config import Config
@@ -22,10 +23,9 @@ AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}
 def start_distributed() -> None:
     """Choose the accelerator, complete the environment of a single process and join the process group.
 
-    Called before anything imports DeepSpeed, which chooses its accelerator on import.
+    Called before anything imports DeepSpeed.
     """
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    choose_accelerator()
     if "RANK" not in os.environ:
         single = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_SIZE": 1}
         single |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
@@ -41,6 +41,12 @@ def start_distributed() -> None:
     deepspeed.init_distributed(verbose=False)
 
 
+def choose_accelerator() -> None:
+    """Spare DeepSpeed, which chooses its accelerator on import, the search for one."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -52,7 +58,7 @@ class GradientGuard:
 
     DeepSpeed 0.19's own scaling under torch_autocast clips scaled gradients by the unscaled norm, updates the scale
     once per parameter group, and neither lowers it after a skipped step nor saves it; its clipping at stage 0 fails on
-    parameters without dimensions. Here one scale belongs to the step. ZeRO 1 and 2 divide by it, clip and skip
+    parameters without dimensions. Here one scale belongs to the step. ZeRO 1 to 3 divide by it, clip and skip
     themselves (`override_loss_scale`); at stage 0 the engine calls this object as its gradient scaler.
     """
 
@@ -154,17 +160,55 @@ def create_engine(model: nn.Module, config: Config, *, steps: int) -> tuple[Any,
     )
     # DeepSpeed prepares its backward in hooks on the output's tensors, and looks for them in tuples, not dataclasses.
     model.register_forward_hook(lambda _module, _inputs, output: (output.loss, output))
+    section = deepspeed_config(config, parameters=parameters)
     with _scalars_kept_from_broadcast(model):
+        if config.zero_stage == 3:
+            _partition(model, section)
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
             lr_scheduler=scheduler_factory(options, steps=steps),
-            config=deepspeed_config(config, parameters=parameters),
+            config=section,
             dist_init_required=False,
         )
     guard = GradientGuard(dynamic=config.train.precision == "fp16", clip_grad=config.train.clip_grad)
     guard.attach(engine)
     return engine, guard
+
+
+def _partition(model: nn.Module, section: dict[str, Any]) -> None:
+    """Leave each rank its share of every parameter, as `deepspeed.initialize` would at stage 3, without the broadcast
+    of parameters that have no dimensions (see `_scalars_kept_from_broadcast`)."""
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    class Partition(Init):
+        def _zero_init_param(self, param: nn.Parameter) -> None:
+            if param.ndim:
+                super()._zero_init_param(param)
+            else:
+                self._convert_to_deepspeed_param(param)
+                param.partition()
+
+    Partition(module=model, config_dict_or_path=section)
+    for parameter in model.parameters():
+        _, owned = own_range(parameter)
+        parameter.ds_tensor[owned:].zero_()  # else equal runs write unequal padding into their checkpoints
+    for module in model.modules():
+        # DeepSpeed fetches a module's parameters for as many backward passes as it had forward passes. The gradient
+        # that the word map takes in the middle of the forward pass is one more; this count never ends.
+        module.applied_pre_backward_ref_cnt = 1 << 62
+
+
+def own_range(parameter: nn.Parameter) -> tuple[int, int]:
+    """First and number of a parameter's elements that this rank holds at ZeRO stage 3; what follows is padding."""
+    width = parameter.ds_tensor.numel()
+    start = min(dist.get_rank() * width, parameter.ds_numel)
+    return start, min(width, parameter.ds_numel - start)
+
+
+def full_size(parameter: nn.Parameter) -> int:
+    """Number of a parameter's elements, on all ranks together at ZeRO stage 3."""
+    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 @contextmanager

@@ -53,7 +53,8 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
             )
     groups: dict[tuple[float, bool], dict] = {}
     for name, parameter in trained.items():
-        scale, decayed = _lr_scale(name, config.lr_scales), parameter.ndim >= 2 and not name.endswith("bias")
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # at ZeRO stage 3 the parameter itself is empty
+        scale, decayed = _lr_scale(name, config.lr_scales), len(shape) >= 2 and not name.endswith("bias")
         group = {"params": [], **group_options(config, lr_scale=scale, decayed=decayed)}
         groups.setdefault((scale, decayed), group)["params"].append(parameter)
     return [groups[key] for key in sorted(groups, reverse=True)]

@@ -31,7 +31,7 @@ from softmask.train.checkpoint import (
     write_json,
 )
 from softmask.train.config import Config, ConfigError, save_config
-from softmask.train.engine import apply_hyperparameters, create_engine, start_distributed
+from softmask.train.engine import apply_hyperparameters, create_engine, full_size, start_distributed
 from softmask.train.logs import RunLog, clock, say
 from softmask.train.schedule import alpha_at, lr_factor, seed_everything
 
@@ -122,7 +122,7 @@ class Trainer:
         self._encoder_buffers = [*self.model.backbone.buffers(), *self.model.twin.buffers()]
         self.progress = Progress()
         if checkpoint is not None:
-            self.progress, state = load_checkpoint(self.engine, checkpoint)
+            self.progress, state = load_checkpoint(self.engine, checkpoint, config)
             self.guard.load_state_dict(state["loss_scale"])
             apply_hyperparameters(self.engine, config)
         self.finished = False
@@ -145,7 +145,7 @@ class Trainer:
         if self.rank:
             return
         options = self.config.train
-        trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        trained = sum(full_size(parameter) for parameter in self.model.parameters() if parameter.requires_grad)
         batch = options.batch_size * options.accumulation * self.world_size
         parts = f"{options.batch_size} x {options.accumulation} accumulated x {self.world_size} ranks"
         steps_per_epoch = self.batches_per_epoch / options.accumulation

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -55,7 +56,7 @@ class Backbone(nn.Module):
 
     def predict_tokens(self, states: Tensor) -> Tensor:
         """Fused states of any leading shape [..., D] -> logits [..., vocabulary]."""
-        return self.mlm_head(states, self.text.embeddings.word.weight)
+        return self.mlm_head(states, self.text.embeddings.word)
 
     def set_activation_checkpointing(self, enable: bool) -> None:
         self.vision.set_activation_checkpointing(enable)
@@ -71,6 +72,22 @@ def momentum_twin(backbone: Backbone) -> Backbone:
 @torch.no_grad()
 def update_twin(twin: Backbone, backbone: Backbone, momentum: float) -> None:
     """twin = momentum * twin + (1 - momentum) * backbone, in place; buffers are copied."""
-    torch._foreach_lerp_(list(twin.parameters()), [p.detach() for p in backbone.parameters()], 1.0 - momentum)
+    ours, theirs = (list(_storages(part)) for part in (twin, backbone))
+    torch._foreach_lerp_(ours, theirs, 1.0 - momentum)
     for ours, theirs in zip(twin.buffers(), backbone.buffers(), strict=True):
         ours.copy_(theirs)
+
+
+def _storages(part: nn.Module) -> Iterator[Tensor]:
+    """What holds the values of every parameter on this rank.
+
+    DeepSpeed's ZeRO stage 3 leaves a rank its share of a parameter in `ds_tensor`, the same elements of twin and
+    student. The parameter itself is empty or, when it is small, the whole that every rank keeps from step to step:
+    a copy, or with one rank a view of the share.
+    """
+    for parameter in part.parameters():
+        share = getattr(parameter, "ds_tensor", None)
+        if share is not None:
+            yield share
+        if parameter.numel() and (share is None or parameter.data_ptr() != share.data_ptr()):
+            yield parameter.detach()

@@ -106,7 +106,10 @@ class TextEncoder(nn.Module):
 
 
 class MLMHead(nn.Module):
-    """states [M, D] -> logits [M, vocabulary]; the decoder's weight is the word embedding."""
+    """states [M, D] -> logits [M, vocabulary]; the decoder's weight is the word embedding's.
+
+    It comes as a module: at ZeRO stage 3 DeepSpeed fetches a weight for the module in whose forward it is looked up.
+    """
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -114,8 +117,8 @@ class MLMHead(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
-    def forward(self, states: Tensor, word_embedding: Tensor) -> Tensor:
-        return F.linear(self.norm(F.gelu(self.dense(states))), word_embedding, self.bias)
+    def forward(self, states: Tensor, word_embedding: nn.Embedding) -> Tensor:
+        return F.linear(self.norm(F.gelu(self.dense(states))), word_embedding.weight, self.bias)
 
 
 def initialize(module: nn.Module, *, std: float) -> None:
