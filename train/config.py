@@ -102,6 +102,7 @@ class Config:
     output: str
     train: TrainConfig
     seed: int = 0
+    init: str = ""  # a run or checkpoint whose weights (and, without data.tokenizer, tokenizer) a new run begins with
     model: SoftMaskPPConfig = field(default_factory=SoftMaskPPConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -26,12 +26,14 @@ from softmask.train.checkpoint import (
     Progress,
     build_model,
     check_resumable,
+    find_checkpoint,
     load_checkpoint,
     save_checkpoint,
     write_json,
 )
 from softmask.train.config import Config, ConfigError, save_config
 from softmask.train.engine import apply_hyperparameters, create_engine, full_size, start_distributed
+from softmask.train.initial import start_from
 from softmask.train.logs import RunLog, clock, say
 from softmask.train.schedule import alpha_at, lr_factor, seed_everything
 
@@ -83,6 +85,8 @@ def _write_tokenizer(config: Config, source: Source, checkpoint: Path | None) ->
     final = Path(config.output) / "tokenizer"
     partial = final.with_name("tokenizer.tmp")
     given = checkpoint / "tokenizer" if checkpoint is not None else config.data.tokenizer
+    if not given and config.init:
+        given = find_checkpoint(config.init) / "tokenizer"
     for folder in (partial, final):
         if folder.exists():
             shutil.rmtree(folder)
@@ -106,6 +110,8 @@ class Trainer:
             torch.utils.deterministic.fill_uninitialized_memory = False  # finds bugs, costs a pass over every buffer
         torch.manual_seed(config.seed)  # the same weights on every rank
         model = build_model(config, tokenizer)
+        if config.init and checkpoint is None:
+            start_from(model, config.init)
         model.set_activation_checkpointing(config.train.activation_checkpointing)
         options = {"batch_size": config.train.batch_size, "rank": self.rank, "world_size": self.world_size}
         self._loader = lambda start: Loader(

@@ -1,0 +1,81 @@
+"""The full-size configurations: they load, build models of the published size, and one begins where another ended."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from train_fixtures import ROOT, make_config, make_trainer, run_here, write_shard
+
+from softmask.models import SoftMaskPP, SpecialIds
+from softmask.train.checkpoint import CheckpointError
+from softmask.train.config import Config, load_config
+from softmask.train.initial import start_from
+
+BERT = SpecialIds(pad=0, cls=101, sep=102, mask=103)
+CONFIGS = ROOT / "train" / "configs"
+BASE = ["albef_base.yaml", "softmask_base.yaml", "softmask_retrieval_384.yaml"]
+
+
+def load(name: str) -> Config:
+    return load_config(CONFIGS / name, ["model.text.vocab_size=30522"])
+
+
+@pytest.mark.parametrize("name", BASE)
+def test_full_size(name: str) -> None:
+    """ViT-B/16 (86 million weights) and BERT-base (109.5) with six cross-attentions (14.2), projections and heads."""
+    config = load(name)
+    with torch.device("meta"):
+        model = SoftMaskPP(config.model, special_ids=BERT)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert trained == pytest.approx(209.9e6, rel=2e-3)
+    assert model.num_prefix_tokens == 1 and model.patch_grid == (config.data.image_size // 16,) * 2
+    assert model.contrast.image_queue.shape == (65536, 256)
+    assert (config.train.precision, config.model.momentum, config.model.alpha) == ("bf16", 0.995, 0.4)
+
+
+def test_what_the_papers_add_and_leave() -> None:
+    albef, softmask, retrieval = (load(name) for name in BASE)
+    assert (albef.model.soft_mask, albef.model.gamma, albef.model.mask_text) == (False, 0.0, "mlm")
+    assert (softmask.model.soft_mask, softmask.model.gamma, softmask.data.distort) == (True, 2.0, True)
+    for config in (albef, softmask):
+        optimizer = config.optimizer
+        assert (optimizer.lr, optimizer.min_lr, optimizer.warmup_steps) == (1e-4, 1e-5, 2000)
+        assert (optimizer.weight_decay, config.train.batch_size, config.train.epochs) == (0.02, 64, 30)
+    assert retrieval.init == softmask.output and retrieval.model.share_positives
+    assert retrieval.model.weights.mlm == 0.0 and retrieval.optimizer.lr == 1e-5
+
+
+VIT = ["model.vision.name=vit_tiny_patch16_224", "train.steps=1", "train.batch_size=4"]
+
+
+def test_a_run_begins_with_the_weights_of_another(tmp_path: Path) -> None:
+    """Weights, twin, queue and tokenizer; position embeddings for larger pictures. The heads of MLM are not trained."""
+    write_shard(tmp_path / "train.tar")
+    first = run_here(make_config(tmp_path, *VIT, f"output={tmp_path / 'first'}"))
+    larger = ["model.vision.image_size=64", "data.image_size=64", "model.weights.mlm=0", "model.mask_text=mlm"]
+    config = make_config(tmp_path, *VIT, *larger, f"output={tmp_path / 'second'}", f"init={tmp_path / 'first'}")
+    second = make_trainer(config)
+    before, after = (trainer.model.state_dict() for trainer in (first, second))
+    for name, tensor in before.items():
+        if name.endswith("pos_embed"):
+            assert after[name].shape == (1, 17, 192) and torch.equal(after[name][:, :1], tensor[:, :1])
+        else:
+            assert torch.equal(after[name], tensor), name
+    assert (tmp_path / "second" / "tokenizer" / "tokenizer.json").read_bytes() == (
+        tmp_path / "first" / "tokenizer" / "tokenizer.json"
+    ).read_bytes()
+    second.run()
+    head = {name for name in after if name.startswith("backbone.mlm_head.")}
+    trained = second.model.state_dict()
+    assert all(torch.equal(trained[name], before[name]) for name in head if not name.endswith("dense.weight"))
+    assert not torch.equal(trained["itm_head.weight"], before["itm_head.weight"])
+
+    other = make_trainer(make_config(tmp_path, *VIT, "model.text.width=64", f"output={tmp_path / 'third'}"))
+    with pytest.raises(
+        CheckpointError, match=r"not the model of this configuration, \d+ differ: .* has shape .* expected"
+    ):
+        start_from(other.model, tmp_path / "first")
+    with pytest.raises(CheckpointError, match="no such folder"):
+        start_from(other.model, tmp_path / "nowhere")
