@@ -1,7 +1,8 @@
 """Checkpoints of any ZeRO stage and number of ranks, read by parameter name and put into an engine of another.
 
-DeepSpeed 0.19's universal checkpoints do not cover it: stage 0 writes no file that its converter reads, a conversion
-has no frozen parameters (the momentum twin), and stage 3 gives every parameter group the first one's rates on loading.
+DeepSpeed 0.19's universal checkpoints do not do it: their converter finds no file to read at stage 0 and fails on a
+parameter without dimensions at stages 1 and 2; what it makes of stage 3 loads at stage 3 only, without momentum twin,
+queue and running statistics, and with the first parameter group's weight decay for all.
 
 What DeepSpeed writes: up to stage 2 all weights and buffers in one file, which at stage 0 holds the moments too; at
 stages 1 and 2 every rank's piece of each group's flattened moments; at stage 3 every rank's piece of each parameter.
