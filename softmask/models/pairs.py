@@ -79,6 +79,18 @@ def split_first(states: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
     return states[first], states[others]
 
 
+def row_numbers(tensor: Tensor) -> Tensor:
+    """0 .. len - 1, on the tensor's device."""
+    return torch.arange(len(tensor), device=tensor.device)
+
+
+def first_tokens(attention_mask: Tensor) -> Tensor:
+    """Where CLS stands: [B, T] bool."""
+    first = torch.zeros_like(attention_mask, dtype=torch.bool)
+    first[:, 0] = True
+    return first
+
+
 def _cat(name: str, kinds: list[Pairs]) -> Tensor:
     return torch.cat([getattr(kind, name) for kind in kinds])
 

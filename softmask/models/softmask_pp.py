@@ -20,11 +20,12 @@ from softmask.data import Batch
 from .backbone import Backbone, Encoded, momentum_twin, update_twin
 from .bert import at_least_fp32, initialize
 from .config import MAX_TEMPERATURE, MIN_TEMPERATURE, SoftMaskPPConfig, SpecialIds
-from .fusion import CrossRecord, ImageKeys
+from .fusion import CrossRecord
+from .maps import MapSource
 from .masking import IGNORE, mask_tokens, pick_words, sample_negatives, word_positions
 from .mlm import masked_token_loss
 from .packing import HostInts, Packing
-from .pairs import Pairs, Prepared, fuse, split_first
+from .pairs import Pairs, Prepared, first_tokens, fuse, row_numbers, split_first
 
 MAX_WORD_TOKENS = 8  # of a longer word, the map is the mean over its first tokens
 
@@ -58,15 +59,6 @@ class Step:
     text: Encoded
     image_teacher: Encoded
     text_teacher: Encoded
-
-
-@dataclass
-class MapSource:
-    """What word maps are made from: matching logits [N, 2], the record of the map's layer and all layers' keys."""
-
-    match: Tensor
-    record: CrossRecord | None
-    keys: list[ImageKeys]
 
 
 class SoftMaskPP(nn.Module):
@@ -228,7 +220,7 @@ class SoftMaskPP(nn.Module):
         match = self.itm_head(cls)
         key_weight = None
         if self.config.soft_mask:
-            source = self._map_source(positive, student, teacher, MapSource(match, record, student.keys))
+            source = self._map_source(positive, student, teacher, self._source(match, record, student))
             key_weight = self._soft_mask(source, step)
         kinds = self._other_pairs(step, hard_text, hard_image, hard_tokens.read()[0], key_weight)
         kinds += [masked_pairs] if self._masked_pass else []
@@ -242,12 +234,12 @@ class SoftMaskPP(nn.Module):
         return Prepared.of(backbone.fusion, image.tokens, text.tokens, step.captions)
 
     def _positive_pairs(self, step: Step) -> Pairs:
-        own = _rows(step.batch.images)
-        return Pairs(own, own, step.tokens, _first_tokens(step.batch.attention_mask), len(own))
+        own = row_numbers(step.batch.images)
+        return Pairs(own, own, step.tokens, first_tokens(step.batch.attention_mask), len(own))
 
     def _masked_pairs(self, step: Step) -> Pairs:
         """The captions that MLM reads, with their images."""
-        own = _rows(step.batch.images)
+        own = row_numbers(step.batch.images)
         texts = own + len(own) if self._masked_pass else own
         return Pairs(texts, own, step.tokens, step.labels != IGNORE, step.chosen.read()[0])
 
@@ -258,7 +250,7 @@ class SoftMaskPP(nn.Module):
 
         The soft term's other negative, (hard image, text), is the first of them again.
         """
-        own, cls = _rows(step.batch.images), _first_tokens(step.batch.attention_mask)
+        own, cls = row_numbers(step.batch.images), first_tokens(step.batch.attention_mask)
         kinds = [
             Pairs(own, hard_image, step.tokens, cls, len(own)),
             Pairs(hard_text, own, hard_tokens, cls, len(own)),
@@ -290,26 +282,10 @@ class SoftMaskPP(nn.Module):
         else:
             fusion, prepared = self.backbone.fusion, student.detach()
         (cls,), record = fuse(fusion, prepared, [positive], record_layer=layer, grad_from=layer)
-        return MapSource(self.itm_head(cls), record, prepared.keys)
+        return self._source(self.itm_head(cls), record, prepared)
 
-    def _word_maps(
-        self, source: MapSource, word_index: Tensor, *, gradient: bool = True, normalize: str | None
-    ) -> Tensor:
-        """Maps [B, W, P'] of the source's pairs; Grad-CAM of the raw match logit, or the attention alone."""
-        record, image = source.record, source.keys[self.config.cam_layer]
-        options = {}
-        if gradient:
-            score = at_least_fp32(source.match[:, 1]).sum()
-            (grad_output,) = torch.autograd.grad(score, record.output, retain_graph=True)
-            options = {"value": image.value, "grad_output": grad_output, "value_bias": record.value_bias}
-        return ops.word_attention(
-            record.query,
-            image.key,
-            word_index,
-            num_prefix_tokens=self.num_prefix_tokens,
-            normalize=normalize,
-            **options,
-        )
+    def _source(self, match: Tensor, record: CrossRecord, prepared: Prepared) -> MapSource:
+        return MapSource(match, record, prepared.keys[self.config.cam_layer], self.num_prefix_tokens)
 
     def _soft_mask(self, source: MapSource, step: Step) -> Tensor:
         """Weight [B, P] of every image token for one random real word of the caption; CLS keeps weight 1."""
@@ -317,7 +293,7 @@ class SoftMaskPP(nn.Module):
         allowed = input_ids == batch.input_ids  # a word that was masked or replaced is not in the caption read
         word = pick_words(batch.word_ids, allowed & (input_ids != self.special_ids.mask))
         index = word_positions(batch.word_ids, word, max_tokens=MAX_WORD_TOKENS)
-        maps = self._word_maps(source, index[:, None], normalize=self.config.normalize)
+        maps = source.maps(index[:, None], normalize=self.config.normalize)
         return F.pad(1.0 - self.config.strength * maps[:, 0], (self.num_prefix_tokens, 0), value=1.0)
 
     # -- masked language modelling --------------------------------------------------------------------------------
@@ -350,7 +326,7 @@ class SoftMaskPP(nn.Module):
         self, image_tokens: Tensor, text_tokens: Tensor, attention_mask: Tensor, *, kv_index: Tensor | None = None
     ) -> Tensor:
         """Matching logits [N, 2] (class 1: they match) of N captions' tokens with the images kv_index [N] names."""
-        return self._fuse_all(image_tokens, text_tokens, attention_mask, kv_index=kv_index).match
+        return self._fuse_all(image_tokens, text_tokens, attention_mask, kv_index=kv_index)[0]
 
     @torch.enable_grad()
     def word_maps(
@@ -373,8 +349,8 @@ class SoftMaskPP(nn.Module):
         with torch.no_grad():
             image_tokens = self.backbone.encode_image(images).tokens
             text_tokens, _ = self.encode_text(input_ids, attention_mask)
-        source = self._fuse_all(image_tokens, text_tokens, attention_mask, record_layer=self.config.cam_layer)
-        return self._word_maps(source, word_index, gradient=kind == "gradcam", normalize=normalize)
+        fused = self._fuse_all(image_tokens, text_tokens, attention_mask, record_layer=self.config.cam_layer)
+        return self._source(*fused).maps(word_index, gradient=kind == "gradcam", normalize=normalize)
 
     def _fuse_all(
         self,
@@ -384,27 +360,16 @@ class SoftMaskPP(nn.Module):
         *,
         kv_index: Tensor | None = None,
         record_layer: int | None = None,
-    ) -> MapSource:
-        """Captions' tokens [N, T, D] with the images kv_index [N] names; without it, each with its own."""
-        packing, own = Packing.of(attention_mask), _rows(text_tokens)
+    ) -> tuple[Tensor, CrossRecord | None, Prepared]:
+        """Matching logits [N, 2] of captions' tokens [N, T, D] with the images that kv_index [N] names, or else each
+        with its own; and what maps need of them."""
+        packing, own = Packing.of(attention_mask), row_numbers(text_tokens)
         fusion = self.backbone.fusion
         prepared = Prepared.of(fusion, image_tokens, packing.pack(text_tokens), packing)
         images = own if kv_index is None else kv_index
-        pairs = Pairs(own, images, packing.size, _first_tokens(attention_mask), len(own))
+        pairs = Pairs(own, images, packing.size, first_tokens(attention_mask), len(own))
         (cls,), record = fuse(fusion, prepared, [pairs], record_layer=record_layer)
-        return MapSource(self.itm_head(cls), record, prepared.keys)
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """0 .. len - 1, on the tensor's device."""
-    return torch.arange(len(tensor), device=tensor.device)
-
-
-def _first_tokens(attention_mask: Tensor) -> Tensor:
-    """Where CLS stands: [B, T] bool."""
-    first = torch.zeros_like(attention_mask, dtype=torch.bool)
-    first[:, 0] = True
-    return first
+        return self.itm_head(cls), record, prepared
 
 
 def _match_loss(*, match: list[Tensor], mismatch: list[Tensor]) -> Tensor:

@@ -1,0 +1,40 @@
+"""Maps of words over the picture, from one cross-attention of a fused pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from softmask import ops
+
+from .bert import at_least_fp32
+from .fusion import CrossRecord, ImageKeys
+
+
+@dataclass
+class MapSource:
+    """Matching logits [N, 2] of pairs, and the cross-attention whose part in them is looked at."""
+
+    match: Tensor
+    record: CrossRecord
+    image: ImageKeys
+    num_prefix_tokens: int
+
+    def maps(self, word_index: Tensor, *, gradient: bool = True, normalize: str | None) -> Tensor:
+        """[N, W, patches] of the words at word_index [N, W, S]: Grad-CAM of the raw match logit, whose backward pass
+        ends at the attention and leaves every `.grad` alone, or the attention by itself."""
+        options = {}
+        if gradient:
+            score = at_least_fp32(self.match[:, 1]).sum()
+            (grad_output,) = torch.autograd.grad(score, self.record.output, retain_graph=True)
+            options = {"value": self.image.value, "grad_output": grad_output, "value_bias": self.record.value_bias}
+        return ops.word_attention(
+            self.record.query,
+            self.image.key,
+            word_index,
+            num_prefix_tokens=self.num_prefix_tokens,
+            normalize=normalize,
+            **options,
+        )
