@@ -10,14 +10,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_fixtures import PRETRAIN, assert_rows_close, different, launch, make_config, rows, run_here, saved_state
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+from train_fixtures import (
+    PRETRAIN,
+    assert_rows_close,
+    different,
+    launch,
+    make_config,
+    make_trainer,
+    rows,
+    run_here,
+    saved_state,
+)
 
 from softmask.train.checkpoint import CheckpointError, check_resumable, find_checkpoint
 from softmask.train.config import load_config, save_config
 
 STAGES = (0, 1, 2, 3)
 NOTHING_KEPT = (  # of the parameters that a module has fetched
-    "{stage: 3, stage3_param_persistence_threshold: 0, stage3_max_live_parameters: 0, stage3_max_reuse_distance: 0}"
+    "{stage: 3, stage3_param_persistence_threshold: 0, stage3_max_live_parameters: 0, stage3_max_reuse_distance: 0, "
+    "stage3_prefetch_bucket_size: 0}"
 )
 CROSSED = {0: 3, 3: 1, 2: 0}  # from stage to stage, 1 and 2 being alike
 # Both ranks run this: every stage once to the end, once stopped at step 2 and resumed, and resumed in another stage.
@@ -88,6 +100,23 @@ def test_stage_3_trains_as_stage_0(tmp_path, overrides: list[str]) -> None:
     run_here(make_config(tmp_path, *common))
     run_here(make_config(tmp_path, *common, *overrides, f"output={tmp_path / 'three'}"))
     assert_rows_close(rows(tmp_path / "three"), rows(tmp_path / "run"))
+
+
+@pytest.mark.usefixtures("plain_linear")
+def test_stage_3_gives_every_parameter_back_after_its_use(tmp_path, monkeypatch) -> None:
+    """The fusion layers', too, which have two backward passes and a third one for the word map."""
+    gathered, fetch = [], PartitionedParameterCoordinator.fetch_sub_module
+
+    def watched(self, module, forward):
+        fetch(self, module, forward)
+        gathered.append(sum(parameter.numel() for parameter in trainer.model.parameters()))
+
+    overrides = [f"deepspeed.zero_optimization={NOTHING_KEPT}", "model.text.fusion_layers=6", "train.steps=2"]
+    trainer = make_trainer(make_config(tmp_path, *overrides))
+    monkeypatch.setattr(PartitionedParameterCoordinator, "fetch_sub_module", watched)
+    trainer.run()
+    largest = max(sum(p.ds_numel for p in m.parameters(recurse=False)) for m in trainer.model.modules())
+    assert max(gathered) < 2 * largest < sum(p.ds_numel for p in trainer.model.parameters()) / 30
 
 
 def test_launcher_passes_the_stop_signal_on(tmp_path) -> None:

@@ -171,6 +171,9 @@ def create_engine(model: nn.Module, config: Config, *, steps: int) -> tuple[Any,
             config=section,
             dist_init_required=False,
         )
+    if config.zero_stage == 3:
+        for module in model.modules():
+            module.register_forward_hook(_release_after_each_backward)
     guard = GradientGuard(dynamic=config.train.precision == "fp16", clip_grad=config.train.clip_grad)
     guard.attach(engine)
     return engine, guard
@@ -197,6 +200,20 @@ def _partition(model: nn.Module, section: dict[str, Any]) -> None:
         # DeepSpeed fetches a module's parameters for as many backward passes as it had forward passes. The gradient
         # that the word map takes in the middle of the forward pass is one more; this count never ends.
         module.applied_pre_backward_ref_cnt = 1 << 62
+
+
+def _release_after_each_backward(module: nn.Module, _inputs: Any, output: Any) -> None:
+    """Forward hook, after DeepSpeed's own. DeepSpeed releases a module's parameters when its inputs have all had their
+    gradient, but counts the inputs of the last forward pass only: a module that was called more than once, as the
+    fusion layers are, would keep its parameters from its second backward pass to the end of the step."""
+    inputs = module.ds_grads_remaining
+
+    def count_again(_gradient: torch.Tensor) -> None:
+        module.ds_grads_remaining = inputs
+
+    for tensor in output if isinstance(output, tuple) else (output,):
+        if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+            tensor.register_hook(count_again)
 
 
 def own_range(parameter: nn.Parameter) -> tuple[int, int]:
