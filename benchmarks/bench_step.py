@@ -124,7 +124,12 @@ def plain(model: SoftMaskPP, batch: Batch, draws: Draws) -> Side:
     return Side(model, batch, losses, recipe.update_momentum, clock)
 
 
-SIDES = {"plain": plain, "engine": engine}
+def engine_without_masks(model: SoftMaskPP, batch: Batch, draws: Draws) -> Side:
+    model.config = replace(model.config, soft_mask=False)
+    return engine(model, batch, draws)
+
+
+SIDES = {"plain": plain, "engine": engine, "no masks": engine_without_masks}
 
 
 # -- values ------------------------------------------------------------------------------------------------------------
@@ -235,6 +240,7 @@ class Measured:
     rest: dict[str, float]  # everything but the image encoder
     faster: float  # the plain step's time over the engine's
     rest_faster: float
+    masks_cost: float  # of the engine's step, over the one without soft masks
     memory: dict[str, float]  # MiB at most beyond weights, gradients and optimizer state
 
     def lines(self) -> Iterator[str]:
@@ -244,6 +250,7 @@ class Measured:
         for label, row in (("all but the image encoder", self.rest), ("step", self.whole), ("peak MiB", self.memory)):
             yield f"{label:<28}" + "".join(f"{row[name]:10.3f}" for name in self.parts)
         yield f"step {self.faster:.2f} x faster, all but the image encoder {self.rest_faster:.2f} x"
+        yield f"soft masks cost {self.masks_cost:.1%} of the step without them"
         yield f"memory {self.memory['engine'] / self.memory['plain']:.2f} of the plain recipe's"
 
 
@@ -271,6 +278,7 @@ def measure(steppers: dict[str, Stepper], *, turns: int) -> Measured:
         rest={name: median(lambda turn, n=name: _rest(turn[n])) for name in steppers},
         faster=median(lambda turn: whole(turn["plain"]) / whole(turn["engine"])),
         rest_faster=median(lambda turn: _rest(turn["plain"]) / _rest(turn["engine"])),
+        masks_cost=median(lambda turn: whole(turn["engine"]) / whole(turn["no masks"])) - 1.0,
         memory={name: harness.peak_mib(stepper) for name, stepper in steppers.items()},
     )
 

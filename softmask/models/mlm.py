@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -11,28 +9,26 @@ from torch.autograd.function import once_differentiable
 CHUNK = 64  # positions whose targets exist at a time
 
 
-def masked_token_loss(
-    logits: Tensor, labels: Tensor, *, teacher: Callable[[slice], Tensor] | None = None, alpha: float = 0.0
-) -> Tensor:
+def masked_token_loss(logits: Tensor, labels: Tensor, *, teacher: Tensor | None = None, alpha: float = 0.0) -> Tensor:
     """``(1 - alpha) CE(logits, labels) + alpha CE(logits, softmax(teacher))``, summed over M positions.
 
-    logits [M, V] fp32 or fp64, labels [M] int64; `teacher(rows)` gives the logits [rows, V] that the twin has there,
-    without gradient, and is asked where alpha > 0. Of all that is [M, V], only the gradient at the logits is kept for
-    the backward pass; targets exist for `CHUNK` positions at a time.
+    logits [M, V] fp32 or fp64, labels [M] int64, teacher [M, V] of any type, without gradient: the twin's logits,
+    needed where alpha > 0. Of all that is [M, V], only the gradient at the logits is kept for the backward pass;
+    targets and probabilities exist for `CHUNK` positions at a time.
     """
     return _SoftCrossEntropy.apply(logits, labels, teacher if alpha > 0 else None, alpha)
 
 
 class _SoftCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits: Tensor, labels: Tensor, teacher: Callable[[slice], Tensor] | None, alpha: float) -> Tensor:
+    def forward(ctx, logits: Tensor, labels: Tensor, teacher: Tensor | None, alpha: float) -> Tensor:
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
         loss = logits.new_zeros(())
         for first in range(0, len(labels), CHUNK):
             rows = slice(first, first + CHUNK)
             target = torch.zeros_like(logits[rows])
             if teacher is not None:
-                torch.softmax(teacher(rows), dim=-1, out=target).mul_(alpha)
+                torch.softmax(teacher[rows].to(logits.dtype), dim=-1, out=target).mul_(alpha)
             hard = torch.full_like(target[:, :1], 1.0 - alpha)
             target.scatter_add_(1, labels[rows, None], hard)
             log_p = logits[rows].log_softmax(dim=-1)

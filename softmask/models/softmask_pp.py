@@ -305,8 +305,8 @@ class SoftMaskPP(nn.Module):
         targets = None
         if step.alpha > 0:
             with torch.no_grad():
-                (seen,), _ = fuse(self.twin.fusion, teacher, [pairs], longest=step.chosen.read()[1])
-            targets = lambda rows: at_least_fp32(self.twin.predict_tokens(seen[rows]))  # noqa: E731
+                (seen,), _ = fuse(self.twin.fusion, teacher, [pairs], longest=max(step.chosen.read()[1], 1))
+                targets = self.twin.predict_tokens(seen)
         return masked_token_loss(logits, labels, teacher=targets, alpha=step.alpha) / max(len(labels), 1)
 
     # -- evaluation -----------------------------------------------------------------------------------------------
