@@ -47,6 +47,7 @@ def test_batch(data):
     for name in ("input_ids", "attention_mask", "word_ids"):
         assert torch.equal(getattr(batch, name), getattr(tokens, name))
     assert batch.image_id.dtype == torch.int64 and batch.skipped == []
+    assert batch.num_tokens == int(tokens.attention_mask.sum())
     moved = batch.to("cpu")
     assert_equal(batch, moved)
 

@@ -78,14 +78,11 @@ class Batch:
     word_ids: Tensor  # [B, T] int64, see TokenBatch
     image_id: Tensor  # [B] int64, equal for captions of the same picture
     skipped: list[str] = field(default_factory=list)  # "shard.tar:key: reason" of samples that were replaced
-    num_tokens: int | None = None  # real ones, known to the host though the mask is on a device
+    num_tokens: int | None = None  # real ones; None: counted where it is asked for, which waits for a device
 
     def to(self, device: torch.device | str) -> Batch:
         """A copy on `device`; asynchronous from pinned memory."""
-        moved = self._map(lambda tensor: tensor.to(device, non_blocking=True))
-        if self.attention_mask.device.type == "cpu":
-            moved.num_tokens = int(self.attention_mask.sum())
-        return moved
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         """A copy in page-locked memory; DataLoader calls this."""
@@ -166,6 +163,7 @@ class _BatchReader:
             word_ids=tokens.word_ids,
             image_id=torch.tensor([record.image_id for record, _ in samples], dtype=torch.int64),
             skipped=skipped,
+            num_tokens=int(tokens.attention_mask.sum()),
         )
 
     def _sample(self, index: int, seed: str, skipped: list[str]) -> tuple[Record, np.ndarray]:
