@@ -17,8 +17,9 @@ from softmask.models.fusion import FusionEncoder, PairIndex
 from softmask.models.packing import Packing
 
 
-def one_sequence(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+def one_sequence(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    by_head = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(*by_head, is_causal=causal).transpose(1, 2)
 
 
 def flash_attn_varlen_func(
@@ -30,6 +31,7 @@ def flash_attn_varlen_func(
     max_seqlen_q: int,
     max_seqlen_k: int,
     dropout_p: float = 0.0,
+    causal: bool = False,
 ) -> Tensor:
     assert dropout_p == 0.0 and q.shape[1] == k.shape[1]
     assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
@@ -39,7 +41,7 @@ def flash_attn_varlen_func(
     bounds = list(starts)
     parts = []
     for (q_begin, k_begin), (q_end, k_end) in zip(bounds, bounds[1:], strict=False):
-        parts.append(one_sequence(q[None, q_begin:q_end], k[None, k_begin:k_end], v[None, k_begin:k_end])[0])
+        parts.append(one_sequence(q[None, q_begin:q_end], k[None, k_begin:k_end], v[None, k_begin:k_end], causal)[0])
     return torch.cat(parts)
 
 
@@ -53,12 +55,18 @@ class BlockDiagonalMask:
         return cls(q_seqlen, kv_seqlen)
 
 
+class BlockDiagonalCausalMask(BlockDiagonalMask):
+    pass
+
+
 def memory_efficient_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_bias: BlockDiagonalMask, p: float = 0.0
 ) -> Tensor:
     assert len(query) == len(key) == len(value) == 1
     longest = (int(starts.diff().max()) for starts in attn_bias.starts)
-    return flash_attn_varlen_func(query[0], key[0], value[0], *attn_bias.starts, *longest, dropout_p=p)[None]
+    causal = isinstance(attn_bias, BlockDiagonalCausalMask)
+    packed = (query[0], key[0], value[0])
+    return flash_attn_varlen_func(*packed, *attn_bias.starts, *longest, dropout_p=p, causal=causal)[None]
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +75,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
         "flash_attn": [flash_attn_varlen_func],
         "xformers": [],
         "xformers.ops": [memory_efficient_attention],
-        "xformers.ops.fmha": [BlockDiagonalMask],
+        "xformers.ops.fmha": [BlockDiagonalMask, BlockDiagonalCausalMask],
     }
     for name, members in functions.items():
         module = ModuleType(name)
@@ -95,6 +103,20 @@ def test_same_attention(library: str, ragged: bool) -> None:
     expected = F.scaled_dot_product_attention(*by_head, attn_mask=masks[1][:, None, None]).transpose(1, 2)[masks[0]]
     packed = queries.pack(query), keys.pack(key), keys.pack(key.sin())
     torch.testing.assert_close(attend(*packed, library=library, queries=queries, keys=keys), expected)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_no_token_sees_a_later_one(library: str, ragged: bool) -> None:
+    torch.manual_seed(0)
+    tokens, mask = torch.randn(4, 7, 3, 8, dtype=torch.float64), torch.ones(4, 7, dtype=torch.bool)
+    mask = some_mask(4, 7) if ragged else mask
+    packing = Packing.of(mask)
+    by_head = [x.transpose(1, 2) for x in (tokens, tokens.cos(), tokens.sin())]
+    seen = mask[:, None, None] & torch.ones(7, 7, dtype=torch.bool).tril()
+    expected = F.scaled_dot_product_attention(*by_head, attn_mask=seen).transpose(1, 2)[mask]
+    packed = (packing.pack(x) for x in (tokens, tokens.cos(), tokens.sin()))
+    torch.testing.assert_close(attend(*packed, library=library, queries=packing, keys=packing, causal=True), expected)
 
 
 @pytest.mark.parametrize("library", ["eager", "flash_attn", "xformers"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -30,19 +31,24 @@ def attend(
     library: str,
     queries: Packing,
     keys: Packing,
+    causal: bool = False,
     dropout: float = 0.0,
 ) -> Tensor:
     """``softmax(query key^T / sqrt(E)) value`` of every sequence by itself.
 
     query [S, H, E] of the N sequences packed as `queries`, key, value [S', H, E] as `keys`, whose sequences have at
-    least one token each. Returns [S, H, E]. sdpa and eager compute on padded copies; the others take packed tokens.
+    least one token each. Returns [S, H, E]. `causal`: queries and keys are the same tokens, and none sees a later one.
+    sdpa and eager compute on padded copies; the others take packed tokens.
     """
     if library == "flash_attn":
-        return _flash_attn(query, key, value, queries, keys, dropout)
+        return _flash_attn(query, key, value, queries, keys, causal, dropout)
     if library == "xformers":
-        return _xformers(query, key, value, queries, keys, dropout)
+        return _xformers(query, key, value, queries, keys, causal, dropout)
     padded = [packing.pad(x).transpose(1, 2) for packing, x in ((queries, query), (keys, key), (keys, value))]
     mask = None if keys.is_full else keys.mask[:, None, None]  # [N, 1, 1, P]
+    if causal:
+        past = torch.ones(queries.length, keys.length, dtype=torch.bool, device=query.device).tril()
+        mask = past if mask is None else mask & past
     if library == "sdpa":
         mixed = F.scaled_dot_product_attention(*padded, attn_mask=mask, dropout_p=dropout)
     else:
@@ -51,13 +57,15 @@ def attend(
 
 
 def _eager(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """query [N, H, T, E], key, value [N, H, P, E], mask [N, 1, 1, P] -> [N, H, T, E]."""
+    """query [N, H, T, E], key, value [N, H, P, E], mask [N, 1, 1 or T, P] -> [N, H, T, E]."""
     logits = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
     logits = logits if mask is None else logits.masked_fill(~mask, float("-inf"))
     return F.dropout(logits.softmax(-1), dropout) @ value
 
 
-def _flash_attn(query: Tensor, key: Tensor, value: Tensor, queries: Packing, keys: Packing, dropout: float) -> Tensor:
+def _flash_attn(
+    query: Tensor, key: Tensor, value: Tensor, queries: Packing, keys: Packing, causal: bool, dropout: float
+) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
     return flash_attn_varlen_func(
@@ -69,14 +77,17 @@ def _flash_attn(query: Tensor, key: Tensor, value: Tensor, queries: Packing, key
         max_seqlen_q=queries.length,
         max_seqlen_k=keys.length,
         dropout_p=dropout,
+        causal=causal,
     )
 
 
-def _xformers(query: Tensor, key: Tensor, value: Tensor, queries: Packing, keys: Packing, dropout: float) -> Tensor:
+def _xformers(
+    query: Tensor, key: Tensor, value: Tensor, queries: Packing, keys: Packing, causal: bool, dropout: float
+) -> Tensor:
     """xformers wants the lengths on the host, and so waits for the device."""
     from xformers.ops import memory_efficient_attention
-    from xformers.ops.fmha import BlockDiagonalMask
+    from xformers.ops.fmha import BlockDiagonalCausalMask, BlockDiagonalMask
 
     lengths = [packing.starts.diff().tolist() for packing in (queries, keys)]
-    bias = BlockDiagonalMask.from_seqlens(*lengths)
+    bias = (BlockDiagonalCausalMask if causal else BlockDiagonalMask).from_seqlens(*lengths)
     return memory_efficient_attention(query[None], key[None], value[None], attn_bias=bias, p=dropout)[0]

@@ -70,6 +70,10 @@ class Packing:
             packed = zeros.index_copy(0, self.place, packed)
         return packed.unflatten(0, self.mask.shape)
 
+    def with_column(self, rows: int) -> Packing:
+        """One token more behind each of the `rows` captions, at [:, T]."""
+        return Packing(F.pad(self.mask, (0, 1), value=True), self.size + rows)
+
     def take(self, rows: Tensor, size: int) -> tuple[Packing, Tensor]:
         """The captions rows [M] with `size` tokens in all, and which of our tokens theirs are, [size]."""
         taken = Packing(self.mask[rows], size)

@@ -200,6 +200,7 @@ class SoftMaskPP(nn.Module):
 
     def _fused_losses(self, step: Step) -> dict[str, Tensor]:
         """Every term that reads words and picture together: itm, itm_soft and mlm."""
+        words = self._words(step)
         hard_text, hard_image = self._hard_negatives(step)
         hard_tokens = HostInts(step.batch.attention_mask.sum(1)[hard_text].sum())
         student = self._prepare(self.backbone, step.image, step.text, step)
@@ -221,7 +222,7 @@ class SoftMaskPP(nn.Module):
         key_weight = None
         if self.config.soft_mask:
             source = self._map_source(positive, student, teacher, self._source(match, record, student))
-            key_weight = self._soft_mask(source, step)
+            key_weight = self._soft_mask(source, words)
         kinds = self._other_pairs(step, hard_text, hard_image, hard_tokens.read()[0], key_weight)
         kinds += [masked_pairs] if self._masked_pass else []
         others, _ = fuse(self.backbone.fusion, student, kinds, longest=max(most_masked, 1))
@@ -287,13 +288,16 @@ class SoftMaskPP(nn.Module):
     def _source(self, match: Tensor, record: CrossRecord, prepared: Prepared) -> MapSource:
         return MapSource(match, record, prepared.keys[self.config.cam_layer], self.num_prefix_tokens)
 
-    def _soft_mask(self, source: MapSource, step: Step) -> Tensor:
-        """Weight [B, P] of every image token for one random real word of the caption; CLS keeps weight 1."""
+    def _words(self, step: Step) -> Tensor:
+        """Token positions [B, S] of one random real word of each caption, -1 pads."""
         batch, input_ids = step.batch, step.input_ids
         allowed = input_ids == batch.input_ids  # a word that was masked or replaced is not in the caption read
         word = pick_words(batch.word_ids, allowed & (input_ids != self.special_ids.mask))
-        index = word_positions(batch.word_ids, word, max_tokens=MAX_WORD_TOKENS)
-        maps = source.maps(index[:, None], normalize=self.config.normalize)
+        return word_positions(batch.word_ids, word, max_tokens=MAX_WORD_TOKENS)
+
+    def _soft_mask(self, source: MapSource, words: Tensor) -> Tensor:
+        """Weight [B, P] of every image token for the word at words [B, S]; CLS keeps weight 1."""
+        maps = source.maps(words[:, None], normalize=self.config.normalize)
         return F.pad(1.0 - self.config.strength * maps[:, 0], (self.num_prefix_tokens, 0), value=1.0)
 
     # -- masked language modelling --------------------------------------------------------------------------------

@@ -143,12 +143,24 @@ class VisionEncoder(nn.Module):
             raise ValueError(f"vision.name: expected a timm ViT with a class token (pool: cls), got {config.name!r}")
         self.width: int = self.vit.embed_dim
         self.patch_grid: tuple[int, int] = tuple(self.vit.patch_embed.grid_size)
+        self.patch_size: int = config.image_size // self.patch_grid[0]
 
     def set_activation_checkpointing(self, enable: bool) -> None:
         self.vit.set_grad_checkpointing(enable)
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.vit.forward_features(images)
+    def forward(self, images: Tensor, *, masked: Tensor | None = None, mask_token: Tensor | None = None) -> Tensor:
+        """With `masked` [B, patches] bool, `mask_token` [D] stands for those patches from the first block on."""
+        if masked is None:
+            return self.vit.forward_features(images)
+
+        def replace(_module: nn.Module, _inputs: tuple, patches: Tensor) -> Tensor:
+            return torch.where(masked[..., None], mask_token.to(patches.dtype), patches)
+
+        hook = self.vit.patch_embed.register_forward_hook(replace)
+        try:
+            return self.vit.forward_features(images)
+        finally:
+            hook.remove()
 
     def pool(self, tokens: Tensor) -> Tensor:
         """tokens [B, P, D] -> [B, D]: the CLS token, or the mean over the patches."""

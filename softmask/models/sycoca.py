@@ -1,0 +1,177 @@
+"""SyCoCa (Ma et al., ICML 2024): CoCa with an image decoder, and masks that follow what the caption speaks of.
+
+One step, as `forward` reads: encode both, contrast, find the patches that the caption speaks of, tell the caption from
+those alone, and paint them again from the rest of the picture and the caption.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from softmask import ops
+from softmask.data import Batch
+
+from .bert import at_least_fp32
+from .config import SpecialIds
+from .mlm import masked_token_loss
+from .packing import Packing
+from .sycoca_config import SyCoCaConfig
+from .transformer import CausalTextEncoder, CrossDecoder
+from .vision import VisionEncoder
+
+MAX_LOGIT_SCALE = 100.0
+
+
+@dataclass
+class SyCoCaOutput:
+    loss: Tensor
+    terms: dict[str, Tensor]  # detached scalars
+
+
+@dataclass
+class Texts:
+    """Captions as the text encoder read them: tokens [S, D], their packing, features."""
+
+    tokens: Tensor
+    packing: Packing
+    feature: Tensor  # [B, embed_dim], normalized
+
+
+class SyCoCa(nn.Module):
+    """The model and its three losses. With `reconstruct` and `caption_masking` off it is CoCa without a pooler.
+
+    The text encoder reads all columns of a batch's captions but the last and the text decoder predicts all but the
+    first, as open_clip's CoCa does: of the longest captions, CLS does not see [SEP].
+    """
+
+    def __init__(self, config: SyCoCaConfig, *, special_ids: SpecialIds) -> None:
+        super().__init__()
+        if config.text.vocab_size <= special_ids.mask:
+            raise ValueError(f"text.vocab_size: expected the tokenizer's, got {config.text.vocab_size}")
+        self.config, self.special_ids = config, special_ids
+        text = config.text
+        self.vision = VisionEncoder(config.vision)
+        shared = {"width": text.width, "heads": text.heads, "library": text.attention}
+        self.text = CausalTextEncoder(
+            vocab_size=text.vocab_size, layers=text.layers, max_positions=text.max_positions, **shared
+        )
+        self.caption_decoder = CrossDecoder(
+            layers=text.decoder_layers, source_width=self.vision.width, causal=True, **shared
+        )
+        self.caption_head = nn.Linear(text.width, text.vocab_size, bias=False)
+        self.image_projection = nn.Linear(self.vision.width, config.embed_dim, bias=False)
+        self.text_projection = nn.Linear(text.width, config.embed_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1.0 / config.temperature)))
+        if config.reconstruct:
+            self._make_image_decoder()
+        for part in (self.text, self.caption_decoder, self.caption_head, self.image_projection, self.text_projection):
+            _initialize(part, std=text.initializer_range)
+
+    def _make_image_decoder(self) -> None:
+        width, config = self.vision.width, self.config
+        self.mask_token = nn.Parameter(torch.empty(width).normal_(std=config.text.initializer_range))
+        self.image_decoder = CrossDecoder(
+            width,
+            config.image_decoder_heads,
+            config.image_decoder_layers,
+            source_width=config.text.width,
+            causal=False,
+            library=config.text.attention,
+        )
+        self.pixel_head = nn.Linear(width, 3 * self.vision.patch_size**2)
+        for part in (self.image_decoder, self.pixel_head):
+            _initialize(part, std=config.text.initializer_range)
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    def forward(self, batch: Batch) -> SyCoCaOutput:
+        config = self.config
+        image = self.vision(batch.images)
+        texts = self._encode_text(batch)
+        feature = self._image_feature(image)
+        group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+        scale = self.logit_scale.exp().clamp(max=MAX_LOGIT_SCALE)
+        losses = {"itc": ops.focal_contrastive_loss(feature, texts.feature, scale, gamma=config.gamma, group=group)}
+        spoken = self._spoken_patches(image, texts) if config.reconstruct or config.caption_masking != "none" else None
+        losses["caption"] = self._caption_loss(batch, texts, self._kept(image, spoken))
+        if config.reconstruct:
+            losses["tgmim"] = self._reconstruction_loss(batch, texts, spoken)
+        loss = sum(getattr(config.weights, name) * term for name, term in losses.items())
+        terms = {name: term.detach() for name, term in losses.items()}
+        return SyCoCaOutput(loss, terms | {"temperature": 1.0 / scale.detach()})
+
+    def _image_feature(self, tokens: Tensor) -> Tensor:
+        return F.normalize(at_least_fp32(self.image_projection(self.vision.pool(tokens))), dim=-1)
+
+    def _encode_text(self, batch: Batch) -> Texts:
+        packing = Packing.of(batch.attention_mask[:, :-1])
+        tokens, cls = self.text(batch.input_ids[:, :-1], packing)
+        return Texts(tokens, packing, F.normalize(at_least_fp32(self.text_projection(cls)), dim=-1))
+
+    @torch.no_grad()
+    def _spoken_patches(self, image: Tensor, texts: Texts) -> Tensor:
+        """bool [B, patches]: those that the caption speaks of most, `mask_ratio` of them; or any."""
+        patches = image[:, self.vision.num_prefix_tokens :]
+        if self.config.masks == "random":
+            noise = torch.rand(patches.shape[:2], device=patches.device)
+            count = round(self.config.mask_ratio * patches.shape[1])
+            return noise.argsort(dim=1).argsort(dim=1) < count
+        tokens = texts.packing.pad(texts.tokens)
+        if self.config.relevance == "projection":
+            patches, tokens = self.image_projection(patches), self.text_projection(tokens)
+        padding = ~texts.packing.mask
+        return ops.attentive_mask(patches, tokens, ratio=self.config.mask_ratio, token_padding_mask=padding)
+
+    def _kept(self, image: Tensor, spoken: Tensor | None) -> Tensor:
+        """The image tokens [B, P', D] that the caption is told from: prefix tokens and, with masks, spoken patches."""
+        if self.config.caption_masking == "none":
+            return image
+        prefix = self.vision.num_prefix_tokens
+        count = round(self.config.mask_ratio * spoken.shape[1])
+        place = torch.nonzero_static(spoken.flatten(), size=len(spoken) * count)[:, 0]
+        patches = image[:, prefix:].flatten(0, 1).index_select(0, place).unflatten(0, (len(spoken), count))
+        return torch.cat([image[:, :prefix], patches], dim=1)
+
+    def _caption_loss(self, batch: Batch, texts: Texts, image: Tensor) -> Tensor:
+        """Cross-entropy of the next token, mean over all that follow a token; padding is never a target."""
+        pictures = Packing.full(*image.shape[:2], image.device)
+        states = self.caption_decoder(texts.tokens, texts.packing, image.flatten(0, 1), pictures)
+        followed = batch.attention_mask[:, 1:]
+        size = texts.packing.size if batch.num_tokens is None else batch.num_tokens - len(followed)
+        chosen = Packing.of(followed & texts.packing.mask, size)
+        labels = chosen.pack(batch.input_ids[:, 1:])
+        logits = at_least_fp32(self.caption_head(states.index_select(0, texts.packing.rank[chosen.place])))
+        return masked_token_loss(logits, labels) / max(len(labels), 1)
+
+    def _reconstruction_loss(self, batch: Batch, texts: Texts, masked: Tensor) -> Tensor:
+        prediction = self.reconstruct(batch.images, masked, texts)
+        options = {"patch_size": self.vision.patch_size, "normalize": self.config.normalize_pixels}
+        return ops.masked_patch_loss(prediction, batch.images, masked, **options)
+
+    def reconstruct(self, images: Tensor, masked: Tensor, texts: Texts) -> Tensor:
+        """Pixels [B, patches, 3 * patch_size**2] of pictures whose masked patches the encoder did not see."""
+        image = self.vision(images, masked=masked, mask_token=self.mask_token)
+        pictures = Packing.full(*image.shape[:2], image.device)
+        states = self.image_decoder(image.flatten(0, 1), pictures, texts.tokens, texts.packing)
+        return self.pixel_head(states.unflatten(0, image.shape[:2])[:, self.vision.num_prefix_tokens :])
+
+    # -- evaluation -----------------------------------------------------------------------------------------------
+
+    def encode_image(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """images [B, 3, S, S] -> tokens [B, P, D], normalized feature [B, embed_dim]."""
+        tokens = self.vision(images)
+        return tokens, self._image_feature(tokens)
+
+
+def _initialize(part: nn.Module, *, std: float) -> None:
+    for module in part.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=std)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,155 @@
+"""SyCoCa: CoCa's losses by open_clip, masks that hide what they should, causal text, gradients everywhere."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from model_fixtures import SPECIAL, VOCABULARY, small_batch
+from torch import Tensor
+
+from softmask.models import ConvViTConfig, VisionConfig
+from softmask.models.packing import Packing
+from softmask.models.sycoca import SyCoCa
+from softmask.models.sycoca_config import CausalTextConfig, SyCoCaConfig
+
+COCA = {"reconstruct": False, "caption_masking": "none"}
+
+
+def small_sycoca(*, vit: str = "conv_vit", width: int = 24, image_size: int = 32, **options) -> SyCoCa:
+    """Weights four times larger than at initialization, so that attention is far from uniform."""
+    torch.manual_seed(0)
+    text = CausalTextConfig(vocab_size=VOCABULARY, width=32, heads=4, layers=2, decoder_layers=2, max_positions=16)
+    vision = VisionConfig(
+        name=vit,
+        image_size=image_size,
+        conv_vit=ConvViTConfig(patch_size=8, width=width, depth=2, heads=2, stem_width=4),
+    )
+    defaults = {"embed_dim": 16, "image_decoder_layers": 1, "image_decoder_heads": 2}
+    model = SyCoCa(SyCoCaConfig(vision=vision, text=text, **(defaults | options)), special_ids=SPECIAL)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and not name.startswith("vision"):
+                parameter.mul_(4.0)
+    return model.double()
+
+
+def dense_logits(model: SyCoCa, batch) -> Tensor:
+    """[B, T - 1, vocabulary] of the caption decoder that sees the whole picture, zeros at padding."""
+    image, texts = model.vision(batch.images), model._encode_text(batch)
+    pictures = Packing.full(*image.shape[:2], image.device)
+    states = model.caption_decoder(texts.tokens, texts.packing, image.flatten(0, 1), pictures)
+    return texts.packing.pad(model.caption_head(states))
+
+
+def test_without_masks_and_reconstruction_the_losses_are_cocas() -> None:
+    open_clip_loss = pytest.importorskip("open_clip.loss")
+    model, batch = small_sycoca(**COCA), small_batch(dtype=torch.float64)
+    output = model(batch)
+    _, image = model.encode_image(batch.images)
+    text = model._encode_text(batch).feature
+    theirs = open_clip_loss.CoCaLoss(caption_loss_weight=2.0, clip_loss_weight=1.0, pad_id=SPECIAL.pad)
+    contrastive, caption = theirs(
+        image, text, dense_logits(model, batch), batch.input_ids[:, 1:], model.logit_scale.exp()
+    )
+    torch.testing.assert_close(output.terms["itc"], contrastive)
+    torch.testing.assert_close(2.0 * output.terms["caption"], caption)
+    torch.testing.assert_close(output.loss, contrastive + caption)
+
+
+def test_no_token_sees_a_later_one_and_cls_sees_all() -> None:
+    model, batch = small_sycoca().eval(), small_batch(dtype=torch.float64)
+    changed = copy.deepcopy(batch)
+    row, last = 1, int(batch.attention_mask[1].sum()) - 1
+    changed.input_ids[row, last - 1] = 4 + (batch.input_ids[row, last - 1] - 3) % (VOCABULARY - 4)
+    before, after = (model._encode_text(one) for one in (batch, changed))
+    one, two = (texts.packing.pad(texts.tokens)[row] for texts in (before, after))
+    torch.testing.assert_close(one[: last - 1], two[: last - 1])
+    assert (one[last - 1] - two[last - 1]).abs().max() > 1e-3
+    assert (before.feature[row] - after.feature[row]).abs().max() > 1e-3
+    torch.testing.assert_close(before.feature[0], after.feature[0])
+
+
+def test_padding_changes_nothing() -> None:
+    model, batch = small_sycoca().eval(), small_batch(dtype=torch.float64)
+    longer = dataclasses.replace(
+        batch,
+        input_ids=F.pad(batch.input_ids, (0, 3), value=SPECIAL.pad),
+        attention_mask=F.pad(batch.attention_mask, (0, 3)),
+    )
+    rows = batch.attention_mask.sum(1) < batch.input_ids.shape[1]  # the longest lose [SEP] where nothing is padded
+    one, two = model._encode_text(batch).feature[rows], model._encode_text(longer).feature[rows]
+    assert rows.any()
+    torch.testing.assert_close(one, two)
+
+
+def test_captions_are_told_from_the_spoken_patches_alone() -> None:
+    model, batch = small_sycoca(), small_batch(dtype=torch.float64)
+    image, texts = model.vision(batch.images).detach().requires_grad_(), model._encode_text(batch)
+    spoken = model._spoken_patches(image, texts)
+    assert (spoken.sum(1) == 8).all()
+    model._caption_loss(batch, texts, model._kept(image, spoken)).backward()
+    seen = image.grad.abs().amax(-1)[:, 1:] > 0
+    assert torch.equal(seen, spoken)
+
+
+def test_what_is_painted_again_was_not_seen() -> None:
+    """Pixels of masked patches change nothing; the caption and the other patches do."""
+    model = small_sycoca(vit="vit_tiny_patch16_224", image_size=64, image_decoder_heads=3).eval()
+    batch = small_batch(dtype=torch.float64)
+    images = torch.randn(6, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    masked = torch.arange(16).expand(6, -1) % 3 == 0
+    pixels = masked.view(6, 1, 4, 4).repeat_interleave(16, 2).repeat_interleave(16, 3)
+    with torch.no_grad():
+        texts, others = model._encode_text(batch), model._encode_text(_shuffled(batch))
+        prediction = model.reconstruct(images, masked, texts)
+        assert prediction.shape == (6, 16, 768)
+        torch.testing.assert_close(model.reconstruct(images.where(~pixels, 9.0), masked, texts), prediction)
+        for changed in (
+            model.reconstruct(images.where(pixels, 9.0), masked, texts),
+            model.reconstruct(images, masked, others),
+        ):
+            assert (changed - prediction).abs().max() > 1e-3
+
+
+def _shuffled(batch):
+    return dataclasses.replace(batch, input_ids=batch.input_ids.flip(0), attention_mask=batch.attention_mask.flip(0))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"masks": "random"}, {"relevance": "tokens", "width": 32}, {"gamma": 2.0}, COCA],
+    ids=str,
+)
+def test_every_parameter_has_a_gradient_and_a_step_helps(options: dict) -> None:
+    model, batch = small_sycoca(**options), small_batch(dtype=torch.float64)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(10):
+        torch.manual_seed(3)
+        output = model(batch)
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+        losses.append(output.loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    expected = {"itc", "caption", "temperature"} | ({"tgmim"} if model.config.reconstruct else set())
+    assert output.terms.keys() == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"masks": "some"}, "masks: expected 'attentive' or 'random', got 'some'"),
+        ({"mask_ratio": 1.0}, "mask_ratio"),
+        ({"caption_masking": "pixels"}, "caption_masking"),
+        ({"temperature": 2.0}, "temperature"),
+    ],
+)
+def test_bad_configuration_names_the_key(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        small_sycoca(**options)
