@@ -19,10 +19,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from softmask.data import CaptionTokenizer
-from softmask.models import SoftMaskPP, SpecialIds
+from softmask.models import SpecialIds
 from softmask.train.config import Config, ConfigError, flatten, load_config, save_config
+from softmask.train.methods import build
 from softmask.train.resharding import load_resharded, read_weights
 
 COMPLETE = re.compile(r"step_\d{8,}")
@@ -182,12 +184,14 @@ def check_resumable(checkpoint: Path, config: Config, *, world_size: int) -> Non
 
 def config_differences(saved: Config, config: Config) -> list[str]:
     """Keys that a resumed run may not change and that differ."""
+    if saved.method != config.method:
+        return [f"method (was {saved.method!r}, now {config.method!r})"]
     old, new = flatten(saved), flatten(config)
     fixed = [key for key in new if key in FIXED_KEYS or (key.startswith(("model.", "data.")) and key not in FREE_KEYS)]
     return [f"{key} (was {old[key]!r}, now {new[key]!r})" for key in fixed if old[key] != new[key]]
 
 
-def build_model(config: Config, tokenizer: CaptionTokenizer) -> SoftMaskPP:
+def build_model(config: Config, tokenizer: CaptionTokenizer) -> nn.Module:
     """The model of a configuration, its vocabulary taken from the tokenizer where the configuration says 0.
 
     Raises:
@@ -208,12 +212,12 @@ def build_model(config: Config, tokenizer: CaptionTokenizer) -> SoftMaskPP:
         )
     ids = SpecialIds(pad=tokenizer.pad_id, cls=tokenizer.cls_id, sep=tokenizer.sep_id, mask=tokenizer.mask_id)
     try:
-        return SoftMaskPP(model, special_ids=ids)
+        return build(model, ids)
     except (ValueError, FileNotFoundError, RuntimeError) as error:  # RuntimeError: timm knows no such model
         raise ConfigError(f"model: {_first_line(error)}") from error
 
 
-def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[SoftMaskPP, CaptionTokenizer, Config]:
+def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Module, CaptionTokenizer, Config]:
     """Model (evaluation mode), tokenizer and configuration of a checkpoint or of a run's newest one.
 
     Raises:
@@ -221,12 +225,11 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[So
     """
     checkpoint = find_checkpoint(path)
     config = load_config(checkpoint / "config.yaml")
-    vision, text = config.model.vision, config.model.text
-    bare = dataclasses.replace(  # its weights come from the checkpoint, not from the files it once started from
-        config.model,
-        vision=dataclasses.replace(vision, checkpoint=""),
-        text=dataclasses.replace(text, checkpoint=""),
-    )
+    bare = config.model  # its weights come from the checkpoint, not from the files it once started from
+    for part in ("vision", "text"):
+        section = getattr(bare, part)
+        if getattr(section, "checkpoint", ""):
+            bare = dataclasses.replace(bare, **{part: dataclasses.replace(section, checkpoint="")})
     try:
         tokenizer = CaptionTokenizer.load(checkpoint / "tokenizer")
         state = read_weights(checkpoint)

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import yaml
 
 from softmask.data import DataConfig
-from softmask.models import SoftMaskPPConfig
+from softmask.models import SoftMaskPPConfig, SyCoCaConfig
 
 # DeepSpeed keys that follow from keys of ours: set in two places, they could disagree.
 OWNED_DEEPSPEED_KEYS = {
@@ -36,6 +36,7 @@ OWNED_DEEPSPEED_KEYS = {
     "activation_checkpointing": "train.activation_checkpointing",
     "tensorboard": "output (a run's folder always holds tensorboard/)",
 }
+MODEL_CONFIGS = {"softmask_pp": SoftMaskPPConfig, "sycoca": SyCoCaConfig}  # by method
 ZERO_STAGES = (0, 1, 2, 3)
 
 
@@ -102,8 +103,9 @@ class Config:
     output: str
     train: TrainConfig
     seed: int = 0
+    method: Literal["softmask_pp", "sycoca"] = "softmask_pp"  # says what `model` configures
     init: str = ""  # a run or checkpoint whose weights (and, without data.tokenizer, tokenizer) a new run begins with
-    model: SoftMaskPPConfig = field(default_factory=SoftMaskPPConfig)
+    model: SoftMaskPPConfig | SyCoCaConfig = field(default_factory=SoftMaskPPConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     deepspeed: dict[str, Any] = field(default_factory=dict)
@@ -141,7 +143,9 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
         _override(tree, override)
     if isinstance(tree.get("deepspeed"), str):
         tree["deepspeed"] = _read_mapping(_beside(path, tree["deepspeed"]), "deepspeed")
-    return _build(Config, tree, "")
+    tree["model"] = tree.get("model") or {}
+    of_method = {"model": MODEL_CONFIGS.get(tree.get("method", "softmask_pp"), SoftMaskPPConfig)}
+    return _build(Config, tree, "", types=of_method)
 
 
 def save_config(config: Config, path: str | Path) -> None:
@@ -200,11 +204,12 @@ def _override(tree: dict[str, Any], override: str) -> None:
     node[last] = "" if value is None else value
 
 
-def _build(cls: type, tree: Any, prefix: str) -> Any:
-    """A dataclass from a mapping; `prefix` is the dotted key of the mapping, with its dot."""
+def _build(cls: type, tree: Any, prefix: str, *, types: dict[str, type] | None = None) -> Any:
+    """A dataclass from a mapping; `prefix` is the dotted key of the mapping, with its dot, `types` those of fields that
+    may be of several."""
     if not isinstance(tree, dict):
         raise ConfigError(f"{prefix[:-1]}: expected a mapping, got {_describe(tree)}")
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls) | (types or {})
     names = [item.name for item in dataclasses.fields(cls)]
     for key in tree:
         if key not in names:

@@ -7,7 +7,7 @@ pattern of WebDataset shards, or a JSON list.
 
 Retrieval takes the first `--pairs` readable samples in the order of the shards (0: all) and reports R@1, R@5 and R@10
 both ways, as fractions, by cosine similarity of the ITC features and with the `--rerank` best of them re-ranked by
-ITM. Captions of one picture are all right answers.
+ITM, where the model has it (SyCoCa has not). Captions of one picture are all right answers.
 
 Grounding takes every sample whose .json holds objects and plays the pointing game with each phrase: does the word's
 map peak inside the object's mask? The format, with mask pixels as COCO's uncompressed run lengths (column-major,
@@ -47,14 +47,16 @@ def retrieval(scorer: Scorer, samples: Iterable[Sample], *, rerank: int) -> dict
     """R@1/5/10 both ways by ITC and by ITM re-ranking, with the gallery's size and the chance level."""
     gallery = scoring.build_gallery(scorer, samples)
     ranking = scoring.rank_both_ways(scorer, gallery, rerank=rerank)
-    return {
+    result = {
         "samples": len(gallery.captions),
         "images": len(gallery.pictures),
-        "rerank": rerank,
         "itc": {way: metrics.recall(rank.itc, rank.relevant) for way, rank in ranking.items()},
-        "itm": {way: metrics.recall(rank.itm, rank.relevant) for way, rank in ranking.items()},
         "chance": {way: metrics.chance_recall(rank.relevant) for way, rank in ranking.items()},
     }
+    if all(rank.itm is not None for rank in ranking.values()):
+        result["rerank"] = rerank
+        result["itm"] = {way: metrics.recall(rank.itm, rank.relevant) for way, rank in ranking.items()}
+    return result
 
 
 @dataclass
@@ -109,9 +111,10 @@ def grounding(scorer: Scorer, samples: Iterable[Sample]) -> dict | None:
 
 
 def evaluate(scorer: Scorer, reader: Reader, *, pairs: int, rerank: int) -> dict:
-    """The "retrieval" and "grounding" sections; the latter is absent where the data has no objects."""
+    """The "retrieval" and "grounding" sections; the latter is absent where the data has no objects or the model no
+    maps."""
     result = {"retrieval": retrieval(scorer, islice(reader.all(), pairs or None), rerank=rerank)}
-    words = grounding(scorer, reader.all())
+    words = grounding(scorer, reader.all()) if hasattr(scorer.model, "word_maps") else None
     return result | ({"grounding": words} if words else {})
 
 
@@ -155,7 +158,7 @@ def summary(result: dict) -> str:
     """The numbers in a few lines for the terminal."""
     section = result["retrieval"]
     lines = [f"retrieval among {section['images']} pictures and {section['samples']} captions, R@1 / R@5 / R@10:"]
-    for stage in ("itc", "itm", "chance"):
+    for stage in [name for name in ("itc", "itm", "chance") if name in section]:
         for way in ("i2t", "t2i"):
             shares = " / ".join(f"{100 * value:5.1f}" for value in section[stage][way].values())
             lines.append(f"  {stage:6s} {way}  {shares} %")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from timm.layers import resample_abs_pos_embed
-from torch import Tensor
+from torch import Tensor, nn
 
 from softmask.models import SoftMaskPP
 from softmask.train.checkpoint import CheckpointError, find_checkpoint
@@ -15,7 +15,7 @@ POSITIONS = "vision.vit.pos_embed"
 QUEUE = "contrast."
 
 
-def start_from(model: SoftMaskPP, path: str | Path) -> None:
+def start_from(model: nn.Module, path: str | Path) -> None:
     """Copy the weights of a run or checkpoint, momentum twin and queue included, into a new model.
 
     Position embeddings of another grid are interpolated; a queue of another length is left as it is.
@@ -25,7 +25,7 @@ def start_from(model: SoftMaskPP, path: str | Path) -> None:
     """
     checkpoint = find_checkpoint(path)
     own, given = model.state_dict(), read_weights(checkpoint)
-    vision = model.backbone.vision
+    vision = model.backbone.vision if isinstance(model, SoftMaskPP) else model.vision
     options = {"new_size": list(vision.patch_grid), "num_prefix_tokens": vision.num_prefix_tokens}
     for name, tensor in own.items():
         if name.endswith(POSITIONS) and name in given and given[name].shape != tensor.shape:

@@ -22,7 +22,7 @@ from softmask.train.config import Config
 
 
 class Model(Protocol):
-    """What is asked of a model here; `softmask.models.SoftMaskPP` has it."""
+    """What is asked of a model here; `softmask.models.SoftMaskPP` has it, `SyCoCa` but `match` and `word_maps`."""
 
     patch_grid: tuple[int, int]
 
@@ -195,16 +195,18 @@ def match_scores(scorer: Scorer, gallery: Gallery, wanted: Tensor) -> Tensor:
 
 @dataclass
 class Ranking:
-    """First-stage (ITC) and re-ranked (ITM) scores; rows are queries."""
+    """First-stage (ITC) and, where the model matches pairs, re-ranked (ITM) scores; rows are queries."""
 
     itc: Tensor
-    itm: Tensor
+    itm: Tensor | None
     relevant: Tensor
 
 
 def rank_both_ways(scorer: Scorer, gallery: Gallery, *, rerank: int) -> dict[str, Ranking]:
     """i2t [I, C] and t2i [C, I]: the `rerank` best of every row by ITC, re-ranked by ITM. Each pair is fused once."""
     similarity, relevant = gallery.similarity, gallery.relevant
+    if not hasattr(scorer.model, "match"):
+        return {"i2t": Ranking(similarity, None, relevant), "t2i": Ranking(similarity.T, None, relevant.T)}
     by_image = metrics.top_candidates(similarity, rerank)
     by_text = metrics.top_candidates(similarity.T, rerank)
     match = match_scores(scorer, gallery, by_image | by_text.T)

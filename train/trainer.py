@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from softmask.data import Batch, CaptionTokenizer, Loader, Source, open_source, train_wordpiece
-from softmask.models import SoftMaskPPOutput
+from softmask.models import SoftMaskPPOutput, SyCoCaOutput
 from softmask.train.checkpoint import (
     Progress,
     build_model,
@@ -35,9 +35,11 @@ from softmask.train.config import Config, ConfigError, save_config
 from softmask.train.engine import apply_hyperparameters, create_engine, full_size, start_distributed
 from softmask.train.initial import start_from
 from softmask.train.logs import RunLog, clock, say
-from softmask.train.schedule import alpha_at, lr_factor, seed_everything
+from softmask.train.methods import step_options
+from softmask.train.schedule import lr_factor, seed_everything
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+Output = SoftMaskPPOutput | SyCoCaOutput
 
 
 class TrainingError(RuntimeError):
@@ -119,13 +121,13 @@ class Trainer:
         )
         self.batches_per_epoch = self._loader(0).batches_per_epoch
         self.steps = self._count_steps()
-        queue, batch = config.model.queue_size, config.train.batch_size * self.world_size
+        queue, batch = getattr(config.model, "queue_size", 0), config.train.batch_size * self.world_size
         if 0 < queue < batch:
             raise ConfigError(f"model.queue_size: expected 0 or at least the batch of all ranks, {batch}, got {queue}")
         self.engine, self.guard = create_engine(model, config, steps=self.steps)
         self.device = self.engine.device
         # BatchNorm's running statistics: the forward pass of a skipped step must leave no trace in them.
-        self._encoder_buffers = [*self.model.backbone.buffers(), *self.model.twin.buffers()]
+        self._statistics = self.model.statistics()
         self.progress = Progress()
         if checkpoint is not None:
             self.progress, state = load_checkpoint(self.engine, checkpoint, config)
@@ -202,13 +204,13 @@ class Trainer:
             if stop:
                 break
 
-    def _step(self, batches: Iterator[Batch]) -> tuple[list[SoftMaskPPOutput], bool]:
+    def _step(self, batches: Iterator[Batch]) -> tuple[list[Output], bool]:
         """One optimizer step. Returns the outputs of its micro-steps, and whether a rank was asked to stop.
 
         A micro-batch whose loss is not finite on some rank is left out on all and the next one takes its place.
         A step whose gradients are not finite (usual in fp16) is left out whole.
         """
-        outputs: list[SoftMaskPPOutput] = []
+        outputs: list[Output] = []
         stop = False
         self.model.update_momentum()
         while True:
@@ -233,18 +235,16 @@ class Trainer:
             self._log.advance()
         return outputs, stop
 
-    def _forward(self, batches: Iterator[Batch]) -> tuple[Tensor | None, SoftMaskPPOutput, bool]:
+    def _forward(self, batches: Iterator[Batch]) -> tuple[Tensor | None, Output, bool]:
         """Loss (None where it is not finite on some rank) and output of the next batch, and the request to stop."""
         with _blocked(STOP_SIGNALS):  # workers inherit the mask and outlive a signal sent to the process group
             batch = next(batches)
         self._skipped += batch.skipped
         seed_everything(self.config.seed, self.progress.micro_batches, self.rank)
         self.progress.micro_batches += 1
-        options = self.config.model
-        alpha = alpha_at(self.progress.step, alpha=options.alpha, warmup_steps=options.alpha_warmup_steps)
-        fuse = self.progress.step >= options.contrast_steps
-        statistics = [(buffer, buffer.clone()) for buffer in self._encoder_buffers]
-        loss, output = self.engine(batch.to(self.device), alpha=alpha, fuse=fuse)
+        statistics = [(buffer, buffer.clone()) for buffer in self._statistics]
+        options = step_options(self.config.model, self.progress.step)
+        loss, output = self.engine(batch.to(self.device), **options)
         flags = torch.stack([~loss.detach().isfinite(), torch.tensor(self._stop_requested, device=self.device)]).float()
         if self.world_size > 1:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
@@ -274,7 +274,7 @@ class Trainer:
 
     # -- logs, checkpoints, signals -----------------------------------------------------------------------------------
 
-    def _log_row(self, outputs: list[SoftMaskPPOutput], *, samples_per_second: float) -> None:
+    def _log_row(self, outputs: list[Output], *, samples_per_second: float) -> None:
         """Means over the step's micro-batches and ranks."""
         names = ["loss", *outputs[0].terms]
         rows = [torch.stack([output.loss.detach(), *output.terms.values()]).double() for output in outputs]

@@ -124,6 +124,10 @@ class SoftMaskPP(nn.Module):
         self.contrast.group = self._group()
         self.contrast.enqueue(output.image_teacher, output.text_teacher, ids=output.image_id)
 
+    def statistics(self) -> list[Tensor]:
+        """What a forward pass in training changes: BatchNorm's running statistics."""
+        return [*self.backbone.buffers(), *self.twin.buffers()]
+
     def _group(self) -> dist.ProcessGroup | None:
         distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         return dist.group.WORLD if distributed else None

@@ -106,12 +106,29 @@ class SyCoCa(nn.Module):
         terms = {name: term.detach() for name, term in losses.items()}
         return SyCoCaOutput(loss, terms | {"temperature": 1.0 / scale.detach()})
 
+    def update_momentum(self) -> None:
+        """Nothing: there is no momentum twin."""
+
+    def enqueue(self, output: SyCoCaOutput) -> None:
+        """Nothing: there is no queue."""
+
+    def statistics(self) -> list[Tensor]:
+        """What a forward pass in training changes: BatchNorm's running statistics."""
+        return list(self.buffers())
+
+    def set_activation_checkpointing(self, enable: bool) -> None:
+        self.vision.set_activation_checkpointing(enable)
+        for part in [self.text, self.caption_decoder] + [self.image_decoder] * self.config.reconstruct:
+            part.activation_checkpointing = enable
+
     def _image_feature(self, tokens: Tensor) -> Tensor:
         return F.normalize(at_least_fp32(self.image_projection(self.vision.pool(tokens))), dim=-1)
 
     def _encode_text(self, batch: Batch) -> Texts:
-        packing = Packing.of(batch.attention_mask[:, :-1])
-        tokens, cls = self.text(batch.input_ids[:, :-1], packing)
+        return self._read(batch.input_ids[:, :-1], Packing.of(batch.attention_mask[:, :-1]))
+
+    def _read(self, input_ids: Tensor, packing: Packing) -> Texts:
+        tokens, cls = self.text(input_ids, packing)
         return Texts(tokens, packing, F.normalize(at_least_fp32(self.text_projection(cls)), dim=-1))
 
     @torch.no_grad()
@@ -163,10 +180,23 @@ class SyCoCa(nn.Module):
 
     # -- evaluation -----------------------------------------------------------------------------------------------
 
+    @property
+    def num_prefix_tokens(self) -> int:
+        return self.vision.num_prefix_tokens
+
+    @property
+    def patch_grid(self) -> tuple[int, int]:
+        return self.vision.patch_grid
+
     def encode_image(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """images [B, 3, S, S] -> tokens [B, P, D], normalized feature [B, embed_dim]."""
         tokens = self.vision(images)
         return tokens, self._image_feature(tokens)
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """input_ids, attention_mask [B, T], whole captions -> tokens [B, T, D], normalized feature [B, embed_dim]."""
+        texts = self._read(input_ids, Packing.of(attention_mask))
+        return texts.packing.pad(texts.tokens), texts.feature
 
 
 def _initialize(part: nn.Module, *, std: float) -> None:

@@ -1,0 +1,26 @@
+"""The published methods that can be trained: what of a configuration, a model and a step is their own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from softmask.models import SoftMaskPP, SoftMaskPPConfig, SpecialIds, SyCoCa, SyCoCaConfig
+from softmask.train.schedule import alpha_at
+
+MODELS = {SoftMaskPPConfig: SoftMaskPP, SyCoCaConfig: SyCoCa}
+
+
+def build(config: SoftMaskPPConfig | SyCoCaConfig, special_ids: SpecialIds) -> nn.Module:
+    """A model with what the trainer calls: forward(batch, **step_options) with the output's loss and terms,
+    update_momentum, enqueue, statistics, set_activation_checkpointing."""
+    return MODELS[type(config)](config, special_ids=special_ids)
+
+
+def step_options(config: SoftMaskPPConfig | SyCoCaConfig, step: int) -> dict[str, Any]:
+    """What of a forward pass follows from the number of the optimizer step."""
+    if isinstance(config, SyCoCaConfig):
+        return {}
+    alpha = alpha_at(step, alpha=config.alpha, warmup_steps=config.alpha_warmup_steps)
+    return {"alpha": alpha, "fuse": step >= config.contrast_steps}
