@@ -45,16 +45,28 @@ def dense_logits(model: SyCoCa, batch) -> Tensor:
     return texts.packing.pad(model.caption_head(states))
 
 
-def test_without_masks_and_reconstruction_the_losses_are_cocas() -> None:
-    open_clip_loss = pytest.importorskip("open_clip.loss")
+def coca_losses(image: Tensor, text: Tensor, logits: Tensor, labels: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Contrastive and caption loss as CoCa weighs them: 1 and 2."""
+    similarity, own = scale * image @ text.T, torch.arange(len(image))
+    contrastive = (F.cross_entropy(similarity, own) + F.cross_entropy(similarity.T, own)) / 2
+    return contrastive, 2.0 * F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=SPECIAL.pad)
+
+
+def open_clips_losses(*arguments: Tensor) -> tuple[Tensor, Tensor]:
+    loss = pytest.importorskip("open_clip.loss").CoCaLoss(
+        caption_loss_weight=2.0, clip_loss_weight=1.0, pad_id=SPECIAL.pad
+    )
+    return loss(*arguments)
+
+
+@pytest.mark.parametrize("losses", [coca_losses, open_clips_losses])
+def test_without_masks_and_reconstruction_the_losses_are_cocas(losses) -> None:
     model, batch = small_sycoca(**COCA), small_batch(dtype=torch.float64)
     output = model(batch)
     _, image = model.encode_image(batch.images)
-    text = model._encode_text(batch).feature
-    theirs = open_clip_loss.CoCaLoss(caption_loss_weight=2.0, clip_loss_weight=1.0, pad_id=SPECIAL.pad)
-    contrastive, caption = theirs(
-        image, text, dense_logits(model, batch), batch.input_ids[:, 1:], model.logit_scale.exp()
-    )
+    features = image, model._encode_text(batch).feature
+    logits, labels = dense_logits(model, batch), batch.input_ids[:, 1:]
+    contrastive, caption = losses(*features, logits, labels, model.logit_scale.exp())
     torch.testing.assert_close(output.terms["itc"], contrastive)
     torch.testing.assert_close(2.0 * output.terms["caption"], caption)
     torch.testing.assert_close(output.loss, contrastive + caption)
