@@ -172,10 +172,6 @@ def check_values(model: SoftMaskPP, batch: Batch, draws: Draws) -> str:
 # -- time, memory, products --------------------------------------------------------------------------------------------
 
 
-def is_vit(part: str) -> bool:
-    return part.startswith(VIT)
-
-
 class Stepper:
     """Whole steps of a side, with its own optimizer; a learning rate of 0 keeps the weights."""
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from softmask.models import SoftMaskPP
 from softmask.train.checkpoint import CheckpointError, find_checkpoint
 from softmask.train.resharding import read_weights
 
@@ -25,8 +24,7 @@ def start_from(model: nn.Module, path: str | Path) -> None:
     """
     checkpoint = find_checkpoint(path)
     own, given = model.state_dict(), read_weights(checkpoint)
-    vision = model.backbone.vision if isinstance(model, SoftMaskPP) else model.vision
-    options = {"new_size": list(vision.patch_grid), "num_prefix_tokens": vision.num_prefix_tokens}
+    options = {"new_size": list(model.patch_grid), "num_prefix_tokens": model.num_prefix_tokens}
     for name, tensor in own.items():
         if name.endswith(POSITIONS) and name in given and given[name].shape != tensor.shape:
             given[name] = resample_abs_pos_embed(given[name], **options)

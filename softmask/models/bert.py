@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .attention import attend
 from .config import TextConfig
 from .packing import Packing, Wanted
+from .running import run
 
 
 def at_least_fp32(values: Tensor) -> Tensor:
@@ -98,10 +98,7 @@ class TextEncoder(nn.Module):
     def forward(self, input_ids: Tensor, packing: Packing) -> Tensor:
         states = self.embeddings(input_ids, packing)
         for layer in self.layers:
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                states = checkpoint(layer, states, packing, use_reentrant=False)
-            else:
-                states = layer(states, packing)
+            states = run(layer, states, packing, again=self.activation_checkpointing)
         return states
 
 

@@ -20,6 +20,18 @@ class SpecialIds:
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 0.5  # ALBEF's
 
 
+def check(config: object, expected: dict[str, tuple[bool, str]]) -> None:
+    """expected: key -> (whether its value is right, what was expected)."""
+    for name, (right, description) in expected.items():
+        if not right:
+            raise ValueError(f"{name}: expected {description}, got {getattr(config, name)!r}")
+
+
+def check_heads(width: int, heads: int) -> None:
+    if width % heads:
+        raise ValueError(f"text.width: expected a multiple of text.heads ({heads}), got {width}")
+
+
 def _check_pool(name: str, pool: str) -> None:
     if pool not in ("cls", "mean"):
         raise ValueError(f"{name}: expected 'cls' or 'mean', got {pool!r}")
@@ -76,8 +88,7 @@ class TextConfig:
     def __post_init__(self) -> None:
         _check_pool("text.pool", self.pool)
         check_library(self.attention)
-        if self.width % self.heads:
-            raise ValueError(f"text.width: expected a multiple of text.heads ({self.heads}), got {self.width}")
+        check_heads(self.width, self.heads)
         if self.fusion_layers < 1:
             raise ValueError(f"text.fusion_layers: expected at least 1, got {self.fusion_layers}")
 
@@ -147,9 +158,7 @@ class SoftMaskPPConfig:
             ),
             "normalize": (self.normalize in ("minmax", "max", "sum"), "'minmax', 'max' or 'sum'"),
         }
-        for name, (right, description) in expected.items():
-            if not right:
-                raise ValueError(f"{name}: expected {description}, got {getattr(self, name)!r}")
+        check(self, expected)
         if self.mask_text not in ("all", "mlm"):
             raise ValueError(f"mask_text: expected 'all' or 'mlm', got {self.mask_text!r}")
         if not 0 <= self.cam_layer < max(self.text.fusion_layers - 1, 1):

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from softmask import ops
 
@@ -19,6 +18,7 @@ from .attention import attend
 from .bert import FeedForward, SelfAttention
 from .config import TextConfig
 from .packing import Packing, Wanted
+from .running import run
 
 
 @dataclass
@@ -153,7 +153,7 @@ class FusionEncoder(nn.Module):
 
     def start(self, states: Tensor, packing: Packing) -> FusionStart:
         """states [S, D] of the text encoder -> what the first layer has before it looks at an image."""
-        return self._run(self.layers[0].start, states, packing)
+        return run(self.layers[0].start, states, packing, again=self.activation_checkpointing)
 
     def forward(
         self,
@@ -174,18 +174,12 @@ class FusionEncoder(nn.Module):
             states, query = (x.index_select(0, wanted.index) for x in (start.states, start.query))
             start = FusionStart(states, query, wanted.packing)
         for number, (layer, image) in enumerate(zip(self.layers, images, strict=True)):
-            keep = number == record_layer or grad_from > 0
+            again = self.activation_checkpointing and number != record_layer and grad_from == 0
             with torch.set_grad_enabled(torch.is_grad_enabled() and number >= grad_from):
                 if number == 0:
-                    states, record = self._run(layer.finish, start, image, pairs, keep=keep)
+                    states, record = run(layer.finish, start, image, pairs, again=again)
                 else:
                     last = wanted if number == len(self.layers) - 1 else None
-                    states, record = self._run(layer, states, packing, image, pairs, last, keep=keep)
+                    states, record = run(layer, states, packing, image, pairs, last, again=again)
             recorded = record if number == record_layer else recorded
         return states, recorded
-
-    def _run(self, function, *arguments, keep: bool = False):
-        """With activation checkpointing, computed again in the backward pass, unless something inside is kept."""
-        if self.activation_checkpointing and torch.is_grad_enabled() and not keep:
-            return checkpoint(function, *arguments, use_reentrant=False)
-        return function(*arguments)

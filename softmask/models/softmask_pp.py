@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -26,6 +25,7 @@ from .masking import IGNORE, mask_tokens, pick_words, sample_negatives, word_pos
 from .mlm import masked_token_loss
 from .packing import HostInts, Packing
 from .pairs import Pairs, Prepared, first_tokens, fuse, row_numbers, split_first
+from .running import all_ranks
 
 MAX_WORD_TOKENS = 8  # of a longer word, the map is the mean over its first tokens
 
@@ -121,16 +121,12 @@ class SoftMaskPP(nn.Module):
 
     def enqueue(self, output: SoftMaskPPOutput) -> None:
         """Put the batch's teacher features (of all ranks) into the queue, after its loss was found finite."""
-        self.contrast.group = self._group()
+        self.contrast.group = all_ranks()
         self.contrast.enqueue(output.image_teacher, output.text_teacher, ids=output.image_id)
 
     def statistics(self) -> list[Tensor]:
         """What a forward pass in training changes: BatchNorm's running statistics."""
         return [*self.backbone.buffers(), *self.twin.buffers()]
-
-    def _group(self) -> dist.ProcessGroup | None:
-        distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        return dist.group.WORLD if distributed else None
 
     def _logit_scale(self) -> Tensor:
         """1 / temperature, clamped in value only: a parameter that left the range can come back."""
@@ -180,7 +176,7 @@ class SoftMaskPP(nn.Module):
         return image, Encoded(tokens, backbone.text_feature(tokens[: packing.size], packing))
 
     def _contrastive(self, step: Step) -> Tensor:
-        self.contrast.group = self._group()
+        self.contrast.group = all_ranks()
         return self.contrast(
             step.image.feature,
             step.text.feature,
@@ -204,18 +200,17 @@ class SoftMaskPP(nn.Module):
 
     def _fused_losses(self, step: Step) -> dict[str, Tensor]:
         """Every term that reads words and picture together: itm, itm_soft and mlm."""
-        words = self._words(step)
+        words = self._words(step) if self.config.soft_mask else None
         hard_text, hard_image = self._hard_negatives(step)
         hard_tokens = HostInts(step.batch.attention_mask.sum(1)[hard_text].sum())
         student = self._prepare(self.backbone, step.image, step.text, step)
-        teacher = None
+        teacher, with_mlm = None, self.config.weights.mlm > 0
         by_twin = self.config.soft_mask and self.config.cam_source == "momentum"
-        if by_twin or (step.alpha > 0 and self.config.weights.mlm > 0):
+        if by_twin or (step.alpha > 0 and with_mlm):
             with torch.no_grad():
                 teacher = self._prepare(self.twin, step.image_teacher, step.text_teacher, step)
         positive, masked_pairs = self._positive_pairs(step), self._masked_pairs(step)
         most_masked = step.chosen.read()[1]
-        with_mlm = self.config.weights.mlm > 0
         read, longest = positive, 1
         if with_mlm and not self._masked_pass:  # MLM reads the positive pairs
             read, longest = positive.with_chosen(masked_pairs), 1 + most_masked

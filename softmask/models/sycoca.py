@@ -10,17 +10,17 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softmask import ops
 from softmask.data import Batch
 
-from .bert import at_least_fp32
+from .bert import at_least_fp32, initialize
 from .config import SpecialIds
 from .mlm import masked_token_loss
 from .packing import Packing
+from .running import all_ranks
 from .sycoca_config import SyCoCaConfig
 from .transformer import CausalTextEncoder, CrossDecoder
 from .vision import VisionEncoder
@@ -71,7 +71,7 @@ class SyCoCa(nn.Module):
         if config.reconstruct:
             self._make_image_decoder()
         for part in (self.text, self.caption_decoder, self.caption_head, self.image_projection, self.text_projection):
-            _initialize(part, std=text.initializer_range)
+            initialize(part, std=text.initializer_range)
 
     def _make_image_decoder(self) -> None:
         width, config = self.vision.width, self.config
@@ -86,7 +86,7 @@ class SyCoCa(nn.Module):
         )
         self.pixel_head = nn.Linear(width, 3 * self.vision.patch_size**2)
         for part in (self.image_decoder, self.pixel_head):
-            _initialize(part, std=config.text.initializer_range)
+            initialize(part, std=config.text.initializer_range)
 
     # -- training -----------------------------------------------------------------------------------------------------
 
@@ -95,9 +95,9 @@ class SyCoCa(nn.Module):
         image = self.vision(batch.images)
         texts = self._encode_text(batch)
         feature = self._image_feature(image)
-        group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
         scale = self.logit_scale.exp().clamp(max=MAX_LOGIT_SCALE)
-        losses = {"itc": ops.focal_contrastive_loss(feature, texts.feature, scale, gamma=config.gamma, group=group)}
+        options = {"gamma": config.gamma, "group": all_ranks()}
+        losses = {"itc": ops.focal_contrastive_loss(feature, texts.feature, scale, **options)}
         spoken = self._spoken_patches(image, texts) if config.reconstruct or config.caption_masking != "none" else None
         losses["caption"] = self._caption_loss(batch, texts, self._kept(image, spoken))
         if config.reconstruct:
@@ -160,7 +160,7 @@ class SyCoCa(nn.Module):
         pictures = Packing.full(*image.shape[:2], image.device)
         states = self.caption_decoder(texts.tokens, texts.packing, image.flatten(0, 1), pictures)
         followed = batch.attention_mask[:, 1:]
-        size = texts.packing.size if batch.num_tokens is None else batch.num_tokens - len(followed)
+        size = None if batch.num_tokens is None else batch.num_tokens - len(followed)
         chosen = Packing.of(followed & texts.packing.mask, size)
         labels = chosen.pack(batch.input_ids[:, 1:])
         logits = at_least_fp32(self.caption_head(states.index_select(0, texts.packing.rank[chosen.place])))
@@ -197,11 +197,3 @@ class SyCoCa(nn.Module):
         """input_ids, attention_mask [B, T], whole captions -> tokens [B, T, D], normalized feature [B, embed_dim]."""
         texts = self._read(input_ids, Packing.of(attention_mask))
         return texts.packing.pad(texts.tokens), texts.feature
-
-
-def _initialize(part: nn.Module, *, std: float) -> None:
-    for module in part.modules():
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=std)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from .attention import check_library
-from .config import MAX_TEMPERATURE, MIN_TEMPERATURE, VisionConfig
+from .config import MAX_TEMPERATURE, MIN_TEMPERATURE, VisionConfig, check, check_heads
 
 
 @dataclass
@@ -23,8 +23,7 @@ class CausalTextConfig:
 
     def __post_init__(self) -> None:
         check_library(self.attention)
-        if self.width % self.heads:
-            raise ValueError(f"text.width: expected a multiple of text.heads ({self.heads}), got {self.width}")
+        check_heads(self.width, self.heads)
 
 
 @dataclass
@@ -68,6 +67,4 @@ class SyCoCaConfig:
             "caption_masking": (self.caption_masking in ("tokens", "none"), "'tokens' or 'none'"),
             "image_decoder_layers": (self.image_decoder_layers >= 1, "at least 1"),
         }
-        for name, (right, description) in expected.items():
-            if not right:
-                raise ValueError(f"{name}: expected {description}, got {getattr(self, name)!r}")
+        check(self, expected)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .attention import attend
 from .packing import Packing
+from .running import run
 
 
 class Attention(nn.Module):
@@ -93,14 +93,9 @@ class CrossDecoder(nn.Module):
 
     def forward(self, states: Tensor, packing: Packing, source: Tensor, source_packing: Packing) -> Tensor:
         for own, cross in zip(self.own, self.cross, strict=True):
-            states = self._run(own, states, packing, None, None, self.causal)
-            states = self._run(cross, states, packing, source, source_packing)
+            states = run(own, states, packing, None, None, self.causal, again=self.activation_checkpointing)
+            states = run(cross, states, packing, source, source_packing, again=self.activation_checkpointing)
         return self.norm(states)
-
-    def _run(self, block: Block, *arguments) -> Tensor:
-        if self.activation_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *arguments, use_reentrant=False)
-        return block(*arguments)
 
 
 class CausalTextEncoder(nn.Module):
@@ -130,10 +125,7 @@ class CausalTextEncoder(nn.Module):
         with_cls = packing.with_column(rows)
         states = with_cls.pack(padded) + self.position(with_cls.pack(self._positions(packing)))
         for block in self.blocks:
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                states = checkpoint(block, states, with_cls, None, None, True, use_reentrant=False)
-            else:
-                states = block(states, with_cls, None, None, True)
+            states = run(block, states, with_cls, None, None, True, again=self.activation_checkpointing)
         padded = with_cls.pad(self.norm(states))
         return packing.pack(padded[:, :-1]), padded[:, -1]
 
