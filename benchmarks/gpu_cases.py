@@ -66,13 +66,14 @@ def _words(size: Size, dtype: torch.dtype, device: str) -> tuple:
     index = torch.full((size["B"], size["W"], 1), 3, device=device)
     query, grad_output = (_heads(size["B"], size["T"], size, **like) for _ in range(2))
     key, value = (_heads(size["B"], size["P"], size, **like) for _ in range(2))
-    return (query, key, index, value, grad_output, None, None, size["E"] ** -0.5, 1, "minmax")
+    return (query, key, index, value, grad_output, None, None, size["E"] ** -0.5, 1, "minmax", False)
 
 
 def _words_backward(size: Size, dtype: torch.dtype, device: str) -> tuple:
-    arguments = _words(size, dtype, device)
+    arguments = _words(size, dtype, device)[:-1]
     maps = torch.rand(size["B"], size["W"], size["P"] - 1, device=device)
-    return (maps, maps, *arguments)
+    kept = torch.rand(2, size["B"], size["H"], size["W"], (size["P"] + 15) // 16 * 16, device=device)
+    return (maps, maps, kept, *arguments)
 
 
 def _words_fewest(streams: int, tokens_written: bool) -> Fewest:

@@ -5,7 +5,7 @@ the words' rows: it reads query and grad_output at those tokens alone, and write
 relu(grad_output (v + bias)^T), with the tile's largest logit and the sum of its exponentials. A program of the second
 makes one map: from tops and sums it has the softmax's denominators, adds up heads and sub-tokens, and normalizes. Every
 key and value is read once; what lies between the launches is one number per key, head and row. For the gradient, which
-is in word_attention_backward, it keeps the maps before normalization.
+is in word_attention_backward, these rows stay, over their denominators and with and without the relu's product.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ COMBINE: Configs = {0: {"ELEMENTS": 1 << 16}, 80: {"ELEMENTS": 1 << 13, "num_war
 
 @triton.jit
 def _forward(
-    query, key, index, value, grad_output, bias, ignore, partial, tops, totals,
+    query, key, index, value, grad_output, bias, ignore, weighted, attention, tops, totals,
     rows, tokens, keys, pitch, scale,
     query_batch, query_head, query_token, key_batch, key_head, key_token,
     value_batch, value_head, value_token, grad_batch, grad_head, grad_token, ignore_batch,
@@ -71,6 +71,11 @@ def _forward(
             top = tl.max(logit, 1)
             e = tl.exp(logit - tl.where(top == float("-inf"), 0.0, top)[:, None])
             total = tl.sum(e, 1)
+            place = (batch * tl.num_programs(1) + head) * rows + row
+            mask = (token >= 0)[:, None] & (position < pitch)[None, :]
+            at = place[:, None] * pitch + position[None, :]
+            if attention is not None:
+                tl.store(attention + at, e, mask=mask)
             if value is not None:
                 d_out = load_rows(grad_output, token, grad_token, read, VALUE_WIDTH, BLOCK_VALUE)
                 gate = product(d_out, v, DOT, PRECISION)
@@ -78,18 +83,17 @@ def _forward(
                     b = load_width(bias, VALUE_WIDTH, BLOCK_VALUE)
                     gate += tl.sum(d_out.to(tl.float32) * b[None, :], 1)[:, None]
                 e *= tl.where(gate < 0, 0.0, gate)  # lets NaN through
-            place = (batch * tl.num_programs(1) + head) * rows + row
             tl.store(tops + place * tiles + tile, top, mask=token >= 0)
             tl.store(totals + place * tiles + tile, total, mask=token >= 0)
-            mask = (token >= 0)[:, None] & (position < pitch)[None, :]
-            tl.store(partial + place[:, None] * pitch + position[None, :], e, mask=mask)
+            tl.store(weighted + at, e, mask=mask)
 
 
 @triton.jit
 def _combine(
-    partial, tops, totals, index, maps, raw,
+    weighted, attention, tops, totals, index, maps, raw,
     heads, words, subtokens, keys, prefix, tiles, pitch,
-    NORMALIZE: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_TILES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    NORMALIZE: tl.constexpr, KEEP: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr, BLOCK_TILES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
     batch, word = (tl.program_id(0) // words).to(tl.int64), tl.program_id(0) % words
     rows, tile = words * subtokens, tl.arange(0, BLOCK_TILES)
@@ -98,23 +102,30 @@ def _combine(
     count = 0
     for i in range(subtokens):
         row = word * subtokens + i
-        if tl.load(index + batch * rows + row) >= 0:
-            count += 1
+        named = tl.load(index + batch * rows + row) >= 0
+        count += named.to(tl.int32)
+        if named or KEEP:
             for first in range(0, heads, BLOCK_HEADS):
                 head = first + tl.arange(0, BLOCK_HEADS)
                 by_head = (batch * heads + head) * rows + row
                 place = by_head[:, None] * tiles + tile[None, :]
-                mask = (head < heads)[:, None] & (tile < tiles)[None, :]
+                mask = (named & (head < heads))[:, None] & (tile < tiles)[None, :]
                 top = tl.load(tops + place, mask=mask, other=float("-inf"))
                 total = tl.load(totals + place, mask=mask, other=0.0)
                 highest = tl.max(top, 1)
                 highest = tl.where(highest == float("-inf"), 0.0, highest)
                 weight = tl.exp(top - highest[:, None])  # [BLOCK_HEADS, BLOCK_TILES]
                 total = tl.sum(weight * total, 1)
-                weight = weight / tl.where(total == 0, 1.0, total)[:, None]
+                weight = (weight / tl.where(total == 0, 1.0, total)[:, None])[:, :, None]
                 mask = (head < heads)[:, None, None] & (position < pitch)[None, :, :]
                 place = by_head[:, None, None] * pitch + position[None, :, :]
-                c += tl.sum(tl.load(partial + place, mask=mask, other=0.0) * weight[:, :, None], 0)
+                by_key = tl.load(weighted + place, mask=mask & named, other=0.0) * weight
+                c += tl.sum(by_key, 0)
+                if KEEP:
+                    tl.store(weighted + place, by_key, mask=mask)
+                if attention is not None:
+                    by_key = tl.load(attention + place, mask=mask & named, other=0.0) * weight
+                    tl.store(attention + place, by_key, mask=mask)
     c = tl.reshape(c / (tl.maximum(count, 1) * heads), [BLOCK_TILES * BLOCK_KEYS])
     position = tl.arange(0, BLOCK_TILES * BLOCK_KEYS)
     live = (position >= prefix) & (position < keys)
@@ -136,28 +147,34 @@ def forward(
     scale: float,
     num_prefix_tokens: int,
     normalize: str,
-) -> tuple[Tensor, Tensor]:
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """query, grad_output [B, H, T, E], key, value [B, H, P, E], word_index [B, W, S] -> maps [B, W, P - prefix], and
-    these before normalization (empty where there is none)."""
+    what backward takes, empty without keep: the maps before normalization (empty where there is none) and the words'
+    rows of the attention, before them times relu(grad_output v^T) where given, [1 or 2, B, H, W S, P up to 16s]."""
     (batch, heads, tokens, _), keys = query.shape, key.shape[2]
     words, subtokens = word_index.shape[1:]
     rows = words * subtokens
     maps = query.new_empty((batch, words, keys - num_prefix_tokens), dtype=torch.float32)
-    raw = maps.new_empty(maps.shape if normalize != "none" else (0,))
-    if rows == 0:
-        return maps.zero_(), raw.zero_()
+    raw = maps.new_empty(maps.shape if keep and normalize != "none" else (0,))
+    pitch = 16 * triton.cdiv(keys, 16)  # rows of whole wide stores
+    both = keep and value is not None
+    by_row = maps.new_empty((2 if both else 1, batch, heads, rows, pitch))
+    kept = by_row if keep else maps.new_empty((0,))
+    if batch * rows == 0:
+        return maps.zero_(), raw.zero_(), kept
     query, key, value, grad_output, ignore = readable(query, key, value, grad_output, key_padding_mask)
     bias = None if value_bias is None else value_bias.contiguous()
     index = word_index.contiguous()
     chosen = options(FORWARD, key, value)
     block_keys = chosen["BLOCK_KEYS"]
-    tiles, pitch = triton.cdiv(keys, block_keys), 16 * triton.cdiv(keys, 16)  # rows of whole wide stores
-    partial = maps.new_empty((batch, heads, rows, pitch))
+    tiles = triton.cdiv(keys, block_keys)
+    rows_of = (by_row[0], by_row[1] if both else None)
     tops, totals = (maps.new_empty((batch, heads, rows, tiles)) for _ in range(2))
     one_row = key.dtype == torch.float32 and chosen["PRECISION"] == "ieee"
     launch(
         _forward, (batch * tiles, heads),
-        query, key, index, value, grad_output, bias, ignore, partial, tops, totals,
+        query, key, index, value, grad_output, bias, ignore, *rows_of, tops, totals,
         rows, tokens, keys, pitch, scale, *strides(query, key, value, grad_output, ignore),
         BLOCK_ROWS=1 if one_row else BLOCK_ROWS, **chosen,
     )  # fmt: skip
@@ -165,9 +182,9 @@ def forward(
     at_once = max(1, combine.pop("ELEMENTS") // (block_tiles * block_keys))
     launch(
         _combine, (batch * words,),
-        partial, tops, totals, index, maps, raw if normalize != "none" else None,
+        *rows_of, tops, totals, index, maps, raw if raw.numel() else None,
         heads, words, subtokens, keys, num_prefix_tokens, tiles, pitch,
-        NORMALIZE=normalize, BLOCK_HEADS=min(at_once, triton.next_power_of_2(max(1, heads))),
+        NORMALIZE=normalize, KEEP=keep, BLOCK_HEADS=min(at_once, triton.next_power_of_2(max(1, heads))),
         BLOCK_TILES=block_tiles, BLOCK_KEYS=block_keys, **combine,
     )  # fmt: skip
-    return maps, raw
+    return maps, raw, kept

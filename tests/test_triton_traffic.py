@@ -41,6 +41,7 @@ def fewest(name: str, *, dtype: torch.dtype = torch.float16) -> tuple[float, flo
     "name",
     [
         "word_attention forward",
+        "word_attention backward",
         "soft_mask forward",
         "soft_mask backward",
         "attentive_mask forward",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from softmask.ops import _library
@@ -25,6 +26,7 @@ def word_attention(
 ) -> Tensor:
     floating = (query, key, value, grad_output, value_bias)
     query, key, value, grad_output, value_bias = _library.of_one_type(*floating)
+    keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in floating)
     out = _KERNELS[backend](
         query,
         key,
@@ -36,6 +38,7 @@ def word_attention(
         query.shape[-1] ** -0.5 if scale is None else scale,
         num_prefix_tokens,
         normalize or "none",
+        *(() if backend == "cpp" else (keep,)),
     )
     return out if isinstance(out, Tensor) else out[0]
 
@@ -70,16 +73,16 @@ def _backward_fake(
     return tuple(query.new_empty((0,) if tensor is None else tensor.shape) for tensor in inputs)
 
 
-def _setup(ctx, inputs: tuple, output: Tensor | tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.scale, ctx.num_prefix_tokens, ctx.normalize = inputs
-    raw = () if isinstance(output, Tensor) else output[1:]
-    ctx.save_for_backward(*raw, *tensors)
+def _setup(ctx, inputs: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
+    tensors, ctx.options = inputs[:7], inputs[7:10]
+    kept = () if isinstance(output, Tensor) else output[1:]
+    ctx.save_for_backward(*kept, *tensors)
 
 
-def _backward(ctx, run: Callable, grad: Tensor, *_grad_raw: Tensor) -> tuple[Tensor | None, ...]:
-    tensors = ctx.saved_tensors
-    query, key, value, grad_output, value_bias = run(grad, *tensors, ctx.scale, ctx.num_prefix_tokens, ctx.normalize)
-    return _library.wanted(ctx, query, key, None, value, grad_output, value_bias, None, None, None, None)
+def _backward(ctx, run: Callable, grad: Tensor, *_of_kept: Tensor) -> tuple[Tensor | None, ...]:
+    query, key, value, grad_output, value_bias = run(grad, *ctx.saved_tensors, *ctx.options)
+    others = [None] * (len(ctx.needs_input_grad) - 6)
+    return _library.wanted(ctx, query, key, None, value, grad_output, value_bias, *others)
 
 
 def _triton_fake(
@@ -93,16 +96,21 @@ def _triton_fake(
     scale: float,
     num_prefix_tokens: int,
     normalize: str,
-) -> tuple[Tensor, Tensor]:
-    """The maps, and the same before their normalization (empty where there is none)."""
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The maps, and with keep what the gradient takes (kernels/word_attention.py)."""
     options = (scale, num_prefix_tokens, normalize)
     maps = _fake(query, key, word_index, value, grad_output, value_bias, key_padding_mask, *options)
-    return maps, maps.new_empty(maps.shape if normalize != "none" else (0,))
+    rows, pitch = word_index.shape[1] * word_index.shape[2], (key.shape[2] + 15) // 16 * 16
+    raw = maps.new_empty(maps.shape if keep and normalize != "none" else (0,))
+    by_row = (1 if value is None else 2, *query.shape[:2], rows, pitch)
+    return maps, raw, maps.new_empty(by_row if keep else (0,))
 
 
 def _triton_backward_fake(
     grad: Tensor,
     raw: Tensor,
+    kept: Tensor,
     query: Tensor,
     key: Tensor,
     word_index: Tensor,
