@@ -27,6 +27,7 @@ TRAIN = [
     "deepspeed>=0.16",
     "numpy>=1.26",
     "pillow>=10",
+    "pycocoevalcap>=1.2",
     "pyyaml>=6",
     "safetensors>=0.4",
     "tensorboard>=2.15",

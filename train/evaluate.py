@@ -1,6 +1,7 @@
-"""Retrieval and word grounding of a checkpoint on captioned shards, as one metrics.json.
+"""Retrieval, word grounding and, of SyCoCa, captions of a checkpoint on captioned shards, as one metrics.json.
 
     python train/evaluate.py CHECKPOINT --data 'data/test-*.tar' [--output metrics.json] [--pairs 256] [--rerank 16]
+                             [--training 'data/train-*.tar'] [--beams 3] [--classes data/concepts.json]
 
 CHECKPOINT is a run's folder (its newest complete checkpoint) or one step_... folder. `--data` is a glob or brace
 pattern of WebDataset shards, or a JSON list.
@@ -15,6 +16,10 @@ starting with the zeros) of the stored picture's [height, width]:
 
     {"caption": "a dodo above a red apple",
      "objects": [{"phrase": "red apple", "span": [15, 24], "mask": {"size": [256, 256], "counts": [1200, 31, ...]}}]}
+
+SyCoCa has no word maps; it writes a caption of each of the `--pairs` pictures by beam search, scored against the true
+ones beside captions of `--training`, and paints hidden patches again (train/captioning.py, train/reconstruction.py).
+Zero-shot classification takes `--classes`, by default the concepts.json beside the data (train/zero_shot.py).
 
 Unreadable samples are left out and named on stderr. On any failure nothing is written.
 """
@@ -35,10 +40,14 @@ import torch
 from tqdm import tqdm
 
 from softmask.data import DataError, open_source
+from softmask.data.sources import expand_pattern
 from softmask.train import metrics, scoring
+from softmask.train.captioning import CaptionOptions, captioning
 from softmask.train.checkpoint import CheckpointError, find_checkpoint, load_model, read_json
 from softmask.train.config import ConfigError
+from softmask.train.reconstruction import reconstruction
 from softmask.train.scoring import Reader, Sample, Scorer, Word
+from softmask.train.zero_shot import Class, read_classes, zero_shot
 
 MAP_KINDS = {"pointing": "gradcam", "attention": "attention"}  # key of metrics.json -> kind of map
 
@@ -118,6 +127,25 @@ def evaluate(scorer: Scorer, reader: Reader, *, pairs: int, rerank: int) -> dict
     return result | ({"grounding": words} if words else {})
 
 
+def generation(
+    scorer: Scorer, reader: Reader, training: Reader | None, *, pairs: int, captions: CaptionOptions
+) -> dict:
+    """The "captioning" and "reconstruction" sections, where the model writes and paints."""
+    if not hasattr(scorer.model, "caption_decoder"):
+        return {}
+    result = {"captioning": captioning(scorer, islice(reader.all(), pairs or None), training, captions)}
+    if scorer.config.model.reconstruct:
+        result["reconstruction"] = reconstruction(scorer, islice(reader.all(), pairs or None))
+    return result
+
+
+def known_classes(data: str, file: Path | None) -> list[Class]:
+    """Of the file; else of the concepts.json beside the data, if there is one."""
+    beside = [Path(path).parent / "concepts.json" for path in expand_pattern(data)[:1]]
+    files = [file] if file is not None else [path for path in beside if path.is_file()]
+    return read_classes(files[0]) if files else []
+
+
 def load_scorer(checkpoint: Path, *, batch_size: int) -> Scorer:
     """The checkpoint's model on the GPU where there is one, else on the CPU."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -166,7 +194,27 @@ def summary(result: dict) -> str:
         section = result["grounding"]
         shares = ", ".join(f"{key} {100 * section[key]:.1f} %" for key in ("pointing", "attention", "random"))
         lines.append(f"pointing game with {section['words']} phrases: {shares}")
-    return "\n".join(lines)
+    return "\n".join(lines + generation_summary(result))
+
+
+def generation_summary(result: dict) -> list[str]:
+    lines = []
+    if "captioning" in result:
+        section = result["captioning"]
+        lines.append(f"captions of {section['samples']} pictures, CIDEr / BLEU-4 / ROUGE-L:")
+        for name, scores in {"model": section, **{key: section.get(key) for key in ("nearest", "random")}}.items():
+            if scores:
+                shares = " / ".join(f"{100 * scores[key]:5.1f}" for key in ("cider", "bleu4", "rouge_l"))
+                lines.append(f"  {name:8s} {shares}")
+    if "reconstruction" in result:
+        section = result["reconstruction"]
+        interval = f"{section['gap']:.4f} [{section['low']:.4f}, {section['high']:.4f}]"
+        lines.append(f"error of hidden patches {section['right']:.4f}, more by a wrong caption: {interval}")
+    if "zero_shot" in result:
+        section = result["zero_shot"]
+        shares = f"top-1 {100 * section['top1']:.1f} %, top-5 {100 * section['top5']:.1f} %"
+        lines.append(f"zero-shot, {section['samples']} pictures of {section['classes']} classes: {shares}")
+    return lines
 
 
 def count(text: str) -> int:
@@ -190,6 +238,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="default: metrics.json in CHECKPOINT")
     parser.add_argument("--pairs", type=count, default=256, help="size of the retrieval gallery; 0: all (default 256)")
     parser.add_argument("--rerank", type=positive, default=16, help="candidates that ITM re-ranks (default 16)")
+    parser.add_argument("--training", help="shards of training captions that generated ones are compared with")
+    parser.add_argument("--beams", type=positive, default=3, help="of the search for captions (default 3)")
+    parser.add_argument("--classes", type=Path, help="JSON list for zero-shot classification")
     parser.add_argument("--batch-size", type=positive, default=64)
     return parser.parse_args(argv)
 
@@ -199,10 +250,16 @@ def run(options: argparse.Namespace) -> dict:
     output = options.output or options.checkpoint / "metrics.json"
     checkpoint = find_checkpoint(options.checkpoint)
     check_output(output)
+    classes = known_classes(options.data, options.classes)
+    training = Reader(open_source(options.training)) if options.training else None
     scorer = load_scorer(checkpoint, batch_size=options.batch_size)
     reader = Reader(open_source(options.data))
     try:
         result = evaluate(scorer, reader, pairs=options.pairs, rerank=options.rerank)
+        captions = CaptionOptions(beams=options.beams)
+        result |= generation(scorer, reader, training, pairs=options.pairs, captions=captions)
+        classified = zero_shot(scorer, reader.all(), classes) if classes else None
+        result |= {"zero_shot": classified} if classified else {}
     finally:
         name_skipped(reader)
     result["training"] = training_facts(checkpoint)

@@ -1,10 +1,11 @@
-"""One self-contained report.html of a run: curves, metrics, retrieval, and the regions its words point to.
+"""One self-contained report.html of a run: curves, metrics, retrieval, and what the model sees, writes and paints.
 
     python train/report.py RUN --data 'data/test-*.tar' [--output RUN/report.html] [--scenes 12]
 
 RUN is a run's folder with log.jsonl, a complete checkpoint and metrics.json (train/evaluate.py writes it). Every
-picture is inside the page, nothing is loaded from elsewhere. Words shown are the phrases of "objects" in a sample's
-.json (format: train/evaluate.py), or all content words where there are none. An ATTRIBUTION.txt beside the shards goes
+picture is inside the page, nothing is loaded from elsewhere. Of SoftMask++ it shows the regions that words point to:
+the phrases of "objects" in a sample's .json (format: train/evaluate.py), or all content words where there are none; of
+SyCoCa captions that it writes and hidden patches that it paints. An ATTRIBUTION.txt beside the shards goes
 into the footer. Unreadable samples are left out and named on stderr; on any failure nothing is written.
 """
 
@@ -13,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import statistics
 import sys
 from itertools import islice
 from pathlib import Path
@@ -27,7 +27,9 @@ from softmask.train import metrics, scoring
 from softmask.train.checkpoint import CheckpointError, find_checkpoint, read_json
 from softmask.train.config import ConfigError
 from softmask.train.evaluate import check_output, load_scorer, name_skipped, positive, write_atomically
-from softmask.train.report_page import Candidate, Page, Query, SceneView, WordView, duration, render
+from softmask.train.report_facts import facts, lead, title
+from softmask.train.report_generation import Generated, generated
+from softmask.train.report_page import Candidate, Page, Query, SceneView, WordView, render
 from softmask.train.report_pictures import data_uri, heat_overlay, limited, soft_masked
 from softmask.train.report_svg import Series, outline_path
 from softmask.train.scoring import Gallery, Reader, Sample, Scorer, Word
@@ -51,6 +53,8 @@ CURVES = {  # key of log.jsonl -> title and unit; other keys of the log follow u
     "itm": ("ITM: image-text matching", "nats"),
     "itm_soft": ("ITM on softly masked pictures", "nats"),
     "mlm": ("MLM: masked words", "nats"),
+    "caption": ("IC: the next word", "nats"),
+    "tgmim": ("TG-MIM: hidden patches", "squared error"),
     "temperature": ("Temperature of ITC", ""),
     "lr": ("Learning rate", ""),
 }
@@ -81,43 +85,6 @@ def curves(rows: list[dict]) -> list[Series]:
     return series
 
 
-def facts(scorer: Scorer, state: dict, rows: list[dict]) -> list[tuple[str, str]]:
-    """What was trained, on what and how, for the table at the top. `state` is the checkpoint's trainer.json."""
-    config = scorer.config
-    model, train = config.model, config.train
-    ranks = state["world_size"]
-    learned = sum(weight.numel() for weight in scorer.model.parameters() if weight.requires_grad)
-    rates = [row["samples_per_second"] for row in rows if "samples_per_second" in row]
-    return [
-        ("Steps", f"{state['step']:,}"),
-        ("Training time", duration(state["seconds"])),
-        ("Throughput", f"{statistics.median(rates):,.0f} samples/s" if rates else "not logged"),
-        ("Batch", f"{train.batch_size * train.accumulation * ranks:,} on {ranks} {'rank' if ranks == 1 else 'ranks'}"),
-        ("Parameters", f"{learned / 1e6:.1f} M trained"),
-        ("Image encoder", f"{model.vision.name}, {config.data.image_size} px"),
-        ("Text and fusion", f"{model.text.text_layers} + {model.text.fusion_layers} layers, width {model.text.width}"),
-        ("Soft masks", f"strength {model.strength:g}, layer {model.cam_layer + 1}" if model.soft_mask else "off"),
-        ("Focal gamma", f"{model.gamma:g}"),
-        ("Queue", f"{model.queue_size:,}"),
-        ("Distortions", "on" if config.data.distort else "off"),
-        ("Precision", f"{train.precision}, ZeRO {config.zero_stage}"),
-        ("Peak learning rate", f"{config.optimizer.lr:g}"),
-        ("Unreadable samples", f"{state['skipped_samples']:,} replaced"),
-        ("Seed", str(config.seed)),
-    ]
-
-
-def lead(scorer: Scorer) -> str:
-    model = scorer.config.model
-    parts = ["text-driven soft masks"] if model.soft_mask else []
-    parts += ["a focal contrastive loss"] if model.gamma > 0 else []
-    additions = f" with {' and '.join(parts)}" if parts else ""
-    return (
-        f"A vision-language model pre-trained from pictures and their captions alone{additions}. No boxes, no labels: "
-        "where its words point was learned from the captions."
-    )
-
-
 def attribution(data: str) -> str:
     """The ATTRIBUTION.txt files that lie beside the data, each once."""
     folders = dict.fromkeys(Path(path).parent for path in expand_pattern(data))
@@ -135,25 +102,29 @@ def spread(total: int, wanted: int) -> list[int]:
     return [round((part + 0.5) * total / wanted - 0.5) for part in range(wanted)]
 
 
-def answers(scorer: Scorer, gallery: Gallery, queries: list[int], *, rerank: int, by_text: bool) -> list[tuple]:
+def answers(scorer: Scorer, gallery: Gallery, queries: list[int], *, rerank: int | None, by_text: bool) -> list[tuple]:
     """For each query its best answers, which of them are right, and how many wrong ones stand above the right one."""
     similarity, relevant = gallery.similarity, gallery.relevant
     if by_text:
         similarity, relevant = similarity.T, relevant.T
-    chosen = torch.zeros(len(similarity), 1, dtype=torch.bool)
-    chosen[queries] = True
-    candidates = metrics.top_candidates(similarity, rerank) & chosen
-    match = scoring.match_scores(scorer, gallery, candidates.T if by_text else candidates)
-    match = match.T if by_text else match
-    scores = metrics.rerank(similarity[queries], candidates[queries], match[queries])
+    scores = similarity[queries]
+    if rerank is not None:
+        chosen = torch.zeros(len(similarity), 1, dtype=torch.bool)
+        chosen[queries] = True
+        candidates = metrics.top_candidates(similarity, rerank) & chosen
+        match = scoring.match_scores(scorer, gallery, candidates.T if by_text else candidates)
+        match = match.T if by_text else match
+        scores = metrics.rerank(scores, candidates[queries], match[queries])
     best = scores.argsort(dim=1, descending=True, stable=True)[:, :ANSWERS]
     right = relevant[queries].gather(1, best)
     ranks = metrics.best_ranks(scores, relevant[queries])
     return list(zip(best.tolist(), right.tolist(), ranks.tolist(), strict=True))
 
 
-def retrieval_examples(scorer: Scorer, reader: Reader, *, samples: int, rerank: int) -> tuple[list[Query], list[Query]]:
-    """Caption queries and picture queries over the same gallery as in metrics.json."""
+def retrieval_examples(
+    scorer: Scorer, reader: Reader, *, samples: int, rerank: int | None
+) -> tuple[list[Query], list[Query]]:
+    """Caption queries and picture queries over the same gallery as in metrics.json; rerank is None without ITM."""
     gallery = scoring.build_gallery(scorer, islice(reader.all(), samples))
     asked_texts = spread(len(gallery.captions), CAPTION_QUERIES)
     asked_pictures = spread(len(gallery.pictures), PICTURE_QUERIES)
@@ -237,11 +208,17 @@ def build_page(run: Path, data: str, *, scenes: int, batch_size: int) -> Page:
     reader = Reader(open_source(data))
     try:
         examples = result["retrieval"]
-        captions, pictures = retrieval_examples(scorer, reader, samples=examples["samples"], rerank=examples["rerank"])
-        drawn = scene_views(scorer, list(reader.read(spread(len(reader.source), scenes))))
+        reranked = {"samples": examples["samples"], "rerank": examples.get("rerank")}
+        captions, pictures = retrieval_examples(scorer, reader, **reranked)
+        shown = list(reader.read(spread(len(reader.source), scenes)))
+        drawn = scene_views(scorer, shown) if hasattr(scorer.model, "word_maps") else []
+        written = (
+            generated(scorer, shown, beams=result["captioning"]["beams"]) if "captioning" in result else Generated()
+        )
     finally:
         name_skipped(reader)
     return Page(
+        method=title(scorer.config),
         run=run.resolve().name,
         lead=lead(scorer),
         facts=facts(scorer, read_json(checkpoint / "trainer.json"), rows),
@@ -250,6 +227,7 @@ def build_page(run: Path, data: str, *, scenes: int, batch_size: int) -> Page:
         captions=captions,
         pictures=pictures,
         scenes=drawn,
+        generated=written,
         attribution=attribution(data),
     )
 

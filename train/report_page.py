@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 
+from softmask.train.report_generation import (
+    Generated,
+    caption_table,
+    painted_rows,
+    reconstruction_note,
+    written_cards,
+)
 from softmask.train.report_pictures import heat_gradient
 from softmask.train.report_style import STYLE
 from softmask.train.report_svg import Series, line_chart
@@ -61,8 +68,9 @@ class SceneView:
 
 @dataclass
 class Page:
-    """All the report shows."""
+    """All the report shows; `scenes` are SoftMask++'s, `generated` is SyCoCa's."""
 
+    method: str
     run: str
     lead: str
     facts: list[tuple[str, str]]
@@ -72,17 +80,19 @@ class Page:
     pictures: list[Query]
     scenes: list[SceneView]
     attribution: str
+    generated: Generated = field(default_factory=Generated)
 
 
 def render(page: Page) -> str:
-    title = f"SoftMask++ · {escape(page.run)}"
+    title = f"{escape(page.method)} · {escape(page.run)}"
     sections = [
         header(page),
         facts_section(page.facts),
         curves_section(page.curves),
         metrics_section(page.metrics),
-        retrieval_section(page.captions, page.pictures),
-        scenes_section(page.scenes),
+        retrieval_section(page.captions, page.pictures, reranked="itm" in page.metrics["retrieval"]),
+        *([scenes_section(page.scenes)] if page.scenes else []),
+        *generated_sections(page.generated),
         footer(page),
     ]
     return (
@@ -107,8 +117,9 @@ def section(name: str, title: str, note: str, body: str) -> str:
 
 
 def header(page: Page) -> str:
-    best = page.metrics["retrieval"]["itm"]
-    among = f"R@1 among {page.metrics['retrieval']['images']}"
+    retrieval = page.metrics["retrieval"]
+    best = retrieval.get("itm", retrieval["itc"])
+    among = f"R@1 among {retrieval['images']}"
     tiles = [
         tile(percent(best["i2t"]["r1"]), "Picture → caption", among),
         tile(percent(best["t2i"]["r1"]), "Caption → picture", among),
@@ -116,10 +127,17 @@ def header(page: Page) -> str:
     if "grounding" in page.metrics:
         ground = page.metrics["grounding"]
         tiles.append(tile(percent(ground["pointing"]), "Pointing game", f"random point {percent(ground['random'])} %"))
+    if "captioning" in page.metrics:
+        detail = f"{page.metrics['captioning']['samples']:,} captions"
+        tiles.append(tile(percent(page.metrics["captioning"]["cider"]), "CIDEr", detail, unit=""))
+    if "zero_shot" in page.metrics:
+        shown = page.metrics["zero_shot"]
+        tiles.append(tile(percent(shown["top1"]), "Zero-shot top-1", f"{shown['classes']:,} classes"))
     training = page.metrics["training"]
     tiles.append(tile(duration(training["seconds"]), "Training", f"{training['steps']:,} steps", unit=""))
     return (
-        f'<header>\n<p class="kicker">Pre-training report</p>\n<h1>SoftMask++ <span>{escape(page.run)}</span></h1>\n'
+        f'<header>\n<p class="kicker">Pre-training report</p>\n'
+        f"<h1>{escape(page.method)} <span>{escape(page.run)}</span></h1>\n"
         f'<p class="lead">{escape(page.lead)}</p>\n<div class="tiles">{"".join(tiles)}</div>\n</header>'
     )
 
@@ -166,18 +184,24 @@ def figure(series: Series, *, width: int, height: int, kind: str) -> str:
 
 def metrics_section(metrics: dict) -> str:
     retrieval = metrics["retrieval"]
-    note = (
-        f"A gallery of {retrieval['images']:,} pictures and {retrieval['samples']:,} captions. "
-        f"ITM re-ranks the {retrieval['rerank']} best of ITC. All numbers in percent."
-    )
+    reranked = f"ITM re-ranks the {retrieval['rerank']} best of ITC. " if "itm" in retrieval else ""
+    note = f"A gallery of {retrieval['images']:,} pictures and {retrieval['samples']:,} captions. {reranked}"
+    note += "All numbers in percent."
     body = retrieval_table(retrieval)
     if "grounding" in metrics:
         body += grounding_bars(metrics["grounding"])
+    if "captioning" in metrics:
+        body += caption_table(metrics["captioning"])
+    if "zero_shot" in metrics:
+        body += zero_shot_bars(metrics["zero_shot"])
+    if "reconstruction" in metrics:
+        body += reconstruction_note(metrics["reconstruction"])
     return section("metrics", "Metrics", note, body)
 
 
 def retrieval_table(retrieval: dict) -> str:
     stages = [("itc", "ITC"), ("itm", "ITC, re-ranked by ITM"), ("chance", "chance")]
+    stages = [(stage, name) for stage, name in stages if stage in retrieval]
     ways = [("i2t", "Picture → caption"), ("t2i", "Caption → picture")]
     groups = "".join(f'<th scope="colgroup" colspan="3">{name}</th>' for _, name in stages)
     columns = "".join(f'<th scope="col"{edge(k)}>R@{k}</th>' for _ in stages for k in (1, 5, 10))
@@ -205,27 +229,41 @@ def grounding_bars(grounding: dict) -> str:
         ("Cross-attention alone", grounding["attention"], ""),
         ("A random point", grounding["random"], "faint"),
     ]
-    bars = "".join(
+    left_out = grounding["truncated"] + grounding["hidden"]
+    aside = f"; {left_out:,} more were cut off by the text length or have no visible pixel" if left_out else ""
+    caption = (
+        f"Pointing game: the share of {grounding['words']:,} phrases in {grounding['samples']:,} scenes whose map "
+        f"peaks inside the object{aside}."
+    )
+    return bars(caption, rows)
+
+
+def zero_shot_bars(section: dict) -> str:
+    caption = (
+        f"Zero-shot classification of {section['samples']:,} pictures of one object, {section['classes']:,} classes."
+    )
+    rows = [("Right at once", section["top1"], "strong"), ("Among the first five", section["top5"], "")]
+    return bars(caption, [*rows, ("Chance", section["chance"], "faint")])
+
+
+def bars(caption: str, rows: list[tuple[str, float, str]]) -> str:
+    """rows: name, share and kind ("strong", "faint" or "")."""
+    body = "".join(
         f'<tr><th scope="row">{name}</th><td class="track"><div class="bar {kind}" style="width:{100 * share:.2f}%">'
         f"</div></td><td>{percent(share)}</td></tr>"
         for name, share, kind in rows
     )
-    left_out = grounding["truncated"] + grounding["hidden"]
-    aside = f"; {left_out:,} more were cut off by the text length or have no visible pixel" if left_out else ""
-    return (
-        f'<table class="bars">\n<caption>Pointing game: the share of {grounding["words"]:,} phrases in '
-        f"{grounding['samples']:,} scenes whose map peaks inside the object{aside}.</caption>\n"
-        f"<tbody>{bars}</tbody></table>"
-    )
+    return f'<table class="bars">\n<caption>{caption}</caption>\n<tbody>{body}</tbody></table>\n'
 
 
 # -- retrieval examples ----------------------------------------------------------------------------
 
 
-def retrieval_section(captions: list[Query], pictures: list[Query]) -> str:
+def retrieval_section(captions: list[Query], pictures: list[Query], *, reranked: bool) -> str:
     rows = "".join(caption_query(query) for query in captions)
     cards = "".join(picture_query(query) for query in pictures)
-    note = "The first five answers after re-ranking, best first, for queries spread evenly over the gallery. "
+    when = " after re-ranking" if reranked else ""
+    note = f"The first five answers{when}, best first, for queries spread evenly over the gallery. "
     note += f"{mark(True)} marks the right one."
     body = f'<h3>From a caption to pictures</h3>\n<div class="queries">{rows}</div>\n'
     body += f'<h3>From a picture to captions</h3>\n<div class="cards">{cards}</div>'
@@ -319,6 +357,24 @@ def word(item: WordView, size: tuple[int, int]) -> str:
         f'<svg viewBox="0 0 {width} {height}" aria-hidden="true">{drawing}</svg></div>'
         f'<img src="{item.masked}" alt="The picture with “{name}” softly masked"></div></div>'
     )
+
+
+# -- captions and reconstructions ------------------------------------------------------------------
+
+
+def generated_sections(found: Generated) -> list[str]:
+    sections = []
+    if found.captions:
+        note = "What the model writes of pictures that are spread evenly over the data, not chosen."
+        sections.append(section("captions", "Captions", note, written_cards(found.captions)))
+    if found.paintings:
+        note = (
+            "Half of the patches, those that the caption speaks of most, are hidden and painted from the rest and a "
+            "caption: the picture's own, and the next picture's. The decoder predicts normalized patches; their true "
+            "mean and contrast are put back, as MAE's figures do."
+        )
+        sections.append(section("paintings", "Reconstructions", note, painted_rows(found.paintings)))
+    return sections
 
 
 # -- footer ----------------------------------------------------------------------------------------

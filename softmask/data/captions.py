@@ -89,6 +89,12 @@ def write_caption(groups: Sequence[Group], background: str, rng: Random) -> Capt
     return _assemble(pieces if _count_words(pieces, groups) <= MAX_WORDS else body, groups)
 
 
+def name_one(concept: Concept) -> str:
+    """The phrase for one drawing: "a dodo", "some broccoli", "a pair of jeans"."""
+    lead = {"some": "some", "pair": "a pair of"}.get(concept.form) or _article(concept.name)
+    return f"{lead} {concept.name}"
+
+
 def is_above(upper: Group, lower: Group) -> bool:
     """Whether every drawing of ``upper`` is clearly higher than every one of ``lower``, rather above than aside."""
     return all(_box_above(a, b) for a in upper.boxes for b in lower.boxes)

@@ -36,11 +36,11 @@ import webdataset
 from PIL import Image
 
 from softmask.data import rle
-from softmask.data.captions import Box, Caption, Group, write_caption
+from softmask.data.captions import Box, Caption, Group, name_one, write_caption
 from softmask.data.openmoji import ATTRIBUTION, Concept, concepts, rasterize
 
-VERSION = 3
-"""Goes up when the same parameters give other scenes, so that old folders are written anew."""
+VERSION = 4
+"""Goes up when the same parameters give other files, so that old folders are written anew."""
 
 SPLITS = ("train", "val", "test")
 SHARD_SAMPLES = 5000
@@ -355,7 +355,7 @@ def write_scenes(out: Path, options: Options, *, processes: int) -> bool:
         # Largest first, so that no process ends with a long job while the others idle.
         for _ in pool.imap_unordered(_write_shard, sorted(jobs, key=lambda job: (job[2] - job[3]) * job[4])):
             pass
-    known = [asdict(concept) for concept in concepts()]
+    known = [asdict(concept) | {"phrase": name_one(concept)} for concept in concepts()]
     (partial / "concepts.json").write_text(json.dumps(known, ensure_ascii=False, indent=1), encoding="utf-8")
     (partial / "ATTRIBUTION.txt").write_text(ATTRIBUTION + "\n", encoding="utf-8")
     files = sorted(path.name for path in partial.iterdir())

@@ -108,6 +108,10 @@ class CaptionTokenizer:
             offsets=padded(2, (0, 0)).view(len(rows), width, 2),
         )
 
+    def decode(self, input_ids: Tensor) -> list[str]:
+        """[B, T] -> captions, special tokens left out."""
+        return self._tokenizer.decode_batch(input_ids.tolist(), skip_special_tokens=True)
+
     def _row(self, caption: str, encoding: Encoding, max_length: int) -> tuple[list, list, list]:
         """Ids, word numbers and character spans of one caption, special tokens included."""
         keep = max_length - 2

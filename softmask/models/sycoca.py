@@ -185,6 +185,10 @@ class SyCoCa(nn.Module):
         return self.vision.num_prefix_tokens
 
     @property
+    def patch_size(self) -> int:
+        return self.vision.patch_size
+
+    @property
     def patch_grid(self) -> tuple[int, int]:
         return self.vision.patch_grid
 
@@ -197,3 +201,11 @@ class SyCoCa(nn.Module):
         """input_ids, attention_mask [B, T], whole captions -> tokens [B, T, D], normalized feature [B, embed_dim]."""
         texts = self._read(input_ids, Packing.of(attention_mask))
         return texts.packing.pad(texts.tokens), texts.feature
+
+    def hidden_patches(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """bool [B, patches]: what training would hide of pictures with these captions [B, T]."""
+        return self._spoken_patches(self.vision(images), self._read(input_ids, Packing.of(attention_mask)))
+
+    def repaint(self, images: Tensor, hidden: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Pixels [B, patches, 3 * patch_size**2] of pictures with hidden patches, guided by captions [B, T]."""
+        return self.reconstruct(images, hidden, self._read(input_ids, Packing.of(attention_mask)))

@@ -1,0 +1,119 @@
+"""Captions for pictures by SyCoCa: greedy, by beam search or by nucleus sampling, through transformers' generation.
+
+Every step feeds the last token alone: keys and values of the caption's earlier tokens come from transformers' cache,
+those of the picture are made once. Attention of single tokens is PyTorch's, whatever `text.attention` names.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .sycoca import SyCoCa
+from .transformer import Attention, Block
+
+
+@torch.no_grad()
+def generate_captions(
+    model: SyCoCa, images: Tensor, *, max_length: int, num_beams: int = 1, top_p: float | None = None
+) -> Tensor:
+    """images [B, 3, S, S] -> token ids [B, T <= max_length] from [CLS] to [SEP], [PAD] behind.
+
+    The likeliest token each time; with `num_beams` > 1 beam search, by the mean log-probability of a token; with
+    `top_p` a draw from the likeliest tokens that together have that probability, by torch's random numbers.
+
+    Raises:
+        ValueError: max_length is not from 2 to text.max_positions, num_beams < 1, or top_p is not in (0, 1].
+    """
+    most = model.config.text.max_positions
+    if not 2 <= max_length <= most:
+        raise ValueError(f"max_length: expected 2 to text.max_positions = {most}, got {max_length}")
+    if num_beams < 1:
+        raise ValueError(f"num_beams: expected at least 1, got {num_beams}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p: expected a number in (0, 1], got {top_p}")
+    special = model.special_ids
+    options = GenerationConfig(
+        max_length=max_length,
+        num_beams=num_beams,
+        do_sample=top_p is not None,
+        top_p=top_p,
+        top_k=0 if top_p is not None else None,
+        bos_token_id=special.cls,
+        eos_token_id=special.sep,
+        pad_token_id=special.pad,
+    )
+    generator = CaptionGenerator(model)
+    start = torch.full((len(images), 1), special.cls, device=images.device)
+    return generator.generate(start, generation_config=options, pictures=generator.read(images))
+
+
+class CaptionGenerator(PreTrainedModel, GenerationMixin):
+    """SyCoCa's text encoder and caption decoder as transformers' generation asks for them."""
+
+    config_class = PretrainedConfig
+    main_input_name = "input_ids"
+
+    def __init__(self, model: SyCoCa) -> None:
+        text = model.config.text
+        super().__init__(
+            PretrainedConfig(num_hidden_layers=text.layers + text.decoder_layers, vocab_size=text.vocab_size)
+        )
+        self.sycoca = model
+
+    def read(self, images: Tensor) -> Tensor:
+        """images -> keys and values of the decoder's layers, [B, layers, 2, H, P, E]."""
+        tokens = self.sycoca.vision(images)
+        layers = []
+        for block in self.sycoca.caption_decoder.cross:
+            attention = block.attention
+            told = attention.source_norm(tokens)
+            layers.append(torch.stack([_heads(attention, part(told)) for part in (attention.key, attention.value)], 1))
+        return torch.stack(layers, 1)
+
+    def forward(
+        self, input_ids: Tensor, pictures: Tensor, past_key_values: Cache, **_unused: object
+    ) -> CausalLMOutputWithPast:
+        """The logits [B, 1, V] behind input_ids [B, T], which follow what the cache holds."""
+        text, decoder = self.sycoca.text, self.sycoca.caption_decoder
+        past = past_key_values.get_seq_length()
+        position = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
+        states = text.word(input_ids) + text.position(position)  # [B, T, D]
+        for layer, block in enumerate(text.blocks):
+            states = _look_back(block, states, past_key_values, layer)
+        states = text.norm(states)
+        for layer, (own, cross) in enumerate(zip(decoder.own, decoder.cross, strict=True)):
+            states = _look_back(own, states, past_key_values, len(text.blocks) + layer)
+            states = _look_at(cross, states, *pictures[:, layer].unbind(1))
+        logits = self.sycoca.caption_head(decoder.norm(states[:, -1:]))
+        return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+
+
+def _heads(attention: Attention, states: Tensor) -> Tensor:
+    """[B, T, D] -> [B, H, T, E]."""
+    return states.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+
+
+def _look_back(block: Block, states: Tensor, cache: Cache, layer: int) -> Tensor:
+    """A block of self-attention; tokens see those in the cache, themselves, and those before them."""
+    attention, first = block.attention, cache.get_seq_length(layer) == 0
+    told = attention.norm(states)
+    query, key, value = (_heads(attention, f(told)) for f in (attention.query, attention.key, attention.value))
+    key, value = cache.update(key, value, layer)
+    mixed = F.scaled_dot_product_attention(query, key, value, is_causal=first)
+    return _out(block, states, mixed)
+
+
+def _look_at(block: Block, states: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """A block of attention to the picture, key, value [B, H, P, E]."""
+    attention = block.attention
+    query = _heads(attention, attention.query(attention.norm(states)))
+    return _out(block, states, F.scaled_dot_product_attention(query, key, value))
+
+
+def _out(block: Block, states: Tensor, mixed: Tensor) -> Tensor:
+    return block.feed_forward(states + block.attention.output(mixed.transpose(1, 2).flatten(2)))

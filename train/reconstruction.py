@@ -1,0 +1,69 @@
+"""How far captions guide the reconstruction: the error of hidden patches with the right caption and with a wrong one.
+
+The patches that the right caption speaks of are hidden both times; the wrong caption is the next picture's. If the gap
+between both errors is not above zero, pictures are painted without listening.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from softmask import ops
+from softmask.train.scoring import Sample, Scorer, batches, pixels
+
+Z_95 = 1.96  # of a normal distribution, two-sided
+
+
+@dataclass
+class Repainted:
+    """Of B pictures: what was hidden [B, P] bool, predicted pixels [B, P, 3 * p**2] and error [B], per caption."""
+
+    images: Tensor  # [B, 3, S, S], normalized
+    hidden: Tensor
+    right: Tensor
+    wrong: Tensor
+    right_error: Tensor
+    wrong_error: Tensor
+
+
+@torch.no_grad()
+def repaint(scorer: Scorer, samples: Sequence[Sample], wrong_captions: Sequence[str]) -> Repainted:
+    model, images = scorer.model, pixels(scorer, samples)
+    tokens = scorer.tokens([*(sample.caption for sample in samples), *wrong_captions])
+    ids, masks = tokens.input_ids.to(scorer.device), tokens.attention_mask.to(scorer.device)
+    right, wrong = ((ids[: len(samples)], masks[: len(samples)]), (ids[len(samples) :], masks[len(samples) :]))
+    hidden = model.hidden_patches(images, *right)
+    painted = [model.repaint(images, hidden, *caption) for caption in (right, wrong)]
+    errors = [error_by_picture(scorer, one, images, hidden) for one in painted]
+    return Repainted(images, hidden, *painted, *errors)
+
+
+def error_by_picture(scorer: Scorer, painted: Tensor, images: Tensor, hidden: Tensor) -> Tensor:
+    """TG-MIM's loss of each picture by itself, [B]."""
+    options = {"patch_size": scorer.model.patch_size, "normalize": scorer.config.model.normalize_pixels}
+    loss = ops.masked_patch_loss(painted, images, hidden, reduction="none", **options)
+    return (loss.sum(1) / hidden.sum(1)).double().cpu()
+
+
+def reconstruction(scorer: Scorer, samples: Iterable[Sample]) -> dict:
+    """The metrics.json section: mean errors, and their gap with its 95 % interval over pictures."""
+    samples = list(samples)
+    following = [sample.caption for sample in samples[1:] + samples[:1]]
+    gaps, rights = [], []
+    numbered = list(zip(samples, following, strict=True))
+    for batch in batches(((s, other) for s, other in numbered if other != s.caption), scorer.batch_size):
+        one = repaint(scorer, [sample for sample, _ in batch], [other for _, other in batch])
+        rights.append(one.right_error)
+        gaps.append(one.wrong_error - one.right_error)
+    if not gaps:
+        raise ValueError("reconstruction: expected at least two pictures with different captions, got none")
+    right, gap = torch.cat(rights), torch.cat(gaps)
+    mean = gap.mean().item()
+    half = Z_95 * gap.std().item() / math.sqrt(len(gap)) if len(gap) > 1 else math.inf
+    errors = {"right": right.mean().item(), "wrong": right.mean().item() + mean}
+    return {"samples": len(gap), **errors, "gap": mean, "low": mean - half, "high": mean + half}

@@ -1,0 +1,171 @@
+"""SyCoCa's part of the report: captions that it writes, and hidden patches that it paints as captions say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from html import escape
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from softmask.train.captioning import write_captions
+from softmask.train.reconstruction import Repainted, repaint
+from softmask.train.report_pictures import data_uri, limited
+from softmask.train.scoring import Sample, Scorer, batches
+
+SHOWN = 256  # pixels of a picture's longer side
+PATCH_VARIANCE_EPS = 1e-6  # of ops.masked_patch_loss
+
+
+@dataclass
+class Written:
+    """A picture, what the model says of it and what people said."""
+
+    picture: str
+    written: str
+    given: str
+
+
+@dataclass
+class Painting:
+    """A picture, the same with patches hidden, and painted with the right caption and a wrong one; pictures as URIs."""
+
+    whole: str
+    hidden: str
+    right: str
+    wrong: str
+    caption: str
+    wrong_caption: str
+    errors: tuple[float, float]  # with the right caption and the wrong one
+
+
+@dataclass
+class Generated:
+    """Both lists; empty for a model that neither writes nor paints."""
+
+    captions: list[Written] = field(default_factory=list)
+    paintings: list[Painting] = field(default_factory=list)
+
+
+def generated(scorer: Scorer, samples: list[Sample], *, beams: int) -> Generated:
+    """Of each sample a caption and, if the model has an image decoder, its reconstructions."""
+    texts = write_captions(scorer, samples, beams=beams)
+    captions = [
+        Written(data_uri(limited(sample.picture, SHOWN)), text, sample.caption)
+        for sample, text in zip(samples, texts, strict=True)
+    ]
+    return Generated(captions, paintings(scorer, samples) if scorer.config.model.reconstruct else [])
+
+
+def paintings(scorer: Scorer, samples: list[Sample]) -> list[Painting]:
+    wrong = [sample.caption for sample in samples[1:] + samples[:1]]
+    drawn = []
+    for batch in batches(zip(samples, wrong, strict=True), scorer.batch_size):
+        ours, others = [sample for sample, _ in batch], [other for _, other in batch]
+        one = repaint(scorer, ours, others)
+        errors = zip(one.right_error.tolist(), one.wrong_error.tolist(), strict=True)
+        views = zip(*(map(data_uri, row) for row in painted_pictures(scorer, one)), strict=True)
+        for sample, other, view, error in zip(ours, others, views, errors, strict=True):
+            drawn.append(Painting(*view, sample.caption, other, error))
+    return drawn
+
+
+# -- pixels ----------------------------------------------------------------------------------------
+
+
+def painted_pictures(scorer: Scorer, one: Repainted) -> tuple[list[Image.Image], ...]:
+    """Whole, with patches hidden, and painted with either caption; what was not hidden stays as it was."""
+    size, grid = scorer.model.patch_size, scorer.model.patch_grid
+    true = to_patches(one.images, size)
+    hidden = one.hidden[..., None]
+    right, wrong = (
+        torch.where(hidden, restored(paint, true, normalized=scorer.config.model.normalize_pixels), true)
+        for paint in (one.right, one.wrong)
+    )
+    rows = (true, true.masked_fill(hidden, 0.0), right, wrong)
+    return tuple(to_pictures(scorer, from_patches(row, size, grid)) for row in rows)
+
+
+def restored(paint: Tensor, true: Tensor, *, normalized: bool) -> Tensor:
+    """Predicted patches in the picture's range: a normalized patch gets back its true mean and deviation, as in MAE."""
+    if not normalized:
+        return paint
+    variance, mean = torch.var_mean(true, dim=-1, keepdim=True)
+    return paint * (variance + PATCH_VARIANCE_EPS).sqrt() + mean
+
+
+def to_patches(images: Tensor, size: int) -> Tensor:
+    """[B, 3, S, S] -> [B, P, 3 * size**2], pixels ordered rows, columns, channels."""
+    return images.unfold(2, size, size).unfold(3, size, size).permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
+
+
+def from_patches(patches: Tensor, size: int, grid: tuple[int, int]) -> Tensor:
+    """The way back."""
+    rows = patches.unflatten(1, grid).unflatten(-1, (size, size, 3))  # [B, rows, columns, row, column, channel]
+    return rows.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+def to_pictures(scorer: Scorer, images: Tensor) -> list[Image.Image]:
+    """Normalized pixels as pictures, enlarged to what is shown."""
+    data = scorer.config.data
+    mean, std = (images.new_tensor(values)[:, None, None] for values in (data.mean, data.std))
+    pixels = (255 * (images * std + mean)).round().clamp(0, 255).to(torch.uint8).movedim(1, -1).cpu().numpy()
+    return [Image.fromarray(one).resize((SHOWN, SHOWN), Image.Resampling.NEAREST) for one in pixels]
+
+
+# -- markup ----------------------------------------------------------------------------------------
+
+
+def written_cards(captions: list[Written]) -> str:
+    cards = "".join(
+        f'<div class="card"><img src="{one.picture}" alt="{escape(one.given)}"><div><p class="quote">'
+        f"{escape(one.written)}</p><small>true caption: {escape(one.given)}</small></div></div>"
+        for one in captions
+    )
+    return f'<div class="cards">{cards}</div>'
+
+
+def painted_rows(paintings: list[Painting]) -> str:
+    return "".join(map(_painted_row, paintings))
+
+
+def _painted_row(one: Painting) -> str:
+    views = [
+        (one.whole, "The picture", one.caption),
+        (one.hidden, "What the encoder sees", ""),
+        (one.right, f"With its caption, error {one.errors[0]:.3f}", one.caption),
+        (one.wrong, f"With another, error {one.errors[1]:.3f}", one.wrong_caption),
+    ]
+    figures = "".join(
+        f'<figure><img src="{uri}" alt="{escape(name)}"><figcaption>{escape(name)}</figcaption>'
+        f"<small>{escape(text)}</small></figure>"
+        for uri, name, text in views
+    )
+    return f'<div class="painting">{figures}</div>\n'
+
+
+def caption_table(captioning: dict) -> str:
+    """Scores of the model and of the two comparisons, where they were made."""
+    scores = [("cider", "CIDEr"), ("bleu4", "BLEU-4"), ("rouge_l", "ROUGE-L"), ("meteor", "METEOR")]
+    scores = [(key, name) for key, name in scores if key in captioning]
+    rows = {"Generated": captioning, "Nearest training picture's": captioning.get("nearest")}
+    rows["A training caption at random"] = captioning.get("random")
+    head = "".join(f'<th scope="col">{name}</th>' for _, name in scores)
+    body = "".join(
+        f'<tr><th scope="row">{name}</th>{"".join(f"<td>{100 * row[key]:.1f}</td>" for key, _ in scores)}</tr>'
+        for name, row in rows.items()
+        if row
+    )
+    return (
+        f'<div class="scroll"><table>\n<thead><tr><th scope="col">Captions of {captioning["samples"]:,} pictures</th>'
+        f"{head}</tr></thead>\n<tbody>{body}</tbody></table></div>\n"
+    )
+
+
+def reconstruction_note(section: dict) -> str:
+    return (
+        f'<p class="note">Hidden patches of {section["samples"]:,} pictures: error {section["right"]:.4f} with the '
+        f"right caption, {section['wrong']:.4f} with another picture's. The gap is {section['gap']:.4f}, 95 % interval "
+        f"{section['low']:.4f} to {section['high']:.4f}.</p>\n"
+    )

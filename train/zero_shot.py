@@ -1,0 +1,87 @@
+"""Zero-shot classification: the class whose name, put into templates as CLIP does, lies nearest to the picture.
+
+Pictures are those of the data whose .json names one object, an entry of "objects" whose "concept" is a class and whose
+phrase is the class's name, not its plural. Classes are read from a JSON list of {"name", "phrase"}, such as
+{"name": "red apple", "phrase": "a red apple"}; the scenes' is `concepts.json`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from softmask.data import DataError
+from softmask.train.scoring import Sample, Scorer, batches, pixels
+
+TEMPLATES = ("{}", "there is {}", "a picture of {}", "a drawing of {}")
+TOP = (1, 5)
+
+
+@dataclass(frozen=True)
+class Class:
+    name: str
+    phrase: str
+
+
+def read_classes(path: Path) -> list[Class]:
+    """DataError where the file is no such list."""
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        classes = [Class(entry["name"], entry["phrase"]) for entry in entries]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise DataError(f"{path}: expected a JSON list of classes with name and phrase: {reason}") from error
+    if len({one.name for one in classes}) != len(classes) or not classes:
+        raise DataError(f"{path}: expected at least one class, and no name twice")
+    return classes
+
+
+def zero_shot(scorer: Scorer, samples: Iterable[Sample], classes: Sequence[Class]) -> dict | None:
+    """The metrics.json section; None where no picture shows one single object of a class."""
+    number = {one.name: index for index, one in enumerate(classes)}
+    prompts = class_features(scorer, classes)
+    hits, total = dict.fromkeys(TOP, 0), 0
+    shown = ((sample, only_class(sample, number)) for sample in samples)
+    for batch in batches(((sample, own) for sample, own in shown if own is not None), scorer.batch_size):
+        right = torch.tensor([own for _, own in batch])
+        order = similarities(scorer, [sample for sample, _ in batch], prompts).argsort(dim=1, descending=True)
+        total += len(batch)
+        for k in TOP:
+            hits[k] += int((order[:, :k] == right[:, None]).any(1).sum())
+    if not total:
+        return None
+    shares = {f"top{k}": hits[k] / total for k in TOP}
+    return {"samples": total, "classes": len(classes), **shares, "chance": 1.0 / len(classes)}
+
+
+def only_class(sample: Sample, number: dict[str, int]) -> int | None:
+    """The class of the one object in the picture; None where there are others, several of it, or none."""
+    if not sample.objects or len(sample.objects) > 1:
+        return None
+    (entry,) = sample.objects
+    name = entry.get("concept")
+    return number.get(name) if entry.get("phrase") == name else None
+
+
+@torch.no_grad()
+def class_features(scorer: Scorer, classes: Sequence[Class]) -> Tensor:
+    """[C, d] normalized mean of the features of a class's prompts."""
+    prompts = [template.format(one.phrase) for one in classes for template in TEMPLATES]
+    tokens = scorer.tokens(prompts)
+    ids = tokens.input_ids.to(scorer.device).split(scorer.batch_size)
+    masks = tokens.attention_mask.to(scorer.device).split(scorer.batch_size)
+    features = [scorer.model.encode_text(i, m)[1] for i, m in zip(ids, masks, strict=True)]
+    return F.normalize(torch.cat(features).unflatten(0, (len(classes), len(TEMPLATES))).mean(1), dim=-1)
+
+
+@torch.no_grad()
+def similarities(scorer: Scorer, samples: Sequence[Sample], prompts: Tensor) -> Tensor:
+    """[B, C] on the CPU."""
+    _, feature = scorer.model.encode_image(pixels(scorer, samples))
+    return (feature @ prompts.T).float().cpu()
