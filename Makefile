@@ -11,7 +11,8 @@ unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME PIP_TARGET PIP_PREFIX PIP_USER
 
 PYTHON ?= python3
 JOBS ?= 2
-RUN_DIR := runs/demo
+DEMO ?= demo
+RUN_DIR := runs/$(DEMO)
 SCENES := data/scenes
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
@@ -50,20 +51,21 @@ $(READY): $(CPP) $(VENV)/.package
 	@if compgen -G 'softmask/_C*.so' > /dev/null; then touch $@; \
 	  else grep '^softmask: ' build/extension.log; echo "env: details in build/extension.log"; fi
 
-pretrain: $(RUN_DIR)/report.html  ## data, training, evaluation and report of the demo (resumes where it stopped)
+pretrain: $(RUN_DIR)/report.html  ## data, training, evaluation, report of SoftMask++'s demo (resumes); DEMO=sycoca_demo: SyCoCa's
 	@echo "report: $(CURDIR)/$(RUN_DIR)/report.html"
 	@echo "metrics: $(CURDIR)/$(RUN_DIR)/metrics.json"
 
 $(SCENES)/scenes.json: | $(READY)
 	@$(IN_VENV) python -m softmask.data.scenes --out $(SCENES)
 
-$(RUN_DIR)/done.json: train/configs/demo.yaml | $(READY) $(SCENES)/scenes.json
-	@$(IN_VENV) deepspeed train/pretrain.py --config train/configs/demo.yaml --resume auto
+$(RUN_DIR)/done.json: train/configs/$(DEMO).yaml | $(READY) $(SCENES)/scenes.json
+	@$(IN_VENV) deepspeed train/pretrain.py --config $< --resume auto
 	@test -f $@ || { echo "pretrain: stopped before the end; make pretrain goes on from the last checkpoint" >&2; exit 1; }
 	@touch $@
 
 $(RUN_DIR)/metrics.json: $(RUN_DIR)/done.json
-	@$(IN_VENV) python train/evaluate.py $(RUN_DIR) --data '$(SCENES)/test-*.tar' --output $@
+	@$(IN_VENV) python train/evaluate.py $(RUN_DIR) --data '$(SCENES)/test-*.tar' --training '$(SCENES)/train-*.tar' \
+	  --output $@
 
 $(RUN_DIR)/report.html: $(RUN_DIR)/metrics.json
 	@$(IN_VENV) python train/report.py $(RUN_DIR) --data '$(SCENES)/test-*.tar'

@@ -7,10 +7,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from train_fixtures import different, make_config, run_here, saved_state, write_shard
 
+from softmask.data import open_source
 from softmask.models import SyCoCa, SyCoCaConfig
-from softmask.train import evaluate
+from softmask.train import captioning, evaluate, reconstruction, report, report_generation, scoring
 from softmask.train.checkpoint import config_differences, find_checkpoint, load_model
 from softmask.train.config import Config, ConfigError, load_config
 from softmask.train.trainer import Trainer
@@ -72,15 +74,61 @@ def test_the_stages_train_alike(tmp_path: Path) -> None:
         assert losses[stage] == pytest.approx(losses[0], rel=1e-5)
 
 
-def test_evaluation_ranks_by_itc_alone(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    config = make(tmp_path, "run", "train.steps=1", "train.activation_checkpointing=true")
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A trained run, evaluated beside training captions and a list of classes."""
+    config = make(tmp_path_factory.mktemp("sycoca"), "run", "train.steps=1", "train.activation_checkpointing=true")
     run_here(config)
-    model, _, loaded = load_model(config.output)
-    assert isinstance(model, SyCoCa) and loaded == dataclasses.replace(config)
-    assert evaluate.main([config.output, "--data", config.data.train, "--pairs", "16"]) == 0
-    assert "itc" in capsys.readouterr().out
-    result = json.loads((Path(config.output) / "metrics.json").read_text())
+    data = config.data.train
+    classes = Path(data).parent / "concepts.json"
+    classes.write_text(json.dumps([{"name": "paper", "phrase": "a paper"}]), encoding="utf-8")
+    assert evaluate.main([config.output, "--data", data, "--training", data, "--pairs", "16", "--beams", "2"]) == 0
+    return config
+
+
+def test_evaluation_ranks_by_itc_alone(run: Config) -> None:
+    model, _, loaded = load_model(run.output)
+    assert isinstance(model, SyCoCa) and loaded == dataclasses.replace(run)
+    result = json.loads((Path(run.output) / "metrics.json").read_text())
     assert result["retrieval"]["images"] == 16 and "itm" not in result["retrieval"] and "grounding" not in result
+
+
+def test_evaluation_writes_and_paints(run: Config) -> None:
+    result = json.loads((Path(run.output) / "metrics.json").read_text())
+    section = result["captioning"]
+    assert (section["samples"], section["beams"]) == (16, 2)
+    names = ["cider", "bleu4", "rouge_l"] + ["meteor"] * captioning.has_java()
+    for scores in (section, section["nearest"], section["random"]):
+        assert all(scores[name] >= 0 for name in names)
+    assert section["nearest"]["bleu4"] == pytest.approx(1.0)  # these pictures are of the training set
+    gap = result["reconstruction"]
+    assert gap["low"] < gap["gap"] < gap["high"] and gap["right"] > 0
+    assert "zero_shot" not in result  # no picture has objects
+
+
+def test_the_report_shows_captions_and_paintings(run: Config) -> None:
+    data = run.data.train
+    assert report.main([run.output, "--data", data, "--scenes", "3"]) == 0
+    page = (Path(run.output) / "report.html").read_text(encoding="utf-8")
+    assert "<h1>SyCoCa <span>run</span></h1>" in page and "CIDEr" in page
+    assert page.count('<div class="painting">') == 3 and page.count("true caption: a ") == 3
+    assert "ITM" not in page and "Grad-CAM" not in page
+
+
+def test_captions_do_not_depend_on_the_batch_size(run: Config) -> None:
+    scorer = evaluate.load_scorer(find_checkpoint(run.output), batch_size=5)
+    samples = list(scoring.Reader(open_source(run.data.train)).read(range(12)))
+    written = captioning.write_captions(scorer, samples, beams=2)
+    scorer.batch_size = 12
+    assert captioning.write_captions(scorer, samples, beams=2) == written
+    shown = reconstruction.repaint(scorer, samples[:3], [sample.caption for sample in samples[1:4]])
+    whole = report_generation.to_patches(shown.images, scorer.model.patch_size)
+    back = report_generation.from_patches(whole, scorer.model.patch_size, scorer.model.patch_grid)
+    assert torch.equal(back, shown.images)
+    true = (whole - whole.mean(-1, keepdim=True)) / (whole.var(-1, keepdim=True) + 1e-6).sqrt()
+    torch.testing.assert_close(report_generation.restored(true, whole, normalized=True), whole)
+    error = reconstruction.error_by_picture(scorer, true, shown.images, shown.hidden)
+    assert error.max() < 1e-10
 
 
 def test_the_method_says_what_the_model_section_is(tmp_path: Path) -> None:
