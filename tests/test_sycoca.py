@@ -163,6 +163,18 @@ def test_a_caption_loss_of_weight_0_is_not_computed() -> None:
     assert without == {"caption_decoder", "caption_head"}
 
 
+@pytest.mark.parametrize("options", [{}, COCA], ids=str)
+def test_recomputed_activations_change_nothing(options: dict) -> None:
+    model, batch = small_sycoca(**options), small_batch(dtype=torch.float64)
+    losses = []
+    for enable in (False, True):
+        model.set_activation_checkpointing(enable)
+        torch.manual_seed(0)
+        losses.append(model(batch).loss.item())
+    assert losses[0] == losses[1]
+    assert model.text.activation_checkpointing
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -119,7 +119,8 @@ class SyCoCa(nn.Module):
 
     def set_activation_checkpointing(self, enable: bool) -> None:
         self.vision.set_activation_checkpointing(enable)
-        for part in [self.text, self.caption_decoder] + [self.image_decoder] * self.config.reconstruct:
+        painters = [self.image_decoder] if self.config.reconstruct else []
+        for part in [self.text, self.caption_decoder, *painters]:
             part.activation_checkpointing = enable
 
     def _image_feature(self, tokens: Tensor) -> Tensor:
