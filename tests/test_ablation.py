@@ -176,7 +176,7 @@ def test_evaluation_alone_is_repeated_where_metrics_are_missing_or_of_another_st
     (run.folder / "metrics.json").write_text(json.dumps(made_metrics(steps=250)))
     assert carry_out(run, test_data=ablation.TEST_DATA, start=fake)
     assert fake.calls == ["pretrain", "evaluate", "evaluate", "evaluate"]
-    with pytest.raises(AblationError, match="seed_0: evaluation gave no metrics.json of step 700"):
+    with pytest.raises(AblationError, match="seed_0: evaluation left no metrics.json of step 700 on other.tar"):
         carry_out(run, test_data="other.tar", start=fake)
 
 

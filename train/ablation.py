@@ -163,7 +163,8 @@ def carry_out(run: Run, *, test_data: str, start: Start) -> bool:
     evaluate = [sys.executable, str(SCRIPTS / "evaluate.py"), str(run.folder)]
     start([*evaluate, "--data", test_data, "--pairs", str(GALLERY)])
     if not finished_metrics(run, test_data=test_data):
-        raise AblationError(f"{run.folder}: evaluation gave no metrics.json of step {run.config.train.steps}")
+        expected = f"metrics.json of step {run.config.train.steps} on {test_data}"
+        raise AblationError(f"{run.folder}: evaluation left no {expected}")
     return True
 
 
