@@ -21,7 +21,7 @@ PIP := $(IN_VENV) python -m pip install -q --disable-pip-version-check -c constr
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null | sort)
 READY := $(VENV)/.extension
 
-.PHONY: help env pretrain test bench gpu-report sanitize lint format clean
+.PHONY: help env pretrain ablation test bench gpu-report sanitize lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -69,6 +69,9 @@ $(RUN_DIR)/metrics.json: $(RUN_DIR)/done.json
 
 $(RUN_DIR)/report.html: $(RUN_DIR)/metrics.json
 	@$(IN_VENV) python train/report.py $(RUN_DIR) --data '$(SCENES)/test-*.tar'
+
+ablation: $(READY) $(SCENES)/scenes.json  ## hours: both methods with and without their parts, docs/ablation.md; ARGS="--rows coca --steps 20"
+	@$(IN_VENV) python train/ablation.py $(ARGS)
 
 test: $(READY)  ## all tests, JOBS at a time
 	@OMP_NUM_THREADS=1 $(IN_VENV) python -m pytest tests -q -n $(JOBS) --dist worksteal

@@ -14,7 +14,7 @@ from torch import Tensor
 from softmask.models import ConvViTConfig, VisionConfig
 from softmask.models.packing import Packing
 from softmask.models.sycoca import SyCoCa
-from softmask.models.sycoca_config import CausalTextConfig, SyCoCaConfig
+from softmask.models.sycoca_config import CausalTextConfig, SyCoCaConfig, SyCoCaWeights
 
 COCA = {"reconstruct": False, "caption_masking": "none"}
 
@@ -151,6 +151,28 @@ def test_every_parameter_has_a_gradient_and_a_step_helps(options: dict) -> None:
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
     expected = {"itc", "caption", "temperature"} | ({"tgmim"} if model.config.reconstruct else set())
     assert output.terms.keys() == expected
+
+
+def test_a_caption_loss_of_weight_0_is_not_computed() -> None:
+    model, batch = small_sycoca(**COCA, weights=SyCoCaWeights(caption=0.0)), small_batch(dtype=torch.float64)
+    output, with_captions = model(batch), small_sycoca(**COCA)(batch)
+    output.loss.backward()
+    assert output.terms.keys() == {"itc", "temperature"}
+    assert output.loss.item() == output.terms["itc"].item() == with_captions.terms["itc"].item()
+    without = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.grad is None}
+    assert without == {"caption_decoder", "caption_head"}
+
+
+@pytest.mark.parametrize("options", [{}, COCA], ids=str)
+def test_recomputed_activations_change_nothing(options: dict) -> None:
+    model, batch = small_sycoca(**options), small_batch(dtype=torch.float64)
+    losses = []
+    for enable in (False, True):
+        model.set_activation_checkpointing(enable)
+        torch.manual_seed(0)
+        losses.append(model(batch).loss.item())
+    assert losses[0] == losses[1]
+    assert model.text.activation_checkpointing
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def start_distributed() -> None:
     choose_accelerator()
     if "RANK" not in os.environ:
         single = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_SIZE": 1}
-        single |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+        single |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
         os.environ.update({key: str(value) for key, value in single.items()})
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -47,7 +47,8 @@ def choose_accelerator() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -99,7 +99,8 @@ class SyCoCa(nn.Module):
         options = {"gamma": config.gamma, "group": all_ranks()}
         losses = {"itc": ops.focal_contrastive_loss(feature, texts.feature, scale, **options)}
         spoken = self._spoken_patches(image, texts) if config.reconstruct or config.caption_masking != "none" else None
-        losses["caption"] = self._caption_loss(batch, texts, self._kept(image, spoken))
+        if config.weights.caption > 0:
+            losses["caption"] = self._caption_loss(batch, texts, self._kept(image, spoken))
         if config.reconstruct:
             losses["tgmim"] = self._reconstruction_loss(batch, texts, spoken)
         loss = sum(getattr(config.weights, name) * term for name, term in losses.items())
@@ -118,7 +119,8 @@ class SyCoCa(nn.Module):
 
     def set_activation_checkpointing(self, enable: bool) -> None:
         self.vision.set_activation_checkpointing(enable)
-        for part in [self.text, self.caption_decoder] + [self.image_decoder] * self.config.reconstruct:
+        painters = [self.image_decoder] if self.config.reconstruct else []
+        for part in [self.text, self.caption_decoder, *painters]:
             part.activation_checkpointing = enable
 
     def _image_feature(self, tokens: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ class CausalTextConfig:
 
 @dataclass
 class SyCoCaWeights:
-    """Weights of the three losses."""
+    """Weights of the three losses; a caption loss of weight 0 is not computed."""
 
     itc: float = 1.0
     caption: float = 2.0

@@ -1,0 +1,244 @@
+"""Train and evaluate the rows of both ablations, several seeds each, and write docs/ablation.md.
+
+    python train/ablation.py [--seeds 3] [--rows coca sycoca] [--steps 20] [--table-only]
+
+A run is a row with a seed, in runs/ablation/<method>/<row>/seed_<n>: `deepspeed train/pretrain.py --resume auto` on one
+rank, then `train/evaluate.py`. Started again, a finished run is not repeated, an unfinished one goes on from its
+checkpoint, and one that was made with another configuration is refused by name. The first seed of every row comes
+first, and the table is written anew after every run. `--steps` is for a try: such runs, and their table, go to
+runs/ablation_<steps>_steps, with warm-up and contrast_steps shortened alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from softmask.train import ablation_table
+from softmask.train.ablation_rows import STUDIES, AblationError, Row, Study
+from softmask.train.checkpoint import CheckpointError, read_json
+from softmask.train.config import Config, ConfigError, flatten, load_config
+from softmask.train.engine import free_port
+from softmask.train.evaluate import positive, write_atomically
+from softmask.train.logs import say
+
+SCRIPTS = Path(__file__).resolve().parent
+TEST_DATA = "data/scenes/test-*.tar"
+GALLERY = 256  # pictures that retrieval ranks
+# What comes out of a run does not depend on them.
+NEUTRAL_KEYS = (
+    "output",
+    "data.workers",
+    "data.max_bad_share",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.log_every",
+)
+Start = Callable[[Sequence[str]], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is run, and where it goes."""
+
+    rows: tuple[str, ...]  # names of those to run; the table has all
+    seeds: int = 3
+    steps: int = 0  # of a run; 0: as many as the configuration says
+    runs: Path = Path("runs/ablation")
+    table: Path = Path("docs/ablation.md")
+    studies: tuple[Study, ...] = STUDIES
+    test_data: str = TEST_DATA
+
+
+@dataclass(frozen=True)
+class Run:
+    """A row with a seed."""
+
+    folder: Path
+    file: Path
+    overrides: tuple[str, ...]
+    config: Config
+
+
+def make_run(plan: Plan, study: Study, row: Row, seed: int) -> Run:
+    """The run of a row with a seed.
+
+    Raises:
+        ConfigError: the row names a key or value that the configuration does not have.
+    """
+    folder = plan.runs / study.method / row.name / f"seed_{seed}"
+    overrides = [*row.overrides, f"seed={seed}", f"output={folder}"]
+    if plan.steps:
+        overrides += shortened(load_config(study.config), steps=plan.steps)
+    return Run(folder, study.config, tuple(overrides), load_config(study.config, overrides))
+
+
+def shortened(config: Config, *, steps: int) -> list[str]:
+    """Overrides for fewer steps, of which warm-up and the contrastive loss alone take the same share as before."""
+    share = steps / config.train.steps
+    overrides = [f"train.steps={steps}", f"optimizer.warmup_steps={round(share * config.optimizer.warmup_steps)}"]
+    if hasattr(config.model, "contrast_steps"):
+        overrides.append(f"model.contrast_steps={round(share * config.model.contrast_steps)}")
+    return overrides
+
+
+def planned_runs(plan: Plan) -> Iterator[Run]:
+    """All rows by one seed before the next seed: what is there of an interrupted ablation can be compared."""
+    for seed in range(plan.seeds):
+        for study in plan.studies:
+            for row in study.rows:
+                if row.name in plan.rows:
+                    yield make_run(plan, study, row, seed)
+
+
+# -- one run ----------------------------------------------------------------------------------------------------------
+
+
+def check_configuration(run: Run) -> None:
+    """Refuse a folder whose run was begun with another configuration, the learning rate and the steps included.
+
+    Raises:
+        AblationError: naming every key that differs, with both values.
+    """
+    path = run.folder / "config.yaml"
+    if not path.exists():
+        return
+    way_out = f"move or remove {run.folder} and the run is made anew"
+    try:
+        old, new = flatten(load_config(path)), flatten(run.config)
+    except ConfigError as error:
+        raise AblationError(f"{path}: not a configuration of this version: {error}; {way_out}") from error
+    differing = [key for key in old | new if key not in NEUTRAL_KEYS and old.get(key) != new.get(key)]
+    if differing:
+        listed = ", ".join(f"{key} (was {old.get(key)!r}, now {new.get(key)!r})" for key in differing)
+        raise AblationError(f"{run.folder}: made with another configuration: {listed}; {way_out}")
+
+
+def is_trained(run: Run) -> bool:
+    return (run.folder / "done.json").is_file()
+
+
+def finished_metrics(run: Run, *, test_data: str) -> dict | None:
+    """metrics.json of a run that is trained and evaluated to its end; else None.
+
+    Raises:
+        AblationError: the run was made with another configuration.
+        CheckpointError: metrics.json cannot be read.
+    """
+    check_configuration(run)
+    path = run.folder / "metrics.json"
+    if not is_trained(run) or not path.is_file():
+        return None
+    metrics = read_json(path)
+    measured = metrics["training"]["steps"], metrics["evaluation"]["data"]
+    return metrics if measured == (run.config.train.steps, test_data) else None
+
+
+def launcher() -> list[str]:
+    """DeepSpeed's, with one rank on every machine: the batch, and with it every loss, depends on their number.
+
+    Over hours other runs start on this machine, and all would take the same port.
+    """
+    program = Path(sys.executable).with_name("deepspeed")
+    return [str(program), "--num_accelerators", "1", "--master_port", str(free_port())]
+
+
+def carry_out(run: Run, *, test_data: str, start: Start) -> bool:
+    """Train and evaluate what of a run is not done yet; False: nothing was left to do.
+
+    Raises:
+        AblationError: another configuration made it, or a command did not reach its end.
+    """
+    if finished_metrics(run, test_data=test_data):
+        return False
+    if not is_trained(run):
+        options = ["--config", str(run.file), "--resume", "auto"]
+        start([*launcher(), str(SCRIPTS / "pretrain.py"), *options, *run.overrides])
+        if not is_trained(run):
+            raise AblationError(f"{run.folder}: training stopped before the end; started again, it goes on from there")
+    evaluate = [sys.executable, str(SCRIPTS / "evaluate.py"), str(run.folder)]
+    start([*evaluate, "--data", test_data, "--pairs", str(GALLERY)])
+    if not finished_metrics(run, test_data=test_data):
+        expected = f"metrics.json of step {run.config.train.steps} on {test_data}"
+        raise AblationError(f"{run.folder}: evaluation left no {expected}")
+    return True
+
+
+def start_process(command: Sequence[str]) -> None:
+    """Run a command to its end. What it left tells whether it succeeded: after a stop signal ranks exit with 0."""
+    with subprocess.Popen(command) as process:
+        try:
+            process.wait()
+        except KeyboardInterrupt:  # the terminal told the command too: it writes its checkpoint
+            process.wait()
+            raise
+
+
+# -- all runs, and the table ------------------------------------------------------------------------------------------
+
+
+def collect(plan: Plan, study: Study) -> ablation_table.Results:
+    """The metrics of all finished runs of a study."""
+    runs = {row.name: [make_run(plan, study, row, seed) for seed in range(plan.seeds)] for row in study.rows}
+    found = {
+        name: [metrics for run in row if (metrics := finished_metrics(run, test_data=plan.test_data))]
+        for name, row in runs.items()
+    }
+    steps = runs[study.rows[0].name][0].config.train.steps
+    return ablation_table.Results(study, steps=steps, seeds=plan.seeds, metrics=found)
+
+
+def write_table(plan: Plan) -> None:
+    text = ablation_table.render([collect(plan, study) for study in plan.studies])
+    plan.table.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(plan.table, text)
+
+
+def run_all(plan: Plan, *, start: Start = start_process) -> None:
+    """Carry out every planned run; the table first, which refuses runs of other configurations before hours of work."""
+    write_table(plan)
+    runs = list(planned_runs(plan))
+    for number, run in enumerate(runs, 1):
+        say(f"ablation: run {number} of {len(runs)}: {run.folder}")
+        if carry_out(run, test_data=plan.test_data, start=start):
+            write_table(plan)
+        else:
+            say("ablation: finished before")
+
+
+def parse(argv: list[str] | None) -> tuple[Plan, bool]:
+    """The plan, and whether only the table is wanted."""
+    names = [row.name for study in STUDIES for row in study.rows]
+    parser = argparse.ArgumentParser(description="The rows of both ablations, several seeds each, and their table.")
+    parser.add_argument("--seeds", type=positive, default=3, help="seeds of every row, from 0 on (default 3)")
+    parser.add_argument("--steps", type=positive, default=0, help="shorter runs, in a folder of their own, for a try")
+    parser.add_argument("--rows", nargs="+", choices=names, default=names, metavar="ROW", help=", ".join(names))
+    parser.add_argument("--table-only", action="store_true", help="write the table from the runs that are there")
+    options = parser.parse_args(argv)
+    plan = {"rows": tuple(options.rows), "seeds": options.seeds}
+    if options.steps:
+        folder = Path(f"runs/ablation_{options.steps}_steps")
+        plan |= {"steps": options.steps, "runs": folder, "table": folder / "ablation.md"}
+    return Plan(**plan), options.table_only
+
+
+def main(argv: list[str] | None = None) -> int:
+    plan, table_only = parse(argv)
+    try:
+        write_table(plan) if table_only else run_all(plan)
+    except (AblationError, CheckpointError, ConfigError, OSError) as error:
+        say(f"ablation: {error}")
+        return 1
+    except KeyboardInterrupt:
+        say("ablation: interrupted; started again, it goes on from there")
+        return 130
+    print(f"table: {plan.table}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

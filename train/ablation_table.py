@@ -1,0 +1,160 @@
+"""The ablations' figures as Markdown: mean and spread of every row, and where the order is not the expected one.
+
+Pure functions of what metrics.json holds; nothing here reads or writes files.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from statistics import fmean, stdev
+
+from softmask.train.ablation_rows import AblationError, Row, Study
+
+INTRODUCTION = """# Ablation
+
+What each part of the two methods changes on the embedded scenes, at the demo's size. `make ablation` trains and
+evaluates the rows and writes this file; it is not edited by hand.
+
+Figures are percentages on test scenes never seen in training: mean over the seeds and, behind ±, their sample standard
+deviation. mTR and mIR are the means of R@1, R@5 and R@10 by ITC, picture to caption and caption to picture. Two rows
+are compared once all seeds of both are finished; equal means agree with any order. The spread that a difference is held
+against is the larger of the two rows' standard deviations. The papers trained on millions of pictures, a run here for
+minutes on tens of thousands of drawn scenes: what does not show here is not refuted.
+"""
+
+
+@dataclass(frozen=True)
+class Results:
+    """What there is of one study."""
+
+    study: Study
+    steps: int  # of a run
+    seeds: int  # wanted of every row
+    metrics: dict[str, list[dict]]  # name of a row -> metrics.json of its finished seeds
+
+    def shares(self, row: str, figure: str) -> list[float]:
+        return [self.study.figures[figure](metrics) for metrics in self.metrics[row]]
+
+    def is_finished(self, row: str) -> bool:
+        return len(self.metrics[row]) == self.seeds
+
+
+@dataclass(frozen=True)
+class Reversal:
+    """A pair of rows that does not stand as expected; difference and spread are shares."""
+
+    figure: str
+    above: str  # title of the row that was expected below
+    below: str
+    difference: float
+    spread: float | None  # None with one seed
+
+
+def render(results: Sequence[Results]) -> str:
+    """The whole file."""
+    return "\n".join([INTRODUCTION, *map(section, results)])
+
+
+def section(results: Results) -> str:
+    study = results.study
+    size = gallery(results)
+    length = f"`{study.config.name}`, {results.steps} steps" + (f"; retrieval among {size} pictures" if size else "")
+    paragraphs = [
+        f"## {study.title}",
+        _wrapped(f"{length}. {study.note}"),
+        table(results),
+        _wrapped(order_sentence(results)),
+    ]
+    return "\n\n".join(paragraphs) + "\n"
+
+
+def gallery(results: Results) -> int | None:
+    """The number of pictures that retrieval ranked; None where nothing is evaluated yet.
+
+    Raises:
+        AblationError: runs were evaluated among different numbers of pictures.
+    """
+    rows = results.metrics.values()
+    sizes = {metrics["retrieval"]["images"] for row in rows for metrics in row}
+    if len(sizes) > 1:
+        raise AblationError(
+            f"{results.study.method}: expected retrieval among equally many pictures in every metrics.json, "
+            f"got {sorted(sizes)}; those removed are made anew"
+        )
+    return sizes.pop() if sizes else None
+
+
+def table(results: Results) -> str:
+    study = results.study
+    has_published = any(row.published for row in study.rows)
+    heads = ["row", "settings", "seeds", *study.figures, *(["paper: " + " / ".join(study.figures)] * has_published)]
+    lines = [_line(heads), "|" + "---|" * len(heads)]
+    for row in study.rows:
+        settings = " ".join(f"`{override}`" for override in row.overrides)
+        cells = [row.title, settings, seeds_cell(results, row), *figure_cells(results, row)]
+        published = " / ".join(f"{value:.1f}" for value in row.published)
+        lines.append(_line([*cells, *([published] * has_published)]))
+    return "\n".join(lines)
+
+
+def seeds_cell(results: Results, row: Row) -> str:
+    there = len(results.metrics[row.name])
+    return str(there) if results.is_finished(row.name) else f"{there} of {results.seeds}, not finished"
+
+
+def figure_cells(results: Results, row: Row) -> Iterator[str]:
+    for figure in results.study.figures:
+        shares = results.shares(row.name, figure)
+        spread = f" ± {100 * stdev(shares):.1f}" if len(shares) > 1 else ""
+        yield f"{100 * fmean(shares):.1f}{spread}" if shares else ""
+
+
+def order_sentence(results: Results) -> str:
+    """How many of the expected pairs came out so, and each that did not, with its difference and spread."""
+    study = results.study
+    pairs = [(figure, *pair) for figure, pairs in study.order.items() for pair in pairs]
+    compared = [pair for pair in pairs if all(results.is_finished(row) for row in pair[1:])]
+    waiting = len(pairs) - len(compared)
+    missing = f"{waiting} of {len(pairs)} comparisons wait for rows that are not finished."
+    if not compared:
+        return missing
+    found = [reversal for pair in compared if (reversal := reversed_pair(results, *pair))]
+    agreeing = len(compared) - len(found)
+    said = f"{agreeing} of {len(compared)} comparisons (pairs of rows, by each figure) agree with {study.order_name}"
+    said += f"; it differs in {'; '.join(_by_figure(found))}." if found else "."
+    return f"{said} {missing}" if waiting else said
+
+
+def reversed_pair(results: Results, figure: str, low: str, high: str) -> Reversal | None:
+    """The pair, where the row expected to be higher has the lower mean."""
+    below, above = results.shares(high, figure), results.shares(low, figure)
+    difference = fmean(above) - fmean(below)
+    if difference <= 0:
+        return None
+    titles = {row.name: row.title for row in results.study.rows}
+    spread = max(stdev(above), stdev(below)) if results.seeds > 1 else None
+    return Reversal(figure, titles[low], titles[high], difference, spread)
+
+
+def _by_figure(reversals: list[Reversal]) -> Iterator[str]:
+    for figure, group in groupby(reversals, key=lambda reversal: reversal.figure):
+        yield f"{figure}: " + ", ".join(f"{one.above} above {one.below} by {_size(one)}" for one in group)
+
+
+def _size(reversal: Reversal) -> str:
+    points = f"{100 * reversal.difference:.1f} points"
+    if reversal.spread is None:
+        return f"{points} (one seed has no spread)"
+    relation = "more than" if reversal.difference > reversal.spread else "within"
+    return f"{points} ({relation} the spread of {100 * reversal.spread:.1f})"
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
