@@ -130,11 +130,13 @@ def evaluate(scorer: Scorer, reader: Reader, *, pairs: int, rerank: int) -> dict
 def generation(
     scorer: Scorer, reader: Reader, training: Reader | None, *, pairs: int, captions: CaptionOptions
 ) -> dict:
-    """The "captioning" and "reconstruction" sections, where the model writes and paints."""
+    """The "captioning" and "reconstruction" sections, of a model that learned to write and to paint."""
     if not hasattr(scorer.model, "caption_decoder"):
         return {}
-    result = {"captioning": captioning(scorer, islice(reader.all(), pairs or None), training, captions)}
-    if scorer.config.model.reconstruct:
+    result, learned = {}, scorer.config.model
+    if learned.weights.caption > 0:
+        result["captioning"] = captioning(scorer, islice(reader.all(), pairs or None), training, captions)
+    if learned.reconstruct and learned.weights.tgmim > 0:
         result["reconstruction"] = reconstruction(scorer, islice(reader.all(), pairs or None))
     return result
 

@@ -28,7 +28,7 @@ from softmask.train.checkpoint import CheckpointError, find_checkpoint, read_jso
 from softmask.train.config import ConfigError
 from softmask.train.evaluate import check_output, load_scorer, name_skipped, positive, write_atomically
 from softmask.train.report_facts import facts, lead, title
-from softmask.train.report_generation import Generated, generated
+from softmask.train.report_generation import generated
 from softmask.train.report_page import Candidate, Page, Query, SceneView, WordView, render
 from softmask.train.report_pictures import data_uri, heat_overlay, limited, soft_masked
 from softmask.train.report_svg import Series, outline_path
@@ -212,9 +212,7 @@ def build_page(run: Path, data: str, *, scenes: int, batch_size: int) -> Page:
         captions, pictures = retrieval_examples(scorer, reader, **reranked)
         shown = list(reader.read(spread(len(reader.source), scenes)))
         drawn = scene_views(scorer, shown) if hasattr(scorer.model, "word_maps") else []
-        written = (
-            generated(scorer, shown, beams=result["captioning"]["beams"]) if "captioning" in result else Generated()
-        )
+        written = generated(scorer, shown, result)
     finally:
         name_skipped(reader)
     return Page(

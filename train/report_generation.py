@@ -48,14 +48,16 @@ class Generated:
     paintings: list[Painting] = field(default_factory=list)
 
 
-def generated(scorer: Scorer, samples: list[Sample], *, beams: int) -> Generated:
-    """Of each sample a caption and, if the model has an image decoder, its reconstructions."""
-    texts = write_captions(scorer, samples, beams=beams)
-    captions = [
-        Written(data_uri(limited(sample.picture, SHOWN)), text, sample.caption)
-        for sample, text in zip(samples, texts, strict=True)
-    ]
-    return Generated(captions, paintings(scorer, samples) if scorer.config.model.reconstruct else [])
+def generated(scorer: Scorer, samples: list[Sample], metrics: dict) -> Generated:
+    """Of each sample a caption and its reconstructions, where metrics.json has these sections."""
+    found = Generated()
+    if "captioning" in metrics:
+        texts = write_captions(scorer, samples, beams=metrics["captioning"]["beams"])
+        for sample, text in zip(samples, texts, strict=True):
+            found.captions.append(Written(data_uri(limited(sample.picture, SHOWN)), text, sample.caption))
+    if "reconstruction" in metrics:
+        found.paintings = paintings(scorer, samples)
+    return found
 
 
 def paintings(scorer: Scorer, samples: list[Sample]) -> list[Painting]:
