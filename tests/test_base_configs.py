@@ -47,6 +47,20 @@ def test_full_size_sycoca() -> None:
     assert (8 * config.train.batch_size, config.train.epochs, config.train.precision) == (2048, 20, "bf16")
 
 
+def test_full_size_coca() -> None:
+    """SyCoCa's without the image decoder, with a pooler (2.6 million weights) of 256 queries and one."""
+    config, sycoca = load("coca_base.yaml"), load("sycoca_base.yaml")
+    with torch.device("meta"):
+        model = SyCoCa(config.model, special_ids=BERT)
+    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(391.8e6, rel=2e-3)
+    assert model.pooler.queries.shape == (257, 768) and (config.model.weights.itc, config.model.weights.caption) == (
+        1,
+        2,
+    )
+    assert (config.model.reconstruct, config.model.caption_masking) == (False, "none")
+    assert (config.data, config.optimizer, config.train) == (sycoca.data, sycoca.optimizer, sycoca.train)
+
+
 def test_what_the_papers_add_and_leave() -> None:
     albef, softmask, retrieval = (load(name) for name in BASE)
     assert (albef.model.soft_mask, albef.model.gamma, albef.model.mask_text) == (False, 0.0, "mlm")

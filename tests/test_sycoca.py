@@ -8,33 +8,11 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from model_fixtures import SPECIAL, VOCABULARY, small_batch
+from model_fixtures import COCA, POOLED, SPECIAL, VOCABULARY, small_batch, small_sycoca
 from torch import Tensor
 
-from softmask.models import ConvViTConfig, VisionConfig
+from softmask.models import SyCoCa
 from softmask.models.packing import Packing
-from softmask.models.sycoca import SyCoCa
-from softmask.models.sycoca_config import CausalTextConfig, SyCoCaConfig
-
-COCA = {"reconstruct": False, "caption_masking": "none"}
-
-
-def small_sycoca(*, vit: str = "conv_vit", width: int = 24, image_size: int = 32, **options) -> SyCoCa:
-    """Weights four times larger than at initialization, so that attention is far from uniform."""
-    torch.manual_seed(0)
-    text = CausalTextConfig(vocab_size=VOCABULARY, width=32, heads=4, layers=2, decoder_layers=2, max_positions=16)
-    vision = VisionConfig(
-        name=vit,
-        image_size=image_size,
-        conv_vit=ConvViTConfig(patch_size=8, width=width, depth=2, heads=2, stem_width=4),
-    )
-    defaults = {"embed_dim": 16, "image_decoder_layers": 1, "image_decoder_heads": 2}
-    model = SyCoCa(SyCoCaConfig(vision=vision, text=text, **(defaults | options)), special_ids=SPECIAL)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim > 1 and not name.startswith("vision"):
-                parameter.mul_(4.0)
-    return model.double()
 
 
 def dense_logits(model: SyCoCa, batch) -> Tensor:
@@ -133,7 +111,7 @@ def _shuffled(batch):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"masks": "random"}, {"relevance": "tokens", "width": 32}, {"gamma": 2.0}, COCA],
+    [{}, {"masks": "random"}, {"relevance": "tokens", "width": 32}, {"gamma": 2.0}, COCA, COCA | POOLED],
     ids=str,
 )
 def test_every_parameter_has_a_gradient_and_a_step_helps(options: dict) -> None:

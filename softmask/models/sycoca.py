@@ -10,7 +10,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softmask import ops
@@ -22,8 +21,8 @@ from .mlm import masked_token_loss
 from .packing import Packing
 from .running import all_ranks
 from .sycoca_config import SyCoCaConfig
-from .transformer import CausalTextEncoder, CrossDecoder
-from .vision import VisionEncoder
+from .sycoca_encoders import Encoders, Texts
+from .transformer import CrossDecoder
 
 MAX_LOGIT_SCALE = 100.0
 
@@ -34,44 +33,34 @@ class SyCoCaOutput:
     terms: dict[str, Tensor]  # detached scalars
 
 
-@dataclass
-class Texts:
-    """Captions as the text encoder read them: tokens [S, D], their packing, features."""
-
-    tokens: Tensor
-    packing: Packing
-    feature: Tensor  # [B, embed_dim], normalized
-
-
-class SyCoCa(nn.Module):
-    """The model and its three losses. With `reconstruct` and `caption_masking` off it is CoCa without a pooler.
+class SyCoCa(Encoders):
+    """The model and its three losses. With `reconstruct` and `caption_masking` off it is CoCa, with `pooler_queries`
+    CoCa with its pooler.
 
     The text encoder reads all columns of a batch's captions but the last and the text decoder predicts all but the
     first, as open_clip's CoCa does: of the longest captions, CLS does not see [SEP].
     """
 
     def __init__(self, config: SyCoCaConfig, *, special_ids: SpecialIds) -> None:
-        super().__init__()
         if config.text.vocab_size <= special_ids.mask:
             raise ValueError(f"text.vocab_size: expected the tokenizer's, got {config.text.vocab_size}")
+        super().__init__(config)
         self.config, self.special_ids = config, special_ids
         text = config.text
-        self.vision = VisionEncoder(config.vision)
-        shared = {"width": text.width, "heads": text.heads, "library": text.attention}
-        self.text = CausalTextEncoder(
-            vocab_size=text.vocab_size, layers=text.layers, max_positions=text.max_positions, **shared
-        )
         self.caption_decoder = CrossDecoder(
-            layers=text.decoder_layers, source_width=self.vision.width, causal=True, **shared
+            text.width,
+            text.heads,
+            text.decoder_layers,
+            source_width=self.vision.width,
+            causal=True,
+            library=text.attention,
         )
         self.caption_head = nn.Linear(text.width, text.vocab_size, bias=False)
-        self.image_projection = nn.Linear(self.vision.width, config.embed_dim, bias=False)
-        self.text_projection = nn.Linear(text.width, config.embed_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1.0 / config.temperature)))
+        for part in (self.caption_decoder, self.caption_head):
+            initialize(part, std=text.initializer_range)
         if config.reconstruct:
             self._make_image_decoder()
-        for part in (self.text, self.caption_decoder, self.caption_head, self.image_projection, self.text_projection):
-            initialize(part, std=text.initializer_range)
 
     def _make_image_decoder(self) -> None:
         width, config = self.vision.width, self.config
@@ -94,12 +83,12 @@ class SyCoCa(nn.Module):
         config = self.config
         image = self.vision(batch.images)
         texts = self._encode_text(batch)
-        feature = self._image_feature(image)
+        feature, readable = self.summarize(image)
         scale = self.logit_scale.exp().clamp(max=MAX_LOGIT_SCALE)
         options = {"gamma": config.gamma, "group": all_ranks()}
         losses = {"itc": ops.focal_contrastive_loss(feature, texts.feature, scale, **options)}
         spoken = self._spoken_patches(image, texts) if config.reconstruct or config.caption_masking != "none" else None
-        losses["caption"] = self._caption_loss(batch, texts, self._kept(image, spoken))
+        losses["caption"] = self._caption_loss(batch, texts, self._kept(readable, spoken))
         if config.reconstruct:
             losses["tgmim"] = self._reconstruction_loss(batch, texts, spoken)
         loss = sum(getattr(config.weights, name) * term for name, term in losses.items())
@@ -121,15 +110,8 @@ class SyCoCa(nn.Module):
         for part in [self.text, self.caption_decoder] + [self.image_decoder] * self.config.reconstruct:
             part.activation_checkpointing = enable
 
-    def _image_feature(self, tokens: Tensor) -> Tensor:
-        return F.normalize(at_least_fp32(self.image_projection(self.vision.pool(tokens))), dim=-1)
-
     def _encode_text(self, batch: Batch) -> Texts:
-        return self._read(batch.input_ids[:, :-1], Packing.of(batch.attention_mask[:, :-1]))
-
-    def _read(self, input_ids: Tensor, packing: Packing) -> Texts:
-        tokens, cls = self.text(input_ids, packing)
-        return Texts(tokens, packing, F.normalize(at_least_fp32(self.text_projection(cls)), dim=-1))
+        return self.read(batch.input_ids[:, :-1], Packing.of(batch.attention_mask[:, :-1]))
 
     @torch.no_grad()
     def _spoken_patches(self, image: Tensor, texts: Texts) -> Tensor:
@@ -141,7 +123,7 @@ class SyCoCa(nn.Module):
             return noise.argsort(dim=1).argsort(dim=1) < count
         tokens = texts.packing.pad(texts.tokens)
         if self.config.relevance == "projection":
-            patches, tokens = self.image_projection(patches), self.text_projection(tokens)
+            patches, tokens = self.project_patches(patches), self.text_projection(tokens)
         padding = ~texts.packing.mask
         return ops.attentive_mask(patches, tokens, ratio=self.config.mask_ratio, token_padding_mask=padding)
 
@@ -191,9 +173,9 @@ class SyCoCa(nn.Module):
     def encode_image(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """images [B, 3, S, S] -> tokens [B, P, D], normalized feature [B, embed_dim]."""
         tokens = self.vision(images)
-        return tokens, self._image_feature(tokens)
+        return tokens, self.summarize(tokens)[0]
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """input_ids, attention_mask [B, T], whole captions -> tokens [B, T, D], normalized feature [B, embed_dim]."""
-        texts = self._read(input_ids, Packing.of(attention_mask))
+        texts = self.read(input_ids, Packing.of(attention_mask))
         return texts.packing.pad(texts.tokens), texts.feature

@@ -37,12 +37,15 @@ class SyCoCaWeights:
 
 @dataclass
 class SyCoCaConfig:
-    """With `reconstruct: false` and `caption_masking: none` it is CoCa without a pooler."""
+    """With `reconstruct: false` and `caption_masking: none` it is CoCa, with `pooler_queries` CoCa with its pooler."""
 
     vision: VisionConfig = field(default_factory=VisionConfig)
     text: CausalTextConfig = field(default_factory=CausalTextConfig)
     weights: SyCoCaWeights = field(default_factory=SyCoCaWeights)
     embed_dim: int = 512
+    pooler_queries: int = 0  # outputs of the attentional pooler that the caption is told from, beside the one that is
+    # contrasted; 0: no pooler
+    pooler_heads: int = 8
     temperature: float = 0.07  # at first; it is learned
     gamma: float = 0.0
     masks: str = "attentive"  # which patches: those the caption speaks of, or "random"
@@ -60,6 +63,8 @@ class SyCoCaConfig:
                 MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE,
                 f"a number in [{MIN_TEMPERATURE}, {MAX_TEMPERATURE}]",
             ),
+            "pooler_queries": (self.pooler_queries >= 0, "at least 0"),
+            "pooler_heads": (self.pooler_heads >= 1, "at least 1"),
             "gamma": (self.gamma >= 0, "a number >= 0"),
             "masks": (self.masks in ("attentive", "random"), "'attentive' or 'random'"),
             "mask_ratio": (0 < self.mask_ratio < 1, "a number in (0, 1)"),
@@ -68,3 +73,13 @@ class SyCoCaConfig:
             "image_decoder_layers": (self.image_decoder_layers >= 1, "at least 1"),
         }
         check(self, expected)
+        if self.pooler_queries:
+            self._check_pooler()
+
+    def _check_pooler(self) -> None:
+        if self.caption_masking == "tokens":
+            expected = "'none' where there are pooler_queries (pooled tokens are not patches)"
+            raise ValueError(f"caption_masking: expected {expected}, got {self.caption_masking!r}")
+        if self.vision.pool != "cls":
+            expected = "'cls' where there are pooler_queries (the pooler takes its place)"
+            raise ValueError(f"vision.pool: expected {expected}, got {self.vision.pool!r}")
