@@ -22,6 +22,7 @@ from .packing import Packing
 from .running import all_ranks
 from .sycoca_config import SyCoCaConfig
 from .sycoca_encoders import Encoders, Texts
+from .sycoca_masks import PatchMasks, attentive_masks, keep_patches, random_masks
 from .transformer import CrossDecoder
 
 MAX_LOGIT_SCALE = 100.0
@@ -60,11 +61,12 @@ class SyCoCa(Encoders):
         for part in (self.caption_decoder, self.caption_head):
             initialize(part, std=text.initializer_range)
         if config.reconstruct:
+            self.mask_token = nn.Parameter(torch.empty(self.vision.width).normal_(std=text.initializer_range))
+        if config.reconstruct:
             self._make_image_decoder()
 
     def _make_image_decoder(self) -> None:
         width, config = self.vision.width, self.config
-        self.mask_token = nn.Parameter(torch.empty(width).normal_(std=config.text.initializer_range))
         self.image_decoder = CrossDecoder(
             width,
             config.image_decoder_heads,
@@ -83,14 +85,14 @@ class SyCoCa(Encoders):
         config = self.config
         image = self.vision(batch.images)
         texts = self._encode_text(batch)
-        feature, readable = self.summarize(image)
+        pooled, readable = self.pool(image)
         scale = self.logit_scale.exp().clamp(max=MAX_LOGIT_SCALE)
         options = {"gamma": config.gamma, "group": all_ranks()}
-        losses = {"itc": ops.focal_contrastive_loss(feature, texts.feature, scale, **options)}
-        spoken = self._spoken_patches(image, texts) if config.reconstruct or config.caption_masking != "none" else None
-        losses["caption"] = self._caption_loss(batch, texts, self._kept(readable, spoken))
+        losses = {"itc": ops.focal_contrastive_loss(self.image_feature(pooled), texts.feature, scale, **options)}
+        masks = self._masks(image, texts)
+        losses["caption"] = self._caption_loss(batch, texts, self._told_from(readable, masks.kept))
         if config.reconstruct:
-            losses["tgmim"] = self._reconstruction_loss(batch, texts, spoken)
+            losses["tgmim"] = self._reconstruction_loss(batch, texts, masks.hidden)
         loss = sum(getattr(config.weights, name) * term for name, term in losses.items())
         terms = {name: term.detach() for name, term in losses.items()}
         return SyCoCaOutput(loss, terms | {"temperature": 1.0 / scale.detach()})
@@ -114,28 +116,30 @@ class SyCoCa(Encoders):
         return self.read(batch.input_ids[:, :-1], Packing.of(batch.attention_mask[:, :-1]))
 
     @torch.no_grad()
-    def _spoken_patches(self, image: Tensor, texts: Texts) -> Tensor:
-        """bool [B, patches]: those that the caption speaks of most, `mask_ratio` of them; or any."""
-        patches = image[:, self.vision.num_prefix_tokens :]
-        if self.config.masks == "random":
-            noise = torch.rand(patches.shape[:2], device=patches.device)
-            count = round(self.config.mask_ratio * patches.shape[1])
-            return noise.argsort(dim=1).argsort(dim=1) < count
-        tokens = texts.packing.pad(texts.tokens)
-        if self.config.relevance == "projection":
-            patches, tokens = self.project_patches(patches), self.text_projection(tokens)
-        padding = ~texts.packing.mask
-        return ops.attentive_mask(patches, tokens, ratio=self.config.mask_ratio, token_padding_mask=padding)
+    def _masks(self, image: Tensor, texts: Texts) -> PatchMasks:
+        """The patches that the caption speaks of most; or any."""
+        config = self.config
+        keep = config.caption_ratio if config.caption_masking != "none" else None
+        hide = config.reconstruct_ratio if config.reconstruct else None
+        ratios = {ratio for ratio in (keep, hide) if ratio is not None}
+        if not ratios:
+            return PatchMasks(kept=None, hidden=None)
+        patches = image[:, self.num_prefix_tokens :]
+        if config.masks == "random":
+            spoken = random_masks(patches, ratios=ratios)
+        else:
+            tokens = texts.packing.pad(texts.tokens)
+            if config.relevance == "projection":
+                patches, tokens = self.project_patches(patches), self.text_projection(tokens)
+            spoken = attentive_masks(patches, tokens, ~texts.packing.mask, ratios=ratios)
+        return PatchMasks(kept=spoken.get(keep), hidden=spoken.get(hide))
 
-    def _kept(self, image: Tensor, spoken: Tensor | None) -> Tensor:
-        """The image tokens [B, P', D] that the caption is told from: prefix tokens and, with masks, spoken patches."""
+    def _told_from(self, readable: Tensor, kept: Tensor | None) -> Tensor:
+        """What the caption's decoder reads, [B, P', D]: all that is `readable`, or what is left by `kept`."""
         if self.config.caption_masking == "none":
-            return image
-        prefix = self.vision.num_prefix_tokens
-        count = round(self.config.mask_ratio * spoken.shape[1])
-        place = torch.nonzero_static(spoken.flatten(), size=len(spoken) * count)[:, 0]
-        patches = image[:, prefix:].flatten(0, 1).index_select(0, place).unflatten(0, (len(spoken), count))
-        return torch.cat([image[:, :prefix], patches], dim=1)
+            return readable
+        options = {"ratio": self.config.caption_ratio, "num_prefix_tokens": self.num_prefix_tokens}
+        return keep_patches(readable, kept, **options)
 
     def _caption_loss(self, batch: Batch, texts: Texts, image: Tensor) -> Tensor:
         """Cross-entropy of the next token, mean over all that follow a token; padding is never a target."""
@@ -158,7 +162,7 @@ class SyCoCa(Encoders):
         image = self.vision(images, masked=masked, mask_token=self.mask_token)
         pictures = Packing.full(*image.shape[:2], image.device)
         states = self.image_decoder(image.flatten(0, 1), pictures, texts.tokens, texts.packing)
-        return self.pixel_head(states.unflatten(0, image.shape[:2])[:, self.vision.num_prefix_tokens :])
+        return self.pixel_head(states.unflatten(0, image.shape[:2])[:, self.num_prefix_tokens :])
 
     # -- evaluation -----------------------------------------------------------------------------------------------
 
@@ -173,7 +177,7 @@ class SyCoCa(Encoders):
     def encode_image(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """images [B, 3, S, S] -> tokens [B, P, D], normalized feature [B, embed_dim]."""
         tokens = self.vision(images)
-        return tokens, self.summarize(tokens)[0]
+        return tokens, self.image_feature(self.pool(tokens)[0])
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """input_ids, attention_mask [B, T], whole captions -> tokens [B, T, D], normalized feature [B, embed_dim]."""

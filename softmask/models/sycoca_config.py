@@ -49,10 +49,11 @@ class SyCoCaConfig:
     temperature: float = 0.07  # at first; it is learned
     gamma: float = 0.0
     masks: str = "attentive"  # which patches: those the caption speaks of, or "random"
-    mask_ratio: float = 0.5  # of the patches: reconstructed, and what the caption is told from
     relevance: str = "projection"  # similarity of patches and tokens after the contrastive projections, or as "tokens"
     caption_masking: str = "tokens"  # the caption's decoder does not see other patches; "none": it sees all
+    caption_ratio: float = 0.5  # of the patches, the most spoken of: the caption is told from them
     reconstruct: bool = True  # text-guided reconstruction of masked patches
+    reconstruct_ratio: float = 0.5  # of the patches, the most spoken of: they are masked
     normalize_pixels: bool = True
     image_decoder_layers: int = 4
     image_decoder_heads: int = 12
@@ -67,7 +68,8 @@ class SyCoCaConfig:
             "pooler_heads": (self.pooler_heads >= 1, "at least 1"),
             "gamma": (self.gamma >= 0, "a number >= 0"),
             "masks": (self.masks in ("attentive", "random"), "'attentive' or 'random'"),
-            "mask_ratio": (0 < self.mask_ratio < 1, "a number in (0, 1)"),
+            "caption_ratio": (0 < self.caption_ratio < 1, "a number in (0, 1)"),
+            "reconstruct_ratio": (0 < self.reconstruct_ratio < 1, "a number in (0, 1)"),
             "relevance": (self.relevance in ("projection", "tokens"), "'projection' or 'tokens'"),
             "caption_masking": (self.caption_masking in ("tokens", "none"), "'tokens' or 'none'"),
             "image_decoder_layers": (self.image_decoder_layers >= 1, "at least 1"),

@@ -48,15 +48,17 @@ class Encoders(nn.Module):
         for part in (self.text, self.image_projection, self.text_projection):
             initialize(part, std=text.initializer_range)
 
-    def summarize(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """The image encoder's tokens [B, P, D] -> normalized feature [B, embed_dim], and what the caption's decoder
-        reads: with a pooler its outputs but the first, [B, pooler_queries, D], else the tokens themselves."""
+    def pool(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The image encoder's tokens [B, P, D] -> what is contrasted, [B, D], and what the caption's decoder reads:
+        with a pooler its outputs but the first, [B, pooler_queries, D], else the tokens themselves."""
         if self.pooler is None:
-            pooled, readable = self.vision.pool(tokens), tokens
-        else:
-            outputs = self.pooler(tokens)
-            pooled, readable = outputs[:, 0], outputs[:, 1:]
-        return F.normalize(at_least_fp32(self.image_projection(pooled)), dim=-1), readable
+            return self.vision.pool(tokens), tokens
+        outputs = self.pooler(tokens)
+        return outputs[:, 0], outputs[:, 1:]
+
+    def image_feature(self, pooled: Tensor) -> Tensor:
+        """[B, D] of `pool` -> [B, embed_dim], normalized."""
+        return F.normalize(at_least_fp32(self.image_projection(pooled)), dim=-1)
 
     def project_patches(self, patches: Tensor) -> Tensor:
         """[B, P, D] -> [B, P, embed_dim], every patch as if it alone were the picture."""
