@@ -81,7 +81,7 @@ def test_captions_are_told_from_the_spoken_patches_alone() -> None:
     image, texts = model.vision(batch.images).detach().requires_grad_(), model._encode_text(batch)
     spoken = model._masks(image, texts).kept
     assert (spoken.sum(1) == 8).all()
-    model._caption_loss(batch, texts, model._told_from(image, spoken)).backward()
+    model._caption_loss(batch, texts, model._told_from(image, image, spoken, None)).backward()
     seen = image.grad.abs().amax(-1)[:, 1:] > 0
     assert torch.equal(seen, spoken)
 
@@ -118,6 +118,9 @@ def _shuffled(batch):
         {"gamma": 2.0},
         COCA,
         COCA | POOLED,
+        {"caption_masking": "pixels", "caption_ratio": 0.75, "reconstruct_masking": "tokens"},
+        {"caption_masking": "pixels", "reconstruct": False},
+        {"caption_masking": "pixels"} | POOLED,
     ],
     ids=str,
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,7 @@ from softmask import ops
 from softmask.models import SyCoCa
 from softmask.models.pooler import AttentionalPooler
 from softmask.models.sycoca_encoders import Texts
-from softmask.models.sycoca_masks import random_masks
+from softmask.models.sycoca_masks import PatchMasks, patch_positions, random_masks
 
 # -- the pooler -------------------------------------------------------------------------------------------------------
 
@@ -151,11 +153,111 @@ def test_equal_ratios_take_one_call(monkeypatch: pytest.MonkeyPatch, options: di
     assert sorted(called) == calls
 
 
+# -- masks by tokens and by pixels ------------------------------------------------------------------------------------
+
+
+def plain_encoding(model: SyCoCa, images: Tensor, unseen: Tensor) -> Tensor:
+    """The image encoder with the mask token in place of the embeddings of the patches `unseen` [B, patches]."""
+    vit = model.vision.vit
+    patches = vit.patch_embed(images)
+    patches = model.mask_token * unseen[..., None] + patches * ~unseen[..., None]
+    return vit.norm(vit.blocks(vit._pos_embed(patches)))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_masks_by_pixels_are_another_pass_for_both_heads(training: bool) -> None:
+    """In training the batch statistics of the convolutional stem are the same for both."""
+    model, batch = small_sycoca(caption_masking="pixels"), small_batch(dtype=torch.float64)
+    model.train(training)
+    seen = []
+    model.vision.vit.blocks[0].register_forward_hook(lambda _module, inputs, _output: seen.append(len(inputs[0])))
+    masks = model._masks(model.vision(batch.images), model._encode_text(batch))
+    output = model(batch)
+    assert seen == [6, 6, 12]
+    for name, unseen in (("caption", ~masks.kept), ("tgmim", masks.hidden)):
+        expected = plain_encoding(model, batch.images, unseen)
+        torch.testing.assert_close(model._encode_masked(batch.images, masks)[name], expected)
+    texts = model._encode_text(batch)
+    told_from = plain_encoding(model, batch.images, ~masks.kept)
+    torch.testing.assert_close(output.terms["caption"], model._caption_loss(batch, texts, told_from).detach())
+
+
+@pytest.mark.parametrize(("caption_masking", "leaks"), [("tokens", True), ("pixels", False)])
+def test_what_the_caption_is_told_from(caption_masking: str, leaks: bool) -> None:
+    """The pixels of other patches: by tokens they reach the caption through self-attention, by pixels they do not."""
+    options = {"vit": "vit_tiny_patch16_224", "image_size": 64, "image_decoder_heads": 3}
+    model = small_sycoca(caption_masking=caption_masking, **options).eval()
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    kept = (torch.arange(16) % 2 == 0).expand(2, -1)
+    pixels = kept.view(2, 1, 4, 4).repeat_interleave(16, 2).repeat_interleave(16, 3)
+
+    def told_from(images: Tensor) -> Tensor:
+        image, masks = model.vision(images), PatchMasks(kept=kept, hidden=kept)
+        encoded = model._encode_masked(images, masks).get("caption")
+        return model._told_from(image, image, kept, encoded)
+
+    with torch.no_grad():
+        before = told_from(images)
+        assert before.shape == (2, 9 if caption_masking == "tokens" else 17, 192)
+        assert ((told_from(images.where(pixels, 9.0)) - before).abs().max() > 1e-3) == leaks
+        assert (told_from(images.where(~pixels, 9.0)) - before).abs().max() > 1e-3
+
+
+def test_masking_changes_its_own_head_alone() -> None:
+    before = terms()
+    assert changed(before, terms(caption_masking="pixels")) == {"caption"}
+    assert changed(before, terms(caption_masking="none")) == {"caption"}
+    assert changed(before, terms(reconstruct_masking="tokens")) == {"tgmim"}
+    assert changed(before, terms(reconstruct_masking="tokens", caption_masking="pixels")) == {"caption", "tgmim"}
+
+
+def test_reconstruction_from_replaced_tokens() -> None:
+    model, batch = small_sycoca(reconstruct_masking="tokens"), small_batch(dtype=torch.float64)
+    image, texts = model.vision(batch.images).detach().requires_grad_(), model._encode_text(batch)
+    hidden = model._masks(image, texts).hidden
+    began = model._painted_from(image, hidden, None)
+    expected = image.detach().clone()
+    for row in range(6):
+        for patch in hidden[row].nonzero().flatten():
+            expected[row, 1 + patch] = model.mask_token.detach() + model.patch_position[patch]
+    torch.testing.assert_close(began.detach(), expected)
+    prediction = model._paint(began, texts)
+    prediction.square().sum().backward()
+    known = image.grad.abs().amax(-1) > 0
+    assert known[:, 0].all() and torch.equal(known[:, 1:], ~hidden)
+    one, other = hidden[0].nonzero().flatten()[:2]
+    assert (prediction[0, one] - prediction[0, other]).abs().max() > 1e-3  # each is told where it is
+
+
+@pytest.mark.parametrize("reconstruct_masking", ["pixels", "tokens"])
+def test_reconstruct_paints_as_in_training(reconstruct_masking: str) -> None:
+    model, batch = small_sycoca(reconstruct_masking=reconstruct_masking), small_batch(dtype=torch.float64)
+    masked = model._masks(model.vision(batch.images), model._encode_text(batch)).hidden
+    prediction = model.reconstruct(batch.images, masked, model._encode_text(batch))
+    expected = ops.masked_patch_loss(prediction, batch.images, masked, patch_size=8).detach()
+    torch.testing.assert_close(model(batch).terms["tgmim"], expected)
+
+
+def test_patch_positions_are_sines_of_row_and_column() -> None:
+    got, turns = patch_positions((2, 3), 8), (1.0, 0.01)
+    for patch in range(6):
+        row, column = divmod(patch, 3)
+        angles = [place * turn for place in (row, column) for turn in turns]
+        expected = torch.tensor([*map(math.sin, angles), *map(math.cos, angles)])
+        torch.testing.assert_close(got[patch], expected)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"caption_ratio": 1.0}, r"caption_ratio: expected a number in \(0, 1\), got 1.0"),
         ({"reconstruct_ratio": 0.0}, r"reconstruct_ratio: expected a number in \(0, 1\), got 0.0"),
+        ({"caption_masking": "words"}, "caption_masking: expected 'tokens', 'pixels' or 'none', got 'words'"),
+        ({"reconstruct_masking": "none"}, "reconstruct_masking: expected 'pixels' or 'tokens', got 'none'"),
+        (
+            {"reconstruct_masking": "tokens", "width": 26},
+            "reconstruct_masking: 'tokens' needs an image encoder's width of 4 n, got 26",
+        ),
         ({"pooler_queries": -1}, "pooler_queries: expected at least 0, got -1"),
         ({"caption_masking": "none", "pooler_queries": 4, "pooler_heads": 0}, "pooler_heads: expected at least 1"),
         (
@@ -164,7 +266,7 @@ def test_equal_ratios_take_one_call(monkeypatch: pytest.MonkeyPatch, options: di
         ),
         (
             {"pooler_queries": 4},
-            "caption_masking: expected 'none' where there are pooler_queries .*, got 'tokens'",
+            "caption_masking: expected 'pixels' or 'none' where there are pooler_queries .*, got 'tokens'",
         ),
         (
             {"caption_masking": "none", "pool": "mean"} | POOLED,

@@ -22,7 +22,7 @@ from .packing import Packing
 from .running import all_ranks
 from .sycoca_config import SyCoCaConfig
 from .sycoca_encoders import Encoders, Texts
-from .sycoca_masks import PatchMasks, attentive_masks, keep_patches, random_masks
+from .sycoca_masks import PatchMasks, attentive_masks, keep_patches, patch_positions, random_masks, replace_patches
 from .transformer import CrossDecoder
 
 MAX_LOGIT_SCALE = 100.0
@@ -60,7 +60,7 @@ class SyCoCa(Encoders):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1.0 / config.temperature)))
         for part in (self.caption_decoder, self.caption_head):
             initialize(part, std=text.initializer_range)
-        if config.reconstruct:
+        if config.reconstruct or config.caption_masking == "pixels":
             self.mask_token = nn.Parameter(torch.empty(self.vision.width).normal_(std=text.initializer_range))
         if config.reconstruct:
             self._make_image_decoder()
@@ -78,6 +78,8 @@ class SyCoCa(Encoders):
         self.pixel_head = nn.Linear(width, 3 * self.vision.patch_size**2)
         for part in (self.image_decoder, self.pixel_head):
             initialize(part, std=config.text.initializer_range)
+        if config.reconstruct_masking == "tokens":  # what is replaced after the encoder has lost its position
+            self.register_buffer("patch_position", patch_positions(self.patch_grid, width), persistent=False)
 
     # -- training -----------------------------------------------------------------------------------------------------
 
@@ -90,9 +92,12 @@ class SyCoCa(Encoders):
         options = {"gamma": config.gamma, "group": all_ranks()}
         losses = {"itc": ops.focal_contrastive_loss(self.image_feature(pooled), texts.feature, scale, **options)}
         masks = self._masks(image, texts)
-        losses["caption"] = self._caption_loss(batch, texts, self._told_from(readable, masks.kept))
+        encoded = self._encode_masked(batch.images, masks)
+        told_from = self._told_from(image, readable, masks.kept, encoded.get("caption"))
+        losses["caption"] = self._caption_loss(batch, texts, told_from)
         if config.reconstruct:
-            losses["tgmim"] = self._reconstruction_loss(batch, texts, masks.hidden)
+            painted_from = self._painted_from(image, masks.hidden, encoded.get("tgmim"))
+            losses["tgmim"] = self._reconstruction_loss(batch, texts, painted_from, masks.hidden)
         loss = sum(getattr(config.weights, name) * term for name, term in losses.items())
         terms = {name: term.detach() for name, term in losses.items()}
         return SyCoCaOutput(loss, terms | {"temperature": 1.0 / scale.detach()})
@@ -134,12 +139,32 @@ class SyCoCa(Encoders):
             spoken = attentive_masks(patches, tokens, ~texts.packing.mask, ratios=ratios)
         return PatchMasks(kept=spoken.get(keep), hidden=spoken.get(hide))
 
-    def _told_from(self, readable: Tensor, kept: Tensor | None) -> Tensor:
+    def _encode_masked(self, images: Tensor, masks: PatchMasks) -> dict[str, Tensor]:
+        """The image tokens [B, P, D] of the heads, by name, whose masks are of pixels; one pass for both."""
+        unseen = {}
+        if self.config.caption_masking == "pixels":
+            unseen["caption"] = ~masks.kept
+        if self.config.reconstruct and self.config.reconstruct_masking == "pixels":
+            unseen["tgmim"] = masks.hidden
+        if not unseen:
+            return {}
+        tokens = self.vision(images, masked=torch.cat(list(unseen.values())), mask_token=self.mask_token)
+        return dict(zip(unseen, tokens.chunk(len(unseen)), strict=True))
+
+    def _told_from(self, image: Tensor, readable: Tensor, kept: Tensor | None, encoded: Tensor | None) -> Tensor:
         """What the caption's decoder reads, [B, P', D]: all that is `readable`, or what is left by `kept`."""
-        if self.config.caption_masking == "none":
-            return readable
-        options = {"ratio": self.config.caption_ratio, "num_prefix_tokens": self.num_prefix_tokens}
-        return keep_patches(readable, kept, **options)
+        if self.config.caption_masking == "pixels":
+            return self.pool(encoded)[1]
+        if self.config.caption_masking == "tokens":
+            options = {"ratio": self.config.caption_ratio, "num_prefix_tokens": self.num_prefix_tokens}
+            return keep_patches(image, kept, **options)
+        return readable
+
+    def _painted_from(self, image: Tensor, hidden: Tensor, encoded: Tensor | None) -> Tensor:
+        """What the image decoder begins with, [B, P, D]: without the tokens of the patches `hidden`."""
+        if self.config.reconstruct_masking == "pixels":
+            return encoded
+        return replace_patches(image, hidden, self.mask_token + self.patch_position)
 
     def _caption_loss(self, batch: Batch, texts: Texts, image: Tensor) -> Tensor:
         """Cross-entropy of the next token, mean over all that follow a token; padding is never a target."""
@@ -152,17 +177,23 @@ class SyCoCa(Encoders):
         logits = at_least_fp32(self.caption_head(states.index_select(0, texts.packing.rank[chosen.place])))
         return masked_token_loss(logits, labels) / max(len(labels), 1)
 
-    def _reconstruction_loss(self, batch: Batch, texts: Texts, masked: Tensor) -> Tensor:
-        prediction = self.reconstruct(batch.images, masked, texts)
+    def _reconstruction_loss(self, batch: Batch, texts: Texts, image: Tensor, masked: Tensor) -> Tensor:
         options = {"patch_size": self.vision.patch_size, "normalize": self.config.normalize_pixels}
-        return ops.masked_patch_loss(prediction, batch.images, masked, **options)
+        return ops.masked_patch_loss(self._paint(image, texts), batch.images, masked, **options)
 
-    def reconstruct(self, images: Tensor, masked: Tensor, texts: Texts) -> Tensor:
-        """Pixels [B, patches, 3 * patch_size**2] of pictures whose masked patches the encoder did not see."""
-        image = self.vision(images, masked=masked, mask_token=self.mask_token)
+    def _paint(self, image: Tensor, texts: Texts) -> Tensor:
+        """image [B, P, D], the masked tokens -> pixels [B, patches, 3 * patch_size**2]."""
         pictures = Packing.full(*image.shape[:2], image.device)
         states = self.image_decoder(image.flatten(0, 1), pictures, texts.tokens, texts.packing)
         return self.pixel_head(states.unflatten(0, image.shape[:2])[:, self.num_prefix_tokens :])
+
+    def reconstruct(self, images: Tensor, masked: Tensor, texts: Texts) -> Tensor:
+        """Pixels [B, patches, 3 * patch_size**2] of pictures whose patches `masked` [B, patches] are hidden as in
+        training: from the encoder or, by `reconstruct_masking: tokens`, behind it."""
+        by_pixels = self.config.reconstruct_masking == "pixels"
+        hidden = {"masked": masked, "mask_token": self.mask_token} if by_pixels else {}
+        image = self.vision(images, **hidden)
+        return self._paint(self._painted_from(image, masked, image), texts)
 
     # -- evaluation -----------------------------------------------------------------------------------------------
 

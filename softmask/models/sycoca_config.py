@@ -50,9 +50,14 @@ class SyCoCaConfig:
     gamma: float = 0.0
     masks: str = "attentive"  # which patches: those the caption speaks of, or "random"
     relevance: str = "projection"  # similarity of patches and tokens after the contrastive projections, or as "tokens"
-    caption_masking: str = "tokens"  # the caption's decoder does not see other patches; "none": it sees all
+    # "tokens": the caption's decoder does not see other patches' tokens; "pixels": nor does the image encoder see their
+    # pixels, in a pass of its own; "none": it sees all
+    caption_masking: str = "tokens"
     caption_ratio: float = 0.5  # of the patches, the most spoken of: the caption is told from them
     reconstruct: bool = True  # text-guided reconstruction of masked patches
+    # "pixels": the image encoder does not see them, in a pass of its own; "tokens": what it saw of them is replaced,
+    # but the others' tokens know of them by self-attention
+    reconstruct_masking: str = "pixels"
     reconstruct_ratio: float = 0.5  # of the patches, the most spoken of: they are masked
     normalize_pixels: bool = True
     image_decoder_layers: int = 4
@@ -71,7 +76,11 @@ class SyCoCaConfig:
             "caption_ratio": (0 < self.caption_ratio < 1, "a number in (0, 1)"),
             "reconstruct_ratio": (0 < self.reconstruct_ratio < 1, "a number in (0, 1)"),
             "relevance": (self.relevance in ("projection", "tokens"), "'projection' or 'tokens'"),
-            "caption_masking": (self.caption_masking in ("tokens", "none"), "'tokens' or 'none'"),
+            "caption_masking": (
+                self.caption_masking in ("tokens", "pixels", "none"),
+                "'tokens', 'pixels' or 'none'",
+            ),
+            "reconstruct_masking": (self.reconstruct_masking in ("pixels", "tokens"), "'pixels' or 'tokens'"),
             "image_decoder_layers": (self.image_decoder_layers >= 1, "at least 1"),
         }
         check(self, expected)
@@ -80,7 +89,7 @@ class SyCoCaConfig:
 
     def _check_pooler(self) -> None:
         if self.caption_masking == "tokens":
-            expected = "'none' where there are pooler_queries (pooled tokens are not patches)"
+            expected = "'pixels' or 'none' where there are pooler_queries (pooled tokens are not patches)"
             raise ValueError(f"caption_masking: expected {expected}, got {self.caption_masking!r}")
         if self.vision.pool != "cls":
             expected = "'cls' where there are pooler_queries (the pooler takes its place)"

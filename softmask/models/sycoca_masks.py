@@ -1,4 +1,4 @@
-"""The patches that a caption speaks of most, and pictures of those alone."""
+"""The patches that a caption speaks of most, and pictures without some of their patches."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
+from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor
 
 from softmask import ops
@@ -40,3 +41,21 @@ def keep_patches(image: Tensor, kept: Tensor, *, ratio: float, num_prefix_tokens
     place = torch.nonzero_static(kept.flatten(), size=rows * count)[:, 0]
     seen = image[:, num_prefix_tokens:].flatten(0, 1).index_select(0, place).unflatten(0, (rows, count))
     return torch.cat([image[:, :num_prefix_tokens], seen], dim=1)
+
+
+def replace_patches(image: Tensor, hidden: Tensor, values: Tensor) -> Tensor:
+    """image [B, P, D] with `values` [patches, D] in place of the tokens of the patches `hidden` [B, patches]."""
+    prefix = image.shape[1] - hidden.shape[1]
+    patches = torch.where(hidden[..., None], values.to(image.dtype), image[:, prefix:])
+    return torch.cat([image[:, :prefix], patches], dim=1)
+
+
+def patch_positions(grid: tuple[int, int], width: int) -> Tensor:
+    """[patches, width] sines and cosines of every patch's row and column, as in MAE's decoder.
+
+    Raises:
+        ValueError: the width is no multiple of four.
+    """
+    if width % 4:
+        raise ValueError(f"reconstruct_masking: 'tokens' needs an image encoder's width of 4 n, got {width}")
+    return build_sincos2d_pos_embed(list(grid), width)

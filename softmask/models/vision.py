@@ -150,12 +150,14 @@ class VisionEncoder(nn.Module):
         self.vit.set_grad_checkpointing(enable)
 
     def forward(self, images: Tensor, *, masked: Tensor | None = None, mask_token: Tensor | None = None) -> Tensor:
-        """With `masked` [B, patches] bool, `mask_token` [D] stands for those patches from the first block on."""
+        """With `masked` [R * B, patches] bool, `mask_token` [D] stands for those patches from the first block on;
+        R maskings of the B pictures, one after another, give tokens [R * B, P, D]."""
         if masked is None:
             return self.vit.forward_features(images)
 
         def replace(_module: nn.Module, _inputs: tuple, patches: Tensor) -> Tensor:
-            return torch.where(masked[..., None], mask_token.to(patches.dtype), patches)
+            every = patches.repeat(len(masked) // len(patches), 1, 1)
+            return torch.where(masked[..., None], mask_token.to(patches.dtype), every)
 
         hook = self.vit.patch_embed.register_forward_hook(replace)
         try:
