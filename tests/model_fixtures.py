@@ -78,7 +78,7 @@ def small_sycoca(
     model = SyCoCa(SyCoCaConfig(vision=vision, text=text, **(defaults | options)), special_ids=SPECIAL)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim > 1 and not name.startswith("vision"):
+            if parameter.ndim > 1 and "vision" not in name:
                 parameter.mul_(4.0)
     return model.double()
 

@@ -247,6 +247,77 @@ def test_patch_positions_are_sines_of_row_and_column() -> None:
         torch.testing.assert_close(got[patch], expected)
 
 
+# -- the queue --------------------------------------------------------------------------------------------------------
+
+
+def albef_loss(students: list[Tensor], teachers: list[Tensor], queues: list[Tensor], scale: Tensor, alpha: float):
+    """Contrastive loss against teacher features and a queue with soft targets, as ALBEF's code writes it."""
+    losses, own = [], torch.arange(len(students[0]))
+    for student, teacher, other, queue in zip(students, teachers, teachers[::-1], queues[::-1], strict=True):
+        keys = torch.cat([other, queue])
+        logits, hard = scale * student @ keys.T, F.one_hot(own, len(keys))
+        targets = alpha * (scale * teacher @ keys.T).softmax(1) + (1 - alpha) * hard
+        losses.append(-(targets * logits.log_softmax(1)).sum(1).mean())
+    return sum(losses) / 2
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.4])
+def test_the_queues_loss_is_albefs(alpha: float) -> None:
+    model, batch = small_sycoca(queue_size=12, alpha=alpha), small_batch(dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in model.twin.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    twin, texts = model.twin, model._encode_text(batch)
+    feature = model.image_feature(model.pool(model.vision(batch.images))[0])
+    teachers = [
+        twin.image_feature(twin.pool(twin.vision(batch.images))[0]),
+        twin.read(batch.input_ids[:, :-1], texts.packing).feature,
+    ]
+    queues = [model.contrast.image_queue.clone(), model.contrast.text_queue.clone()]
+    output = model(batch)
+    expected = albef_loss([feature, texts.feature], teachers, queues, model.logit_scale.exp(), alpha)
+    torch.testing.assert_close(output.terms["itc"], expected.detach())
+    assert not output.image_teacher.requires_grad and not output.text_teacher.requires_grad
+    model.enqueue(output)
+    torch.testing.assert_close(model.contrast.image_queue, torch.cat([teachers[0], queues[0][6:]]))
+    torch.testing.assert_close(model.contrast.text_queue, torch.cat([teachers[1], queues[1][6:]]))
+    assert changed(terms(), terms(queue_size=12, alpha=alpha)) == {"itc"}
+
+
+@pytest.mark.parametrize("options", [{}, {"caption_masking": "none"} | POOLED], ids=["plain", "pooler"])
+def test_the_twin_follows_the_encoders(options: dict) -> None:
+    model, batch = small_sycoca(queue_size=12, momentum=0.9, **options), small_batch(dtype=torch.float64)
+    parts = ("vision.", "text.", "pooler.", "image_projection.", "text_projection.")
+    encoders = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(parts)}
+    assert model.twin.state_dict().keys() == encoders.keys()
+    assert all(torch.equal(tensor, encoders[name]) for name, tensor in model.twin.state_dict().items())
+    before = {name: parameter.clone() for name, parameter in model.twin.named_parameters()}
+    model(batch).loss.backward()
+    assert all(parameter.grad is None for parameter in model.twin.parameters())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.sub_(parameter.grad)
+    model.update_momentum()
+    for name, parameter in model.twin.named_parameters():
+        expected = 0.9 * before[name] + 0.1 * model.get_parameter(name)
+        torch.testing.assert_close(parameter, expected.detach())
+    for name, buffer in model.twin.named_buffers():
+        assert torch.equal(buffer, model.get_buffer(name))
+    restored = {buffer.data_ptr() for buffer in model.statistics()}
+    assert restored == {b.data_ptr() for part in (model.vision, model.twin) for b in part.buffers()}
+
+
+def test_without_a_queue_there_is_no_twin() -> None:
+    model = small_sycoca()
+    assert not any(name.startswith(("twin.", "contrast.")) for name in model.state_dict())
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    output = model.eval()(small_batch(dtype=torch.float64))
+    model.update_momentum()
+    model.enqueue(output)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -258,6 +329,9 @@ def test_patch_positions_are_sines_of_row_and_column() -> None:
             {"reconstruct_masking": "tokens", "width": 26},
             "reconstruct_masking: 'tokens' needs an image encoder's width of 4 n, got 26",
         ),
+        ({"queue_size": -1}, "queue_size: expected at least 0, got -1"),
+        ({"momentum": 1.5}, r"momentum: expected a number in \[0, 1\], got 1.5"),
+        ({"alpha": -0.1}, r"alpha: expected a number in \[0, 1\], got -0.1"),
         ({"pooler_queries": -1}, "pooler_queries: expected at least 0, got -1"),
         ({"caption_masking": "none", "pooler_queries": 4, "pooler_heads": 0}, "pooler_heads: expected at least 1"),
         (

@@ -24,6 +24,7 @@ from .sycoca_config import SyCoCaConfig
 from .sycoca_encoders import Encoders, Texts
 from .sycoca_masks import PatchMasks, attentive_masks, keep_patches, patch_positions, random_masks, replace_patches
 from .transformer import CrossDecoder
+from .twin import update_twin
 
 MAX_LOGIT_SCALE = 100.0
 
@@ -32,6 +33,8 @@ MAX_LOGIT_SCALE = 100.0
 class SyCoCaOutput:
     loss: Tensor
     terms: dict[str, Tensor]  # detached scalars
+    image_teacher: Tensor | None = None  # [B, embed_dim], for the queue
+    text_teacher: Tensor | None = None
 
 
 class SyCoCa(Encoders):
@@ -64,6 +67,9 @@ class SyCoCa(Encoders):
             self.mask_token = nn.Parameter(torch.empty(self.vision.width).normal_(std=text.initializer_range))
         if config.reconstruct:
             self._make_image_decoder()
+        self.twin, self.contrast = None, None
+        if config.queue_size:
+            self._make_twin()
 
     def _make_image_decoder(self) -> None:
         width, config = self.vision.width, self.config
@@ -81,6 +87,14 @@ class SyCoCa(Encoders):
         if config.reconstruct_masking == "tokens":  # what is replaced after the encoder has lost its position
             self.register_buffer("patch_position", patch_positions(self.patch_grid, width), persistent=False)
 
+    def _make_twin(self) -> None:
+        config, twin, own = self.config, Encoders(self.config), self.state_dict()
+        twin.load_state_dict({name: own[name] for name in twin.state_dict()})
+        self.twin = twin.requires_grad_(False)
+        self.contrast = ops.MomentumContrastiveLoss(
+            config.embed_dim, config.queue_size, alpha=config.alpha, gamma=config.gamma
+        )
+
     # -- training -----------------------------------------------------------------------------------------------------
 
     def forward(self, batch: Batch) -> SyCoCaOutput:
@@ -89,8 +103,8 @@ class SyCoCa(Encoders):
         texts = self._encode_text(batch)
         pooled, readable = self.pool(image)
         scale = self.logit_scale.exp().clamp(max=MAX_LOGIT_SCALE)
-        options = {"gamma": config.gamma, "group": all_ranks()}
-        losses = {"itc": ops.focal_contrastive_loss(self.image_feature(pooled), texts.feature, scale, **options)}
+        teachers = self._teachers(batch, texts.packing)
+        losses = {"itc": self._contrastive(self.image_feature(pooled), texts.feature, scale, teachers)}
         masks = self._masks(image, texts)
         encoded = self._encode_masked(batch.images, masks)
         told_from = self._told_from(image, readable, masks.kept, encoded.get("caption"))
@@ -100,17 +114,23 @@ class SyCoCa(Encoders):
             losses["tgmim"] = self._reconstruction_loss(batch, texts, painted_from, masks.hidden)
         loss = sum(getattr(config.weights, name) * term for name, term in losses.items())
         terms = {name: term.detach() for name, term in losses.items()}
-        return SyCoCaOutput(loss, terms | {"temperature": 1.0 / scale.detach()})
+        return SyCoCaOutput(loss, terms | {"temperature": 1.0 / scale.detach()}, **teachers)
 
     def update_momentum(self) -> None:
-        """Nothing: there is no momentum twin."""
+        """EMA of the twin, where there is one, once per optimizer step, before the forward pass."""
+        if self.twin is not None:
+            update_twin(self.twin, self, self.config.momentum)
 
     def enqueue(self, output: SyCoCaOutput) -> None:
-        """Nothing: there is no queue."""
+        """Put the batch's teacher features (of all ranks) into the queue, where there is one, after its loss was found
+        finite."""
+        if self.contrast is not None:
+            self.contrast.group = all_ranks()
+            self.contrast.enqueue(output.image_teacher, output.text_teacher)
 
     def statistics(self) -> list[Tensor]:
         """What a forward pass in training changes: BatchNorm's running statistics."""
-        return list(self.buffers())
+        return [*self.vision.buffers(), *(() if self.twin is None else self.twin.buffers())]
 
     def set_activation_checkpointing(self, enable: bool) -> None:
         self.vision.set_activation_checkpointing(enable)
@@ -119,6 +139,20 @@ class SyCoCa(Encoders):
 
     def _encode_text(self, batch: Batch) -> Texts:
         return self.read(batch.input_ids[:, :-1], Packing.of(batch.attention_mask[:, :-1]))
+
+    @torch.no_grad()
+    def _teachers(self, batch: Batch, packing: Packing) -> dict[str, Tensor]:
+        """image_teacher and text_teacher [B, embed_dim], the features by the twin; none without one."""
+        if self.twin is None:
+            return {}
+        image = self.twin.image_feature(self.twin.pool(self.twin.vision(batch.images))[0])
+        return {"image_teacher": image, "text_teacher": self.twin.read(batch.input_ids[:, :-1], packing).feature}
+
+    def _contrastive(self, image: Tensor, text: Tensor, scale: Tensor, teachers: dict[str, Tensor]) -> Tensor:
+        if self.contrast is None:
+            return ops.focal_contrastive_loss(image, text, scale, gamma=self.config.gamma, group=all_ranks())
+        self.contrast.group = all_ranks()
+        return self.contrast(image, text, scale, **teachers)
 
     @torch.no_grad()
     def _masks(self, image: Tensor, texts: Texts) -> PatchMasks:

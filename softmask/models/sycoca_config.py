@@ -48,6 +48,11 @@ class SyCoCaConfig:
     pooler_heads: int = 8
     temperature: float = 0.07  # at first; it is learned
     gamma: float = 0.0
+    # momentum twin of the encoders, which fills a queue and softens the targets as in ALBEF
+    queue_size: int = 0  # 0: no twin, the contrastive loss sees the batch alone
+    momentum: float = 0.995
+    alpha: float = 0.4
+    # masks
     masks: str = "attentive"  # which patches: those the caption speaks of, or "random"
     relevance: str = "projection"  # similarity of patches and tokens after the contrastive projections, or as "tokens"
     # "tokens": the caption's decoder does not see other patches' tokens; "pixels": nor does the image encoder see their
@@ -72,6 +77,9 @@ class SyCoCaConfig:
             "pooler_queries": (self.pooler_queries >= 0, "at least 0"),
             "pooler_heads": (self.pooler_heads >= 1, "at least 1"),
             "gamma": (self.gamma >= 0, "a number >= 0"),
+            "queue_size": (self.queue_size >= 0, "at least 0"),
+            "momentum": (0 <= self.momentum <= 1, "a number in [0, 1]"),
+            "alpha": (0 <= self.alpha <= 1, "a number in [0, 1]"),
             "masks": (self.masks in ("attentive", "random"), "'attentive' or 'random'"),
             "caption_ratio": (0 < self.caption_ratio < 1, "a number in (0, 1)"),
             "reconstruct_ratio": (0 < self.reconstruct_ratio < 1, "a number in (0, 1)"),

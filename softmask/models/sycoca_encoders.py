@@ -25,6 +25,8 @@ class Texts:
 
 
 class Encoders(nn.Module):
+    """The part of SyCoCa that may have a momentum twin."""
+
     def __init__(self, config: SyCoCaConfig) -> None:
         super().__init__()
         text = config.text
