@@ -138,7 +138,8 @@ class SyCoCa(Encoders):
             part.activation_checkpointing = enable
 
     def _encode_text(self, batch: Batch) -> Texts:
-        return self.read(batch.input_ids[:, :-1], Packing.of(batch.attention_mask[:, :-1]))
+        packing = Packing.of(batch.attention_mask[:, :-1], batch.num_tokens_but_last)
+        return self.read(batch.input_ids[:, :-1], packing)
 
     @torch.no_grad()
     def _teachers(self, batch: Batch, packing: Packing) -> dict[str, Tensor]:
