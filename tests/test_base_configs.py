@@ -40,7 +40,7 @@ def test_full_size_sycoca() -> None:
     config = load("sycoca_base.yaml")
     with torch.device("meta"):
         model = SyCoCa(config.model, special_ids=BERT)
-    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(446.7e6, rel=2e-3)
+    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(446.4e6, rel=2e-3)
     assert (model.num_prefix_tokens, model.patch_grid, model.vision.patch_size) == (1, (16, 16), 18)
     assert (config.data.max_length, model.text.position.num_embeddings) == (76, 77)
     assert vars(config.model.weights) == {"itc": 1.0, "caption": 2.0, "tgmim": 1.0}
@@ -52,7 +52,7 @@ def test_full_size_coca() -> None:
     config, sycoca = load("coca_base.yaml"), load("sycoca_base.yaml")
     with torch.device("meta"):
         model = SyCoCa(config.model, special_ids=BERT)
-    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(391.8e6, rel=2e-3)
+    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(391.5e6, rel=2e-3)
     assert model.pooler.queries.shape == (257, 768) and (config.model.weights.itc, config.model.weights.caption) == (
         1,
         2,

@@ -318,6 +318,32 @@ def test_without_a_queue_there_is_no_twin() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+# -- precision and refusals -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"caption_masking": "pixels", "queue_size": 12} | POOLED,
+        {"caption_masking": "pixels", "reconstruct_masking": "tokens", "masks": "random"},
+    ],
+    ids=str,
+)
+def test_bf16_autocast_gives_the_same_terms(options: dict) -> None:
+    model, batch = small_sycoca(**options).float(), small_batch()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    values = []
+    for enabled in (False, True):
+        model.load_state_dict(before)
+        torch.manual_seed(5)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            output = model(batch)
+        output.loss.backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+        values.append({name: term.item() for name, term in output.terms.items()})
+    assert values[1] == pytest.approx(values[0], rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
