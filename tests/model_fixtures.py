@@ -1,14 +1,26 @@
-"""A SoftMask++ of a few thousand weights and a batch for it."""
+"""A SoftMask++ and a SyCoCa of a few thousand weights and a batch for them."""
 
 from __future__ import annotations
 
 import torch
 
 from softmask.data import Batch
-from softmask.models import ConvViTConfig, SoftMaskPP, SoftMaskPPConfig, SpecialIds, TextConfig, VisionConfig
+from softmask.models import (
+    CausalTextConfig,
+    ConvViTConfig,
+    SoftMaskPP,
+    SoftMaskPPConfig,
+    SpecialIds,
+    SyCoCa,
+    SyCoCaConfig,
+    TextConfig,
+    VisionConfig,
+)
 
 SPECIAL = SpecialIds(pad=0, cls=1, sep=2, mask=3)
 VOCABULARY = 60
+COCA = {"reconstruct": False, "caption_masking": "none"}
+POOLED = {"pooler_queries": 5, "pooler_heads": 2}
 
 
 def small_config(**options) -> SoftMaskPPConfig:
@@ -48,6 +60,27 @@ def small_model(*, spread: float = 4.0, seed: int = 0, **options) -> SoftMaskPP:
         for parameter in model.twin.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     return model
+
+
+def small_sycoca(
+    *, vit: str = "conv_vit", width: int = 24, image_size: int = 32, pool: str = "cls", **options
+) -> SyCoCa:
+    """Weights four times larger than at initialization, so that attention is far from uniform."""
+    torch.manual_seed(0)
+    text = CausalTextConfig(vocab_size=VOCABULARY, width=32, heads=4, layers=2, decoder_layers=2, max_positions=16)
+    vision = VisionConfig(
+        name=vit,
+        image_size=image_size,
+        pool=pool,
+        conv_vit=ConvViTConfig(patch_size=8, width=width, depth=2, heads=2, stem_width=4),
+    )
+    defaults = {"embed_dim": 16, "image_decoder_layers": 1, "image_decoder_heads": 2}
+    model = SyCoCa(SyCoCaConfig(vision=vision, text=text, **(defaults | options)), special_ids=SPECIAL)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and "vision" not in name:
+                parameter.mul_(4.0)
+    return model.double()
 
 
 def small_batch(size: int = 6, *, length: int = 11, seed: int = 1, dtype: torch.dtype = torch.float32) -> Batch:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from train_fixtures import ROOT, make_config, make_trainer, run_here, write_shard
 
-from softmask.models import SoftMaskPP, SpecialIds
+from softmask.models import SoftMaskPP, SpecialIds, SyCoCa
 from softmask.train.checkpoint import CheckpointError
 from softmask.train.config import Config, load_config
 from softmask.train.initial import start_from
@@ -33,6 +33,32 @@ def test_full_size(name: str) -> None:
     assert model.num_prefix_tokens == 1 and model.patch_grid == (config.data.image_size // 16,) * 2
     assert model.contrast.image_queue.shape == (65536, 256)
     assert (config.train.precision, config.model.momentum, config.model.alpha) == ("bf16", 0.995, 0.4)
+
+
+def test_full_size_sycoca() -> None:
+    """ViT-B/18 (86 million weights), a text encoder (109), a decoder (170) and its head (23), an image decoder (57)."""
+    config = load("sycoca_base.yaml")
+    with torch.device("meta"):
+        model = SyCoCa(config.model, special_ids=BERT)
+    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(446.4e6, rel=2e-3)
+    assert (model.num_prefix_tokens, model.patch_grid, model.vision.patch_size) == (1, (16, 16), 18)
+    assert (config.data.max_length, model.text.position.num_embeddings) == (76, 77)
+    assert vars(config.model.weights) == {"itc": 1.0, "caption": 2.0, "tgmim": 1.0}
+    assert (8 * config.train.batch_size, config.train.epochs, config.train.precision) == (2048, 20, "bf16")
+
+
+def test_full_size_coca() -> None:
+    """SyCoCa's without the image decoder, with a pooler (2.6 million weights) of 256 queries and one."""
+    config, sycoca = load("coca_base.yaml"), load("sycoca_base.yaml")
+    with torch.device("meta"):
+        model = SyCoCa(config.model, special_ids=BERT)
+    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(391.5e6, rel=2e-3)
+    assert model.pooler.queries.shape == (257, 768) and (config.model.weights.itc, config.model.weights.caption) == (
+        1,
+        2,
+    )
+    assert (config.model.reconstruct, config.model.caption_masking) == (False, "none")
+    assert (config.data, config.optimizer, config.train) == (sycoca.data, sycoca.optimizer, sycoca.train)
 
 
 def test_what_the_papers_add_and_leave() -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from model_fixtures import small_batch, small_model
+import torch
+from model_fixtures import COCA, POOLED, small_batch, small_model, small_sycoca
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from softmask.models import softmask_pp
+from softmask.data import Batch
+from softmask.models import SoftMaskPP, SyCoCa, softmask_pp
 from softmask.models.packing import Packing
 
 NUMBERS = {2: [20, 4], 1: [45]}  # masked tokens and the most in a caption; tokens of the hard negatives
@@ -25,12 +27,7 @@ class Known:
         return self.numbers
 
 
-@pytest.mark.parametrize("mask_text", ["all", "mlm"])
-@pytest.mark.parametrize("cam_source", ["online", "recompute", "momentum"])
-def test_step_without_values(monkeypatch: pytest.MonkeyPatch, mask_text: str, cam_source: str) -> None:
-    monkeypatch.setattr(softmask_pp, "HostInts", Known)
-    monkeypatch.setattr(Packing, "of", staticmethod(Packing))  # as on a device: the given number of tokens
-    model, batch = small_model(mask_text=mask_text, cam_source=cam_source), small_batch()
+def step_without_values(model: SoftMaskPP | SyCoCa, batch: Batch) -> None:
     mode = FakeTensorMode()
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -40,7 +37,11 @@ def test_step_without_values(monkeypatch: pytest.MonkeyPatch, mask_text: str, ca
             module._buffers[name] = mode.from_tensor(buffer)
     given = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
     tensors = {name: mode.from_tensor(value) for name, value in given.items() if isinstance(value, Tensor)}
-    fake_batch = dataclasses.replace(batch, **tensors, num_tokens=int(batch.attention_mask.sum()))
+    counts = {  # as the loader gives them
+        "num_tokens": int(batch.attention_mask.sum()),
+        "num_tokens_but_last": int(batch.attention_mask[:, :-1].sum()),
+    }
+    fake_batch = dataclasses.replace(batch, **tensors, **counts)
     with mode:
         model.update_momentum()
         output = model(fake_batch)
@@ -49,3 +50,27 @@ def test_step_without_values(monkeypatch: pytest.MonkeyPatch, mask_text: str, ca
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
     with mode, pytest.raises(DataDependentOutputException):
         output.loss.item()  # what any other reading would raise
+
+
+@pytest.mark.parametrize("mask_text", ["all", "mlm"])
+@pytest.mark.parametrize("cam_source", ["online", "recompute", "momentum"])
+def test_step_without_values(monkeypatch: pytest.MonkeyPatch, mask_text: str, cam_source: str) -> None:
+    monkeypatch.setattr(softmask_pp, "HostInts", Known)
+    monkeypatch.setattr(Packing, "of", staticmethod(Packing))  # as on a device: the given number of tokens
+    step_without_values(small_model(mask_text=mask_text, cam_source=cam_source), small_batch())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"masks": "random", "caption_ratio": 0.25},
+        {"caption_masking": "pixels", "reconstruct_masking": "tokens"},
+        {"caption_masking": "pixels", "queue_size": 12} | POOLED,
+        COCA,
+    ],
+    ids=str,
+)
+def test_sycocas_step_without_values(monkeypatch: pytest.MonkeyPatch, options: dict) -> None:
+    monkeypatch.setattr(Packing, "of", staticmethod(Packing))
+    step_without_values(small_sycoca(**options), small_batch(dtype=torch.float64))

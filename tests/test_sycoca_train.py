@@ -42,12 +42,12 @@ def make(folder: Path, name: str, *overrides: str) -> Config:
     return load_config(path, overrides)
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_a_stopped_run_goes_on_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int) -> None:
-    zero = f"deepspeed.zero_optimization.stage={stage}"
-    whole = make(tmp_path, "whole", zero)
+@pytest.mark.parametrize(("stage", "queue"), [(0, 0), (2, 0), (3, 0), (0, 32), (3, 32)])
+def test_a_stopped_run_goes_on_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int, queue: int) -> None:
+    options = (f"deepspeed.zero_optimization.stage={stage}", f"model.queue_size={queue}", "model.momentum=0.9")
+    whole = make(tmp_path, "whole", *options)
     run_here(whole)
-    halves = make(tmp_path, "halves", zero)
+    halves = make(tmp_path, "halves", *options)
     step = Trainer._step
 
     def stop_at_two(self: Trainer, batches):
@@ -63,10 +63,23 @@ def test_a_stopped_run_goes_on_exactly(tmp_path: Path, monkeypatch: pytest.Monke
     assert {"itc", "caption", "tgmim"} <= rows[0].keys() and "itm" not in rows[0]
 
 
-def test_the_stages_train_alike(tmp_path: Path) -> None:
+OPTIONS = {
+    "defaults": [],
+    "queue and pooler": [
+        "model.queue_size=32",
+        "model.momentum=0.9",
+        "model.pooler_queries=4",
+        "model.caption_masking=pixels",
+        "model.reconstruct_masking=tokens",
+    ],
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_the_stages_train_alike(tmp_path: Path, options: list[str]) -> None:
     losses = {}
     for stage in (0, 1, 2, 3):
-        config = make(tmp_path, f"stage{stage}", f"deepspeed.zero_optimization.stage={stage}")
+        config = make(tmp_path, f"stage{stage}", f"deepspeed.zero_optimization.stage={stage}", *options)
         run_here(config)
         rows = [json.loads(line) for line in (Path(config.output) / "log.jsonl").read_text().splitlines()]
         losses[stage] = [row["loss"] for row in rows]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from softmask.models.vision import ConvStem
+from softmask.models import VisionConfig
+from softmask.models.vision import ConvStem, VisionEncoder
 
 
 def seen_pixels(stem: ConvStem, row: int, column: int, size: int) -> torch.Tensor:
@@ -43,3 +44,42 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
         ConvStem(img_size=48, patch_size=6, **options)
     with pytest.raises(ValueError, match="vision.image_size: expected a multiple of conv_vit.patch_size 8, got 60"):
         ConvStem(img_size=60, patch_size=8, **options)
+
+
+def test_patches_of_a_size_of_their_own() -> None:
+    """As many tokens as patches of that size, and a token of the first layer is the projection of its own pixels."""
+    own = VisionEncoder(VisionConfig(name="vit_tiny_patch16_224", image_size=48))
+    encoder = VisionEncoder(VisionConfig(name="vit_tiny_patch16_224", image_size=48, patch_size=12))
+    images = torch.randn(2, 3, 48, 48)
+    assert (own.patch_size, own.patch_grid, own(images).shape) == (16, (3, 3), (2, 10, 192))
+    assert (encoder.patch_size, encoder.patch_grid, encoder(images).shape) == (12, (4, 4), (2, 17, 192))
+    projection = encoder.vit.patch_embed.proj
+    pixels = images[:, :, 12:24, 36:48].flatten(1)  # row 1, column 3 of the grid
+    expected = torch.nn.functional.linear(pixels, projection.weight.flatten(1), projection.bias)
+    torch.testing.assert_close(encoder.vit.patch_embed(images)[:, 7], expected)
+
+
+def test_weights_of_another_patch_size_are_resized(tmp_path) -> None:
+    own = VisionEncoder(VisionConfig(name="vit_tiny_patch16_224", image_size=48))
+    torch.save(own.vit.state_dict(), tmp_path / "vit.pth")
+    options = {"image_size": 48, "patch_size": 12, "checkpoint": str(tmp_path / "vit.pth")}
+    encoder = VisionEncoder(VisionConfig(name="vit_tiny_patch16_224", **options))
+    assert torch.equal(encoder.vit.blocks[0].attn.qkv.weight, own.vit.blocks[0].attn.qkv.weight)
+    assert encoder.vit.patch_embed.proj.weight.shape == (192, 3, 12, 12)
+    assert encoder.vit.pos_embed.shape == (1, 17, 192)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"name": "conv_vit", "patch_size": 8},
+            r"vision.patch_size: expected 0 \(conv_vit has vision.conv_vit.patch_size\), got 8",
+        ),
+        ({"patch_size": -1}, "vision.patch_size: expected at least 0, got -1"),
+        ({"patch_size": 18}, "vision.image_size: expected a multiple of vision.patch_size 18, got 256"),
+    ],
+)
+def test_patch_sizes_that_do_not_fit_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        VisionConfig(**options)

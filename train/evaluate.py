@@ -134,7 +134,7 @@ def generation(
     if not hasattr(scorer.model, "caption_decoder"):
         return {}
     result, learned = {}, scorer.config.model
-    if learned.weights.caption > 0:
+    if learned.tells:
         result["captioning"] = captioning(scorer, islice(reader.all(), pairs or None), training, captions)
     if learned.reconstruct and learned.weights.tgmim > 0:
         result["reconstruction"] = reconstruction(scorer, islice(reader.all(), pairs or None))

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -62,32 +59,3 @@ class Backbone(nn.Module):
         self.vision.set_activation_checkpointing(enable)
         self.text.activation_checkpointing = enable
         self.fusion.activation_checkpointing = enable
-
-
-def momentum_twin(backbone: Backbone) -> Backbone:
-    """A copy without gradients. As in ALBEF, its dropout is on while the model trains."""
-    return copy.deepcopy(backbone).requires_grad_(False)
-
-
-@torch.no_grad()
-def update_twin(twin: Backbone, backbone: Backbone, momentum: float) -> None:
-    """twin = momentum * twin + (1 - momentum) * backbone, in place; buffers are copied."""
-    ours, theirs = (list(_storages(part)) for part in (twin, backbone))
-    torch._foreach_lerp_(ours, theirs, 1.0 - momentum)
-    for ours, theirs in zip(twin.buffers(), backbone.buffers(), strict=True):
-        ours.copy_(theirs)
-
-
-def _storages(part: nn.Module) -> Iterator[Tensor]:
-    """What holds the values of every parameter on this rank.
-
-    DeepSpeed's ZeRO stage 3 leaves a rank its share of a parameter in `ds_tensor`, the same elements of twin and
-    student. The parameter itself is empty or, when it is small, the whole that every rank keeps from step to step:
-    a copy, or with one rank a view of the share.
-    """
-    for parameter in part.parameters():
-        share = getattr(parameter, "ds_tensor", None)
-        if share is not None:
-            yield share
-        if parameter.numel() and (share is None or parameter.data_ptr() != share.data_ptr()):
-            yield parameter.detach()

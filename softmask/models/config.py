@@ -17,6 +17,7 @@ class SpecialIds:
     mask: int
 
 
+CONV_VIT = "conv_vit"
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 0.5  # ALBEF's
 
 
@@ -55,6 +56,7 @@ class VisionConfig:
 
     name: str = "vit_base_patch16_224"
     image_size: int = 256
+    patch_size: int = 0  # of a timm ViT; 0: the model's own
     checkpoint: str = ""  # file of timm weights; position embeddings are resized to image_size
     drop_path: float = 0.0
     pool: str = "cls"  # what the contrastive loss sees: "cls", or "mean" over patches (conv_vit: before the last norm)
@@ -62,6 +64,14 @@ class VisionConfig:
 
     def __post_init__(self) -> None:
         _check_pool("vision.pool", self.pool)
+        if self.patch_size and self.name == CONV_VIT:
+            own = f"{CONV_VIT} has vision.conv_vit.patch_size"
+            raise ValueError(f"vision.patch_size: expected 0 ({own}), got {self.patch_size}")
+        if self.patch_size < 0:
+            raise ValueError(f"vision.patch_size: expected at least 0, got {self.patch_size}")
+        if self.patch_size and self.image_size % self.patch_size:
+            expected = f"a multiple of vision.patch_size {self.patch_size}"
+            raise ValueError(f"vision.image_size: expected {expected}, got {self.image_size}")
 
 
 @dataclass

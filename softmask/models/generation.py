@@ -67,7 +67,7 @@ class CaptionGenerator(PreTrainedModel, GenerationMixin):
 
     def read(self, images: Tensor) -> Tensor:
         """images -> keys and values of the decoder's layers, [B, layers, 2, H, P, E]."""
-        tokens = self.sycoca.vision(images)
+        _, tokens = self.sycoca.pool(self.sycoca.vision(images))
         layers = []
         for block in self.sycoca.caption_decoder.cross:
             attention = block.attention

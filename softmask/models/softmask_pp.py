@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from softmask import ops
 from softmask.data import Batch
 
-from .backbone import Backbone, Encoded, momentum_twin, update_twin
+from .backbone import Backbone, Encoded
 from .bert import at_least_fp32, initialize
 from .config import MAX_TEMPERATURE, MIN_TEMPERATURE, SoftMaskPPConfig, SpecialIds
 from .fusion import CrossRecord
@@ -26,6 +26,7 @@ from .mlm import masked_token_loss
 from .packing import HostInts, Packing
 from .pairs import Pairs, Prepared, first_tokens, fuse, row_numbers, split_first
 from .running import all_ranks
+from .twin import momentum_twin, update_twin
 
 MAX_WORD_TOKENS = 8  # of a longer word, the map is the mean over its first tokens
 

@@ -10,7 +10,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softmask import ops
@@ -22,8 +21,10 @@ from .mlm import masked_token_loss
 from .packing import Packing
 from .running import all_ranks
 from .sycoca_config import SyCoCaConfig
-from .transformer import CausalTextEncoder, CrossDecoder
-from .vision import VisionEncoder
+from .sycoca_encoders import Encoders, Texts
+from .sycoca_masks import PatchMasks, attentive_masks, keep_patches, patch_positions, random_masks, replace_patches
+from .transformer import CrossDecoder
+from .twin import update_twin
 
 MAX_LOGIT_SCALE = 100.0
 
@@ -32,50 +33,46 @@ MAX_LOGIT_SCALE = 100.0
 class SyCoCaOutput:
     loss: Tensor
     terms: dict[str, Tensor]  # detached scalars
+    image_teacher: Tensor | None = None  # [B, embed_dim], for the queue
+    text_teacher: Tensor | None = None
 
 
-@dataclass
-class Texts:
-    """Captions as the text encoder read them: tokens [S, D], their packing, features."""
-
-    tokens: Tensor
-    packing: Packing
-    feature: Tensor  # [B, embed_dim], normalized
-
-
-class SyCoCa(nn.Module):
-    """The model and its three losses. With `reconstruct` and `caption_masking` off it is CoCa without a pooler.
+class SyCoCa(Encoders):
+    """The model and its three losses. With `reconstruct` and `caption_masking` off it is CoCa, with `pooler_queries`
+    CoCa with its pooler.
 
     The text encoder reads all columns of a batch's captions but the last and the text decoder predicts all but the
     first, as open_clip's CoCa does: of the longest captions, CLS does not see [SEP].
     """
 
     def __init__(self, config: SyCoCaConfig, *, special_ids: SpecialIds) -> None:
-        super().__init__()
         if config.text.vocab_size <= special_ids.mask:
             raise ValueError(f"text.vocab_size: expected the tokenizer's, got {config.text.vocab_size}")
+        super().__init__(config)
         self.config, self.special_ids = config, special_ids
         text = config.text
-        self.vision = VisionEncoder(config.vision)
-        shared = {"width": text.width, "heads": text.heads, "library": text.attention}
-        self.text = CausalTextEncoder(
-            vocab_size=text.vocab_size, layers=text.layers, max_positions=text.max_positions, **shared
-        )
         self.caption_decoder = CrossDecoder(
-            layers=text.decoder_layers, source_width=self.vision.width, causal=True, **shared
+            text.width,
+            text.heads,
+            text.decoder_layers,
+            source_width=self.vision.width,
+            causal=True,
+            library=text.attention,
         )
         self.caption_head = nn.Linear(text.width, text.vocab_size, bias=False)
-        self.image_projection = nn.Linear(self.vision.width, config.embed_dim, bias=False)
-        self.text_projection = nn.Linear(text.width, config.embed_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1.0 / config.temperature)))
+        for part in (self.caption_decoder, self.caption_head):
+            initialize(part, std=text.initializer_range)
+        if config.reconstruct or config.caption_masking == "pixels":
+            self.mask_token = nn.Parameter(torch.empty(self.vision.width).normal_(std=text.initializer_range))
         if config.reconstruct:
             self._make_image_decoder()
-        for part in (self.text, self.caption_decoder, self.caption_head, self.image_projection, self.text_projection):
-            initialize(part, std=text.initializer_range)
+        self.twin, self.contrast = None, None
+        if config.queue_size:
+            self._make_twin()
 
     def _make_image_decoder(self) -> None:
         width, config = self.vision.width, self.config
-        self.mask_token = nn.Parameter(torch.empty(width).normal_(std=config.text.initializer_range))
         self.image_decoder = CrossDecoder(
             width,
             config.image_decoder_heads,
@@ -87,6 +84,16 @@ class SyCoCa(nn.Module):
         self.pixel_head = nn.Linear(width, 3 * self.vision.patch_size**2)
         for part in (self.image_decoder, self.pixel_head):
             initialize(part, std=config.text.initializer_range)
+        if config.reconstruct_masking == "tokens":  # what is replaced after the encoder has lost its position
+            self.register_buffer("patch_position", patch_positions(self.patch_grid, width), persistent=False)
+
+    def _make_twin(self) -> None:
+        config, twin, own = self.config, Encoders(self.config), self.state_dict()
+        twin.load_state_dict({name: own[name] for name in twin.state_dict()})
+        self.twin = twin.requires_grad_(False)
+        self.contrast = ops.MomentumContrastiveLoss(
+            config.embed_dim, config.queue_size, alpha=config.alpha, gamma=config.gamma
+        )
 
     # -- training -----------------------------------------------------------------------------------------------------
 
@@ -94,28 +101,37 @@ class SyCoCa(nn.Module):
         config = self.config
         image = self.vision(batch.images)
         texts = self._encode_text(batch)
-        feature = self._image_feature(image)
+        pooled, readable = self.pool(image)
         scale = self.logit_scale.exp().clamp(max=MAX_LOGIT_SCALE)
-        options = {"gamma": config.gamma, "group": all_ranks()}
-        losses = {"itc": ops.focal_contrastive_loss(feature, texts.feature, scale, **options)}
-        spoken = self._spoken_patches(image, texts) if config.reconstruct or config.caption_masking != "none" else None
-        if config.weights.caption > 0:
-            losses["caption"] = self._caption_loss(batch, texts, self._kept(image, spoken))
+        teachers = self._teachers(batch, texts.packing)
+        losses = {"itc": self._contrastive(self.image_feature(pooled), texts.feature, scale, teachers)}
+        masks = self._masks(image, texts)
+        encoded = self._encode_masked(batch.images, masks)
+        if config.tells:
+            told_from = self._told_from(image, readable, masks.kept, encoded.get("caption"))
+            losses["caption"] = self._caption_loss(batch, texts, told_from)
         if config.reconstruct:
-            losses["tgmim"] = self._reconstruction_loss(batch, texts, spoken)
+            painted_from = self._painted_from(image, masks.hidden, encoded.get("tgmim"))
+            losses["tgmim"] = self._reconstruction_loss(batch, texts, painted_from, masks.hidden)
         loss = sum(getattr(config.weights, name) * term for name, term in losses.items())
         terms = {name: term.detach() for name, term in losses.items()}
-        return SyCoCaOutput(loss, terms | {"temperature": 1.0 / scale.detach()})
+        return SyCoCaOutput(loss, terms | {"temperature": 1.0 / scale.detach()}, **teachers)
 
     def update_momentum(self) -> None:
-        """Nothing: there is no momentum twin."""
+        """EMA of the twin, where there is one, once per optimizer step, before the forward pass."""
+        if self.twin is not None:
+            update_twin(self.twin, self, self.config.momentum)
 
     def enqueue(self, output: SyCoCaOutput) -> None:
-        """Nothing: there is no queue."""
+        """Put the batch's teacher features (of all ranks) into the queue, where there is one, after its loss was found
+        finite."""
+        if self.contrast is not None:
+            self.contrast.group = all_ranks()
+            self.contrast.enqueue(output.image_teacher, output.text_teacher)
 
     def statistics(self) -> list[Tensor]:
         """What a forward pass in training changes: BatchNorm's running statistics."""
-        return list(self.buffers())
+        return [*self.vision.buffers(), *(() if self.twin is None else self.twin.buffers())]
 
     def set_activation_checkpointing(self, enable: bool) -> None:
         self.vision.set_activation_checkpointing(enable)
@@ -123,39 +139,69 @@ class SyCoCa(nn.Module):
         for part in [self.text, self.caption_decoder, *painters]:
             part.activation_checkpointing = enable
 
-    def _image_feature(self, tokens: Tensor) -> Tensor:
-        return F.normalize(at_least_fp32(self.image_projection(self.vision.pool(tokens))), dim=-1)
-
     def _encode_text(self, batch: Batch) -> Texts:
-        return self._read(batch.input_ids[:, :-1], Packing.of(batch.attention_mask[:, :-1]))
-
-    def _read(self, input_ids: Tensor, packing: Packing) -> Texts:
-        tokens, cls = self.text(input_ids, packing)
-        return Texts(tokens, packing, F.normalize(at_least_fp32(self.text_projection(cls)), dim=-1))
+        packing = Packing.of(batch.attention_mask[:, :-1], batch.num_tokens_but_last)
+        return self.read(batch.input_ids[:, :-1], packing)
 
     @torch.no_grad()
-    def _spoken_patches(self, image: Tensor, texts: Texts) -> Tensor:
-        """bool [B, patches]: those that the caption speaks of most, `mask_ratio` of them; or any."""
-        patches = image[:, self.vision.num_prefix_tokens :]
-        if self.config.masks == "random":
-            noise = torch.rand(patches.shape[:2], device=patches.device)
-            count = round(self.config.mask_ratio * patches.shape[1])
-            return noise.argsort(dim=1).argsort(dim=1) < count
-        tokens = texts.packing.pad(texts.tokens)
-        if self.config.relevance == "projection":
-            patches, tokens = self.image_projection(patches), self.text_projection(tokens)
-        padding = ~texts.packing.mask
-        return ops.attentive_mask(patches, tokens, ratio=self.config.mask_ratio, token_padding_mask=padding)
+    def _teachers(self, batch: Batch, packing: Packing) -> dict[str, Tensor]:
+        """image_teacher and text_teacher [B, embed_dim], the features by the twin; none without one."""
+        if self.twin is None:
+            return {}
+        image = self.twin.image_feature(self.twin.pool(self.twin.vision(batch.images))[0])
+        return {"image_teacher": image, "text_teacher": self.twin.read(batch.input_ids[:, :-1], packing).feature}
 
-    def _kept(self, image: Tensor, spoken: Tensor | None) -> Tensor:
-        """The image tokens [B, P', D] that the caption is told from: prefix tokens and, with masks, spoken patches."""
-        if self.config.caption_masking == "none":
-            return image
-        prefix = self.vision.num_prefix_tokens
-        count = round(self.config.mask_ratio * spoken.shape[1])
-        place = torch.nonzero_static(spoken.flatten(), size=len(spoken) * count)[:, 0]
-        patches = image[:, prefix:].flatten(0, 1).index_select(0, place).unflatten(0, (len(spoken), count))
-        return torch.cat([image[:, :prefix], patches], dim=1)
+    def _contrastive(self, image: Tensor, text: Tensor, scale: Tensor, teachers: dict[str, Tensor]) -> Tensor:
+        if self.contrast is None:
+            return ops.focal_contrastive_loss(image, text, scale, gamma=self.config.gamma, group=all_ranks())
+        self.contrast.group = all_ranks()
+        return self.contrast(image, text, scale, **teachers)
+
+    @torch.no_grad()
+    def _masks(self, image: Tensor, texts: Texts) -> PatchMasks:
+        """The patches that the caption speaks of most; or any."""
+        config = self.config
+        keep = config.caption_ratio if config.tells and config.caption_masking != "none" else None
+        hide = config.reconstruct_ratio if config.reconstruct else None
+        ratios = {ratio for ratio in (keep, hide) if ratio is not None}
+        if not ratios:
+            return PatchMasks(kept=None, hidden=None)
+        patches = image[:, self.num_prefix_tokens :]
+        if config.masks == "random":
+            spoken = random_masks(patches, ratios=ratios)
+        else:
+            tokens = texts.packing.pad(texts.tokens)
+            if config.relevance == "projection":
+                patches, tokens = self.project_patches(patches), self.text_projection(tokens)
+            spoken = attentive_masks(patches, tokens, ~texts.packing.mask, ratios=ratios)
+        return PatchMasks(kept=spoken.get(keep), hidden=spoken.get(hide))
+
+    def _encode_masked(self, images: Tensor, masks: PatchMasks) -> dict[str, Tensor]:
+        """The image tokens [B, P, D] of the heads, by name, whose masks are of pixels; one pass for both."""
+        unseen = {}
+        if self.config.caption_masking == "pixels" and masks.kept is not None:
+            unseen["caption"] = ~masks.kept
+        if self.config.reconstruct and self.config.reconstruct_masking == "pixels":
+            unseen["tgmim"] = masks.hidden
+        if not unseen:
+            return {}
+        tokens = self.vision(images, masked=torch.cat(list(unseen.values())), mask_token=self.mask_token)
+        return dict(zip(unseen, tokens.chunk(len(unseen)), strict=True))
+
+    def _told_from(self, image: Tensor, readable: Tensor, kept: Tensor | None, encoded: Tensor | None) -> Tensor:
+        """What the caption's decoder reads, [B, P', D]: all that is `readable`, or what is left by `kept`."""
+        if self.config.caption_masking == "pixels":
+            return self.pool(encoded)[1]
+        if self.config.caption_masking == "tokens":
+            options = {"ratio": self.config.caption_ratio, "num_prefix_tokens": self.num_prefix_tokens}
+            return keep_patches(image, kept, **options)
+        return readable
+
+    def _painted_from(self, image: Tensor, hidden: Tensor, encoded: Tensor | None) -> Tensor:
+        """What the image decoder begins with, [B, P, D]: without the tokens of the patches `hidden`."""
+        if self.config.reconstruct_masking == "pixels":
+            return encoded
+        return replace_patches(image, hidden, self.mask_token + self.patch_position)
 
     def _caption_loss(self, batch: Batch, texts: Texts, image: Tensor) -> Tensor:
         """Cross-entropy of the next token, mean over all that follow a token; padding is never a target."""
@@ -168,17 +214,23 @@ class SyCoCa(nn.Module):
         logits = at_least_fp32(self.caption_head(states.index_select(0, texts.packing.rank[chosen.place])))
         return masked_token_loss(logits, labels) / max(len(labels), 1)
 
-    def _reconstruction_loss(self, batch: Batch, texts: Texts, masked: Tensor) -> Tensor:
-        prediction = self.reconstruct(batch.images, masked, texts)
+    def _reconstruction_loss(self, batch: Batch, texts: Texts, image: Tensor, masked: Tensor) -> Tensor:
         options = {"patch_size": self.vision.patch_size, "normalize": self.config.normalize_pixels}
-        return ops.masked_patch_loss(prediction, batch.images, masked, **options)
+        return ops.masked_patch_loss(self._paint(image, texts), batch.images, masked, **options)
 
-    def reconstruct(self, images: Tensor, masked: Tensor, texts: Texts) -> Tensor:
-        """Pixels [B, patches, 3 * patch_size**2] of pictures whose masked patches the encoder did not see."""
-        image = self.vision(images, masked=masked, mask_token=self.mask_token)
+    def _paint(self, image: Tensor, texts: Texts) -> Tensor:
+        """image [B, P, D], the masked tokens -> pixels [B, patches, 3 * patch_size**2]."""
         pictures = Packing.full(*image.shape[:2], image.device)
         states = self.image_decoder(image.flatten(0, 1), pictures, texts.tokens, texts.packing)
-        return self.pixel_head(states.unflatten(0, image.shape[:2])[:, self.vision.num_prefix_tokens :])
+        return self.pixel_head(states.unflatten(0, image.shape[:2])[:, self.num_prefix_tokens :])
+
+    def reconstruct(self, images: Tensor, masked: Tensor, texts: Texts) -> Tensor:
+        """Pixels [B, patches, 3 * patch_size**2] of pictures whose patches `masked` [B, patches] are hidden as in
+        training: from the encoder or, by `reconstruct_masking: tokens`, behind it."""
+        by_pixels = self.config.reconstruct_masking == "pixels"
+        hidden = {"masked": masked, "mask_token": self.mask_token} if by_pixels else {}
+        image = self.vision(images, **hidden)
+        return self._paint(self._painted_from(image, masked, image), texts)
 
     # -- evaluation -----------------------------------------------------------------------------------------------
 
@@ -197,17 +249,17 @@ class SyCoCa(nn.Module):
     def encode_image(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """images [B, 3, S, S] -> tokens [B, P, D], normalized feature [B, embed_dim]."""
         tokens = self.vision(images)
-        return tokens, self._image_feature(tokens)
+        return tokens, self.image_feature(self.pool(tokens)[0])
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """input_ids, attention_mask [B, T], whole captions -> tokens [B, T, D], normalized feature [B, embed_dim]."""
-        texts = self._read(input_ids, Packing.of(attention_mask))
+        texts = self.read(input_ids, Packing.of(attention_mask))
         return texts.packing.pad(texts.tokens), texts.feature
 
     def hidden_patches(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """bool [B, patches]: what training would hide of pictures with these captions [B, T]."""
-        return self._spoken_patches(self.vision(images), self._read(input_ids, Packing.of(attention_mask)))
+        return self._masks(self.vision(images), self.read(input_ids, Packing.of(attention_mask))).hidden
 
     def repaint(self, images: Tensor, hidden: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Pixels [B, patches, 3 * patch_size**2] of pictures with hidden patches, guided by captions [B, T]."""
-        return self.reconstruct(images, hidden, self._read(input_ids, Packing.of(attention_mask)))
+        return self.reconstruct(images, hidden, self.read(input_ids, Packing.of(attention_mask)))

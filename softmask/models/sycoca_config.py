@@ -37,19 +37,33 @@ class SyCoCaWeights:
 
 @dataclass
 class SyCoCaConfig:
-    """With `reconstruct: false` and `caption_masking: none` it is CoCa without a pooler."""
+    """With `reconstruct: false` and `caption_masking: none` it is CoCa, with `pooler_queries` CoCa with its pooler."""
 
     vision: VisionConfig = field(default_factory=VisionConfig)
     text: CausalTextConfig = field(default_factory=CausalTextConfig)
     weights: SyCoCaWeights = field(default_factory=SyCoCaWeights)
     embed_dim: int = 512
+    pooler_queries: int = 0  # outputs of the attentional pooler that the caption is told from, beside the one that is
+    # contrasted; 0: no pooler
+    pooler_heads: int = 8
     temperature: float = 0.07  # at first; it is learned
     gamma: float = 0.0
+    # momentum twin of the encoders, which fills a queue and softens the targets as in ALBEF
+    queue_size: int = 0  # 0: no twin, the contrastive loss sees the batch alone
+    momentum: float = 0.995
+    alpha: float = 0.4
+    # masks
     masks: str = "attentive"  # which patches: those the caption speaks of, or "random"
-    mask_ratio: float = 0.5  # of the patches: reconstructed, and what the caption is told from
     relevance: str = "projection"  # similarity of patches and tokens after the contrastive projections, or as "tokens"
-    caption_masking: str = "tokens"  # the caption's decoder does not see other patches; "none": it sees all
+    # "tokens": the caption's decoder does not see other patches' tokens; "pixels": nor does the image encoder see their
+    # pixels, in a pass of its own; "none": it sees all
+    caption_masking: str = "tokens"
+    caption_ratio: float = 0.5  # of the patches, the most spoken of: the caption is told from them
     reconstruct: bool = True  # text-guided reconstruction of masked patches
+    # "pixels": the image encoder does not see them, in a pass of its own; "tokens": what it saw of them is replaced,
+    # but the others' tokens know of them by self-attention
+    reconstruct_masking: str = "pixels"
+    reconstruct_ratio: float = 0.5  # of the patches, the most spoken of: they are masked
     normalize_pixels: bool = True
     image_decoder_layers: int = 4
     image_decoder_heads: int = 12
@@ -60,11 +74,36 @@ class SyCoCaConfig:
                 MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE,
                 f"a number in [{MIN_TEMPERATURE}, {MAX_TEMPERATURE}]",
             ),
+            "pooler_queries": (self.pooler_queries >= 0, "at least 0"),
+            "pooler_heads": (self.pooler_heads >= 1, "at least 1"),
             "gamma": (self.gamma >= 0, "a number >= 0"),
+            "queue_size": (self.queue_size >= 0, "at least 0"),
+            "momentum": (0 <= self.momentum <= 1, "a number in [0, 1]"),
+            "alpha": (0 <= self.alpha <= 1, "a number in [0, 1]"),
             "masks": (self.masks in ("attentive", "random"), "'attentive' or 'random'"),
-            "mask_ratio": (0 < self.mask_ratio < 1, "a number in (0, 1)"),
+            "caption_ratio": (0 < self.caption_ratio < 1, "a number in (0, 1)"),
+            "reconstruct_ratio": (0 < self.reconstruct_ratio < 1, "a number in (0, 1)"),
             "relevance": (self.relevance in ("projection", "tokens"), "'projection' or 'tokens'"),
-            "caption_masking": (self.caption_masking in ("tokens", "none"), "'tokens' or 'none'"),
+            "caption_masking": (
+                self.caption_masking in ("tokens", "pixels", "none"),
+                "'tokens', 'pixels' or 'none'",
+            ),
+            "reconstruct_masking": (self.reconstruct_masking in ("pixels", "tokens"), "'pixels' or 'tokens'"),
             "image_decoder_layers": (self.image_decoder_layers >= 1, "at least 1"),
         }
         check(self, expected)
+        if self.pooler_queries:
+            self._check_pooler()
+
+    @property
+    def tells(self) -> bool:
+        """Whether captions are told at all."""
+        return self.weights.caption > 0
+
+    def _check_pooler(self) -> None:
+        if self.caption_masking == "tokens":
+            expected = "'pixels' or 'none' where there are pooler_queries (pooled tokens are not patches)"
+            raise ValueError(f"caption_masking: expected {expected}, got {self.caption_masking!r}")
+        if self.vision.pool != "cls":
+            expected = "'cls' where there are pooler_queries (the pooler takes its place)"
+            raise ValueError(f"vision.pool: expected {expected}, got {self.vision.pool!r}")

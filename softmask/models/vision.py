@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
 from .bert import at_least_fp32
-from .config import ConvViTConfig, VisionConfig
+from .config import CONV_VIT, ConvViTConfig, VisionConfig
 
-CONV_VIT = "conv_vit"
 LAYER_SCALE = 0.1  # the transformer's blocks start as a small change to what the convolutions see
 
 
@@ -121,8 +120,10 @@ def _conv_vit(config: ConvViTConfig, *, image_size: int, drop_path: float, pool:
 
 def _timm_vit(config: VisionConfig) -> nn.Module:
     options = {"img_size": config.image_size, "drop_path_rate": config.drop_path, "num_classes": 0}
+    if config.patch_size:
+        options["patch_size"] = config.patch_size
     if config.checkpoint:
-        # timm's own path for weights from a file: drops the head and resizes the position embeddings
+        # timm's own path for weights from a file: drops the head, resizes patch projection and position embeddings
         options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": config.checkpoint}}
     return timm.create_model(config.name, **options)
 
@@ -149,12 +150,14 @@ class VisionEncoder(nn.Module):
         self.vit.set_grad_checkpointing(enable)
 
     def forward(self, images: Tensor, *, masked: Tensor | None = None, mask_token: Tensor | None = None) -> Tensor:
-        """With `masked` [B, patches] bool, `mask_token` [D] stands for those patches from the first block on."""
+        """With `masked` [R * B, patches] bool, `mask_token` [D] stands for those patches from the first block on;
+        R maskings of the B pictures, one after another, give tokens [R * B, P, D]."""
         if masked is None:
             return self.vit.forward_features(images)
 
         def replace(_module: nn.Module, _inputs: tuple, patches: Tensor) -> Tensor:
-            return torch.where(masked[..., None], mask_token.to(patches.dtype), patches)
+            every = patches.repeat(len(masked) // len(patches), 1, 1)
+            return torch.where(masked[..., None], mask_token.to(patches.dtype), every)
 
         hook = self.vit.patch_embed.register_forward_hook(replace)
         try:

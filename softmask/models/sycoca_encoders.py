@@ -1,0 +1,72 @@
+"""What SyCoCa's contrastive loss sees: both encoders, the pooler and the projections."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .bert import at_least_fp32, initialize
+from .packing import Packing
+from .pooler import AttentionalPooler
+from .sycoca_config import SyCoCaConfig
+from .transformer import CausalTextEncoder
+from .vision import VisionEncoder
+
+
+@dataclass
+class Texts:
+    """Captions as the text encoder read them: tokens [S, D], their packing, features."""
+
+    tokens: Tensor
+    packing: Packing
+    feature: Tensor  # [B, embed_dim], normalized
+
+
+class Encoders(nn.Module):
+    """The part of SyCoCa that may have a momentum twin."""
+
+    def __init__(self, config: SyCoCaConfig) -> None:
+        super().__init__()
+        text = config.text
+        self.vision = VisionEncoder(config.vision)
+        self.text = CausalTextEncoder(
+            vocab_size=text.vocab_size,
+            width=text.width,
+            heads=text.heads,
+            layers=text.layers,
+            max_positions=text.max_positions,
+            library=text.attention,
+        )
+        width = self.vision.width
+        self.pooler = None
+        if config.pooler_queries:
+            options = {"queries": config.pooler_queries, "library": text.attention}
+            self.pooler = AttentionalPooler(width, config.pooler_heads, **options)
+            initialize(self.pooler, std=text.initializer_range)
+        self.image_projection = nn.Linear(width, config.embed_dim, bias=False)
+        self.text_projection = nn.Linear(text.width, config.embed_dim, bias=False)
+        for part in (self.text, self.image_projection, self.text_projection):
+            initialize(part, std=text.initializer_range)
+
+    def pool(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The image encoder's tokens [B, P, D] -> what is contrasted, [B, D], and what the caption's decoder reads:
+        with a pooler its outputs but the first, [B, pooler_queries, D], else the tokens themselves."""
+        if self.pooler is None:
+            return self.vision.pool(tokens), tokens
+        outputs = self.pooler(tokens)
+        return outputs[:, 0], outputs[:, 1:]
+
+    def image_feature(self, pooled: Tensor) -> Tensor:
+        """[B, D] of `pool` -> [B, embed_dim], normalized."""
+        return F.normalize(at_least_fp32(self.image_projection(pooled)), dim=-1)
+
+    def project_patches(self, patches: Tensor) -> Tensor:
+        """[B, P, D] -> [B, P, embed_dim], every patch as if it alone were the picture."""
+        return self.image_projection(patches if self.pooler is None else self.pooler.each(patches))
+
+    def read(self, input_ids: Tensor, packing: Packing) -> Texts:
+        """input_ids [B, T], whose real tokens the packing names."""
+        tokens, cls = self.text(input_ids, packing)
+        return Texts(tokens, packing, F.normalize(at_least_fp32(self.text_projection(cls)), dim=-1))
