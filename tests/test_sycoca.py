@@ -156,7 +156,7 @@ def test_a_caption_loss_of_weight_0_is_not_computed() -> None:
 
 @pytest.mark.parametrize("options", [{}, COCA], ids=str)
 def test_recomputed_activations_change_nothing(options: dict) -> None:
-    model, batch = small_sycoca(**options), small_batch(dtype=torch.float64)
+    model, batch = small_sycoca(**options).eval(), small_batch(dtype=torch.float64)
     losses = []
     for enable in (False, True):
         model.set_activation_checkpointing(enable)

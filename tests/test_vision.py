@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from softmask.models import VisionConfig
+from softmask.models import ConvViTConfig, VisionConfig
 from softmask.models.vision import ConvStem, VisionEncoder
 
 
@@ -83,3 +83,26 @@ def test_weights_of_another_patch_size_are_resized(tmp_path) -> None:
 def test_patch_sizes_that_do_not_fit_are_refused(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         VisionConfig(**options)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_masked_patches_are_not_seen_by_their_neighbours(training: bool) -> None:
+    """Two maskings of every picture at once; BatchNorm keeps the statistics of whole pictures."""
+    torch.manual_seed(0)
+    encoder = VisionEncoder(
+        VisionConfig(name="conv_vit", image_size=32, pool="mean", conv_vit=ConvViTConfig(width=16, depth=1, heads=2))
+    ).train(training)
+    images, token = torch.randn(3, 3, 32, 32), torch.randn(16)
+    masked = torch.rand(6, 16) < 0.5
+    statistics = [buffer.clone() for buffer in encoder.buffers()]
+    seen = encoder(images, masked=masked, mask_token=token)
+    assert all(map(torch.equal, statistics, encoder.buffers()))
+    assert encoder.vit.patch_embed.training == training
+    assert all(module.training == training for module in encoder.modules())
+    hidden = masked[:3].reshape(3, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    changed = torch.where(hidden, torch.randn_like(images), images)
+    again = encoder(changed, masked=masked, mask_token=token)
+    assert torch.equal(again[:3], seen[:3])  # of the first masking nothing of it is seen
+    assert not torch.equal(again[3:], seen[3:])
+    apart = encoder(images, masked=masked[3:], mask_token=token)
+    torch.testing.assert_close(apart, seen[3:])

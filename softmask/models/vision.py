@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import timm
@@ -39,6 +41,19 @@ class GlobalBatchNorm(nn.BatchNorm2d):
         self.num_batches_tracked += 1
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
         self.running_var.lerp_(variance.to(self.running_var.dtype), self.momentum)
+
+
+@contextmanager
+def running_statistics(part: nn.Module) -> Iterator[None]:
+    """BatchNorm by its running statistics, which stay as they are: for pictures that are unlike those they are of."""
+    norms = [module for module in part.modules() if isinstance(module, GlobalBatchNorm) and module.training]
+    for norm in norms:
+        norm.eval()
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.train()
 
 
 def _halve(width: int, out: int, *, kernel_size: int) -> nn.Sequential:
@@ -145,6 +160,7 @@ class VisionEncoder(nn.Module):
         self.width: int = self.vit.embed_dim
         self.patch_grid: tuple[int, int] = tuple(self.vit.patch_embed.grid_size)
         self.patch_size: int = config.image_size // self.patch_grid[0]
+        self.stem_sees_across = config.name == CONV_VIT  # a token's pixels reach beyond its patch
 
     def set_activation_checkpointing(self, enable: bool) -> None:
         self.vit.set_grad_checkpointing(enable)
@@ -154,16 +170,29 @@ class VisionEncoder(nn.Module):
         R maskings of the B pictures, one after another, give tokens [R * B, P, D]."""
         if masked is None:
             return self.vit.forward_features(images)
+        maskings = len(masked) // len(images)
+        if self.stem_sees_across:
+            images, maskings = self._blank(images.repeat(maskings, 1, 1, 1), masked), 1
 
         def replace(_module: nn.Module, _inputs: tuple, patches: Tensor) -> Tensor:
-            every = patches.repeat(len(masked) // len(patches), 1, 1)
-            return torch.where(masked[..., None], mask_token.to(patches.dtype), every)
+            return torch.where(masked[..., None], mask_token.to(patches.dtype), patches.repeat(maskings, 1, 1))
 
         hook = self.vit.patch_embed.register_forward_hook(replace)
         try:
-            return self.vit.forward_features(images)
+            with running_statistics(self.vit.patch_embed):
+                return self.vit.forward_features(images)
         finally:
             hook.remove()
+
+    def _blank(self, images: Tensor, masked: Tensor) -> Tensor:
+        """images [B, 3, S, S] with zeros, the mean colour, in patches [B, patches]: neighbours do not see them either.
+
+        The statistics of such pictures are not those of whole ones, which evaluation has.
+        """
+        plane = masked.unflatten(1, self.patch_grid)[:, None]
+        for dim in (2, 3):
+            plane = plane.repeat_interleave(self.patch_size, dim)
+        return images.masked_fill(plane, 0.0)
 
     def pool(self, tokens: Tensor) -> Tensor:
         """tokens [B, P, D] -> [B, D]: the CLS token, or the mean over the patches."""
