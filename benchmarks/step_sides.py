@@ -14,6 +14,7 @@ from plain_softmask_pp import PlainSoftMaskPP
 from plain_sycoca import PlainSyCoCa
 from step_cases import Case, fixed
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from softmask.models import SoftMaskPP, SoftMaskPPConfig, SyCoCa, SyCoCaConfig, SyCoCaOutput
 from softmask.models.softmask_pp import SoftMaskPPOutput
@@ -74,18 +75,26 @@ class Clock:
             setattr(owner, name, timed)
 
     def watch(self, vision: VisionEncoder) -> None:
-        """Count an image encoder, backward from where all of the gradient at its tokens is there to where that at its
-        patches is."""
-        self.wrap(vision, "forward", VIT)
-        for module, name in ((vision, f"{VIT}, {BACKWARD}"), (vision.vit.patch_embed, BACKWARD)):
-            module.register_forward_hook(self._on_gradient(name))
+        """Count an image encoder: forward, and backward from where all of the gradient at its tokens is there."""
 
-    def _on_gradient(self, name: str) -> Callable[[nn.Module, object, Tensor], None]:
-        def watch(_module: nn.Module, _inputs: object, tokens: Tensor) -> None:
+        def begin(_module: nn.Module, _inputs: object, tokens: Tensor) -> None:
             if tokens.requires_grad:
-                tokens.register_hook(lambda _: self.becomes(name))
+                tokens.register_hook(lambda _: self.becomes(f"{VIT}, {BACKWARD}"))
 
-        return watch
+        def end(_module: nn.Module, _inputs: object, patches: Tensor) -> None:
+            if patches.requires_grad:
+                _first_node(patches.grad_fn).register_hook(lambda *_: self.becomes(BACKWARD))
+
+        self.wrap(vision, "forward", VIT)
+        vision.register_forward_hook(begin)
+        vision.vit.patch_embed.register_forward_hook(end)
+
+
+def _first_node(node: Node) -> Node:
+    """The node that is last in the backward pass, by a chain that begins at an input without gradient."""
+    while earlier := [before for before, _ in node.next_functions if before is not None and before.next_functions]:
+        node = earlier[0]
+    return node
 
 
 @dataclass
