@@ -61,7 +61,8 @@ def test_every_parameter_of_sycoca_is_compared(case) -> None:
     [("softmask_pp", "itm_head"), ("sycoca", "caption_decoder.cross.1.attention.key")],
     indirect=["case"],
 )
-def test_a_wrong_gradient_is_found(case, layer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("factor", [1 + 1e-5, float("nan")])
+def test_a_wrong_gradient_is_found(case, layer: str, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
     import bench_step
 
     values = bench_step.values
@@ -69,7 +70,7 @@ def test_a_wrong_gradient_is_found(case, layer: str, monkeypatch: pytest.MonkeyP
     def wrong(name: str, *arguments):
         found = values(name, *arguments)
         if name == "engine":
-            found[f"gradient {layer}"] *= 1 + 1e-5
+            found[f"gradient {layer}"] *= factor
         return found
 
     monkeypatch.setattr(bench_step, "values", wrong)
