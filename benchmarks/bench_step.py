@@ -1,6 +1,6 @@
-"""One training step at full size: the published recipe written plainly (plain_recipe) and the engine, side by side.
+"""One training step at full size: a published recipe written plainly and the engine, side by side.
 
-    python benchmarks/bench_step.py [--config train/configs/softmask_base.yaml] [--batch 8] [--bf16] [--turns 5]
+    python benchmarks/bench_step.py [--method softmask_pp | sycoca] [--batch 8] [--bf16] [--turns 5]
 
 Same weights, same captions, same masked tokens, words and negatives, dropout off. First every loss term and gradient is
 compared with the plain recipe's in fp64, then whole steps (momentum update, forward, backward, AdamW) are timed in
@@ -10,214 +10,133 @@ turns, by part, and their memory and products are counted. `make bench` runs it 
 from __future__ import annotations
 
 import argparse
-import copy
 import statistics
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import harness
+import pytest
 import torch
-from plain_recipe import PlainRecipe
-from step_cases import Draws, draw, fixed, make_batch, make_model
-from torch import Tensor, nn
+from step_cases import Case, make_case
+from step_sides import VIT, Side, make_side, make_sides
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 import softmask
-from softmask.data import Batch
-from softmask.models import SoftMaskPP
+from softmask.models import SoftMaskPPConfig, SyCoCaConfig
+from softmask.train.config import load_config
 
-CONFIG = Path(__file__).parent.parent / "train" / "configs" / "softmask_base.yaml"
-ALPHA = 0.4
-VIT = "image encoder"
-
-
-class Clock:
-    """Seconds by part; a part within another is not counted in that one too."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        self._running: list[tuple[str, float]] = []
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        self._pause()
-        self._running.append((name, time.perf_counter()))
-        try:
-            yield
-        finally:
-            self._pause()
-            self._running.pop()
-            if self._running:
-                self._running[-1] = (self._running[-1][0], time.perf_counter())
-
-    def _pause(self) -> None:
-        if self._running:
-            name, since = self._running[-1]
-            self.seconds[name] += time.perf_counter() - since
-
-    def becomes(self, name: str) -> None:
-        """What runs now, if anything, is a part of another name from here on."""
-        self._pause()
-        if self._running:
-            self._running[-1] = (name, time.perf_counter())
-
-    def wrap(self, owner: object, names: str, part: str) -> None:
-        """Count calls of owner's functions; a module's, of its forward."""
-        for name in names.split():
-            function = getattr(owner, name)
-
-            def timed(*arguments, _function=function, **options):
-                with self.part(part):
-                    return _function(*arguments, **options)
-
-            setattr(owner, name, timed)
+CONFIGS = Path(__file__).parent.parent / "train" / "configs"
+METHODS = ("softmask_pp", "sycoca")
+REST = "all but the image encoder"
 
 
-@dataclass
-class Side:
-    """One of the two recipes: `losses()` of a step, and what comes before it."""
-
-    model: SoftMaskPP
-    batch: Batch
-    losses: Callable[[], dict[str, Tensor]]
-    update_momentum: Callable[[], None]
-    clock: Clock
-
-
-def engine(model: SoftMaskPP, batch: Batch, draws: Draws) -> Side:
-    clock = Clock()
-    clock.wrap(model, "_contrastive _hard_negatives", "contrastive loss")
-    clock.wrap(model, "_soft_mask _map_source", "map")
-    clock.wrap(model, "_mlm", "masked tokens")
-    for network in (model.backbone, model.twin):
-        clock.wrap(network.vision, "forward", VIT)
-        clock.wrap(network.text, "forward", "text encoder")
-        clock.wrap(network.fusion, "forward start project", "fusion")
-
-    def losses() -> dict[str, Tensor]:
-        with fixed(draws):
-            output = model(batch, alpha=ALPHA)
-        return {"total": output.loss, **output.terms}
-
-    return Side(model, batch, losses, model.update_momentum, clock)
-
-
-def plain(model: SoftMaskPP, batch: Batch, draws: Draws) -> Side:
-    recipe, clock = PlainRecipe(model), Clock()
-    clock.wrap(recipe, "contrastive", "contrastive loss")
-    clock.wrap(recipe, "image_weight", "map")
-    clock.wrap(recipe, "masked_tokens", "masked tokens")
-    clock.wrap(recipe, "text", "text encoder")
-    clock.wrap(recipe, "fuse", "fusion")
-    for network in (model.backbone, model.twin):
-        clock.wrap(network.vision, "forward", VIT)
-
-    def losses() -> dict[str, Tensor]:
-        terms = recipe.losses(batch, draws, alpha=ALPHA)
-        return {"total": sum(terms.values()), **terms}
-
-    return Side(model, batch, losses, recipe.update_momentum, clock)
-
-
-def engine_without_masks(model: SoftMaskPP, batch: Batch, draws: Draws) -> Side:
-    model.config = replace(model.config, soft_mask=False)
-    return engine(model, batch, draws)
-
-
-SIDES = {"plain": plain, "engine": engine, "no masks": engine_without_masks}
+def published(method: str) -> SoftMaskPPConfig | SyCoCaConfig:
+    """ViT-B/16 at 256 px and, for SyCoCa, the text networks of open_clip's coca_base."""
+    return load_config(CONFIGS / "softmask_base.yaml").model if method == "softmask_pp" else SyCoCaConfig()
 
 
 # -- values ------------------------------------------------------------------------------------------------------------
 
 
-def values(name: str, model: SoftMaskPP, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+def values(name: str, case: Case) -> dict[str, Tensor]:
     """Loss terms and gradients of a side. A layer's weight and bias are one: of some biases the true gradient is 0."""
-    side = SIDES[name](copy.deepcopy(model), batch, draws)
-    terms = side.losses()
-    terms["total"].backward()
-    found = {f"loss {term}": terms[term].detach().reshape(1) for term in ("total", "itc", "itm", "itm_soft", "mlm")}
+    side = make_side(name, case)
+    losses = side.losses()
+    losses["total"].backward()
     layers: dict[str, list[Tensor]] = defaultdict(list)
     for parameter, tensor in side.model.named_parameters():
         if tensor.grad is not None:
             layers[parameter.rpartition(".")[0] or parameter].append(tensor.grad.flatten())
-    return found | {f"gradient {layer}": torch.cat(parts) for layer, parts in layers.items()}
+            tensor.grad = None
+    found = {f"loss {term}": loss.detach().reshape(1) for term, loss in losses.items()}
+    return found | {f"gradient {layer}": torch.cat(layers.pop(layer)) for layer in list(layers)}
 
 
-def check_values(model: SoftMaskPP, batch: Batch, draws: Draws) -> str:
+def check_values(case: Case) -> str:
     """The engine's error against the plain recipe in fp64: at most twice that of the plain recipe in fp32, and a unit
-    of rounding; a loss, whose error is a single draw, has four.
+    of rounding; a loss, whose error is a single draw, has four. The model is fp64 for a while.
 
     Raises:
         AssertionError: a loss term or a layer's gradient beyond it.
     """
-    truth = values("plain", copy.deepcopy(model).double(), replace(batch, images=batch.images.double()), draws)
-    in_plain, ours = values("plain", model, batch, draws), values("engine", model, batch, draws)
-    assert truth.keys() == ours.keys() == in_plain.keys()
+    case.model.double()
+    truth = values("plain", replace(case, batch=replace(case.batch, images=case.batch.images.double())))
+    case.model.float()
+    in_plain, ours = errors("plain", case, truth), errors("engine", case, truth)
     ratios = {}
     for name, exact in truth.items():
-        size = exact.norm().clamp_min(torch.finfo(torch.float32).tiny)
-        error, allowed = ((found[name].double() - exact).norm() / size for found in (ours, in_plain))
         units = (4 if exact.numel() == 1 else 1) * torch.finfo(torch.float32).eps
-        ratios[name] = (error / (2 * allowed + units)).item()
-    worst = max(ratios, key=ratios.__getitem__)
+        ratios[name] = ours[name] / (2 * in_plain[name] + units)
+    worst = max(ratios, key=lambda name: (not ratios[name] <= 1, ratios[name]))  # a NaN before all numbers
     assert ratios[worst] <= 1, f"{worst}: error {ratios[worst]:.2f} of what is allowed"
     return f"{len(ratios)} loss terms and layers' gradients within the error budget, the nearest to it {worst}"
+
+
+def errors(name: str, case: Case, truth: dict[str, Tensor]) -> dict[str, float]:
+    """Distance of a side's values from the true ones, in units of those."""
+    found = values(name, case)
+    assert found.keys() == truth.keys(), f"{name}: {sorted(found.keys() ^ truth.keys())} on one side alone"
+    tiny = torch.finfo(torch.float32).tiny
+    return {
+        key: ((found[key].double() - exact).norm() / exact.norm().clamp_min(tiny)).item()
+        for key, exact in truth.items()
+    }
 
 
 # -- time, memory, products --------------------------------------------------------------------------------------------
 
 
 class Stepper:
-    """Whole steps of a side, with its own optimizer; a learning rate of 0 keeps the weights."""
+    """Whole steps of a side; a learning rate of 0 keeps the weights."""
 
-    def __init__(self, side: Side, *, bf16: bool) -> None:
-        self.side, self.bf16 = side, bf16
-        self.optimizer = torch.optim.AdamW((p for p in side.model.parameters() if p.requires_grad), lr=0.0, fused=True)
-        side.model.backbone.vision.register_forward_hook(self._watch)
-
-    def _watch(self, _module: nn.Module, _inputs: object, tokens: Tensor) -> None:
-        """The image encoder's backward begins when all of the gradient at its tokens is there."""
-        tokens.register_hook(lambda _: self.side.clock.becomes(f"{VIT}, backward"))
+    def __init__(self, side: Side, optimizer: torch.optim.Optimizer, *, bf16: bool) -> None:
+        self.side, self.optimizer, self.bf16 = side, optimizer, bf16
 
     def __call__(self) -> None:
-        side, clock = self.side, self.side.clock
+        clock = self.side.clock
         with clock.part("momentum update"):
-            side.update_momentum()
-        with clock.part("other"), torch.autocast("cpu", torch.bfloat16) if self.bf16 else nullcontext():
-            loss = side.losses()["total"]
-        with clock.part("backward"):
-            loss.backward()
+            self.side.update_momentum()
+        self.side.add_gradients(bf16=self.bf16)
         with clock.part("AdamW"):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)  # gradients have their place before a step
 
     def seconds(self) -> dict[str, float]:
-        self.side.clock.seconds.clear()
-        self()
-        return dict(self.side.clock.seconds)
+        return self.side.clock.measure(self)
+
+
+def make_steppers(case: Case, *, bf16: bool) -> dict[str, Stepper]:
+    """All sides on one set of weights, gradients and moments: at full size two sets take much of a machine's memory."""
+    trained = (parameter for parameter in case.model.parameters() if parameter.requires_grad)
+    optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True)
+    return {name: Stepper(side, optimizer, bf16=bf16) for name, side in make_sides(case).items()}
+
+
+class FlopCounter(TorchDispatchMode):
+    """FlopCounterMode's total. Its own hooks on modules fail at a slice that is read without gradient, as masks are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        options = options or {}
+        out = function(*arguments, **options)
+        if function.overloadpacket in flop_registry:
+            self.total += flop_registry[function.overloadpacket](*arguments, **options, out_val=out)
+        return out
 
 
 def products(side: Side) -> dict[str, float]:
-    """GFLOP of products, forward and backward, of the image encoder and of the others; none of them is done twice."""
-    vision = (side.model.backbone.vision, side.model.twin.vision)
-    with softmask.backend("reference"), sdpa_kernel(SDPBackend.MATH):
-        with FlopCounterMode(display=False) as counter:
-            side.losses()["total"].backward()
-        total, of_vision = counter.get_total_flops(), 0
-        images = torch.randn(1, 3, *[side.model.config.vision.image_size] * 2)
-        for network in vision:
-            with FlopCounterMode(display=False) as counter:
-                tokens = network(images)
-                if tokens.requires_grad:
-                    tokens.sum().backward()
-            of_vision += counter.get_total_flops()
-    of_vision *= len(side.batch.images)
-    return {VIT: of_vision / 1e9, "all others": (total - of_vision) / 1e9}
+    """GFLOP of products by part."""
+    with softmask.backend("reference"), sdpa_kernel(SDPBackend.MATH), FlopCounter() as counter:
+        counted = side.clock.measure(side.add_gradients, now=lambda: counter.total)
+    return {part: flop / 1e9 for part, flop in counted.items() if flop}
 
 
 def matrix_rate() -> float:
@@ -236,22 +155,32 @@ class Measured:
     rest: dict[str, float]  # everything but the image encoder
     faster: float  # the plain step's time over the engine's
     rest_faster: float
-    masks_cost: float  # of the engine's step, over the one without soft masks
     memory: dict[str, float]  # MiB at most beyond weights, gradients and optimizer state
+    masks_cost: float | None = None  # of the engine's step, over the one without soft masks
 
     def lines(self) -> Iterator[str]:
-        yield f"{'seconds':<28}" + "".join(f"{name:>10}" for name in self.parts)
-        for part in dict.fromkeys(part for parts in self.parts.values() for part in parts):
-            yield f"{part:<28}" + "".join(f"{parts.get(part, 0.0):10.3f}" for parts in self.parts.values())
-        for label, row in (("all but the image encoder", self.rest), ("step", self.whole), ("peak MiB", self.memory)):
-            yield f"{label:<28}" + "".join(f"{row[name]:10.3f}" for name in self.parts)
-        yield f"step {self.faster:.2f} x faster, all but the image encoder {self.rest_faster:.2f} x"
-        yield f"soft masks cost {self.masks_cost:.1%} of the step without them"
+        yield from table("seconds", self.parts, {REST: self.rest, "step": self.whole, "peak MiB": self.memory})
+        yield f"step {self.faster:.2f} x faster, {REST} {self.rest_faster:.2f} x"
+        if self.masks_cost is not None:
+            yield f"soft masks cost {self.masks_cost:.1%} of the step without them"
         yield f"memory {self.memory['engine'] / self.memory['plain']:.2f} of the plain recipe's"
 
 
+def table(unit: str, parts: dict[str, dict[str, float]], more: dict[str, dict[str, float]]) -> Iterator[str]:
+    """A column per side, a row per part and per name in `more`."""
+    rows = {part: None for of_side in parts.values() for part in of_side}
+    rows = {part: {name: of_side.get(part, 0.0) for name, of_side in parts.items()} for part in rows} | more
+    yield f"{unit:<28}" + "".join(f"{name:>10}" for name in parts)
+    for label, row in rows.items():
+        yield f"{label:<28}" + "".join(f"{row[name]:10.3f}" for name in parts)
+
+
 def _rest(parts: dict[str, float]) -> float:
-    return sum(seconds for part, seconds in parts.items() if not part.startswith(VIT))
+    return sum(taken for part, taken in parts.items() if not part.startswith(VIT))
+
+
+def _whole(parts: dict[str, float]) -> float:
+    return sum(parts.values())
 
 
 def measure(steppers: dict[str, Stepper], *, turns: int) -> Measured:
@@ -262,62 +191,70 @@ def measure(steppers: dict[str, Stepper], *, turns: int) -> Measured:
     def median(value: Callable[[dict[str, dict[str, float]]], float]) -> float:
         return statistics.median(value(turn) for turn in taken)
 
-    def whole(parts: dict[str, float]) -> float:
-        return sum(parts.values())
-
+    masks_cost = None
+    if "no masks" in steppers:
+        masks_cost = median(lambda turn: _whole(turn["engine"]) / _whole(turn["no masks"])) - 1.0
     return Measured(
         parts={
             name: {part: median(lambda turn, n=name, p=part: turn[n][p]) for part in taken[0][name]}
             for name in steppers
         },
-        whole={name: median(lambda turn, n=name: whole(turn[n])) for name in steppers},
+        whole={name: median(lambda turn, n=name: _whole(turn[n])) for name in steppers},
         rest={name: median(lambda turn, n=name: _rest(turn[n])) for name in steppers},
-        faster=median(lambda turn: whole(turn["plain"]) / whole(turn["engine"])),
+        faster=median(lambda turn: _whole(turn["plain"]) / _whole(turn["engine"])),
         rest_faster=median(lambda turn: _rest(turn["plain"]) / _rest(turn["engine"])),
-        masks_cost=median(lambda turn: whole(turn["engine"]) / whole(turn["no masks"])) - 1.0,
         memory={name: harness.peak_mib(stepper) for name, stepper in steppers.items()},
+        masks_cost=masks_cost,
     )
 
 
 def compare(
-    config: Path, *, batch_size: int = 8, bf16: bool = False, turns: int = 5, check: bool = True
+    config: SoftMaskPPConfig | SyCoCaConfig,
+    *,
+    batch_size: int = 8,
+    bf16: bool = False,
+    turns: int = 5,
+    check: bool = True,
 ) -> Iterator[str]:
     """Lines of the report, as they come."""
-    model = make_model(config)
-    batch = make_batch(model, batch_size)
-    draws = draw(model, batch)
-    tokens, places = int(batch.attention_mask.sum()), batch.attention_mask.numel()
+    case = make_case(config, batch_size)
+    mask = case.batch.attention_mask
     yield f"{harness.processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    yield f"batch {batch_size}: {tokens} tokens in {places} places, {int((draws.labels >= 0).sum())} masked"
+    masked = "" if case.draws is None else f", {int((case.draws.labels >= 0).sum())} masked"
+    yield f"batch {batch_size}: {int(mask.sum())} tokens in {mask.numel()} places{masked}"
     if check:
-        yield check_values(model, batch, draws)
-    sides = {name: make(copy.deepcopy(model), batch, draws) for name, make in SIDES.items()}
-    del model
+        yield check_values(case)
     rate = matrix_rate()
-    measured = measure({name: Stepper(side, bf16=bf16) for name, side in sides.items()}, turns=turns)
+    steppers = make_steppers(case, bf16=bf16)
+    measured = measure(steppers, turns=turns)
     yield from measured.lines()
-    for name, side in sides.items():
-        counted = products(side)
-        used = counted["all others"] / (measured.rest[name] * rate)
-        parts = ", ".join(f"{part} {gflop:.0f} GFLOP" for part, gflop in counted.items())
-        yield f"{name}: {parts}, the latter at {used:.0%} of the {rate:.0f} GFLOP/s of a large product"
+    gflop = {name: products(stepper.side) for name, stepper in steppers.items()}
+    rest = {name: _rest(parts) for name, parts in gflop.items()}
+    yield from table("GFLOP", gflop, {REST: rest, "step": {name: _whole(parts) for name, parts in gflop.items()}})
+    for name in steppers:
+        used = rest[name] / (measured.rest[name] * rate)
+        yield f"{name}: {REST} at {used:.0%} of the {rate:.0f} GFLOP/s of a large product"
 
 
-def test_step(report: Callable[[str], None]) -> None:
-    for line in compare(CONFIG, turns=3):
+@pytest.mark.parametrize("method", METHODS)
+def test_step(report: Callable[[str], None], method: str) -> None:
+    for line in compare(published(method), turns=3):
         report(line)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", type=Path, default=CONFIG)
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument("--method", choices=METHODS, default="softmask_pp", help="at its published size")
+    model.add_argument("--config", type=Path, help="the model of this configuration instead")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--bf16", action="store_true", help="products in bf16, by autocast")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--skip-check", action="store_true", help="time without comparing values first")
     chosen = parser.parse_args()
+    config = load_config(chosen.config).model if chosen.config else published(chosen.method)
     options = {"batch_size": chosen.batch, "bf16": chosen.bf16, "turns": chosen.turns, "check": not chosen.skip_check}
-    for line in compare(chosen.config, **options):
+    for line in compare(config, **options):
         print(line, flush=True)
 
 

@@ -1,29 +1,27 @@
-"""What bench_step times: a model, a batch with captions of real lengths, and the draws that both sides share."""
+"""What bench_step times: a model, a batch with captions of real lengths, and what its sides do not draw themselves."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from softmask.data import Batch
-from softmask.models import SoftMaskPP, SpecialIds, softmask_pp
+from softmask.models import SoftMaskPP, SoftMaskPPConfig, SpecialIds, SyCoCa, SyCoCaConfig, softmask_pp
 from softmask.models.masking import MaskedText, mask_tokens
-from softmask.train.config import load_config
 
 BERT = SpecialIds(pad=0, cls=101, sep=102, mask=103)
-VOCABULARY = 30522
+VOCABULARY = {SoftMaskPPConfig: 30522, SyCoCaConfig: 64000}  # BERT's and open_clip's coca_base's
 LONGEST = 25  # tokens of a caption, CLS and SEP included
 MASKED = 0.15
 
 
 @dataclass
 class Draws:
-    """What a step leaves to chance."""
+    """What a step of SoftMask++ leaves to chance; one of SyCoCa leaves nothing."""
 
     masked_ids: Tensor  # [B, T]
     labels: Tensor  # [B, T], -100 where MLM predicts nothing
@@ -32,11 +30,28 @@ class Draws:
     word_index: Tensor  # [B, S] token positions of the word that is masked, -1 pads
 
 
-def make_model(config_file: Path) -> SoftMaskPP:
-    """The configuration's model without dropout; MLM reads a caption of its own, as in ALBEF."""
-    config = load_config(config_file).model
-    text = replace(config.text, dropout=0.0, attention_dropout=0.0, vocab_size=config.text.vocab_size or VOCABULARY)
+@dataclass
+class Case:
+    model: SoftMaskPP | SyCoCa
+    batch: Batch
+    draws: Draws | None = None
+
+
+def make_case(config: SoftMaskPPConfig | SyCoCaConfig, size: int) -> Case:
+    """`size` captioned pictures for the configuration's model, without dropout."""
+    text = replace(config.text, vocab_size=config.text.vocab_size or VOCABULARY[type(config)])
     torch.manual_seed(0)
+    if isinstance(config, SyCoCaConfig):
+        model = SyCoCa(replace(config, text=text), special_ids=BERT).train()
+        return Case(model, make_batch(model, size, spare=1))  # the column that is cut off holds no token
+    model = make_softmask_pp(replace(config, text=text))
+    batch = make_batch(model, size)
+    return Case(model, batch, draw(model, batch))
+
+
+def make_softmask_pp(config: SoftMaskPPConfig) -> SoftMaskPP:
+    """MLM reads a caption of its own, as in ALBEF."""
+    text = replace(config.text, dropout=0.0, attention_dropout=0.0)
     model = SoftMaskPP(replace(config, mask_text="mlm", text=text), special_ids=BERT)
     with torch.no_grad():
         for queue in (model.contrast.image_queue, model.contrast.text_queue):
@@ -53,9 +68,10 @@ def caption_lengths(size: int) -> Tensor:
     return (drawn.round().long() + 2).clamp(4, LONGEST)
 
 
-def make_batch(model: SoftMaskPP, size: int) -> Batch:
+def make_batch(model: SoftMaskPP | SyCoCa, size: int, *, spare: int = 0) -> Batch:
+    """Captions padded to the longest, and `spare` columns more."""
     lengths = caption_lengths(size)
-    position = torch.arange(int(lengths.max()))
+    position = torch.arange(int(lengths.max()) + spare)
     mask = position < lengths[:, None]
     ids = torch.randint(BERT.mask + 1, model.config.text.vocab_size, mask.shape)
     ids[:, 0] = BERT.cls

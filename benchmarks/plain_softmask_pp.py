@@ -52,7 +52,7 @@ def attention(
     return block.output((probabilities @ value).transpose(1, 2).flatten(2))
 
 
-class PlainRecipe:
+class PlainSoftMaskPP:
     def __init__(self, model: SoftMaskPP) -> None:
         self.model, self.config = model, model.config
 
