@@ -31,13 +31,13 @@ from softmask.models import SoftMaskPPConfig, SyCoCaConfig
 from softmask.train.config import load_config
 
 CONFIGS = Path(__file__).parent.parent / "train" / "configs"
-METHODS = ("softmask_pp", "sycoca")
+METHODS = {"softmask_pp": "softmask_base.yaml", "sycoca": "sycoca_base.yaml"}
 REST = "all but the image encoder"
 
 
 def published(method: str) -> SoftMaskPPConfig | SyCoCaConfig:
-    """ViT-B/16 at 256 px and, for SyCoCa, the text networks of open_clip's coca_base."""
-    return load_config(CONFIGS / "softmask_base.yaml").model if method == "softmask_pp" else SyCoCaConfig()
+    """At its published size."""
+    return load_config(CONFIGS / METHODS[method]).model
 
 
 # -- values ------------------------------------------------------------------------------------------------------------

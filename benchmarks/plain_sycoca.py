@@ -27,7 +27,10 @@ PUBLISHED = {
     "relevance": "projection",
     "caption_masking": "tokens",
     "reconstruct": True,
+    "reconstruct_masking": "pixels",
     "normalize_pixels": True,
+    "pooler_queries": 0,
+    "queue_size": 0,
 }
 
 
@@ -110,9 +113,9 @@ class PlainSyCoCa:
         image = self.model.vision(batch.images)
         tokens, cls = self.text(ids, real)
         losses = {"itc": self.contrastive(image, cls)}
-        spoken = self.spoken_patches(image, tokens, real)
-        losses["caption"] = self.caption(tokens, labels, image, spoken)
-        losses["tgmim"] = self.reconstruction(batch.images, spoken, tokens, real)
+        kept, hidden = self.spoken_patches(image, tokens, real)
+        losses["caption"] = self.caption(tokens, labels, image, kept)
+        losses["tgmim"] = self.reconstruction(batch.images, hidden, tokens, real)
         return losses
 
     @staticmethod
@@ -127,16 +130,19 @@ class PlainSyCoCa:
         return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
     @torch.no_grad()
-    def spoken_patches(self, image: Tensor, tokens: Tensor, real: Tensor) -> Tensor:
-        """[B, patches] bool: those most like one of the caption's tokens."""
+    def spoken_patches(self, image: Tensor, tokens: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, patches] bool each: those most like one of the caption's tokens, as many as either head wants."""
         patches = self.feature(self.model.image_projection, image[:, self.model.vision.num_prefix_tokens :])
         similarity = patches @ self.feature(self.model.text_projection, tokens).transpose(-1, -2)  # [B, patches, T]
         relevance = similarity.masked_fill(~real[:, None], float("-inf")).amax(dim=-1)
-        first = relevance.argsort(dim=1, descending=True)[:, : round(self.config.mask_ratio * patches.shape[1])]
-        return torch.zeros_like(relevance, dtype=torch.bool).scatter_(1, first, True)
+        order = relevance.argsort(dim=1, descending=True)
+        counts = (round(ratio * order.shape[1]) for ratio in (self.config.caption_ratio, self.config.reconstruct_ratio))
+        nothing = torch.zeros_like(order, dtype=torch.bool)
+        kept, hidden = (nothing.scatter(1, order[:, :count], True) for count in counts)
+        return kept, hidden
 
-    def caption(self, tokens: Tensor, labels: Tensor, image: Tensor, spoken: Tensor) -> Tensor:
-        seen = F.pad(spoken, (self.model.vision.num_prefix_tokens, 0), value=True)
+    def caption(self, tokens: Tensor, labels: Tensor, image: Tensor, kept: Tensor) -> Tensor:
+        seen = F.pad(kept, (self.model.vision.num_prefix_tokens, 0), value=True)
         logits = at_least_fp32(self.model.caption_head(self.caption_decoder(tokens, image, seen)))
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=self.pad)
 

@@ -171,7 +171,7 @@ def sycoca(case: Case) -> Side:
     model, clock = case.model, Clock()
     clock.watch(model.vision)
     clock.wrap(model.text, "forward", "text encoder")
-    clock.wrap(model, "_spoken_patches _kept", "masks")
+    clock.wrap(model, "_masks _told_from", "masks")
     clock.wrap(model.caption_decoder, "forward", "caption decoder")
     clock.wrap(model, "_caption_loss", "caption head and loss")
     clock.wrap(model.image_decoder, "forward", "image decoder")
