@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from model_fixtures import COCA, POOLED, SPECIAL, VOCABULARY, small_batch, small_sycoca
 from torch import Tensor
 
+from softmask import ops
 from softmask.models import SyCoCa
 from softmask.models.packing import Packing
 from softmask.models.sycoca_config import SyCoCaWeights
@@ -104,6 +105,28 @@ def test_what_is_painted_again_was_not_seen() -> None:
             model.reconstruct(images, masked, others),
         ):
             assert (changed - prediction).abs().max() > 1e-3
+
+
+def test_the_loss_reads_what_reconstruct_paints() -> None:
+    """Of the image decoder's last layer only the masked patches exist for the loss: same value, same gradients."""
+    model, batch = small_sycoca(image_decoder_layers=2), small_batch(dtype=torch.float64)
+    masked = torch.rand(6, 16, generator=torch.Generator().manual_seed(0)).argsort(1) < 8
+
+    def whole(texts) -> Tensor:
+        prediction = model.reconstruct(batch.images, masked, texts)
+        return ops.masked_patch_loss(prediction, batch.images, masked, patch_size=8)
+
+    def trained(texts) -> Tensor:
+        image = model.vision(batch.images, masked=masked, mask_token=model.mask_token)
+        return model._reconstruction_loss(batch, texts, image, masked)
+
+    found = []
+    for loss in (whole, trained):
+        model.zero_grad()
+        value = loss(model._encode_text(batch))
+        value.backward()
+        found.append([value.detach()] + [p.grad for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(*found)
 
 
 def _shuffled(batch):

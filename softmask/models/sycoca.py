@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softmask import ops
@@ -18,7 +19,7 @@ from softmask.data import Batch
 from .bert import at_least_fp32, initialize
 from .config import SpecialIds
 from .mlm import masked_token_loss
-from .packing import Packing
+from .packing import Packing, Wanted
 from .running import all_ranks
 from .sycoca_config import SyCoCaConfig
 from .sycoca_encoders import Encoders, Texts
@@ -215,14 +216,21 @@ class SyCoCa(Encoders):
         return masked_token_loss(logits, labels) / max(len(labels), 1)
 
     def _reconstruction_loss(self, batch: Batch, texts: Texts, image: Tensor, masked: Tensor) -> Tensor:
+        """The loss reads the masked patches alone, so the image decoder's last layer makes no others."""
+        count = round(self.config.reconstruct_ratio * masked.shape[1])
+        seen = F.pad(masked, (self.num_prefix_tokens, 0))
+        index, place = (torch.nonzero_static(x.flatten(), size=len(x) * count)[:, 0] for x in (seen, masked))
+        pixels = self._paint(image, texts, wanted=Wanted(index, Packing.full(len(masked), count, masked.device)))
+        prediction = pixels.new_zeros(masked.numel(), pixels.shape[-1]).index_copy(0, place, pixels)
         options = {"patch_size": self.vision.patch_size, "normalize": self.config.normalize_pixels}
-        return ops.masked_patch_loss(self._paint(image, texts), batch.images, masked, **options)
+        return ops.masked_patch_loss(prediction.unflatten(0, masked.shape), batch.images, masked, **options)
 
-    def _paint(self, image: Tensor, texts: Texts) -> Tensor:
-        """image [B, P, D], the masked tokens -> pixels [B, patches, 3 * patch_size**2]."""
+    def _paint(self, image: Tensor, texts: Texts, *, wanted: Wanted | None = None) -> Tensor:
+        """image [B, P, D], the masked tokens -> pixels [B * P, 3 * patch_size**2], or [M, ...] of the tokens wanted."""
         pictures = Packing.full(*image.shape[:2], image.device)
-        states = self.image_decoder(image.flatten(0, 1), pictures, texts.tokens, texts.packing)
-        return self.pixel_head(states.unflatten(0, image.shape[:2])[:, self.num_prefix_tokens :])
+        return self.pixel_head(
+            self.image_decoder(image.flatten(0, 1), pictures, texts.tokens, texts.packing, wanted=wanted)
+        )
 
     def reconstruct(self, images: Tensor, masked: Tensor, texts: Texts) -> Tensor:
         """Pixels [B, patches, 3 * patch_size**2] of pictures whose patches `masked` [B, patches] are hidden as in
@@ -230,7 +238,8 @@ class SyCoCa(Encoders):
         by_pixels = self.config.reconstruct_masking == "pixels"
         hidden = {"masked": masked, "mask_token": self.mask_token} if by_pixels else {}
         image = self.vision(images, **hidden)
-        return self._paint(self._painted_from(image, masked, image), texts)
+        pixels = self._paint(self._painted_from(image, masked, image), texts)
+        return pixels.unflatten(0, image.shape[:2])[:, self.num_prefix_tokens :]
 
     # -- evaluation -----------------------------------------------------------------------------------------------
 

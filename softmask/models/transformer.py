@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import attend
-from .packing import Packing
+from .packing import Packing, Wanted
 from .running import run
 
 
 class Attention(nn.Module):
     """``x + output(attention(norm(x), norm(source)))``; x [S, D] packed, source [S', D'] packed or, for self-attention,
-    None."""
+    None. Of what is `wanted` alone, [M, D]."""
 
     def __init__(self, width: int, heads: int, *, source_width: int | None = None, library: str = "sdpa") -> None:
         super().__init__()
@@ -33,13 +33,17 @@ class Attention(nn.Module):
         source_packing: Packing | None = None,
         *,
         causal: bool = False,
+        wanted: Wanted | None = None,
     ) -> Tensor:
         asking = self.norm(states)
         told = asking if source is None else self.source_norm(source)
+        told_packing = packing if source is None else source_packing
+        if wanted is not None:
+            states, asking = states.index_select(0, wanted.index), asking.index_select(0, wanted.index)
+            packing = wanted.packing
         inputs = ((self.query, asking), (self.key, told), (self.value, told))
         by_head = (f(x).unflatten(-1, (self.heads, -1)) for f, x in inputs)
-        packings = {"queries": packing, "keys": packing if source is None else source_packing}
-        mixed = attend(*by_head, library=self.library, causal=causal, **packings)
+        mixed = attend(*by_head, library=self.library, causal=causal, queries=packing, keys=told_packing)
         return states + self.output(mixed.flatten(1))
 
 
@@ -69,14 +73,17 @@ class Block(nn.Module):
         source: Tensor | None = None,
         source_packing: Packing | None = None,
         causal: bool = False,
+        wanted: Wanted | None = None,
     ) -> Tensor:
-        return self.feed_forward(self.attention(states, packing, source, source_packing, causal=causal))
+        options = {"causal": causal, "wanted": wanted}
+        return self.feed_forward(self.attention(states, packing, source, source_packing, **options))
 
 
 class CrossDecoder(nn.Module):
     """Blocks that attend to themselves and blocks that attend to a source in turn, `layers` of each, and a last norm.
 
-    states [S, D] and source [S', D'], packed as captions or as pictures -> [S, D].
+    states [S, D] and source [S', D'], packed as captions or as pictures -> [S, D], or [M, D] of those that are wanted,
+    the others left out of the last layer; not of causal decoders.
     """
 
     def __init__(
@@ -91,10 +98,21 @@ class CrossDecoder(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.activation_checkpointing = False
 
-    def forward(self, states: Tensor, packing: Packing, source: Tensor, source_packing: Packing) -> Tensor:
-        for own, cross in zip(self.own, self.cross, strict=True):
-            states = run(own, states, packing, None, None, self.causal, again=self.activation_checkpointing)
-            states = run(cross, states, packing, source, source_packing, again=self.activation_checkpointing)
+    def forward(
+        self,
+        states: Tensor,
+        packing: Packing,
+        source: Tensor,
+        source_packing: Packing,
+        *,
+        wanted: Wanted | None = None,
+    ) -> Tensor:
+        again = self.activation_checkpointing
+        for number, (own, cross) in enumerate(zip(self.own, self.cross, strict=True)):
+            last = wanted if number == len(self.own) - 1 else None
+            states = run(own, states, packing, None, None, self.causal, last, again=again)
+            packing = packing if last is None else last.packing
+            states = run(cross, states, packing, source, source_packing, again=again)
         return self.norm(states)
 
 
