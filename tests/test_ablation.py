@@ -19,6 +19,7 @@ from softmask.train.ablation_table import Results, order_sentence, render
 from softmask.train.config import flatten, load_config, save_config
 
 SYCOCA, SOFTMASK_PP = STUDIES
+STEPS = load_config(SYCOCA.config).train.steps
 SYCOCA_YAML = """
 output: unused
 method: sycoca
@@ -93,7 +94,7 @@ def test_the_expected_order_names_rows_and_is_the_papers() -> None:
 # -- resuming ---------------------------------------------------------------------------------------------------------
 
 
-def made_metrics(*, itc: float = 0.5, itm: float = 0.5, pointing: float = 0.5, steps: int = 700, images: int = 256):
+def made_metrics(*, itc: float = 0.5, itm: float = 0.5, pointing: float = 0.5, steps: int = STEPS, images: int = 256):
     """metrics.json with every recall of a stage alike."""
     stages = {name: {way: dict.fromkeys(("r1", "r5", "r10"), share) for way in ("i2t", "t2i")}
               for name, share in (("itc", itc), ("itm", itm))}  # fmt: skip
@@ -176,7 +177,7 @@ def test_evaluation_alone_is_repeated_where_metrics_are_missing_or_of_another_st
     (run.folder / "metrics.json").write_text(json.dumps(made_metrics(steps=250)))
     assert carry_out(run, test_data=ablation.TEST_DATA, start=fake)
     assert fake.calls == ["pretrain", "evaluate", "evaluate", "evaluate"]
-    with pytest.raises(AblationError, match="seed_0: evaluation left no metrics.json of step 700 on other.tar"):
+    with pytest.raises(AblationError, match=f"seed_0: evaluation left no metrics.json of step {STEPS} on other.tar"):
         carry_out(run, test_data="other.tar", start=fake)
 
 
@@ -187,7 +188,8 @@ def test_a_run_of_another_configuration_is_refused(tmp_path: Path) -> None:
     harmless = load_config(run.file, [*run.overrides, "train.log_every=5", "data.workers=0"])
     assert not carry_out(dataclasses.replace(run, config=harmless), test_data=ablation.TEST_DATA, start=fake)
     changed = load_config(run.file, [*run.overrides, "optimizer.lr=0.5", "train.steps=9"])
-    message = r"seed_0: made with another configuration: train.steps \(was 700, now 9\), optimizer.lr \(was 0.001, now"
+    differing = rf"train.steps \(was {STEPS}, now 9\), optimizer.lr \(was 0.001, now"
+    message = f"seed_0: made with another configuration: {differing}"
     with pytest.raises(AblationError, match=message):
         carry_out(dataclasses.replace(run, config=changed), test_data=ablation.TEST_DATA, start=fake)
     (run.folder / "config.yaml").write_text("output: here\ntrain: {steps: 1}\nmodel: {forgotten: 1}\n")

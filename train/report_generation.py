@@ -159,15 +159,16 @@ def caption_table(captioning: dict) -> str:
         for name, row in rows.items()
         if row
     )
+    pictures = f"Captions of {captioning['samples']:,} pictures"
     return (
-        f'<div class="scroll"><table>\n<thead><tr><th scope="col">Captions of {captioning["samples"]:,} pictures</th>'
-        f"{head}</tr></thead>\n<tbody>{body}</tbody></table></div>\n"
+        f'<div class="scroll apart"><table>\n<thead><tr><th scope="col" rowspan="1">{pictures}</th>{head}</tr>'
+        f"</thead>\n<tbody>{body}</tbody></table></div>\n"
     )
 
 
 def reconstruction_note(section: dict) -> str:
+    right, wrong, gap, low, high = (f"{section[key]:.4f}" for key in ("right", "wrong", "gap", "low", "high"))
     return (
-        f'<p class="note">Hidden patches of {section["samples"]:,} pictures: error {section["right"]:.4f} with the '
-        f"right caption, {section['wrong']:.4f} with another picture's. The gap is {section['gap']:.4f}, 95 % interval "
-        f"{section['low']:.4f} to {section['high']:.4f}.</p>\n"
+        f'<p class="note apart">Hidden patches of {section["samples"]:,} pictures: error {right} with the right '
+        f"caption, {wrong} with another picture's. The gap is {gap}, 95 % interval {low} to {high}.</p>\n"
     )

@@ -134,7 +134,8 @@ def header(page: Page) -> str:
         shown = page.metrics["zero_shot"]
         tiles.append(tile(percent(shown["top1"]), "Zero-shot top-1", f"{shown['classes']:,} classes"))
     training = page.metrics["training"]
-    tiles.append(tile(duration(training["seconds"]), "Training", f"{training['steps']:,} steps", unit=""))
+    time, unit = duration(training["seconds"]).split()
+    tiles.append(tile(time, "Training", f"{training['steps']:,} steps", unit=f" {unit}"))
     return (
         f'<header>\n<p class="kicker">Pre-training report</p>\n'
         f"<h1>{escape(page.method)} <span>{escape(page.run)}</span></h1>\n"

@@ -77,6 +77,7 @@ thead tr:last-child th { border-bottom: 1px solid var(--soft); }
 thead th:first-child[rowspan] { text-align: left; border-bottom: 1px solid var(--soft); }
 tbody th { text-align: left; font-weight: 500; }
 tbody tr + tr > * { border-top: 1px solid var(--grid); }
+.apart { margin-top: 36px; }
 .edge { padding-left: 26px; }
 td.itm { font-weight: 600; }
 td.chance { color: var(--muted); }
