@@ -7,7 +7,7 @@ between both errors is not above zero, pictures are painted without listening.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,13 +50,24 @@ def error_by_picture(scorer: Scorer, painted: Tensor, images: Tensor, hidden: Te
     return (loss.sum(1) / hidden.sum(1)).double().cpu()
 
 
+def with_next(samples: Iterable[Sample]) -> Iterator[tuple[Sample, str]]:
+    """Each sample with the next one's caption, the last with the first's; two pictures are held at a time."""
+    first = last = None
+    for sample in samples:
+        if last is None:
+            first = sample.caption
+        else:
+            yield last, sample.caption
+        last = sample
+    if last is not None:
+        yield last, first
+
+
 def reconstruction(scorer: Scorer, samples: Iterable[Sample]) -> dict:
     """The metrics.json section: mean errors, and their gap with its 95 % interval over pictures."""
-    samples = list(samples)
-    following = [sample.caption for sample in samples[1:] + samples[:1]]
     gaps, rights = [], []
-    numbered = list(zip(samples, following, strict=True))
-    for batch in batches(((s, other) for s, other in numbered if other != s.caption), scorer.batch_size):
+    pairs = ((sample, other) for sample, other in with_next(samples) if other != sample.caption)
+    for batch in batches(pairs, scorer.batch_size):
         one = repaint(scorer, [sample for sample, _ in batch], [other for _, other in batch])
         rights.append(one.right_error)
         gaps.append(one.wrong_error - one.right_error)

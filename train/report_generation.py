@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from softmask.train.captioning import write_captions
-from softmask.train.reconstruction import Repainted, repaint
+from softmask.train.reconstruction import Repainted, repaint, with_next
 from softmask.train.report_pictures import data_uri, limited
 from softmask.train.scoring import Sample, Scorer, batches
 
@@ -61,9 +61,8 @@ def generated(scorer: Scorer, samples: list[Sample], metrics: dict) -> Generated
 
 
 def paintings(scorer: Scorer, samples: list[Sample]) -> list[Painting]:
-    wrong = [sample.caption for sample in samples[1:] + samples[:1]]
     drawn = []
-    for batch in batches(zip(samples, wrong, strict=True), scorer.batch_size):
+    for batch in batches(with_next(samples), scorer.batch_size):
         ours, others = [sample for sample, _ in batch], [other for _, other in batch]
         one = repaint(scorer, ours, others)
         errors = zip(one.right_error.tolist(), one.wrong_error.tolist(), strict=True)

@@ -144,6 +144,16 @@ class Gallery:
 
 
 @torch.no_grad()
+def encode_captions(scorer: Scorer, captions: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens [C, T, D], features [C, d] and attention mask [C, T] bool."""
+    tokens = scorer.tokens(captions)
+    ids = tokens.input_ids.to(scorer.device).split(scorer.batch_size)
+    masks = tokens.attention_mask.to(scorer.device).split(scorer.batch_size)
+    texts = [scorer.model.encode_text(i, m) for i, m in zip(ids, masks, strict=True)]
+    return torch.cat([states for states, _ in texts]), torch.cat([feature for _, feature in texts]), torch.cat(masks)
+
+
+@torch.no_grad()
 def build_gallery(scorer: Scorer, samples: Iterable[Sample]) -> Gallery:
     """Encodes every picture once (equal image_id: the same picture) and every caption; keeps no pixels."""
     captions, caption_ids, pictures, images = [], [], {}, []
@@ -158,10 +168,7 @@ def build_gallery(scorer: Scorer, samples: Iterable[Sample]) -> Gallery:
             images.append(scorer.model.encode_image(pixels(scorer, new)))
     if not captions:
         raise DataError("no readable sample for the retrieval gallery")
-    tokens = scorer.tokens(captions)
-    ids = tokens.input_ids.to(scorer.device).split(scorer.batch_size)
-    masks = tokens.attention_mask.to(scorer.device).split(scorer.batch_size)
-    texts = [scorer.model.encode_text(i, m) for i, m in zip(ids, masks, strict=True)]
+    text_tokens, text_features, attention_mask = encode_captions(scorer, captions)
     return Gallery(
         captions=captions,
         pictures=list(pictures.values()),
@@ -169,9 +176,9 @@ def build_gallery(scorer: Scorer, samples: Iterable[Sample]) -> Gallery:
         caption_ids=torch.tensor(caption_ids),
         image_tokens=torch.cat([tokens for tokens, _ in images]),
         image_features=torch.cat([feature for _, feature in images]),
-        text_tokens=torch.cat([tokens for tokens, _ in texts]),
-        text_features=torch.cat([feature for _, feature in texts]),
-        attention_mask=torch.cat(masks),
+        text_tokens=text_tokens,
+        text_features=text_features,
+        attention_mask=attention_mask,
     )
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from softmask.data import DataError
-from softmask.train.scoring import Sample, Scorer, batches, pixels
+from softmask.train.scoring import Sample, Scorer, batches, encode_captions, pixels
 
 TEMPLATES = ("{}", "there is {}", "a picture of {}", "a drawing of {}")
 TOP = (1, 5)
@@ -69,15 +69,11 @@ def only_class(sample: Sample, number: dict[str, int]) -> int | None:
     return number.get(name) if entry.get("phrase") == name else None
 
 
-@torch.no_grad()
 def class_features(scorer: Scorer, classes: Sequence[Class]) -> Tensor:
     """[C, d] normalized mean of the features of a class's prompts."""
     prompts = [template.format(one.phrase) for one in classes for template in TEMPLATES]
-    tokens = scorer.tokens(prompts)
-    ids = tokens.input_ids.to(scorer.device).split(scorer.batch_size)
-    masks = tokens.attention_mask.to(scorer.device).split(scorer.batch_size)
-    features = [scorer.model.encode_text(i, m)[1] for i, m in zip(ids, masks, strict=True)]
-    return F.normalize(torch.cat(features).unflatten(0, (len(classes), len(TEMPLATES))).mean(1), dim=-1)
+    _, features, _ = encode_captions(scorer, prompts)
+    return F.normalize(features.unflatten(0, (len(classes), len(TEMPLATES))).mean(1), dim=-1)
 
 
 @torch.no_grad()
