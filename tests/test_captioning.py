@@ -59,11 +59,15 @@ def test_rouge_is_the_longest_common_subsequence(monkeypatch: pytest.MonkeyPatch
 
 def test_captions_of_one_picture_are_all_references(samples: list[Sample]) -> None:
     samples[3].image_id = samples[0].image_id
-    pictures, references = captioning.grouped(samples)
+    references: dict[int, list[str]] = {}
+    pictures = list(captioning.each_picture_once(samples, references))
     assert [sample.index for sample in pictures] == [0, 1, 2, *range(4, 12)]
-    assert references[0] == [samples[0].caption, samples[3].caption]
+    assert list(references.values())[0] == [samples[0].caption, samples[3].caption]
+
+
+def test_no_picture_is_an_error(scorer: Scorer) -> None:
     with pytest.raises(DataError, match="no readable sample to caption"):
-        captioning.grouped([])
+        captioning.captioning(scorer, [], None, captioning.CaptionOptions())
 
 
 @pytest.mark.parametrize(("total", "wanted", "expected"), [(4, 0, [0, 1, 2, 3]), (3, 9, [0, 1, 2]), (10, 3, [0, 3, 6])])
@@ -71,11 +75,12 @@ def test_training_pictures_are_spread(total: int, wanted: int, expected: list[in
     assert captioning.chosen_numbers(total, wanted) == expected
 
 
-def test_the_nearest_picture_lends_its_caption(scorer: Scorer, samples: list[Sample], tmp_path: Path) -> None:
+def test_the_nearest_picture_lends_its_caption(scorer, samples, tmp_path, monkeypatch) -> None:
     training = Reader(open_source(write_scenes(tmp_path / "train.tar", reversed(ALL))))
-    features, captions = captioning.known_pictures(scorer, training, range(12))
-    found = captioning.nearest(scorer, samples, features, captions)
-    assert found == [sample.caption for sample in samples]
+    known, captions = captioning.known_pictures(scorer, training, range(12))
+    features, _ = captioning.known_pictures(scorer, Reader(open_source(write_scenes(tmp_path / "test.tar"))), range(12))
+    monkeypatch.setattr(captioning, "SIMILAR_AT_ONCE", 5)
+    assert captioning.nearest(features, known, captions) == [sample.caption for sample in samples]
 
 
 def test_the_section_compares_with_training_captions(scorer, samples, tmp_path, monkeypatch) -> None:

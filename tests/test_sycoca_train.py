@@ -131,9 +131,10 @@ def test_the_report_shows_captions_and_paintings(run: Config) -> None:
 def test_captions_do_not_depend_on_the_batch_size(run: Config) -> None:
     scorer = evaluate.load_scorer(find_checkpoint(run.output), batch_size=5)
     samples = list(scoring.Reader(open_source(run.data.train)).read(range(12)))
-    written = captioning.write_captions(scorer, samples, beams=2)
+    written, features = captioning.describe(scorer, samples, beams=2)
+    assert [len(batch) for batch in features] == [5, 5, 2]
     scorer.batch_size = 12
-    assert captioning.write_captions(scorer, samples, beams=2) == written
+    assert captioning.describe(scorer, samples, beams=2)[0] == written
     shown = reconstruction.repaint(scorer, samples[:3], [sample.caption for sample in samples[1:4]])
     whole = report_generation.to_patches(shown.images, scorer.model.patch_size)
     back = report_generation.from_patches(whole, scorer.model.patch_size, scorer.model.patch_grid)

@@ -13,7 +13,7 @@ import contextlib
 import io
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -28,6 +28,8 @@ from softmask.train.scoring import Reader, Sample, Scorer, batches, pixels
 Words = dict[int, list[str]]
 """Number of a picture -> its captions, words separated by blanks."""
 
+SIMILAR_AT_ONCE = 1024  # pictures whose similarities to all known ones stand in memory
+
 
 @dataclass(frozen=True)
 class CaptionOptions:
@@ -40,38 +42,46 @@ class CaptionOptions:
 
 def captioning(scorer: Scorer, samples: Iterable[Sample], training: Reader | None, options: CaptionOptions) -> dict:
     """The metrics.json section: scores of the model and, where `training` is given, of both comparisons."""
-    pictures, references = grouped(samples)
-    result = {"samples": len(pictures), "beams": options.beams, "tokenizer": "ptb" if has_java() else "words"}
-    result |= score(write_captions(scorer, pictures, beams=options.beams), references)
+    references: dict[int, list[str]] = {}
+    written, features = describe(scorer, each_picture_once(samples, references), beams=options.beams)
+    if not references:
+        raise DataError("no readable sample to caption")
+    given = list(references.values())
+    result = {"samples": len(given), "beams": options.beams, "tokenizer": "ptb" if has_java() else "words"}
+    result |= score(written, given)
     if training is not None:
         numbers = chosen_numbers(len(training.source), options.neighbours)
-        features, captions = known_pictures(scorer, training, numbers)
-        drawn = Random(options.seed).choices(captions, k=len(pictures))
-        result["random"] = score(drawn, references)
-        result["nearest"] = score(nearest(scorer, pictures, features, captions), references)
+        known, captions = known_pictures(scorer, training, numbers)
+        drawn = Random(options.seed).choices(captions, k=len(given))
+        result["random"] = score(drawn, given)
+        result["nearest"] = score(nearest(torch.cat(features), known, captions), given)
     return result
 
 
-def grouped(samples: Iterable[Sample]) -> tuple[list[Sample], list[list[str]]]:
-    """Every picture once, and all captions of each."""
-    pictures: dict[int, Sample] = {}
-    captions: dict[int, list[str]] = {}
+def each_picture_once(samples: Iterable[Sample], references: dict[int, list[str]]) -> Iterator[Sample]:
+    """The first sample of every picture; `references` gets all captions of each, in the same order."""
     for sample in samples:
-        pictures.setdefault(sample.image_id, sample)
-        captions.setdefault(sample.image_id, []).append(sample.caption)
-    if not pictures:
-        raise DataError("no readable sample to caption")
-    return list(pictures.values()), list(captions.values())
+        is_new = sample.image_id not in references
+        references.setdefault(sample.image_id, []).append(sample.caption)
+        if is_new:
+            yield sample
+
+
+@torch.no_grad()
+def describe(scorer: Scorer, samples: Iterable[Sample], *, beams: int) -> tuple[list[str], list[Tensor]]:
+    """What the model says of each picture, and their normalized features by batch, [B, d]; keeps no picture."""
+    written, features = [], []
+    for batch in tqdm(batches(samples, scorer.batch_size), desc="captioning", disable=None, leave=False):
+        written += write_captions(scorer, batch, beams=beams)
+        features.append(scorer.model.encode_image(pixels(scorer, batch))[1])
+    return written, features
 
 
 def write_captions(scorer: Scorer, samples: Sequence[Sample], *, beams: int) -> list[str]:
-    """What the model says of each picture."""
-    written = []
+    """Captions of one batch of pictures."""
     length = min(scorer.config.data.max_length, scorer.config.model.text.max_positions)
-    for batch in tqdm(list(batches(samples, scorer.batch_size)), desc="captioning", disable=None, leave=False):
-        ids = generate_captions(scorer.model, pixels(scorer, batch), max_length=length, num_beams=beams)
-        written += scorer.tokenizer.decode(ids)
-    return written
+    ids = generate_captions(scorer.model, pixels(scorer, samples), max_length=length, num_beams=beams)
+    return scorer.tokenizer.decode(ids)
 
 
 # -- comparisons -----------------------------------------------------------------------------------
@@ -97,14 +107,10 @@ def known_pictures(scorer: Scorer, training: Reader, numbers: Sequence[int]) -> 
     return torch.cat(features), captions
 
 
-@torch.no_grad()
-def nearest(scorer: Scorer, samples: Sequence[Sample], features: Tensor, captions: Sequence[str]) -> list[str]:
-    """For each picture the caption of the training picture whose feature is most similar."""
-    found = []
-    for batch in batches(samples, scorer.batch_size):
-        _, feature = scorer.model.encode_image(pixels(scorer, batch))
-        found += [captions[best] for best in (feature @ features.T).argmax(dim=1).tolist()]
-    return found
+def nearest(features: Tensor, known: Tensor, captions: Sequence[str]) -> list[str]:
+    """For each of the features [B, d] the caption of the most similar one of the known [N, d]."""
+    found = torch.cat([(some @ known.T).argmax(dim=1) for some in features.split(SIMILAR_AT_ONCE)])
+    return [captions[best] for best in found.tolist()]
 
 
 # -- scores ----------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Pre-train SoftMask++.
+"""Pre-train SoftMask++, ALBEF, SyCoCa or CoCa.
 
     deepspeed train/pretrain.py --config train/configs/demo.yaml [--resume auto] [train.steps=1000 ...]
     python train/pretrain.py --config ...        the same in one process
@@ -33,7 +33,7 @@ from softmask.train.trainer import TrainingError, train
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Pre-train SoftMask++ with DeepSpeed.")
+    parser = argparse.ArgumentParser(description="Pre-train SoftMask++, ALBEF, SyCoCa or CoCa with DeepSpeed.")
     parser.add_argument("--config", required=True, help="YAML or JSON file")
     parser.add_argument(
         "--resume",

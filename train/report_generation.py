@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from softmask.train.captioning import write_captions
+from softmask.train.captioning import describe
 from softmask.train.reconstruction import Repainted, repaint, with_next
 from softmask.train.report_pictures import data_uri, limited
 from softmask.train.scoring import Sample, Scorer, batches
@@ -52,7 +52,7 @@ def generated(scorer: Scorer, samples: list[Sample], metrics: dict) -> Generated
     """Of each sample a caption and its reconstructions, where metrics.json has these sections."""
     found = Generated()
     if "captioning" in metrics:
-        texts = write_captions(scorer, samples, beams=metrics["captioning"]["beams"])
+        texts, _ = describe(scorer, samples, beams=metrics["captioning"]["beams"])
         for sample, text in zip(samples, texts, strict=True):
             found.captions.append(Written(data_uri(limited(sample.picture, SHOWN)), text, sample.caption))
     if "reconstruction" in metrics:
