@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from model_fixtures import SPECIAL, small_batch, small_config, small_model
 from plain_albef import PlainALBEF
+from two_ranks import own_rows, run_on_two_ranks
 
 from softmask import ops
 from softmask.models import SoftMaskPP, masking, softmask_pp
@@ -324,11 +322,6 @@ def test_bad_batches_and_vocabulary_are_refused():
         model(small_batch())
 
 
-def _slice(batch, rows: slice):
-    fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
-    return type(batch)(**{k: v[rows] if torch.is_tensor(v) else v for k, v in fields.items()})
-
-
 def _itc_step(model, batch) -> dict[str, torch.Tensor]:
     """ITC alone (negatives of ITM are drawn from the rank's own rows), then the queue."""
     model.config.weights.itm = model.config.weights.itm_soft = model.config.weights.mlm = 0.0
@@ -339,18 +332,13 @@ def _itc_step(model, batch) -> dict[str, torch.Tensor]:
     return result | {"itc": output.terms["itc"], "queue": model.contrast.image_queue, "ids": model.contrast.queue_ids}
 
 
-def _rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def _on_rank(rank: int) -> dict[str, torch.Tensor]:
     model = small_model(mask_probability=0.0, share_positives=True).double()
-    result = _itc_step(model, _slice(small_batch(8, dtype=torch.float64), slice(4 * rank, 4 * rank + 4)))
-    torch.save(result, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return _itc_step(model, own_rows(small_batch(8, dtype=torch.float64), rank))
 
 
 def test_two_ranks_give_one_ranks_itc_gradients_and_queue(tmp_path):
-    mp.spawn(_rank, args=(str(tmp_path),), nprocs=2)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    ranks = run_on_two_ranks(_on_rank, tmp_path)
     model = small_model(mask_probability=0.0, share_positives=True).double()
     single = _itc_step(model, small_batch(8, dtype=torch.float64))
     for name, value in single.items():

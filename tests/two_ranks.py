@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from softmask.data import Batch
 
 WORLD = 2
 
@@ -34,3 +37,8 @@ def average_gradients(parameters: list[torch.Tensor]) -> list[torch.Tensor]:
 
 def own_half(tensor: torch.Tensor, rank: int) -> torch.Tensor:
     return tensor.chunk(WORLD)[rank]
+
+
+def own_rows(batch: Batch, rank: int) -> Batch:
+    halves = {name: own_half(value, rank) for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+    return dataclasses.replace(batch, **halves)
