@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from evaluation_files import write_scenes
-from train_fixtures import make_config, run_here
+from train_fixtures import make_config, make_sycoca_config, rows, run_here
 from train_fixtures import write_shard as write_training_shard
 
 from softmask.train import ablation, ablation_table, evaluate, pretrain
@@ -20,20 +20,6 @@ from softmask.train.config import flatten, load_config, save_config
 
 SYCOCA, SOFTMASK_PP = STUDIES
 STEPS = load_config(SYCOCA.config).train.steps
-SYCOCA_YAML = """
-output: unused
-method: sycoca
-train: {{steps: 4, batch_size: 8, checkpoint_every: 0}}
-optimizer: {{warmup_steps: 2}}
-model:
-  vision: {{name: conv_vit, image_size: 32, conv_vit: {{patch_size: 8, width: 32, depth: 1, heads: 2, stem_width: 8}}}}
-  text: {{width: 32, heads: 2, layers: 1, decoder_layers: 1, max_positions: 16}}
-  embed_dim: 16
-  image_decoder_layers: 1
-  image_decoder_heads: 2
-data: {{train: {data}, image_size: 32, vocab_size: 64, max_length: 16}}
-deepspeed: {{zero_optimization: {{stage: 1}}}}
-"""
 
 
 def keys_of(study: Study, name: str) -> dict:
@@ -296,7 +282,7 @@ def test_two_rows_from_data_to_table(tmp_path: Path) -> None:
     """ITC alone trains without a gradient for the caption decoder; SoftMask++ has every figure."""
     write_training_shard(tmp_path / "train.tar", count=32)
     make_config(tmp_path)  # writes base.yaml, of SoftMask++
-    (tmp_path / "sycoca.yaml").write_text(SYCOCA_YAML.format(data=tmp_path / "train.tar"), encoding="utf-8")
+    make_sycoca_config(tmp_path, "sycoca")
     configs = (tmp_path / "sycoca.yaml", tmp_path / "base.yaml")
     studies = tuple(dataclasses.replace(study, config=path) for study, path in zip(STUDIES, configs, strict=True))
     test_data = write_scenes(tmp_path / "test.tar")
@@ -307,4 +293,4 @@ def test_two_rows_from_data_to_table(tmp_path: Path) -> None:
         cells = line_of(text, title)[3:]
         assert all(0 <= float(cell) <= 100 for cell in cells[: len(study.figures)])
     assert text.count("retrieval among 12 pictures") == 2 and text.count("0 of 1, not finished") == 8
-    assert set(json.loads((plan.runs / "sycoca/itc/seed_0/log.jsonl").read_text())) & {"itc", "caption"} == {"itc"}
+    assert rows(plan.runs / "sycoca/itc/seed_0")[-1].keys() & {"itc", "caption"} == {"itc"}

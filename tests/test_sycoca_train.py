@@ -8,46 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_fixtures import different, make_config, run_here, saved_state, write_shard
+from train_fixtures import different, make_config, make_sycoca_config, run_here, saved_state
 
 from softmask.data import open_source
 from softmask.models import SyCoCa, SyCoCaConfig
 from softmask.train import captioning, evaluate, reconstruction, report, report_generation, scoring
 from softmask.train.checkpoint import config_differences, find_checkpoint, load_model
-from softmask.train.config import Config, ConfigError, load_config
+from softmask.train.config import Config, ConfigError
 from softmask.train.trainer import Trainer
-
-YAML = """
-output: {output}
-seed: 3
-method: sycoca
-train: {{steps: 4, batch_size: 8, checkpoint_every: 0, log_every: 1, clip_grad: 1.0}}
-optimizer: {{lr: 1e-3, min_lr: 1e-4, warmup_steps: 2}}
-model:
-  vision: {{name: conv_vit, image_size: 32, conv_vit: {{patch_size: 8, width: 32, depth: 2, heads: 2, stem_width: 8}}}}
-  text: {{width: 32, heads: 2, layers: 1, decoder_layers: 1, max_positions: 16}}
-  embed_dim: 16
-  image_decoder_layers: 1
-  image_decoder_heads: 2
-data: {{train: {data}, image_size: 32, vocab_size: 64, max_length: 16}}
-"""
-
-
-def make(folder: Path, name: str, *overrides: str) -> Config:
-    data = folder / "train.tar"
-    if not data.exists():
-        write_shard(data)
-    path = folder / f"{name}.yaml"
-    path.write_text(YAML.format(output=folder / name, data=data), encoding="utf-8")
-    return load_config(path, overrides)
 
 
 @pytest.mark.parametrize(("stage", "queue"), [(0, 0), (2, 0), (3, 0), (0, 32), (3, 32)])
 def test_a_stopped_run_goes_on_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int, queue: int) -> None:
     options = (f"deepspeed.zero_optimization.stage={stage}", f"model.queue_size={queue}", "model.momentum=0.9")
-    whole = make(tmp_path, "whole", *options)
+    whole = make_sycoca_config(tmp_path, "whole", *options)
     run_here(whole)
-    halves = make(tmp_path, "halves", *options)
+    halves = make_sycoca_config(tmp_path, "halves", *options)
     step = Trainer._step
 
     def stop_at_two(self: Trainer, batches):
@@ -79,7 +55,7 @@ OPTIONS = {
 def test_the_stages_train_alike(tmp_path: Path, options: list[str]) -> None:
     losses = {}
     for stage in (0, 1, 2, 3):
-        config = make(tmp_path, f"stage{stage}", f"deepspeed.zero_optimization.stage={stage}", *options)
+        config = make_sycoca_config(tmp_path, f"stage{stage}", f"deepspeed.zero_optimization.stage={stage}", *options)
         run_here(config)
         rows = [json.loads(line) for line in (Path(config.output) / "log.jsonl").read_text().splitlines()]
         losses[stage] = [row["loss"] for row in rows]
@@ -90,7 +66,8 @@ def test_the_stages_train_alike(tmp_path: Path, options: list[str]) -> None:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """A trained run, evaluated beside training captions and a list of classes."""
-    config = make(tmp_path_factory.mktemp("sycoca"), "run", "train.steps=1", "train.activation_checkpointing=true")
+    folder = tmp_path_factory.mktemp("sycoca")
+    config = make_sycoca_config(folder, "run", "train.steps=1", "train.activation_checkpointing=true")
     run_here(config)
     data = config.data.train
     classes = Path(data).parent / "concepts.json"
@@ -146,10 +123,10 @@ def test_captions_do_not_depend_on_the_batch_size(run: Config) -> None:
 
 
 def test_the_method_says_what_the_model_section_is(tmp_path: Path) -> None:
-    assert isinstance(make(tmp_path, "a").model, SyCoCaConfig)
+    assert isinstance(make_sycoca_config(tmp_path, "a").model, SyCoCaConfig)
     with pytest.raises(ConfigError, match=r"model\.cam_layer: unknown key"):
-        make(tmp_path, "b", "model.cam_layer=1")
-    (difference,) = config_differences(make(tmp_path, "a"), make_config(tmp_path))
+        make_sycoca_config(tmp_path, "b", "model.cam_layer=1")
+    (difference,) = config_differences(make_sycoca_config(tmp_path, "a"), make_config(tmp_path))
     assert difference == "method (was 'sycoca', now 'softmask_pp')"
     with pytest.raises(ConfigError, match="method: expected softmask_pp or sycoca, got str 'coca'"):
-        make(tmp_path, "c", "method=coca")
+        make_sycoca_config(tmp_path, "c", "method=coca")

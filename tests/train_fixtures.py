@@ -49,6 +49,21 @@ model:
 data: {{train: {data}, image_size: 32, vocab_size: 64, max_length: 16}}
 """
 
+SYCOCA_YAML = """
+output: {output}
+seed: 3
+method: sycoca
+train: {{steps: 4, batch_size: 8, checkpoint_every: 0, log_every: 1, clip_grad: 1.0}}
+optimizer: {{lr: 1e-3, min_lr: 1e-4, warmup_steps: 2}}
+model:
+  vision: {{name: conv_vit, image_size: 32, conv_vit: {{patch_size: 8, width: 32, depth: 2, heads: 2, stem_width: 8}}}}
+  text: {{width: 32, heads: 2, layers: 1, decoder_layers: 1, max_positions: 16}}
+  embed_dim: 16
+  image_decoder_layers: 1
+  image_decoder_heads: 2
+data: {{train: {data}, image_size: 32, vocab_size: 64, max_length: 16}}
+"""
+
 
 def write_shard(path: Path, *, count: int = 64, broken: tuple[int, ...] = ()) -> Path:
     """A tar shard of `count` two-coloured pictures; those numbered in `broken` cannot be decoded."""
@@ -79,6 +94,16 @@ def make_config(folder: Path, *overrides: str, data: Path | None = None) -> Conf
         write_shard(data)
     path = folder / "base.yaml"
     path.write_text(YAML.format(output=folder / "run", data=data), encoding="utf-8")
+    return load_config(path, overrides)
+
+
+def make_sycoca_config(folder: Path, name: str, *overrides: str) -> Config:
+    """SyCoCa's, of a run in `folder`/`name` on the data of `folder`; written to `folder`/`name`.yaml."""
+    data = folder / "train.tar"
+    if not data.exists():
+        write_shard(data)
+    path = folder / f"{name}.yaml"
+    path.write_text(SYCOCA_YAML.format(output=folder / name, data=data), encoding="utf-8")
     return load_config(path, overrides)
 
 
