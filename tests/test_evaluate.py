@@ -49,14 +49,20 @@ def test_itm_finds_what_blind_features_leave_among_the_candidates(tmp_path, rera
     assert scorer.model.fused == 144 - (12 - first) ** 2  # each pair that either direction wants, once
 
 
-def test_captions_of_one_picture_share_it(tmp_path):
+@pytest.mark.parametrize("image_root", ["", "pictures"])
+def test_captions_of_one_picture_share_it(tmp_path, image_root):
+    """A JSON list, its pictures beside it or where the run's were."""
+    pictures = tmp_path / image_root
+    pictures.mkdir(exist_ok=True)
     for number in range(12):
-        (tmp_path / f"{number}.png").write_bytes(scene(number)[0][1])
+        (pictures / f"{number}.png").write_bytes(scene(number)[0][1])
     captions = [[f"a {a} box beside a {b} one", f"a {a} one beside a {b} box"] for a, b in PAIRS]
     entries = [{"image": f"{number}.png", "caption": texts} for number, texts in enumerate(captions)]
     (tmp_path / "list.json").write_text(json.dumps(entries), encoding="utf-8")
-    reader = Reader(open_source(str(tmp_path / "list.json")))
-    result = evaluate.evaluate(make_scorer(tmp_path), reader, pairs=0, rerank=3)
+    scorer = make_scorer(tmp_path)
+    scorer.config.data.image_root = image_root and str(pictures)
+    reader = evaluate.open_reader(scorer, str(tmp_path / "list.json"))
+    result = evaluate.evaluate(scorer, reader, pairs=0, rerank=3)
     assert (result["retrieval"]["samples"], result["retrieval"]["images"]) == (24, 12)
     assert result["retrieval"]["itc"] == {"i2t": PERFECT, "t2i": PERFECT}
     assert result["retrieval"]["itm"] == {"i2t": PERFECT, "t2i": PERFECT}

@@ -4,7 +4,8 @@
                              [--training 'data/train-*.tar'] [--beams 3] [--classes data/concepts.json]
 
 CHECKPOINT is a run's folder (its newest complete checkpoint) or one step_... folder. `--data` is a glob or brace
-pattern of WebDataset shards, or a JSON list.
+pattern of WebDataset shards, or a JSON list, whose paths are relative to the run's `data.image_root`, or to its folder
+where that is empty.
 
 Retrieval takes the first `--pairs` readable samples in the order of the shards (0: all) and reports R@1, R@5 and R@10
 both ways, as fractions, by cosine similarity of the ITC features and with the `--rerank` best of them re-ranked by
@@ -155,6 +156,11 @@ def load_scorer(checkpoint: Path, *, batch_size: int) -> Scorer:
     return Scorer(model, tokenizer, config, device=device, batch_size=batch_size)
 
 
+def open_reader(scorer: Scorer, data: str) -> Reader:
+    """Shards, or a JSON list, whose pictures lie where those of training did."""
+    return Reader(open_source(data, image_root=scorer.config.data.image_root))
+
+
 def training_facts(checkpoint: Path) -> dict:
     """Seconds and steps of training behind a step_... folder, from its trainer.json."""
     state = read_json(checkpoint / "trainer.json")
@@ -253,9 +259,9 @@ def run(options: argparse.Namespace) -> dict:
     checkpoint = find_checkpoint(options.checkpoint)
     check_output(output)
     classes = known_classes(options.data, options.classes)
-    training = Reader(open_source(options.training)) if options.training else None
     scorer = load_scorer(checkpoint, batch_size=options.batch_size)
-    reader = Reader(open_source(options.data))
+    reader = open_reader(scorer, options.data)
+    training = open_reader(scorer, options.training) if options.training else None
     try:
         result = evaluate(scorer, reader, pairs=options.pairs, rerank=options.rerank)
         captions = CaptionOptions(beams=options.beams)

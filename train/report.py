@@ -21,12 +21,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from softmask.data import DataError, TokenBatch, open_source
+from softmask.data import DataError, TokenBatch
 from softmask.data.sources import expand_pattern
 from softmask.train import metrics, scoring
 from softmask.train.checkpoint import CheckpointError, find_checkpoint, read_json
 from softmask.train.config import ConfigError
-from softmask.train.evaluate import check_output, load_scorer, name_skipped, positive, write_atomically
+from softmask.train.evaluate import check_output, load_scorer, name_skipped, open_reader, positive, write_atomically
 from softmask.train.report_facts import facts, lead, title
 from softmask.train.report_generation import generated
 from softmask.train.report_page import Candidate, Page, Query, SceneView, WordView, render
@@ -205,7 +205,7 @@ def build_page(run: Path, data: str, *, scenes: int, batch_size: int) -> Page:
     result = read_json(run / "metrics.json")
     rows = read_log(run / "log.jsonl")
     scorer = load_scorer(checkpoint, batch_size=batch_size)
-    reader = Reader(open_source(data))
+    reader = open_reader(scorer, data)
     try:
         examples = result["retrieval"]
         reranked = {"samples": examples["samples"], "rerank": examples.get("rerank")}
