@@ -39,7 +39,6 @@ def step_without_values(model: SoftMaskPP | SyCoCa, batch: Batch) -> None:
     tensors = {name: mode.from_tensor(value) for name, value in given.items() if isinstance(value, Tensor)}
     counts = {  # as the loader gives them
         "num_tokens": int(batch.attention_mask.sum()),
-        "num_tokens_but_last": int(batch.attention_mask[:, :-1].sum()),
     }
     fake_batch = dataclasses.replace(batch, **tensors, **counts)
     with mode:

@@ -22,7 +22,7 @@ def dense_logits(model: SyCoCa, batch) -> Tensor:
     image, texts = model.vision(batch.images), model._encode_text(batch)
     pictures = Packing.full(*image.shape[:2], image.device)
     states = model.caption_decoder(texts.tokens, texts.packing, image.flatten(0, 1), pictures)
-    return texts.packing.pad(model.caption_head(states))
+    return texts.packing.pad(model.caption_head(states))[:, :-1]
 
 
 def coca_losses(image: Tensor, text: Tensor, logits: Tensor, labels: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,10 +72,25 @@ def test_padding_changes_nothing() -> None:
         input_ids=F.pad(batch.input_ids, (0, 3), value=SPECIAL.pad),
         attention_mask=F.pad(batch.attention_mask, (0, 3)),
     )
-    rows = batch.attention_mask.sum(1) < batch.input_ids.shape[1]  # the longest lose [SEP] where nothing is padded
-    one, two = model._encode_text(batch).feature[rows], model._encode_text(longer).feature[rows]
-    assert rows.any()
-    torch.testing.assert_close(one, two)
+    torch.testing.assert_close(model._encode_text(batch).feature, model._encode_text(longer).feature)
+
+
+def test_training_reads_captions_as_evaluation_does() -> None:
+    """[SEP] of the longest caption included, whatever stands beside it in the batch."""
+    model, batch = small_sycoca().eval(), small_batch(dtype=torch.float64)
+    _, features = model.encode_text(batch.input_ids, batch.attention_mask)
+    torch.testing.assert_close(model._encode_text(batch).feature, features)
+    alone = dataclasses.replace(batch, input_ids=batch.input_ids[:1], attention_mask=batch.attention_mask[:1])
+    torch.testing.assert_close(model._encode_text(alone).feature, features[:1])
+
+
+@pytest.mark.parametrize("temperature", [0.005, 0.07])
+def test_a_temperature_beyond_the_limit_can_come_back(temperature: float) -> None:
+    model = small_sycoca(temperature=temperature)
+    scale = model._scale()
+    torch.testing.assert_close(scale.detach(), torch.tensor(min(1 / temperature, 100.0), dtype=torch.float64))
+    scale.backward()
+    assert model.logit_scale.grad > 0
 
 
 def test_captions_are_told_from_the_spoken_patches_alone() -> None:

@@ -79,7 +79,6 @@ class Batch:
     image_id: Tensor  # [B] int64, equal for captions of the same picture
     skipped: list[str] = field(default_factory=list)  # "shard.tar:key: reason" of samples that were replaced
     num_tokens: int | None = None  # real ones; None: counted where it is asked for, which waits for a device
-    num_tokens_but_last: int | None = None  # those of all columns but the last, which SyCoCa's text encoder reads
 
     def to(self, device: torch.device | str) -> Batch:
         """A copy on `device`; asynchronous from pinned memory."""
@@ -165,7 +164,6 @@ class _BatchReader:
             image_id=torch.tensor([record.image_id for record, _ in samples], dtype=torch.int64),
             skipped=skipped,
             num_tokens=int(tokens.attention_mask.sum()),
-            num_tokens_but_last=int(tokens.attention_mask[:, :-1].sum()),
         )
 
     def _sample(self, index: int, seed: str, skipped: list[str]) -> tuple[Record, np.ndarray]:

@@ -42,8 +42,8 @@ class SyCoCa(Encoders):
     """The model and its three losses. With `reconstruct` and `caption_masking` off it is CoCa, with `pooler_queries`
     CoCa with its pooler.
 
-    The text encoder reads all columns of a batch's captions but the last and the text decoder predicts all but the
-    first, as open_clip's CoCa does: of the longest captions, CLS does not see [SEP].
+    The text encoder reads whole captions, [SEP] included, in training as in evaluation; all tokens of a caption but its
+    last have a next one that is told.
     """
 
     def __init__(self, config: SyCoCaConfig, *, special_ids: SpecialIds) -> None:
@@ -103,7 +103,7 @@ class SyCoCa(Encoders):
         image = self.vision(batch.images)
         texts = self._encode_text(batch)
         pooled, readable = self.pool(image)
-        scale = self.logit_scale.exp().clamp(max=MAX_LOGIT_SCALE)
+        scale = self._scale()
         teachers = self._teachers(batch, texts.packing)
         losses = {"itc": self._contrastive(self.image_feature(pooled), texts.feature, scale, teachers)}
         masks = self._masks(image, texts)
@@ -140,9 +140,13 @@ class SyCoCa(Encoders):
         for part in [self.text, self.caption_decoder, *painters]:
             part.activation_checkpointing = enable
 
+    def _scale(self) -> Tensor:
+        """1 / temperature, clamped in value only: a parameter that left the range can come back."""
+        scale = self.logit_scale.exp()
+        return scale + (scale.clamp(max=MAX_LOGIT_SCALE) - scale).detach()
+
     def _encode_text(self, batch: Batch) -> Texts:
-        packing = Packing.of(batch.attention_mask[:, :-1], batch.num_tokens_but_last)
-        return self.read(batch.input_ids[:, :-1], packing)
+        return self.read(batch.input_ids, Packing.of(batch.attention_mask, batch.num_tokens))
 
     @torch.no_grad()
     def _teachers(self, batch: Batch, packing: Packing) -> dict[str, Tensor]:
@@ -150,7 +154,7 @@ class SyCoCa(Encoders):
         if self.twin is None:
             return {}
         image = self.twin.image_feature(self.twin.pool(self.twin.vision(batch.images))[0])
-        return {"image_teacher": image, "text_teacher": self.twin.read(batch.input_ids[:, :-1], packing).feature}
+        return {"image_teacher": image, "text_teacher": self.twin.read(batch.input_ids, packing).feature}
 
     def _contrastive(self, image: Tensor, text: Tensor, scale: Tensor, teachers: dict[str, Tensor]) -> Tensor:
         if self.contrast is None:
@@ -208,10 +212,10 @@ class SyCoCa(Encoders):
         """Cross-entropy of the next token, mean over all that follow a token; padding is never a target."""
         pictures = Packing.full(*image.shape[:2], image.device)
         states = self.caption_decoder(texts.tokens, texts.packing, image.flatten(0, 1), pictures)
-        followed = batch.attention_mask[:, 1:]
+        followed, following = (F.pad(x[:, 1:], (0, 1)) for x in (batch.attention_mask, batch.input_ids))
         size = None if batch.num_tokens is None else batch.num_tokens - len(followed)
-        chosen = Packing.of(followed & texts.packing.mask, size)
-        labels = chosen.pack(batch.input_ids[:, 1:])
+        chosen = Packing.of(followed, size)
+        labels = chosen.pack(following)
         logits = at_least_fp32(self.caption_head(states.index_select(0, texts.packing.rank[chosen.place])))
         return masked_token_loss(logits, labels) / max(len(labels), 1)
 

@@ -64,7 +64,8 @@ class Encoders(nn.Module):
 
     def project_patches(self, patches: Tensor) -> Tensor:
         """[B, P, D] -> [B, P, embed_dim], every patch as if it alone were the picture."""
-        return self.image_projection(patches if self.pooler is None else self.pooler.each(patches))
+        pool_each = self.vision.pool_each if self.pooler is None else self.pooler.each
+        return self.image_projection(pool_each(patches))
 
     def read(self, input_ids: Tensor, packing: Packing) -> Texts:
         """input_ids [B, T], whose real tokens the packing names."""

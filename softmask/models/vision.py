@@ -199,3 +199,7 @@ class VisionEncoder(nn.Module):
         if self.pooling == "cls":
             return tokens[:, 0]
         return self.vit.fc_norm(tokens[:, self.num_prefix_tokens :].mean(dim=1))
+
+    def pool_each(self, patches: Tensor) -> Tensor:
+        """patches [B, P, D], each pooled as if it were the only one."""
+        return patches if self.pooling == "cls" else self.vit.fc_norm(patches)
