@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from torch import Tensor
 from softmask import reference
 from softmask.data import DataError, open_source
 from softmask.train import captioning, reconstruction, zero_shot
-from softmask.train.scoring import Reader, Sample, Scorer
+from softmask.train.scoring import Reader, Sample, Scorer, each_picture_once
 
 JAVA = pytest.param(True, marks=pytest.mark.skipif(not captioning.has_java(), reason="no Java"))
 
@@ -49,6 +50,14 @@ def test_scores_of_equal_like_and_foreign_captions(java: bool, monkeypatch: pyte
     assert foreign["rouge_l"] == 0.0
 
 
+@pytest.mark.parametrize("java", [False, JAVA])
+def test_a_break_inside_a_caption_shifts_no_other(java: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captioning, "has_java", lambda: java)
+    texts = ["a red box", "a blue owl\rbeside\u2028a cat", "a green box"]
+    words = captioning.tokenized([[text] for text in texts])
+    assert words == {0: ["a red box"], 1: ["a blue owl beside a cat"], 2: ["a green box"]}
+
+
 def test_rouge_is_the_longest_common_subsequence(monkeypatch: pytest.MonkeyPatch) -> None:
     """LCS of "the cat sat down" and "the cat ran" is 2: precision 2/4, recall 2/3, F with beta 1.2."""
     monkeypatch.setattr(captioning, "has_java", lambda: False)
@@ -60,7 +69,7 @@ def test_rouge_is_the_longest_common_subsequence(monkeypatch: pytest.MonkeyPatch
 def test_captions_of_one_picture_are_all_references(samples: list[Sample]) -> None:
     samples[3].image_id = samples[0].image_id
     references: dict[int, list[str]] = {}
-    pictures = list(captioning.each_picture_once(samples, references))
+    pictures = list(each_picture_once(samples, references))
     assert [sample.index for sample in pictures] == [0, 1, 2, *range(4, 12)]
     assert list(references.values())[0] == [samples[0].caption, samples[3].caption]
 
@@ -90,7 +99,9 @@ def test_the_section_compares_with_training_captions(scorer, samples, tmp_path, 
     section = captioning.captioning(scorer, samples, training, captioning.CaptionOptions(beams=2))
     assert (section["samples"], section["beams"], section["tokenizer"]) == (12, 2, "words")
     assert section["nearest"] == {key: section[key] for key in ("cider", "bleu4", "rouge_l")}  # the oracle's is right
-    assert section["random"]["cider"] < section["cider"]
+    assert section["random"]["cider"] < section["cider"] and section["neighbours"] == 12
+    few = captioning.captioning(scorer, samples, training, captioning.CaptionOptions(neighbours=3))
+    assert few["neighbours"] == 3 and few["nearest"]["cider"] < section["nearest"]["cider"]
     alone = captioning.captioning(scorer, samples, None, captioning.CaptionOptions())
     assert "random" not in alone and "nearest" not in alone
 
@@ -193,5 +204,11 @@ def scoring_pixels(scorer: Scorer, samples: list[Sample]) -> Tensor:
 def test_equal_captions_make_no_pair(scorer: Scorer, samples: list[Sample]) -> None:
     for sample in samples:
         sample.caption = "a red box beside a green one"
-    with pytest.raises(ValueError, match="at least two pictures with different captions"):
-        reconstruction.reconstruction(scorer, samples)
+    assert reconstruction.reconstruction(scorer, samples) is None
+
+
+def test_another_caption_of_the_same_picture_is_no_wrong_one(scorer: Scorer, samples: list[Sample]) -> None:
+    scorer.model = Painter(scorer.model, listens=True)
+    scorer.config.model = SimpleNamespace(normalize_pixels=True)
+    doubled = [one for s in samples for one in (s, dataclasses.replace(s, caption=f"{s.caption} and a box"))]
+    assert reconstruction.reconstruction(scorer, doubled) == reconstruction.reconstruction(scorer, samples)

@@ -109,3 +109,18 @@ def test_samples_come_from_the_nucleus(model, images: Tensor) -> None:
 def test_what_cannot_be_is_refused(model, images: Tensor, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         generate_captions(model, images, **options)
+
+
+def test_a_model_in_training_stays_as_it_is(model, images: Tensor) -> None:
+    """Captions are those of evaluation, and neither running statistics nor modes change."""
+    expected = generate_captions(model, images, max_length=6)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.train()
+    model.text.eval()
+    try:
+        assert torch.equal(generate_captions(model, images, max_length=6), expected)
+        assert model.training and model.vision.training and not model.text.training
+    finally:
+        model.eval()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name

@@ -12,7 +12,7 @@ from model_fixtures import COCA, POOLED, SPECIAL, VOCABULARY, small_batch, small
 from torch import Tensor
 
 from softmask import ops
-from softmask.models import SyCoCa
+from softmask.models import CausalTextConfig, SyCoCa
 from softmask.models.packing import Packing
 from softmask.models.sycoca_config import SyCoCaWeights
 
@@ -84,11 +84,12 @@ def test_training_reads_captions_as_evaluation_does() -> None:
     torch.testing.assert_close(model._encode_text(alone).feature, features[:1])
 
 
-@pytest.mark.parametrize("temperature", [0.005, 0.07])
-def test_a_temperature_beyond_the_limit_can_come_back(temperature: float) -> None:
-    model = small_sycoca(temperature=temperature)
+@pytest.mark.parametrize("inverse", [200.0, 14.0])
+def test_a_temperature_beyond_the_limit_can_come_back(inverse: float) -> None:
+    model = small_sycoca()
+    model.logit_scale.data.fill_(inverse).log_()
     scale = model._scale()
-    torch.testing.assert_close(scale.detach(), torch.tensor(min(1 / temperature, 100.0), dtype=torch.float64))
+    torch.testing.assert_close(scale.detach(), torch.tensor(min(inverse, 100.0), dtype=torch.float64))
     scale.backward()
     assert model.logit_scale.grad > 0
 
@@ -195,12 +196,15 @@ def test_a_caption_loss_of_weight_0_is_not_computed() -> None:
 @pytest.mark.parametrize("options", [{}, COCA], ids=str)
 def test_recomputed_activations_change_nothing(options: dict) -> None:
     model, batch = small_sycoca(**options).eval(), small_batch(dtype=torch.float64)
-    losses = []
+    found = []
     for enable in (False, True):
         model.set_activation_checkpointing(enable)
+        model.zero_grad()
         torch.manual_seed(0)
-        losses.append(model(batch).loss.item())
-    assert losses[0] == losses[1]
+        loss = model(batch).loss
+        loss.backward()
+        found.append([loss.detach()] + [p.grad for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(*found)
     assert model.text.activation_checkpointing
 
 
@@ -209,8 +213,21 @@ def test_recomputed_activations_change_nothing(options: dict) -> None:
     [
         ({"masks": "some"}, "masks: expected 'attentive' or 'random', got 'some'"),
         ({"temperature": 2.0}, "temperature"),
+        ({"temperature": 0.005}, r"temperature: expected a number in \[0.01, 0.5\], got 0.005"),
+        ({"image_decoder_heads": 5}, "image_decoder_heads: expected a divisor of the image encoder's width 24, got 5"),
+        ({"relevance": "tokens"}, r"relevance: expected 'projection' where widths differ \(24 and 32\)"),
+        ({"reconstruct_ratio": 0.02}, "reconstruct_ratio: expected some but not all of 16, got 0.02"),
+        ({"caption_ratio": 0.98}, "caption_ratio: expected some but not all of 16, got 0.98"),
     ],
 )
 def test_bad_configuration_names_the_key(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         small_sycoca(**options)
+
+
+@pytest.mark.parametrize("name", ["layers", "decoder_layers"])
+def test_a_text_without_layers_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
+        CausalTextConfig(**{name: 0})
+    with pytest.raises(ValueError, match="caption: expected a number >= 0, got -1.0"):
+        SyCoCaWeights(caption=-1.0)

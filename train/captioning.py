@@ -13,7 +13,7 @@ import contextlib
 import io
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from softmask.data import DataError
 from softmask.models.generation import generate_captions
-from softmask.train.scoring import Reader, Sample, Scorer, batches, pixels
+from softmask.train.scoring import Reader, Sample, Scorer, batches, each_picture_once, pixels
 
 Words = dict[int, list[str]]
 """Number of a picture -> its captions, words separated by blanks."""
@@ -35,8 +35,8 @@ SIMILAR_AT_ONCE = 1024  # pictures whose similarities to all known ones stand in
 class CaptionOptions:
     """How captions are made and what they are compared with."""
 
-    beams: int = 3
-    neighbours: int = 10_000  # training pictures that the nearest is sought among, spread evenly; 0: all
+    beams: int = 6
+    neighbours: int = 0  # training pictures that the nearest is sought among, spread evenly; 0: all
     seed: int = 0  # of the captions drawn at random
 
 
@@ -52,19 +52,11 @@ def captioning(scorer: Scorer, samples: Iterable[Sample], training: Reader | Non
     if training is not None:
         numbers = chosen_numbers(len(training.source), options.neighbours)
         known, captions = known_pictures(scorer, training, numbers)
+        result["neighbours"] = len(captions)
         drawn = Random(options.seed).choices(captions, k=len(given))
         result["random"] = score(drawn, given)
         result["nearest"] = score(nearest(torch.cat(features), known, captions), given)
     return result
-
-
-def each_picture_once(samples: Iterable[Sample], references: dict[int, list[str]]) -> Iterator[Sample]:
-    """The first sample of every picture; `references` gets all captions of each, in the same order."""
-    for sample in samples:
-        is_new = sample.image_id not in references
-        references.setdefault(sample.image_id, []).append(sample.caption)
-        if is_new:
-            yield sample
 
 
 @torch.no_grad()
@@ -142,9 +134,10 @@ def score(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> dic
 
 
 def tokenized(captions: Sequence[Sequence[str]]) -> Words:
-    """Words without punctuation, by PTB where there is Java."""
+    """Words without punctuation, by PTB where there is Java, which takes a line for a caption."""
     if not has_java():
         return {i: [" ".join(re.findall(r"\w+", text.lower())) for text in row] for i, row in enumerate(captions)}
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    return PTBTokenizer().tokenize({i: [{"caption": t} for t in row] for i, row in enumerate(captions)})
+    rows = {i: [{"caption": " ".join(text.split())} for text in row] for i, row in enumerate(captions)}
+    return PTBTokenizer().tokenize(rows)

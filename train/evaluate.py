@@ -1,7 +1,7 @@
 """Retrieval, word grounding and, of SyCoCa, captions of a checkpoint on captioned shards, as one metrics.json.
 
     python train/evaluate.py CHECKPOINT --data 'data/test-*.tar' [--output metrics.json] [--pairs 256] [--rerank 16]
-                             [--training 'data/train-*.tar'] [--beams 3] [--classes data/concepts.json]
+                             [--training 'data/train-*.tar'] [--neighbours 0] [--beams 6] [--classes data/concepts.json]
 
 CHECKPOINT is a run's folder (its newest complete checkpoint) or one step_... folder. `--data` is a glob or brace
 pattern of WebDataset shards, or a JSON list, whose paths are relative to the run's `data.image_root`, or to its folder
@@ -18,8 +18,9 @@ starting with the zeros) of the stored picture's [height, width]:
     {"caption": "a dodo above a red apple",
      "objects": [{"phrase": "red apple", "span": [15, 24], "mask": {"size": [256, 256], "counts": [1200, 31, ...]}}]}
 
-SyCoCa has no word maps; it writes a caption of each of the `--pairs` pictures by beam search, scored against the true
-ones beside captions of `--training`, and paints hidden patches again (train/captioning.py, train/reconstruction.py).
+SyCoCa has no word maps; it writes a caption of each picture of the first `--pairs` samples by beam search, scored
+against the true ones beside captions of `--training`, and paints hidden patches again (train/captioning.py,
+train/reconstruction.py).
 Zero-shot classification takes `--classes`, by default the concepts.json beside the data (train/zero_shot.py).
 
 Unreadable samples are left out and named on stderr. On any failure nothing is written.
@@ -139,7 +140,7 @@ def generation(
         result["captioning"] = captioning(scorer, islice(reader.all(), pairs or None), training, captions)
     if learned.reconstruct and learned.weights.tgmim > 0:
         result["reconstruction"] = reconstruction(scorer, islice(reader.all(), pairs or None))
-    return result
+    return {name: section for name, section in result.items() if section}
 
 
 def known_classes(data: str, file: Path | None) -> list[Class]:
@@ -247,7 +248,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--pairs", type=count, default=256, help="size of the retrieval gallery; 0: all (default 256)")
     parser.add_argument("--rerank", type=positive, default=16, help="candidates that ITM re-ranks (default 16)")
     parser.add_argument("--training", help="shards of training captions that generated ones are compared with")
-    parser.add_argument("--beams", type=positive, default=3, help="of the search for captions (default 3)")
+    parser.add_argument(
+        "--neighbours", type=count, default=0, help="how many of them may be the nearest; 0: all (default)"
+    )
+    parser.add_argument("--beams", type=positive, default=6, help="of the search for captions (default 6)")
     parser.add_argument("--classes", type=Path, help="JSON list for zero-shot classification")
     parser.add_argument("--batch-size", type=positive, default=64)
     return parser.parse_args(argv)
@@ -264,12 +268,13 @@ def run(options: argparse.Namespace) -> dict:
     training = open_reader(scorer, options.training) if options.training else None
     try:
         result = evaluate(scorer, reader, pairs=options.pairs, rerank=options.rerank)
-        captions = CaptionOptions(beams=options.beams)
+        captions = CaptionOptions(beams=options.beams, neighbours=options.neighbours)
         result |= generation(scorer, reader, training, pairs=options.pairs, captions=captions)
         classified = zero_shot(scorer, reader.all(), classes) if classes else None
         result |= {"zero_shot": classified} if classified else {}
     finally:
-        name_skipped(reader)
+        for one in filter(None, (reader, training)):
+            name_skipped(one)
     result["training"] = training_facts(checkpoint)
     seconds = round(time.perf_counter() - start, 1)
     result["evaluation"] = {"seconds": seconds, "data": options.data, "checkpoint": str(checkpoint)}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from softmask import ops
-from softmask.train.scoring import Sample, Scorer, batches, pixels
+from softmask.train.scoring import Sample, Scorer, batches, each_picture_once, pixels
 
 Z_95 = 1.96  # of a normal distribution, two-sided
 
@@ -63,18 +63,20 @@ def with_next(samples: Iterable[Sample]) -> Iterator[tuple[Sample, str]]:
         yield last, first
 
 
-def reconstruction(scorer: Scorer, samples: Iterable[Sample]) -> dict:
-    """The metrics.json section: mean errors, and their gap with its 95 % interval over pictures."""
+def reconstruction(scorer: Scorer, samples: Iterable[Sample]) -> dict | None:
+    """The metrics.json section: mean errors, and their gap with its 95 % interval over pictures; None where there are
+    not two pictures with captions that differ."""
     gaps, rights = [], []
-    pairs = ((sample, other) for sample, other in with_next(samples) if other != sample.caption)
+    following = with_next(each_picture_once(samples, {}))
+    pairs = ((sample, other) for sample, other in following if other != sample.caption)
     for batch in batches(pairs, scorer.batch_size):
         one = repaint(scorer, [sample for sample, _ in batch], [other for _, other in batch])
         rights.append(one.right_error)
         gaps.append(one.wrong_error - one.right_error)
     if not gaps:
-        raise ValueError("reconstruction: expected at least two pictures with different captions, got none")
-    right, gap = torch.cat(rights), torch.cat(gaps)
+        return None
+    right, gap = torch.cat(rights), torch.cat(gaps)  # of two or more: if one differs from the next, so does another
     mean = gap.mean().item()
-    half = Z_95 * gap.std().item() / math.sqrt(len(gap)) if len(gap) > 1 else math.inf
+    half = Z_95 * gap.std().item() / math.sqrt(len(gap))
     errors = {"right": right.mean().item(), "wrong": right.mean().item() + mean}
     return {"samples": len(gap), **errors, "gap": mean, "low": mean - half, "high": mean + half}

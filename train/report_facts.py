@@ -9,11 +9,17 @@ from softmask.train.config import Config
 from softmask.train.report_page import duration
 from softmask.train.scoring import Scorer
 
-TITLES = {"softmask_pp": "SoftMask++", "sycoca": "SyCoCa"}
-
 
 def title(config: Config) -> str:
-    return TITLES[config.method]
+    """The method's name, or that of what it adds to where nothing is added."""
+    model = config.model
+    if isinstance(model, SoftMaskPPConfig):
+        return "SoftMask++" if model.soft_mask or model.gamma > 0 else "ALBEF"
+    return "SyCoCa" if _has_masks(model) else "CoCa"
+
+
+def _has_masks(model: SyCoCaConfig) -> bool:
+    return model.reconstruct or (model.tells and model.caption_masking != "none")
 
 
 def facts(scorer: Scorer, state: dict, rows: list[dict]) -> list[tuple[str, str]]:
@@ -54,7 +60,7 @@ def _sycoca(model: SyCoCaConfig) -> list[tuple[str, str]]:
     return [
         ("Text and captions", f"{text.layers} + 2 x {text.decoder_layers} layers, width {text.width}"),
         ("Image decoder", f"2 x {model.image_decoder_layers} layers" if model.reconstruct else "off"),
-        ("Masks", model.masks if model.reconstruct or model.caption_masking != "none" else "off"),
+        ("Masks", model.masks if _has_masks(model) else "off"),
     ]
 
 
@@ -63,7 +69,8 @@ def lead(scorer: Scorer) -> str:
     if isinstance(model, SoftMaskPPConfig):
         parts, learned = _parts_of_softmask_pp(model), "where its words point"
     else:
-        parts, learned = _parts_of_sycoca(model), "what it writes and paints"
+        verbs = ["writes"] * model.tells + ["paints"] * model.reconstruct or ["finds"]
+        parts, learned = _parts_of_sycoca(model), f"what it {' and '.join(verbs)}"
     additions = f" with {' and '.join(parts)}" if parts else ""
     return (
         f"A vision-language model pre-trained from pictures and their captions alone{additions}. No boxes, no labels: "
@@ -76,5 +83,5 @@ def _parts_of_softmask_pp(model: SoftMaskPPConfig) -> list[str]:
 
 
 def _parts_of_sycoca(model: SyCoCaConfig) -> list[str]:
-    masked = model.masks == "attentive" and (model.reconstruct or model.caption_masking != "none")
+    masked = model.masks == "attentive" and _has_masks(model)
     return ["attentive masks"] * masked + ["text-guided reconstruction"] * model.reconstruct

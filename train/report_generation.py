@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from softmask.models import SyCoCaConfig
 from softmask.train.captioning import describe
 from softmask.train.reconstruction import Repainted, repaint, with_next
 from softmask.train.report_pictures import data_uri, limited
-from softmask.train.scoring import Sample, Scorer, batches
+from softmask.train.scoring import Sample, Scorer, batches, each_picture_once
 
 SHOWN = 256  # pixels of a picture's longer side
 PATCH_VARIANCE_EPS = 1e-6  # of ops.masked_patch_loss
@@ -42,10 +43,11 @@ class Painting:
 
 @dataclass
 class Generated:
-    """Both lists; empty for a model that neither writes nor paints."""
+    """Both lists; empty for a model that neither writes nor paints. `hidden` says which patches it paints."""
 
     captions: list[Written] = field(default_factory=list)
     paintings: list[Painting] = field(default_factory=list)
+    hidden: str = ""
 
 
 def generated(scorer: Scorer, samples: list[Sample], metrics: dict) -> Generated:
@@ -56,13 +58,19 @@ def generated(scorer: Scorer, samples: list[Sample], metrics: dict) -> Generated
         for sample, text in zip(samples, texts, strict=True):
             found.captions.append(Written(data_uri(limited(sample.picture, SHOWN)), text, sample.caption))
     if "reconstruction" in metrics:
-        found.paintings = paintings(scorer, samples)
+        found.paintings, found.hidden = paintings(scorer, samples), hidden_patches(scorer.config.model)
     return found
+
+
+def hidden_patches(model: SyCoCaConfig) -> str:
+    which = "those that the caption speaks of most" if model.masks == "attentive" else "drawn at random"
+    where = "from the image encoder" if model.reconstruct_masking == "pixels" else "behind the image encoder"
+    return f"{100 * model.reconstruct_ratio:g} % of the patches, {which}, are hidden {where}"
 
 
 def paintings(scorer: Scorer, samples: list[Sample]) -> list[Painting]:
     drawn = []
-    for batch in batches(with_next(samples), scorer.batch_size):
+    for batch in batches(with_next(each_picture_once(samples, {})), scorer.batch_size):
         ours, others = [sample for sample, _ in batch], [other for _, other in batch]
         one = repaint(scorer, ours, others)
         errors = zip(one.right_error.tolist(), one.wrong_error.tolist(), strict=True)
@@ -134,7 +142,7 @@ def painted_rows(paintings: list[Painting]) -> str:
 def _painted_row(one: Painting) -> str:
     views = [
         (one.whole, "The picture", one.caption),
-        (one.hidden, "What the encoder sees", ""),
+        (one.hidden, "What is painted from", ""),
         (one.right, f"With its caption, error {one.errors[0]:.3f}", one.caption),
         (one.wrong, f"With another, error {one.errors[1]:.3f}", one.wrong_caption),
     ]
@@ -150,7 +158,8 @@ def caption_table(captioning: dict) -> str:
     """Scores of the model and of the two comparisons, where they were made."""
     scores = [("cider", "CIDEr"), ("bleu4", "BLEU-4"), ("rouge_l", "ROUGE-L"), ("meteor", "METEOR")]
     scores = [(key, name) for key, name in scores if key in captioning]
-    rows = {"Generated": captioning, "Nearest training picture's": captioning.get("nearest")}
+    nearest = f"Nearest of {captioning.get('neighbours', 0):,} training pictures'"
+    rows = {"Generated": captioning, nearest: captioning.get("nearest")}
     rows["A training caption at random"] = captioning.get("random")
     head = "".join(f'<th scope="col">{name}</th>' for _, name in scores)
     body = "".join(

@@ -370,9 +370,8 @@ def generated_sections(found: Generated) -> list[str]:
         sections.append(section("captions", "Captions", note, written_cards(found.captions)))
     if found.paintings:
         note = (
-            "Half of the patches, those that the caption speaks of most, are hidden and painted from the rest and a "
-            "caption: the picture's own, and the next picture's. The decoder predicts normalized patches; their true "
-            "mean and contrast are put back, as MAE's figures do."
+            f"{found.hidden} and painted from the rest and a caption: the picture's own, and the next picture's. Of "
+            "normalized patches the true mean and contrast are put back, as MAE's figures do."
         )
         sections.append(section("paintings", "Reconstructions", note, painted_rows(found.paintings)))
     return sections

@@ -109,6 +109,15 @@ def batches(items: Iterable, size: int) -> Iterator[list]:
         yield batch
 
 
+def each_picture_once(samples: Iterable[Sample], captions: dict[int, list[str]]) -> Iterator[Sample]:
+    """The first sample of every picture; `captions` gets all that each has, by image_id, in the same order."""
+    for sample in samples:
+        is_new = sample.image_id not in captions
+        captions.setdefault(sample.image_id, []).append(sample.caption)
+        if is_new:
+            yield sample
+
+
 def pixels(scorer: Scorer, samples: Sequence[Sample]) -> Tensor:
     """Normalized square pictures [B, 3, S, S] on the scorer's device."""
     transform = eval_transform(scorer.config.data)
@@ -120,15 +129,16 @@ def pixels(scorer: Scorer, samples: Sequence[Sample]) -> Tensor:
 
 @dataclass
 class Gallery:
-    """Encoded pictures (each once) and captions; `image_ids` and `caption_ids` say which belong together."""
+    """Encoded pictures (each once) and captions; `image_ids` and `caption_ids` say which belong together. Tokens are
+    kept where the model matches pairs by them."""
 
     captions: list[str]
     pictures: list[int]  # for each picture the number of its first sample in the source
     image_ids: Tensor  # [I] int64
     caption_ids: Tensor  # [C] int64
-    image_tokens: Tensor  # [I, P, D]
+    image_tokens: Tensor | None  # [I, P, D]
     image_features: Tensor  # [I, d]
-    text_tokens: Tensor  # [C, T, D]
+    text_tokens: Tensor | None  # [C, T, D]
     text_features: Tensor  # [C, d]
     attention_mask: Tensor  # [C, T] bool
 
@@ -143,20 +153,44 @@ class Gallery:
         return (self.image_features @ self.text_features.T).float().cpu()
 
 
+@dataclass
+class Encoded:
+    """Tokens and features of pictures or captions, batch by batch; tokens of a model that matches pairs alone."""
+
+    with_tokens: bool
+    tokens: list[Tensor] = field(default_factory=list)  # [B, T, D]
+    features: list[Tensor] = field(default_factory=list)  # [B, d]
+
+    def add(self, tokens: Tensor, feature: Tensor) -> None:
+        self.features.append(feature)
+        if self.with_tokens:
+            self.tokens.append(tokens)
+
+    def cat(self) -> tuple[Tensor | None, Tensor]:
+        return torch.cat(self.tokens) if self.with_tokens else None, torch.cat(self.features)
+
+
+def matches(scorer: Scorer) -> bool:
+    """Whether the model can say of a picture and a caption that they belong together (ITM)."""
+    return hasattr(scorer.model, "match")
+
+
 @torch.no_grad()
-def encode_captions(scorer: Scorer, captions: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens [C, T, D], features [C, d] and attention mask [C, T] bool."""
-    tokens = scorer.tokens(captions)
-    ids = tokens.input_ids.to(scorer.device).split(scorer.batch_size)
-    masks = tokens.attention_mask.to(scorer.device).split(scorer.batch_size)
-    texts = [scorer.model.encode_text(i, m) for i, m in zip(ids, masks, strict=True)]
-    return torch.cat([states for states, _ in texts]), torch.cat([feature for _, feature in texts]), torch.cat(masks)
+def encode_captions(scorer: Scorer, captions: Sequence[str]) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Tokens [C, T, D], where they are kept, features [C, d] and attention mask [C, T] bool."""
+    batch = scorer.tokens(captions)
+    ids = batch.input_ids.to(scorer.device).split(scorer.batch_size)
+    masks = batch.attention_mask.to(scorer.device).split(scorer.batch_size)
+    texts = Encoded(matches(scorer))
+    for one, mask in zip(ids, masks, strict=True):
+        texts.add(*scorer.model.encode_text(one, mask))
+    return *texts.cat(), torch.cat(masks)
 
 
 @torch.no_grad()
 def build_gallery(scorer: Scorer, samples: Iterable[Sample]) -> Gallery:
     """Encodes every picture once (equal image_id: the same picture) and every caption; keeps no pixels."""
-    captions, caption_ids, pictures, images = [], [], {}, []
+    captions, caption_ids, pictures, images = [], [], {}, Encoded(matches(scorer))
     for batch in tqdm(batches(samples, scorer.batch_size), desc="encoding", disable=None, leave=False):
         captions += [sample.caption for sample in batch]
         caption_ids += [sample.image_id for sample in batch]
@@ -165,17 +199,18 @@ def build_gallery(scorer: Scorer, samples: Iterable[Sample]) -> Gallery:
             if pictures.setdefault(sample.image_id, sample.index) == sample.index:
                 new.append(sample)
         if new:
-            images.append(scorer.model.encode_image(pixels(scorer, new)))
+            images.add(*scorer.model.encode_image(pixels(scorer, new)))
     if not captions:
         raise DataError("no readable sample for the retrieval gallery")
+    image_tokens, image_features = images.cat()
     text_tokens, text_features, attention_mask = encode_captions(scorer, captions)
     return Gallery(
         captions=captions,
         pictures=list(pictures.values()),
         image_ids=torch.tensor(list(pictures)),
         caption_ids=torch.tensor(caption_ids),
-        image_tokens=torch.cat([tokens for tokens, _ in images]),
-        image_features=torch.cat([feature for _, feature in images]),
+        image_tokens=image_tokens,
+        image_features=image_features,
         text_tokens=text_tokens,
         text_features=text_features,
         attention_mask=attention_mask,
@@ -212,7 +247,7 @@ class Ranking:
 def rank_both_ways(scorer: Scorer, gallery: Gallery, *, rerank: int) -> dict[str, Ranking]:
     """i2t [I, C] and t2i [C, I]: the `rerank` best of every row by ITC, re-ranked by ITM. Each pair is fused once."""
     similarity, relevant = gallery.similarity, gallery.relevant
-    if not hasattr(scorer.model, "match"):
+    if not matches(scorer):
         return {"i2t": Ranking(similarity, None, relevant), "t2i": Ranking(similarity.T, None, relevant.T)}
     by_image = metrics.top_candidates(similarity, rerank)
     by_text = metrics.top_candidates(similarity.T, rerank)

@@ -6,9 +6,12 @@ those of the picture are made once. Attention of single tokens is PyTorch's, wha
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -49,7 +52,20 @@ def generate_captions(
     )
     generator = CaptionGenerator(model)
     start = torch.full((len(images), 1), special.cls, device=images.device)
-    return generator.generate(start, generation_config=options, pictures=generator.read(images))
+    with evaluating(model):
+        return generator.generate(start, generation_config=options, pictures=generator.read(images))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A model that is in training does not change by what is read meanwhile, nor does a batch change its captions."""
+    modes = {part: part.training for part in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
 
 
 class CaptionGenerator(PreTrainedModel, GenerationMixin):

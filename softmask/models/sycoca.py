@@ -17,17 +17,15 @@ from softmask import ops
 from softmask.data import Batch
 
 from .bert import at_least_fp32, initialize
-from .config import SpecialIds
+from .config import SpecialIds, check
 from .mlm import masked_token_loss
 from .packing import Packing, Wanted
 from .running import all_ranks
-from .sycoca_config import SyCoCaConfig
+from .sycoca_config import MAX_LOGIT_SCALE, SyCoCaConfig
 from .sycoca_encoders import Encoders, Texts
 from .sycoca_masks import PatchMasks, attentive_masks, keep_patches, patch_positions, random_masks, replace_patches
 from .transformer import CrossDecoder
 from .twin import update_twin
-
-MAX_LOGIT_SCALE = 100.0
 
 
 @dataclass
@@ -51,6 +49,7 @@ class SyCoCa(Encoders):
             raise ValueError(f"text.vocab_size: expected the tokenizer's, got {config.text.vocab_size}")
         super().__init__(config)
         self.config, self.special_ids = config, special_ids
+        self._check_sizes()
         text = config.text
         self.caption_decoder = CrossDecoder(
             text.width,
@@ -71,6 +70,23 @@ class SyCoCa(Encoders):
         self.twin, self.contrast = None, None
         if config.queue_size:
             self._make_twin()
+
+    def _check_sizes(self) -> None:
+        """ValueError where keys do not fit the image encoder."""
+        config, width, patches = self.config, self.vision.width, math.prod(self.patch_grid)
+        masked = {"caption_ratio": config.tells and config.caption_masking != "none"}
+        masked["reconstruct_ratio"] = config.reconstruct
+        expected = {
+            name: (not used or 0 < round(getattr(config, name) * patches) < patches, f"some but not all of {patches}")
+            for name, used in masked.items()
+        }
+        if config.reconstruct:
+            fits = width % config.image_decoder_heads == 0
+            expected["image_decoder_heads"] = (fits, f"a divisor of the image encoder's width {width}")
+        if config.masks == "attentive" and any(masked.values()):
+            fits = config.relevance == "projection" or width == config.text.width
+            expected["relevance"] = (fits, f"'projection' where widths differ ({width} and {config.text.width})")
+        check(config, expected)
 
     def _make_image_decoder(self) -> None:
         width, config = self.vision.width, self.config

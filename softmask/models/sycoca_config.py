@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from .attention import check_library
-from .config import MAX_TEMPERATURE, MIN_TEMPERATURE, VisionConfig, check, check_heads
+from .config import MAX_TEMPERATURE, VisionConfig, check, check_heads
+
+MAX_LOGIT_SCALE = 100.0
 
 
 @dataclass
@@ -24,6 +26,7 @@ class CausalTextConfig:
     def __post_init__(self) -> None:
         check_library(self.attention)
         check_heads(self.width, self.heads)
+        check(self, {name: (getattr(self, name) >= 1, "at least 1") for name in ("layers", "decoder_layers")})
 
 
 @dataclass
@@ -33,6 +36,9 @@ class SyCoCaWeights:
     itc: float = 1.0
     caption: float = 2.0
     tgmim: float = 1.0
+
+    def __post_init__(self) -> None:
+        check(self, {name: (weight >= 0, "a number >= 0") for name, weight in vars(self).items()})
 
 
 @dataclass
@@ -71,8 +77,8 @@ class SyCoCaConfig:
     def __post_init__(self) -> None:
         expected = {
             "temperature": (
-                MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE,
-                f"a number in [{MIN_TEMPERATURE}, {MAX_TEMPERATURE}]",
+                1 / MAX_LOGIT_SCALE <= self.temperature <= MAX_TEMPERATURE,
+                f"a number in [{1 / MAX_LOGIT_SCALE}, {MAX_TEMPERATURE}]",
             ),
             "pooler_queries": (self.pooler_queries >= 0, "at least 0"),
             "pooler_heads": (self.pooler_heads >= 1, "at least 1"),
