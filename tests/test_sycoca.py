@@ -231,3 +231,12 @@ def test_a_text_without_layers_is_refused(name: str) -> None:
         CausalTextConfig(**{name: 0})
     with pytest.raises(ValueError, match="caption: expected a number >= 0, got -1.0"):
         SyCoCaWeights(caption=-1.0)
+
+
+def test_a_patch_is_projected_as_if_it_alone_were_the_picture() -> None:
+    model = small_sycoca(pool="mean")
+    tokens, prefix = model.vision(small_batch(dtype=torch.float64).images), model.num_prefix_tokens
+    found = model.project_patches(tokens[:, prefix:])
+    for patch in (0, 7):
+        alone = torch.cat([tokens[:, :prefix], tokens[:, prefix + patch, None]], dim=1)
+        torch.testing.assert_close(found[:, patch], model.image_projection(model.vision.pool(alone)))
