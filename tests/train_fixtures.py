@@ -90,20 +90,19 @@ def _add(shard: tarfile.TarFile, name: str, content: bytes) -> None:
 def make_config(folder: Path, *overrides: str, data: Path | None = None) -> Config:
     """Configuration of a run in `folder`/run on the data of `folder`, which is made when it is not there."""
     data = data or folder / "train.tar"
-    if not data.exists():
-        write_shard(data)
-    path = folder / "base.yaml"
-    path.write_text(YAML.format(output=folder / "run", data=data), encoding="utf-8")
-    return load_config(path, overrides)
+    return _write_config(YAML, folder / "base.yaml", overrides, output=folder / "run", data=data)
 
 
 def make_sycoca_config(folder: Path, name: str, *overrides: str) -> Config:
     """SyCoCa's, of a run in `folder`/`name` on the data of `folder`; written to `folder`/`name`.yaml."""
     data = folder / "train.tar"
+    return _write_config(SYCOCA_YAML, folder / f"{name}.yaml", overrides, output=folder / name, data=data)
+
+
+def _write_config(template: str, path: Path, overrides: tuple[str, ...], *, output: Path, data: Path) -> Config:
     if not data.exists():
         write_shard(data)
-    path = folder / f"{name}.yaml"
-    path.write_text(SYCOCA_YAML.format(output=folder / name, data=data), encoding="utf-8")
+    path.write_text(template.format(output=output, data=data), encoding="utf-8")
     return load_config(path, overrides)
 
 

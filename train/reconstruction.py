@@ -51,9 +51,10 @@ def error_by_picture(scorer: Scorer, painted: Tensor, images: Tensor, hidden: Te
 
 
 def with_next(samples: Iterable[Sample]) -> Iterator[tuple[Sample, str]]:
-    """Each sample with the next one's caption, the last with the first's; two pictures are held at a time."""
+    """The first sample of each picture with the next picture's caption, the last with the first's; two are held at a
+    time."""
     first = last = None
-    for sample in samples:
+    for sample in each_picture_once(samples, {}):
         if last is None:
             first = sample.caption
         else:
@@ -67,8 +68,7 @@ def reconstruction(scorer: Scorer, samples: Iterable[Sample]) -> dict | None:
     """The metrics.json section: mean errors, and their gap with its 95 % interval over pictures; None where there are
     not two pictures with captions that differ."""
     gaps, rights = [], []
-    following = with_next(each_picture_once(samples, {}))
-    pairs = ((sample, other) for sample, other in following if other != sample.caption)
+    pairs = ((sample, other) for sample, other in with_next(samples) if other != sample.caption)
     for batch in batches(pairs, scorer.batch_size):
         one = repaint(scorer, [sample for sample, _ in batch], [other for _, other in batch])
         rights.append(one.right_error)

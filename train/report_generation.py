@@ -10,10 +10,10 @@ from PIL import Image
 from torch import Tensor
 
 from softmask.models import SyCoCaConfig
-from softmask.train.captioning import describe
+from softmask.train.captioning import write_captions
 from softmask.train.reconstruction import Repainted, repaint, with_next
 from softmask.train.report_pictures import data_uri, limited
-from softmask.train.scoring import Sample, Scorer, batches, each_picture_once
+from softmask.train.scoring import Sample, Scorer, batches
 
 SHOWN = 256  # pixels of a picture's longer side
 PATCH_VARIANCE_EPS = 1e-6  # of ops.masked_patch_loss
@@ -54,9 +54,10 @@ def generated(scorer: Scorer, samples: list[Sample], metrics: dict) -> Generated
     """Of each sample a caption and its reconstructions, where metrics.json has these sections."""
     found = Generated()
     if "captioning" in metrics:
-        texts, _ = describe(scorer, samples, beams=metrics["captioning"]["beams"])
-        for sample, text in zip(samples, texts, strict=True):
-            found.captions.append(Written(data_uri(limited(sample.picture, SHOWN)), text, sample.caption))
+        for batch in batches(samples, scorer.batch_size):
+            texts = write_captions(scorer, batch, beams=metrics["captioning"]["beams"])
+            for sample, text in zip(batch, texts, strict=True):
+                found.captions.append(Written(data_uri(limited(sample.picture, SHOWN)), text, sample.caption))
     if "reconstruction" in metrics:
         found.paintings, found.hidden = paintings(scorer, samples), hidden_patches(scorer.config.model)
     return found
@@ -70,7 +71,7 @@ def hidden_patches(model: SyCoCaConfig) -> str:
 
 def paintings(scorer: Scorer, samples: list[Sample]) -> list[Painting]:
     drawn = []
-    for batch in batches(with_next(each_picture_once(samples, {})), scorer.batch_size):
+    for batch in batches(with_next(samples), scorer.batch_size):
         ours, others = [sample for sample, _ in batch], [other for _, other in batch]
         one = repaint(scorer, ours, others)
         errors = zip(one.right_error.tolist(), one.wrong_error.tolist(), strict=True)

@@ -17,6 +17,11 @@ def at_least_fp32(values: Tensor) -> Tensor:
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
+def clamp_value(values: Tensor, *, most: float, least: float | None = None) -> Tensor:
+    """Clamped in value only: the gradient stays, so that a parameter that left the range can come back."""
+    return values + (values.clamp(least, most) - values).detach()
+
+
 class Embeddings(nn.Module):
     """input_ids [B, T] -> states [S, D] of the tokens that the packing names."""
 

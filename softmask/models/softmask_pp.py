@@ -17,7 +17,7 @@ from softmask import ops
 from softmask.data import Batch
 
 from .backbone import Backbone, Encoded
-from .bert import at_least_fp32, initialize
+from .bert import at_least_fp32, clamp_value, initialize
 from .config import MAX_TEMPERATURE, MIN_TEMPERATURE, SoftMaskPPConfig, SpecialIds
 from .fusion import CrossRecord
 from .maps import MapSource
@@ -130,9 +130,8 @@ class SoftMaskPP(nn.Module):
         return [*self.backbone.buffers(), *self.twin.buffers()]
 
     def _logit_scale(self) -> Tensor:
-        """1 / temperature, clamped in value only: a parameter that left the range can come back."""
-        clamped = self.temperature.clamp(MIN_TEMPERATURE, MAX_TEMPERATURE)
-        return 1.0 / (self.temperature + (clamped - self.temperature).detach())
+        """1 / temperature, within ALBEF's limits."""
+        return 1.0 / clamp_value(self.temperature, least=MIN_TEMPERATURE, most=MAX_TEMPERATURE)
 
     # -- encoders and the contrastive term ----------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from softmask import ops
 from softmask.data import Batch
 
-from .bert import at_least_fp32, initialize
+from .bert import at_least_fp32, clamp_value, initialize
 from .config import SpecialIds, check
 from .mlm import masked_token_loss
 from .packing import Packing, Wanted
@@ -157,9 +157,8 @@ class SyCoCa(Encoders):
             part.activation_checkpointing = enable
 
     def _scale(self) -> Tensor:
-        """1 / temperature, clamped in value only: a parameter that left the range can come back."""
-        scale = self.logit_scale.exp()
-        return scale + (scale.clamp(max=MAX_LOGIT_SCALE) - scale).detach()
+        """1 / temperature, within CoCa's limit."""
+        return clamp_value(self.logit_scale.exp(), most=MAX_LOGIT_SCALE)
 
     def _encode_text(self, batch: Batch) -> Texts:
         return self.read(batch.input_ids, Packing.of(batch.attention_mask, batch.num_tokens))
