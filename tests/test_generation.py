@@ -63,26 +63,64 @@ def test_a_step_reads_one_token(model, images: Tensor, monkeypatch: pytest.Monke
     assert set(lengths) == {1}
 
 
+@torch.no_grad()
+def all_captions(model, picture: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Every caption of up to two tokens behind [CLS]: ids [C, 3], their number of tokens [C], log-probability [C]."""
+    pairs = product(range(VOCABULARY), repeat=2)
+    captions = torch.tensor(
+        [(SPECIAL.cls, *pair) for pair in pairs if pair[0] != SPECIAL.sep or pair[1] == SPECIAL.pad]
+    )
+    log_p = log_probabilities(model, picture.expand(len(captions), -1, -1, -1), captions)
+    tokens = log_p[:, :-1].gather(-1, captions[:, 1:, None])[..., 0]  # [C, 2]
+    count = 3 - (captions[:, 1] == SPECIAL.sep).long()
+    return captions, count, tokens[:, 0] + tokens[:, 1] * (count - 2)
+
+
+@torch.no_grad()
 def test_beams_find_the_likeliest_caption(model, images: Tensor) -> None:
     """With as many beams as there are first tokens, the best of all captions of up to two tokens behind [CLS]."""
     got = generate_captions(model, images[:2], max_length=3, num_beams=VOCABULARY)
-    captions = torch.tensor([(SPECIAL.cls, *pair) for pair in product(range(VOCABULARY), repeat=2)])
     for picture, caption in zip(images[:2], got, strict=True):
-        log_p = log_probabilities(model, picture.expand(len(captions), -1, -1, -1), captions)
-        tokens = log_p[:, :-1].gather(-1, captions[:, 1:, None])[..., 0]  # [captions, 2]
-        ends = captions[:, 1] == SPECIAL.sep
-        score = torch.where(ends, tokens[:, 0], tokens.mean(1))
-        best = captions[score.argmax()]
-        best[2] = SPECIAL.pad if best[1] == SPECIAL.sep else best[2]
+        captions, count, log_p = all_captions(model, picture)
+        best = captions[(log_p / (count - 1)).argmax()]
         assert torch.equal(caption[: len(best)], best[: len(caption)])
 
 
-def test_pictures_of_a_batch_do_not_mix(model, images: Tensor) -> None:
-    together = generate_captions(model, images, max_length=8, num_beams=3)
+@torch.no_grad()
+def test_both_heads_choose_among_the_beams(model, images: Tensor) -> None:
+    """Of the captions that are likeliest by the mean of their tokens, the best by probability and similarity."""
+    options = {"max_length": 3, "num_beams": VOCABULARY}
+    got = generate_captions(model, images, **options, rerank=True)
+    assert not torch.equal(got, generate_captions(model, images, **options)), "nothing is chosen: nothing is tested"
+    for picture, caption in zip(images, got, strict=True):
+        captions, count, log_p = all_captions(model, picture)
+        kept = (log_p / (count - 1)).topk(VOCABULARY).indices
+        _, text = model.encode_text(captions[kept], torch.arange(3) < count[kept, None])
+        _, image = model.encode_image(picture[None])
+        best = captions[kept[(log_p[kept] + model.logit_scale.exp() * text @ image[0]).argmax()]]
+        assert torch.equal(caption[: len(best)], best[: len(caption)])
+
+
+@pytest.mark.parametrize("rerank", [False, True])
+def test_pictures_of_a_batch_do_not_mix(model, images: Tensor, rerank: bool) -> None:
+    options = {"max_length": 8, "num_beams": 3, "rerank": rerank}
+    together = generate_captions(model, images, **options)
     for row, picture in enumerate(images):
-        (alone,) = generate_captions(model, picture[None], max_length=8, num_beams=3)
+        (alone,) = generate_captions(model, picture[None], **options)
         assert torch.equal(together[row, : len(alone)], alone)
         assert (together[row, len(alone) :] == SPECIAL.pad).all()
+
+
+@pytest.mark.parametrize("rerank", [False, True])
+def test_behind_the_end_is_padding(images: Tensor, rerank: bool) -> None:
+    model = small_sycoca().eval()
+    with torch.no_grad():
+        model.caption_head.weight[SPECIAL.sep] *= 3.0  # so likely that captions end early
+    got = generate_captions(model, images, max_length=8, num_beams=3, rerank=rerank)
+    lengths = [row.tolist().index(SPECIAL.sep) + 1 if SPECIAL.sep in row else got.shape[1] for row in got]
+    assert min(lengths) < max(lengths) == got.shape[1]
+    for row, length in zip(got, lengths, strict=True):
+        assert (row[length:] == SPECIAL.pad).all()
 
 
 def test_samples_come_from_the_nucleus(model, images: Tensor) -> None:
@@ -95,6 +133,7 @@ def test_samples_come_from_the_nucleus(model, images: Tensor) -> None:
     assert size > 1
     least = generate_captions(model, images, max_length=8, top_p=1e-6)
     assert torch.equal(least, generate_captions(model, images, max_length=8))
+    assert torch.equal(least, generate_captions(model, images, max_length=8, rerank=True))  # of one beam
 
 
 @pytest.mark.parametrize(
@@ -104,6 +143,7 @@ def test_samples_come_from_the_nucleus(model, images: Tensor) -> None:
         ({"max_length": 17}, r"max_length: expected 2 to .* 16, got 17"),
         ({"max_length": 5, "num_beams": 0}, r"num_beams: expected at least 1, got 0"),
         ({"max_length": 5, "top_p": 1.5}, r"top_p: expected a number in \(0, 1\], got 1.5"),
+        ({"max_length": 5, "top_p": 0.5, "rerank": True}, r"rerank: expected beams, not draws, got top_p 0.5"),
     ],
 )
 def test_what_cannot_be_is_refused(model, images: Tensor, options: dict, message: str) -> None:

@@ -1,7 +1,9 @@
 """Generated captions against those people gave: CIDEr, BLEU-4, ROUGE-L and METEOR by pycocoevalcap.
 
-Beside the model stand two that write nothing themselves: a caption of the training set drawn at random, and the caption
-of the training picture that looks most alike to the image encoder.
+A model's caption is that one of its beams which both of its heads find best together (`rerank` of
+softmask/models/generation.py); what the beams give by themselves stands beside it. So do two that write nothing: a
+caption of the training set drawn at random, and the caption of the training picture that looks most alike to the image
+encoder.
 
 Captions are split into words by the PTB tokenizer, as COCO's server does, where there is Java, which METEOR needs too;
 else into runs of letters and digits. The result names which.
@@ -35,44 +37,61 @@ SIMILAR_AT_ONCE = 1024  # pictures whose similarities to all known ones stand in
 class CaptionOptions:
     """How captions are made and what they are compared with."""
 
-    beams: int = 6
+    beams: int = 24
     neighbours: int = 0  # training pictures that the nearest is sought among, spread evenly; 0: all
     seed: int = 0  # of the captions drawn at random
 
 
+@dataclass
+class Described:
+    """What a model says of pictures, in their order, and their normalized features [N, d]."""
+
+    chosen: list[str]
+    beams_alone: list[str]
+    features: Tensor
+
+
 def captioning(scorer: Scorer, samples: Iterable[Sample], training: Reader | None, options: CaptionOptions) -> dict:
-    """The metrics.json section: scores of the model and, where `training` is given, of both comparisons."""
+    """The metrics.json section: scores of the model, of its beams alone, and, of `training`, of both comparisons."""
     references: dict[int, list[str]] = {}
-    written, features = describe(scorer, each_picture_once(samples, references), beams=options.beams)
-    if not references:
-        raise DataError("no readable sample to caption")
+    described = describe(scorer, each_picture_once(samples, references), beams=options.beams)
     given = list(references.values())
     result = {"samples": len(given), "beams": options.beams, "tokenizer": "ptb" if has_java() else "words"}
-    result |= score(written, given)
+    result |= score(described.chosen, given)
+    if options.beams > 1:
+        result["beams_alone"] = score(described.beams_alone, given)
     if training is not None:
         numbers = chosen_numbers(len(training.source), options.neighbours)
         known, captions = known_pictures(scorer, training, numbers)
         result["neighbours"] = len(captions)
         drawn = Random(options.seed).choices(captions, k=len(given))
         result["random"] = score(drawn, given)
-        result["nearest"] = score(nearest(torch.cat(features), known, captions), given)
+        result["nearest"] = score(nearest(described.features, known, captions), given)
     return result
 
 
 @torch.no_grad()
-def describe(scorer: Scorer, samples: Iterable[Sample], *, beams: int) -> tuple[list[str], list[Tensor]]:
-    """What the model says of each picture, and their normalized features by batch, [B, d]; keeps no picture."""
-    written, features = [], []
+def describe(scorer: Scorer, samples: Iterable[Sample], *, beams: int) -> Described:
+    """Captions of all pictures; keeps none of the pictures.
+
+    Raises:
+        DataError: there is none.
+    """
+    chosen, alone, features = [], [], []
     for batch in tqdm(batches(samples, scorer.batch_size), desc="captioning", disable=None, leave=False):
-        written += write_captions(scorer, batch, beams=beams)
+        chosen += write_captions(scorer, batch, beams=beams)
+        alone += write_captions(scorer, batch, beams=beams, rerank=False)
         features.append(scorer.model.encode_image(pixels(scorer, batch))[1])
-    return written, features
+    if not features:
+        raise DataError("no readable sample to caption")
+    return Described(chosen, alone, torch.cat(features))
 
 
-def write_captions(scorer: Scorer, samples: Sequence[Sample], *, beams: int) -> list[str]:
+def write_captions(scorer: Scorer, samples: Sequence[Sample], *, beams: int, rerank: bool = True) -> list[str]:
     """Captions of one batch of pictures."""
     length = min(scorer.config.data.max_length, scorer.config.model.text.max_positions)
-    ids = generate_captions(scorer.model, pixels(scorer, samples), max_length=length, num_beams=beams)
+    images = pixels(scorer, samples)
+    ids = generate_captions(scorer.model, images, max_length=length, num_beams=beams, rerank=rerank)
     return scorer.tokenizer.decode(ids)
 
 

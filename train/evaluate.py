@@ -1,7 +1,7 @@
 """Retrieval, word grounding and, of SyCoCa, captions of a checkpoint on captioned shards, as one metrics.json.
 
     python train/evaluate.py CHECKPOINT --data 'data/test-*.tar' [--output metrics.json] [--pairs 256] [--rerank 16]
-                             [--training 'data/train-*.tar'] [--neighbours 0] [--beams 6] [--classes data/concepts.json]
+                             [--training 'data/train-*.tar'] [--neighbours 0] [--beams 24] [--classes FILE]
 
 CHECKPOINT is a run's folder (its newest complete checkpoint) or one step_... folder. `--data` is a glob or brace
 pattern of WebDataset shards, or a JSON list, whose paths are relative to the run's `data.image_root`, or to its folder
@@ -18,8 +18,8 @@ starting with the zeros) of the stored picture's [height, width]:
     {"caption": "a dodo above a red apple",
      "objects": [{"phrase": "red apple", "span": [15, 24], "mask": {"size": [256, 256], "counts": [1200, 31, ...]}}]}
 
-SyCoCa has no word maps; it writes a caption of each picture of the first `--pairs` samples by beam search, scored
-against the true ones beside captions of `--training`, and paints hidden patches again (train/captioning.py,
+SyCoCa has no word maps; it writes a caption of each picture of the first `--pairs` samples, the best of its beams,
+scored against the true ones beside captions of `--training`, and paints hidden patches again (train/captioning.py,
 train/reconstruction.py).
 Zero-shot classification takes `--classes`, by default the concepts.json beside the data (train/zero_shot.py).
 
@@ -211,10 +211,11 @@ def generation_summary(result: dict) -> list[str]:
     if "captioning" in result:
         section = result["captioning"]
         lines.append(f"captions of {section['samples']} pictures, CIDEr / BLEU-4 / ROUGE-L:")
-        for name, scores in {"model": section, **{key: section.get(key) for key in ("nearest", "random")}}.items():
+        others = {key.replace("_", " "): section.get(key) for key in ("beams_alone", "nearest", "random")}
+        for name, scores in {"model": section, **others}.items():
             if scores:
                 shares = " / ".join(f"{100 * scores[key]:5.1f}" for key in ("cider", "bleu4", "rouge_l"))
-                lines.append(f"  {name:8s} {shares}")
+                lines.append(f"  {name:11s} {shares}")
     if "reconstruction" in result:
         section = result["reconstruction"]
         interval = f"{section['gap']:.4f} [{section['low']:.4f}, {section['high']:.4f}]"
@@ -251,7 +252,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--neighbours", type=count, default=0, help="how many of them may be the nearest; 0: all (default)"
     )
-    parser.add_argument("--beams", type=positive, default=6, help="of the search for captions (default 6)")
+    parser.add_argument("--beams", type=positive, default=24, help="of the search for captions (default 24)")
     parser.add_argument("--classes", type=Path, help="JSON list for zero-shot classification")
     parser.add_argument("--batch-size", type=positive, default=64)
     return parser.parse_args(argv)

@@ -156,12 +156,17 @@ def _painted_row(one: Painting) -> str:
 
 
 def caption_table(captioning: dict) -> str:
-    """Scores of the model and of the two comparisons, where they were made."""
+    """Scores of the model, of its beams alone and of the two comparisons, where they were made."""
     scores = [("cider", "CIDEr"), ("bleu4", "BLEU-4"), ("rouge_l", "ROUGE-L"), ("meteor", "METEOR")]
     scores = [(key, name) for key, name in scores if key in captioning]
     nearest = f"Nearest of {captioning.get('neighbours', 0):,} training pictures'"
-    rows = {"Generated": captioning, nearest: captioning.get("nearest")}
-    rows["A training caption at random"] = captioning.get("random")
+    beams, alone = f"{captioning['beams']} beams", captioning.get("beams_alone")
+    rows = {
+        f"Best of {beams} by both heads" if alone else "Generated": captioning,
+        f"Likeliest of {beams}": alone,
+        nearest: captioning.get("nearest"),
+        "A training caption at random": captioning.get("random"),
+    }
     head = "".join(f'<th scope="col">{name}</th>' for _, name in scores)
     body = "".join(
         f'<tr><th scope="row">{name}</th>{"".join(f"<td>{100 * row[key]:.1f}</td>" for key, _ in scores)}</tr>'

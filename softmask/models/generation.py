@@ -22,16 +22,55 @@ from .transformer import Attention, Block
 
 @torch.no_grad()
 def generate_captions(
-    model: SyCoCa, images: Tensor, *, max_length: int, num_beams: int = 1, top_p: float | None = None
+    model: SyCoCa,
+    images: Tensor,
+    *,
+    max_length: int,
+    num_beams: int = 1,
+    top_p: float | None = None,
+    rerank: bool = False,
 ) -> Tensor:
     """images [B, 3, S, S] -> token ids [B, T <= max_length] from [CLS] to [SEP], [PAD] behind.
 
     The likeliest token each time; with `num_beams` > 1 beam search, by the mean log-probability of a token; with
     `top_p` a draw from the likeliest tokens that together have that probability, by torch's random numbers.
 
+    With `rerank` both heads choose among the captions that the beams end with, the one with the largest
+
+        log p(caption | picture) + logit_scale * <image feature, text feature>.
+
     Raises:
-        ValueError: max_length is not from 2 to text.max_positions, num_beams < 1, or top_p is not in (0, 1].
+        ValueError: max_length is not from 2 to text.max_positions, num_beams < 1, top_p is not in (0, 1], or given
+            with rerank.
     """
+    _check_options(model, max_length=max_length, num_beams=num_beams, top_p=top_p, rerank=rerank)
+    special = model.special_ids
+    options = GenerationConfig(
+        max_length=max_length,
+        num_beams=num_beams,
+        num_return_sequences=num_beams if rerank else 1,
+        do_sample=top_p is not None,
+        top_p=top_p,
+        top_k=0 if top_p is not None else None,
+        bos_token_id=special.cls,
+        eos_token_id=special.sep,
+        pad_token_id=special.pad,
+        output_scores=rerank,
+        return_dict_in_generate=True,
+    )
+    generator = CaptionGenerator(model)
+    start = torch.full((len(images), 1), special.cls, device=images.device)
+    with evaluating(model):
+        pooled, tokens = model.pool(model.vision(images))
+        found = generator.generate(start, generation_config=options, pictures=generator.read(tokens))
+        captions = found.sequences
+        if rerank and num_beams > 1:
+            captions = _best_of_beams(model, model.image_feature(pooled), captions, found.sequences_scores)
+    mask = _up_to(special.sep, captions)
+    return captions.where(mask, special.pad)[:, mask.any(dim=0)]  # transformers pads with [SEP] where [PAD] is 0
+
+
+def _check_options(model: SyCoCa, *, max_length: int, num_beams: int, top_p: float | None, rerank: bool) -> None:
     most = model.config.text.max_positions
     if not 2 <= max_length <= most:
         raise ValueError(f"max_length: expected 2 to text.max_positions = {most}, got {max_length}")
@@ -39,21 +78,24 @@ def generate_captions(
         raise ValueError(f"num_beams: expected at least 1, got {num_beams}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p: expected a number in (0, 1], got {top_p}")
-    special = model.special_ids
-    options = GenerationConfig(
-        max_length=max_length,
-        num_beams=num_beams,
-        do_sample=top_p is not None,
-        top_p=top_p,
-        top_k=0 if top_p is not None else None,
-        bos_token_id=special.cls,
-        eos_token_id=special.sep,
-        pad_token_id=special.pad,
-    )
-    generator = CaptionGenerator(model)
-    start = torch.full((len(images), 1), special.cls, device=images.device)
-    with evaluating(model):
-        return generator.generate(start, generation_config=options, pictures=generator.read(images))
+    if rerank and top_p is not None:
+        raise ValueError(f"rerank: expected beams, not draws, got top_p {top_p}")
+
+
+def _best_of_beams(model: SyCoCa, pictures: Tensor, captions: Tensor, mean_log_prob: Tensor) -> Tensor:
+    """pictures [B, d] normalized; captions [B * N, T], mean_log_prob [B * N] over the tokens behind [CLS] -> [B, T]."""
+    mask = _up_to(model.special_ids.sep, captions)
+    _, texts = model.encode_text(captions, mask)
+    log_prob = (mean_log_prob * (mask.sum(dim=1) - 1)).view(len(pictures), -1)  # [B, N]
+    similarity = torch.einsum("bd,bnd->bn", pictures, texts.unflatten(0, log_prob.shape))
+    best = (log_prob + model.scale() * similarity).argmax(dim=1)
+    return captions.unflatten(0, log_prob.shape)[torch.arange(len(best), device=best.device), best]
+
+
+def _up_to(token: int, captions: Tensor) -> Tensor:
+    """Which of captions [N, T] stand up to the first `token`, bool [N, T]; all where there is none."""
+    ends = captions == token
+    return ends.cumsum(dim=1) - ends.long() == 0
 
 
 @contextmanager
@@ -81,9 +123,8 @@ class CaptionGenerator(PreTrainedModel, GenerationMixin):
         )
         self.sycoca = model
 
-    def read(self, images: Tensor) -> Tensor:
-        """images -> keys and values of the decoder's layers, [B, layers, 2, H, P, E]."""
-        _, tokens = self.sycoca.pool(self.sycoca.vision(images))
+    def read(self, tokens: Tensor) -> Tensor:
+        """The image tokens [B, P, D] -> keys and values of the decoder's layers, [B, layers, 2, H, P, E]."""
         layers = []
         for block in self.sycoca.caption_decoder.cross:
             attention = block.attention

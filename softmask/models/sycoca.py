@@ -119,7 +119,7 @@ class SyCoCa(Encoders):
         image = self.vision(batch.images)
         texts = self._encode_text(batch)
         pooled, readable = self.pool(image)
-        scale = self._scale()
+        scale = self.scale()
         teachers = self._teachers(batch, texts.packing)
         losses = {"itc": self._contrastive(self.image_feature(pooled), texts.feature, scale, teachers)}
         masks = self._masks(image, texts)
@@ -156,8 +156,8 @@ class SyCoCa(Encoders):
         for part in [self.text, self.caption_decoder, *painters]:
             part.activation_checkpointing = enable
 
-    def _scale(self) -> Tensor:
-        """1 / temperature, within CoCa's limit."""
+    def scale(self) -> Tensor:
+        """1 / temperature of the contrastive loss, within CoCa's limit."""
         return clamp_value(self.logit_scale.exp(), most=MAX_LOGIT_SCALE)
 
     def _encode_text(self, batch: Batch) -> Texts:
