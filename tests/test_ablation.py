@@ -215,11 +215,25 @@ def line_of(text: str, title: str) -> list[str]:
 
 def test_table_has_mean_spread_and_unfinished_rows() -> None:
     text = render([sycoca_results({"itc": [0.1, 0.2], "coca": [0.3]})])
-    assert line_of(text, "ITC")[2:] == ["2", "15.0 ± 7.1", "15.0 ± 7.1", "13.5 / 14.8"]
-    assert line_of(text, "CoCa (ITC + IC)")[2:] == ["1 of 2, not finished", "30.0", "30.0", "16.1 / 16.0"]
-    assert line_of(text, "SyCoCa")[2:] == ["0 of 2, not finished", "", "", "18.3 / 18.4"]
+    assert line_of(text, "ITC")[2:] == ["2", "15.0 ± 7.1", "15.0 ± 7.1", "", "", "13.5 / 14.8"]
+    assert line_of(text, "CoCa (ITC + IC)")[2:] == ["1 of 2, not finished", "30.0", "30.0", "", "", "16.1 / 16.0"]
+    assert line_of(text, "SyCoCa")[2:] == ["0 of 2, not finished", "", "", "", "", "18.3 / 18.4"]
     assert "`sycoca_demo.yaml`, 700 steps; retrieval among 256 pictures." in text
     assert "\n20 of 20 comparisons wait for rows that are not finished.\n" in text
+
+
+def test_figures_beside_the_papers_are_of_the_rows_that_have_them() -> None:
+    results = sycoca_results({"itc": [0.1, 0.2], "coca": [0.3, 0.3], "sycoca": [0.3, 0.3]})
+    for row in ("coca", "sycoca"):
+        for metrics, cider in zip(results.metrics[row], (1.0, 1.2), strict=True):
+            metrics["captioning"] = {"cider": cider}
+    for metrics in results.metrics["sycoca"]:
+        metrics["reconstruction"] = {"gap": 0.05}
+    text = render([results])
+    assert line_of(text, "ITC")[5:7] == ["", ""]
+    assert line_of(text, "CoCa (ITC + IC)")[5:7] == ["110.0 ± 14.1", ""]
+    assert line_of(text, "SyCoCa")[5:7] == ["110.0 ± 14.1", "5.0 ± 0.0"]
+    assert line_of(text, "row")[3:] == ["mTR", "mIR", "CIDEr", "gap", "paper: mTR / mIR"]
 
 
 def test_softmasks_figures_come_from_their_sections() -> None:

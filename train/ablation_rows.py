@@ -7,7 +7,7 @@ change of the demo cannot move a row.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import permutations
 from pathlib import Path
 from statistics import fmean
@@ -40,6 +40,7 @@ class Study:
     figures: dict[str, Callable[[dict], float]]  # title -> share, read from metrics.json
     order: dict[str, Pairs]
     order_name: str  # in a sentence
+    beside: dict[str, Callable[[dict], float | None]] = field(default_factory=dict)  # no order expected; None: has none
 
 
 def mean_recall(way: str) -> Callable[[dict], float]:
@@ -50,6 +51,11 @@ def mean_recall(way: str) -> Callable[[dict], float]:
 def reranked(way: str) -> Callable[[dict], float]:
     """R@1 after re-ranking by ITM."""
     return lambda metrics: metrics["retrieval"]["itm"][way]["r1"]
+
+
+def section_figure(section: str, key: str) -> Callable[[dict], float | None]:
+    """A figure of a section that not every row has."""
+    return lambda metrics: metrics.get(section, {}).get(key)
 
 
 def published_order(rows: tuple[Row, ...], figures: dict[str, Callable[[dict], float]]) -> dict[str, Pairs]:
@@ -143,13 +149,15 @@ STUDIES = (
             "CoCa is trained without a pooler. The paper's rows are read so: with attentive masking on IC the caption "
             "is told from the patches that it speaks of; TG-MIM with random masks paints random patches again, and the "
             "caption is told from the whole picture. The paper's figures are of zero-shot retrieval on COCO after "
-            "training on CC3M."
+            "training on CC3M. CIDEr is of the captions that the model writes, the gap how much larger the error of "
+            "hidden patches is when they are painted by another picture's caption, both times 100."
         ),
         config=CONFIGS / "sycoca_demo.yaml",
         rows=SYCOCA_ROWS,
         figures=MEAN_RECALLS,
         order=published_order(SYCOCA_ROWS, MEAN_RECALLS),
         order_name="the paper's order",
+        beside={"CIDEr": section_figure("captioning", "cider"), "gap": section_figure("reconstruction", "gap")},
     ),
     Study(
         method="softmask_pp",

@@ -36,7 +36,8 @@ class Results:
     metrics: dict[str, list[dict]]  # name of a row -> metrics.json of its finished seeds
 
     def shares(self, row: str, figure: str) -> list[float]:
-        return [self.study.figures[figure](metrics) for metrics in self.metrics[row]]
+        read = (self.study.figures | self.study.beside)[figure]
+        return [share for metrics in self.metrics[row] if (share := read(metrics)) is not None]
 
     def is_finished(self, row: str) -> bool:
         return len(self.metrics[row]) == self.seeds
@@ -90,7 +91,8 @@ def gallery(results: Results) -> int | None:
 def table(results: Results) -> str:
     study = results.study
     has_published = any(row.published for row in study.rows)
-    heads = ["row", "settings", "seeds", *study.figures, *(["paper: " + " / ".join(study.figures)] * has_published)]
+    heads = ["row", "settings", "seeds", *study.figures, *study.beside]
+    heads += ["paper: " + " / ".join(study.figures)] * has_published
     lines = [_line(heads), "|" + "---|" * len(heads)]
     for row in study.rows:
         settings = " ".join(f"`{override}`" for override in row.overrides)
@@ -106,7 +108,7 @@ def seeds_cell(results: Results, row: Row) -> str:
 
 
 def figure_cells(results: Results, row: Row) -> Iterator[str]:
-    for figure in results.study.figures:
+    for figure in (*results.study.figures, *results.study.beside):
         shares = results.shares(row.name, figure)
         spread = f" ± {100 * stdev(shares):.1f}" if len(shares) > 1 else ""
         yield f"{100 * fmean(shares):.1f}{spread}" if shares else ""
