@@ -155,14 +155,15 @@ def test_a_stopped_run_goes_on_and_the_error_names_it(tmp_path: Path) -> None:
     assert fake.calls == ["pretrain", "pretrain", "evaluate"]
 
 
-def test_evaluation_alone_is_repeated_where_metrics_are_missing_or_of_another_step(tmp_path: Path) -> None:
+def test_evaluation_alone_is_repeated_where_metrics_are_missing_or_of_another_kind(tmp_path: Path) -> None:
     run, fake = one_run(tmp_path), Fake()
     carry_out(run, test_data=ablation.TEST_DATA, start=fake)
     (run.folder / "metrics.json").unlink()
     assert carry_out(run, test_data=ablation.TEST_DATA, start=fake)
-    (run.folder / "metrics.json").write_text(json.dumps(made_metrics(steps=250)))
-    assert carry_out(run, test_data=ablation.TEST_DATA, start=fake)
-    assert fake.calls == ["pretrain", "evaluate", "evaluate", "evaluate"]
+    for other in (made_metrics(steps=250), made_metrics() | {"captioning": {"beams": 6}}):
+        (run.folder / "metrics.json").write_text(json.dumps(other))
+        assert carry_out(run, test_data=ablation.TEST_DATA, start=fake)
+    assert fake.calls == ["pretrain", "evaluate", "evaluate", "evaluate", "evaluate"]
     with pytest.raises(AblationError, match=f"seed_0: evaluation left no metrics.json of step {STEPS} on other.tar"):
         carry_out(run, test_data="other.tar", start=fake)
 

@@ -10,7 +10,7 @@ import torch
 from model_fixtures import COCA, POOLED, SPECIAL, VOCABULARY, small_batch, small_sycoca
 from torch import Tensor
 
-from softmask.models.generation import CaptionGenerator, generate_captions
+from softmask.models.generation import CaptionGenerator, generate_captions, search_captions
 from softmask.models.packing import Packing
 
 
@@ -111,12 +111,45 @@ def test_pictures_of_a_batch_do_not_mix(model, images: Tensor, rerank: bool) -> 
         assert (together[row, len(alone) :] == SPECIAL.pad).all()
 
 
-@pytest.mark.parametrize("rerank", [False, True])
-def test_behind_the_end_is_padding(images: Tensor, rerank: bool) -> None:
+@pytest.fixture(scope="module")
+def short_spoken():
+    """[SEP] is so likely that captions end early."""
     model = small_sycoca().eval()
     with torch.no_grad():
-        model.caption_head.weight[SPECIAL.sep] *= 3.0  # so likely that captions end early
-    got = generate_captions(model, images, max_length=8, num_beams=3, rerank=rerank)
+        model.caption_head.weight[SPECIAL.sep] *= 3.0
+    return model
+
+
+@torch.no_grad()
+def test_beams_of_several_lengths_come_with_both_heads_opinions(short_spoken, images: Tensor) -> None:
+    beams = search_captions(short_spoken, images, max_length=8, num_beams=4)
+    captions = beams.captions.flatten(0, 1)
+    ends = captions == SPECIAL.sep
+    count = torch.where(ends.any(1), ends.long().argmax(1) + 1, captions.shape[1])
+    assert len(set(count.tolist())) > 2
+    mask = torch.arange(captions.shape[1]) < count[:, None]
+    pictures = images.repeat_interleave(4, 0)
+    log_p = log_probabilities(short_spoken, pictures, captions)[:, :-1].gather(-1, captions[:, 1:, None])[..., 0]
+    expected = (log_p * mask[:, 1:]).sum(1).view(-1, 4)
+    torch.testing.assert_close(beams.log_prob, expected.float())  # transformers adds up in fp32
+    _, texts = short_spoken.encode_text(captions, mask)
+    similarity = (texts * short_spoken.encode_image(pictures)[1]).sum(1).view(-1, 4)
+    torch.testing.assert_close(beams.similarity, short_spoken.logit_scale.exp() * similarity)
+    mean = beams.log_prob / (count.view(-1, 4) - 1)
+    assert (mean.diff(dim=1) <= 1e-6).all()
+    options = {"max_length": 8, "num_beams": 4}
+    for rerank, number in (
+        (False, torch.zeros(len(images), dtype=torch.long)),
+        (True, (expected + beams.similarity).argmax(1)),
+    ):
+        got = generate_captions(short_spoken, images, **options, rerank=rerank)
+        chosen = beams.captions[torch.arange(len(images)), number]
+        assert torch.equal(got, chosen[:, : got.shape[1]]) and (chosen[:, got.shape[1] :] == SPECIAL.pad).all()
+
+
+@pytest.mark.parametrize("rerank", [False, True])
+def test_behind_the_end_is_padding(short_spoken, images: Tensor, rerank: bool) -> None:
+    got = generate_captions(short_spoken, images, max_length=8, num_beams=3, rerank=rerank)
     lengths = [row.tolist().index(SPECIAL.sep) + 1 if SPECIAL.sep in row else got.shape[1] for row in got]
     assert min(lengths) < max(lengths) == got.shape[1]
     for row, length in zip(got, lengths, strict=True):
@@ -149,6 +182,11 @@ def test_samples_come_from_the_nucleus(model, images: Tensor) -> None:
 def test_what_cannot_be_is_refused(model, images: Tensor, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         generate_captions(model, images, **options)
+
+
+def test_one_beam_leaves_no_choice(model, images: Tensor) -> None:
+    with pytest.raises(ValueError, match="num_beams: expected at least 2, got 1"):
+        search_captions(model, images, max_length=5, num_beams=1)
 
 
 def test_a_model_in_training_stays_as_it_is(model, images: Tensor) -> None:

@@ -88,7 +88,7 @@ def test_training_reads_captions_as_evaluation_does() -> None:
 def test_a_temperature_beyond_the_limit_can_come_back(inverse: float) -> None:
     model = small_sycoca()
     model.logit_scale.data.fill_(inverse).log_()
-    scale = model._scale()
+    scale = model.scale()
     torch.testing.assert_close(scale.detach(), torch.tensor(min(inverse, 100.0), dtype=torch.float64))
     scale.backward()
     assert model.logit_scale.grad > 0

@@ -108,11 +108,13 @@ def test_the_report_shows_captions_and_paintings(run: Config) -> None:
 def test_captions_do_not_depend_on_the_batch_size(run: Config) -> None:
     scorer = evaluate.load_scorer(find_checkpoint(run.output), batch_size=5)
     samples = list(scoring.Reader(open_source(run.data.train)).read(range(12)))
-    few = captioning.describe(scorer, samples, beams=2)
+    written, features = captioning.describe(scorer, samples, beams=2)
     scorer.batch_size = 12
-    once = captioning.describe(scorer, samples, beams=2)
-    assert (few.chosen, few.beams_alone) == (once.chosen, once.beams_alone)
-    torch.testing.assert_close(few.features, once.features)
+    again, once = captioning.describe(scorer, samples, beams=2)
+    assert written == again and len(written.chosen) == len(written.beams_alone) == 12
+    torch.testing.assert_close(features, once)
+    greedy, _ = captioning.describe(scorer, samples, beams=1)
+    assert len(greedy.chosen) == 12 and greedy.beams_alone == []
     shown = reconstruction.repaint(scorer, samples[:3], [sample.caption for sample in samples[1:4]])
     whole = report_generation.to_patches(shown.images, scorer.model.patch_size)
     back = report_generation.from_patches(whole, scorer.model.patch_size, scorer.model.patch_grid)

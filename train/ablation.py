@@ -20,6 +20,7 @@ from pathlib import Path
 
 from softmask.train import ablation_table
 from softmask.train.ablation_rows import STUDIES, AblationError, Row, Study
+from softmask.train.captioning import CaptionOptions
 from softmask.train.checkpoint import CheckpointError, read_json
 from softmask.train.config import Config, ConfigError, flatten, load_config
 from softmask.train.engine import free_port
@@ -134,8 +135,10 @@ def finished_metrics(run: Run, *, test_data: str) -> dict | None:
     if not is_trained(run) or not path.is_file():
         return None
     metrics = read_json(path)
+    beams = CaptionOptions().beams
     measured = metrics["training"]["steps"], metrics["evaluation"]["data"]
-    return metrics if measured == (run.config.train.steps, test_data) else None
+    measured += (metrics.get("captioning", {}).get("beams", beams),)
+    return metrics if measured == (run.config.train.steps, test_data, beams) else None
 
 
 def launcher() -> list[str]:

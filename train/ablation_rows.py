@@ -149,8 +149,9 @@ STUDIES = (
             "CoCa is trained without a pooler. The paper's rows are read so: with attentive masking on IC the caption "
             "is told from the patches that it speaks of; TG-MIM with random masks paints random patches again, and the "
             "caption is told from the whole picture. The paper's figures are of zero-shot retrieval on COCO after "
-            "training on CC3M. CIDEr is of the captions that the model writes, the gap how much larger the error of "
-            "hidden patches is when they are painted by another picture's caption, both times 100."
+            "training on CC3M. CIDEr is of the captions that the model writes, chosen by both heads as in evaluation; "
+            "the gap is how much larger the error of hidden patches is when they are painted by another picture's "
+            "caption; both times 100."
         ),
         config=CONFIGS / "sycoca_demo.yaml",
         rows=SYCOCA_ROWS,

@@ -16,7 +16,7 @@ import io
 import re
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from random import Random
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from softmask.data import DataError
-from softmask.models.generation import generate_captions
+from softmask.models.generation import generate_captions, search_captions
 from softmask.train.scoring import Reader, Sample, Scorer, batches, each_picture_once, pixels
 
 Words = dict[int, list[str]]
@@ -43,56 +43,63 @@ class CaptionOptions:
 
 
 @dataclass
-class Described:
-    """What a model says of pictures, in their order, and their normalized features [N, d]."""
+class Captions:
+    """Of pictures, in their order: the best of their beams by both heads, and the best by the decoder alone."""
 
-    chosen: list[str]
-    beams_alone: list[str]
-    features: Tensor
+    chosen: list[str] = field(default_factory=list)
+    beams_alone: list[str] = field(default_factory=list)
 
 
 def captioning(scorer: Scorer, samples: Iterable[Sample], training: Reader | None, options: CaptionOptions) -> dict:
-    """The metrics.json section: scores of the model, of its beams alone, and, of `training`, of both comparisons."""
+    """The metrics.json section: scores of the model, of its beams alone and, with `training`, of both comparisons."""
     references: dict[int, list[str]] = {}
-    described = describe(scorer, each_picture_once(samples, references), beams=options.beams)
+    written, features = describe(scorer, each_picture_once(samples, references), beams=options.beams)
     given = list(references.values())
     result = {"samples": len(given), "beams": options.beams, "tokenizer": "ptb" if has_java() else "words"}
-    result |= score(described.chosen, given)
+    result |= score(written.chosen, given)
     if options.beams > 1:
-        result["beams_alone"] = score(described.beams_alone, given)
+        result["beams_alone"] = score(written.beams_alone, given)
     if training is not None:
         numbers = chosen_numbers(len(training.source), options.neighbours)
         known, captions = known_pictures(scorer, training, numbers)
         result["neighbours"] = len(captions)
         drawn = Random(options.seed).choices(captions, k=len(given))
         result["random"] = score(drawn, given)
-        result["nearest"] = score(nearest(described.features, known, captions), given)
+        result["nearest"] = score(nearest(features, known, captions), given)
     return result
 
 
 @torch.no_grad()
-def describe(scorer: Scorer, samples: Iterable[Sample], *, beams: int) -> Described:
-    """Captions of all pictures; keeps none of the pictures.
+def describe(scorer: Scorer, samples: Iterable[Sample], *, beams: int) -> tuple[Captions, Tensor]:
+    """Captions of all pictures and their normalized features [N, d]; keeps none of the pictures.
 
     Raises:
         DataError: there is none.
     """
-    chosen, alone, features = [], [], []
+    written, features = Captions(), []
     for batch in tqdm(batches(samples, scorer.batch_size), desc="captioning", disable=None, leave=False):
-        chosen += write_captions(scorer, batch, beams=beams)
-        alone += write_captions(scorer, batch, beams=beams, rerank=False)
+        captions = write_captions(scorer, batch, beams=beams)
+        written.chosen += captions.chosen
+        written.beams_alone += captions.beams_alone
         features.append(scorer.model.encode_image(pixels(scorer, batch))[1])
     if not features:
         raise DataError("no readable sample to caption")
-    return Described(chosen, alone, torch.cat(features))
+    return written, torch.cat(features)
 
 
-def write_captions(scorer: Scorer, samples: Sequence[Sample], *, beams: int, rerank: bool = True) -> list[str]:
-    """Captions of one batch of pictures."""
-    length = min(scorer.config.data.max_length, scorer.config.model.text.max_positions)
-    images = pixels(scorer, samples)
-    ids = generate_captions(scorer.model, images, max_length=length, num_beams=beams, rerank=rerank)
-    return scorer.tokenizer.decode(ids)
+def write_captions(scorer: Scorer, samples: Sequence[Sample], *, beams: int) -> Captions:
+    """Captions of pictures, so few at a time that their beams make no more than a batch. One beam: no choice."""
+    options = {"max_length": min(scorer.config.data.max_length, scorer.config.model.text.max_positions)}
+    written = Captions()
+    for some in batches(samples, max(1, scorer.batch_size // beams)):
+        images = pixels(scorer, some)
+        if beams == 1:
+            written.chosen += scorer.tokenizer.decode(generate_captions(scorer.model, images, **options))
+            continue
+        found = search_captions(scorer.model, images, num_beams=beams, **options)
+        written.chosen += scorer.tokenizer.decode(found.best())
+        written.beams_alone += scorer.tokenizer.decode(found.captions[:, 0])
+    return written
 
 
 # -- comparisons -----------------------------------------------------------------------------------

@@ -55,8 +55,8 @@ def generated(scorer: Scorer, samples: list[Sample], metrics: dict) -> Generated
     found = Generated()
     if "captioning" in metrics:
         for batch in batches(samples, scorer.batch_size):
-            texts = write_captions(scorer, batch, beams=metrics["captioning"]["beams"])
-            for sample, text in zip(batch, texts, strict=True):
+            captions = write_captions(scorer, batch, beams=metrics["captioning"]["beams"])
+            for sample, text in zip(batch, captions.chosen, strict=True):
                 found.captions.append(Written(data_uri(limited(sample.picture, SHOWN)), text, sample.caption))
     if "reconstruction" in metrics:
         found.paintings, found.hidden = paintings(scorer, samples), hidden_patches(scorer.config.model)
@@ -163,7 +163,7 @@ def caption_table(captioning: dict) -> str:
     beams, alone = f"{captioning['beams']} beams", captioning.get("beams_alone")
     rows = {
         f"Best of {beams} by both heads" if alone else "Generated": captioning,
-        f"Likeliest of {beams}": alone,
+        f"Best of {beams} by the caption decoder": alone,
         nearest: captioning.get("nearest"),
         "A training caption at random": captioning.get("random"),
     }

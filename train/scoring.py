@@ -51,7 +51,7 @@ class Scorer:
         model: in evaluation mode, on `device`.
         tokenizer: captions -> TokenBatch.
         config: the run's; its `data:` section holds image size, normalization and max_length.
-        batch_size: pictures, captions or pairs at a time.
+        batch_size: pictures, captions, beams or pairs at a time.
     """
 
     model: Model

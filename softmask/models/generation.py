@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +16,24 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import ModelOutput
 
 from .sycoca import SyCoCa
 from .transformer import Attention, Block
+
+
+@dataclass(frozen=True)
+class Beams:
+    """The N captions of each picture that a beam search ends with, the best by the mean of its tokens first."""
+
+    captions: Tensor  # [B, N, T] token ids, as of `generate_captions`
+    log_prob: Tensor  # [B, N] of the caption given the picture; cut at max_length: of what there is
+    similarity: Tensor  # [B, N] logit_scale * <image feature, text feature>
+
+    def best(self) -> Tensor:
+        """[B, T], the caption with the largest log_prob + similarity: what both heads agree on."""
+        best = (self.log_prob + self.similarity).argmax(dim=1)
+        return self.captions[torch.arange(len(best), device=best.device), best]
 
 
 @torch.no_grad()
@@ -35,67 +51,84 @@ def generate_captions(
     The likeliest token each time; with `num_beams` > 1 beam search, by the mean log-probability of a token; with
     `top_p` a draw from the likeliest tokens that together have that probability, by torch's random numbers.
 
-    With `rerank` both heads choose among the captions that the beams end with, the one with the largest
+    With `rerank` both heads choose among the beams: the caption with the largest
 
-        log p(caption | picture) + logit_scale * <image feature, text feature>.
+        log p(caption | picture) + logit_scale * <image feature, text feature>;
+
+    of one beam there is nothing to choose.
 
     Raises:
         ValueError: max_length is not from 2 to text.max_positions, num_beams < 1, top_p is not in (0, 1], or given
             with rerank.
     """
-    _check_options(model, max_length=max_length, num_beams=num_beams, top_p=top_p, rerank=rerank)
-    special = model.special_ids
-    options = GenerationConfig(
-        max_length=max_length,
-        num_beams=num_beams,
-        num_return_sequences=num_beams if rerank else 1,
-        do_sample=top_p is not None,
-        top_p=top_p,
-        top_k=0 if top_p is not None else None,
-        bos_token_id=special.cls,
-        eos_token_id=special.sep,
-        pad_token_id=special.pad,
-        output_scores=rerank,
-        return_dict_in_generate=True,
-    )
-    generator = CaptionGenerator(model)
-    start = torch.full((len(images), 1), special.cls, device=images.device)
-    with evaluating(model):
-        pooled, tokens = model.pool(model.vision(images))
-        found = generator.generate(start, generation_config=options, pictures=generator.read(tokens))
-        captions = found.sequences
-        if rerank and num_beams > 1:
-            captions = _best_of_beams(model, model.image_feature(pooled), captions, found.sequences_scores)
-    mask = _up_to(special.sep, captions)
-    return captions.where(mask, special.pad)[:, mask.any(dim=0)]  # transformers pads with [SEP] where [PAD] is 0
-
-
-def _check_options(model: SyCoCa, *, max_length: int, num_beams: int, top_p: float | None, rerank: bool) -> None:
-    most = model.config.text.max_positions
-    if not 2 <= max_length <= most:
-        raise ValueError(f"max_length: expected 2 to text.max_positions = {most}, got {max_length}")
-    if num_beams < 1:
-        raise ValueError(f"num_beams: expected at least 1, got {num_beams}")
+    _check_lengths(model, max_length=max_length, num_beams=num_beams)
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p: expected a number in (0, 1], got {top_p}")
     if rerank and top_p is not None:
         raise ValueError(f"rerank: expected beams, not draws, got top_p {top_p}")
+    if rerank and num_beams > 1:
+        beams = search_captions(model, images, max_length=max_length, num_beams=num_beams)
+        return _padded(model, beams.best())
+    options = {"do_sample": top_p is not None, "top_p": top_p, "top_k": None if top_p is None else 0}
+    with evaluating(model):
+        _, tokens = model.pool(model.vision(images))
+        found = _generate(model, tokens, max_length=max_length, num_beams=num_beams, **options)
+    return _padded(model, found.sequences)
 
 
-def _best_of_beams(model: SyCoCa, pictures: Tensor, captions: Tensor, mean_log_prob: Tensor) -> Tensor:
-    """pictures [B, d] normalized; captions [B * N, T], mean_log_prob [B * N] over the tokens behind [CLS] -> [B, T]."""
-    mask = _up_to(model.special_ids.sep, captions)
-    _, texts = model.encode_text(captions, mask)
-    log_prob = (mean_log_prob * (mask.sum(dim=1) - 1)).view(len(pictures), -1)  # [B, N]
-    similarity = torch.einsum("bd,bnd->bn", pictures, texts.unflatten(0, log_prob.shape))
-    best = (log_prob + model.scale() * similarity).argmax(dim=1)
-    return captions.unflatten(0, log_prob.shape)[torch.arange(len(best), device=best.device), best]
+@torch.no_grad()
+def search_captions(model: SyCoCa, images: Tensor, *, max_length: int, num_beams: int) -> Beams:
+    """images [B, 3, S, S] -> all captions of beam search, with what either head thinks of them.
+
+    Raises:
+        ValueError: max_length is not from 2 to text.max_positions, or num_beams < 2.
+    """
+    _check_lengths(model, max_length=max_length, num_beams=num_beams, fewest=2)
+    with evaluating(model):
+        pooled, tokens = model.pool(model.vision(images))
+        options = {"num_return_sequences": num_beams, "output_scores": True}
+        found = _generate(model, tokens, max_length=max_length, num_beams=num_beams, **options)
+        captions = _padded(model, found.sequences)
+        mask = _up_to(model.special_ids.sep, captions)
+        _, texts = model.encode_text(captions, mask)
+        image = model.image_feature(pooled)
+        similarity = model.scale() * torch.einsum("bd,bnd->bn", image, texts.unflatten(0, (len(images), -1)))
+    log_prob = found.sequences_scores * (mask.sum(dim=1) - 1)  # transformers' is the mean over those behind [CLS]
+    return Beams(captions.unflatten(0, similarity.shape), log_prob.view(similarity.shape), similarity)
+
+
+def _check_lengths(model: SyCoCa, *, max_length: int, num_beams: int, fewest: int = 1) -> None:
+    most = model.config.text.max_positions
+    if not 2 <= max_length <= most:
+        raise ValueError(f"max_length: expected 2 to text.max_positions = {most}, got {max_length}")
+    if num_beams < fewest:
+        raise ValueError(f"num_beams: expected at least {fewest}, got {num_beams}")
+
+
+def _generate(model: SyCoCa, tokens: Tensor, **options: object) -> ModelOutput:
+    """transformers' generation from image tokens [B, P, D]."""
+    special, generator = model.special_ids, CaptionGenerator(model)
+    config = GenerationConfig(
+        bos_token_id=special.cls,
+        eos_token_id=special.sep,
+        pad_token_id=special.pad,
+        return_dict_in_generate=True,
+        **options,
+    )
+    start = torch.full((len(tokens), 1), special.cls, device=tokens.device)
+    return generator.generate(start, generation_config=config, pictures=generator.read(tokens))
 
 
 def _up_to(token: int, captions: Tensor) -> Tensor:
     """Which of captions [N, T] stand up to the first `token`, bool [N, T]; all where there is none."""
     ends = captions == token
     return ends.cumsum(dim=1) - ends.long() == 0
+
+
+def _padded(model: SyCoCa, captions: Tensor) -> Tensor:
+    """captions [N, T] with [PAD] behind [SEP], where transformers writes [SEP] if [PAD] is 0; T of the longest."""
+    mask = _up_to(model.special_ids.sep, captions)
+    return captions.where(mask, model.special_ids.pad)[:, mask.any(dim=0)]
 
 
 @contextmanager
