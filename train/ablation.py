@@ -135,10 +135,9 @@ def finished_metrics(run: Run, *, test_data: str) -> dict | None:
     if not is_trained(run) or not path.is_file():
         return None
     metrics = read_json(path)
-    beams = CaptionOptions().beams
-    measured = metrics["training"]["steps"], metrics["evaluation"]["data"]
-    measured += (metrics.get("captioning", {}).get("beams", beams),)
-    return metrics if measured == (run.config.train.steps, test_data, beams) else None
+    beams = metrics.get("captioning", {}).get("beams", CaptionOptions.beams)
+    measured = metrics["training"]["steps"], metrics["evaluation"]["data"], beams
+    return metrics if measured == (run.config.train.steps, test_data, CaptionOptions.beams) else None
 
 
 def launcher() -> list[str]:

@@ -252,7 +252,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--neighbours", type=count, default=0, help="how many of them may be the nearest; 0: all (default)"
     )
-    parser.add_argument("--beams", type=positive, default=24, help="of the search for captions (default 24)")
+    parser.add_argument(
+        "--beams", type=positive, default=CaptionOptions.beams, help="of the search for captions (default %(default)s)"
+    )
     parser.add_argument("--classes", type=Path, help="JSON list for zero-shot classification")
     parser.add_argument(
         "--batch-size", type=positive, default=64, help="pictures, captions, beams or pairs at a time (default 64)"

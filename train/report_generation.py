@@ -54,10 +54,9 @@ def generated(scorer: Scorer, samples: list[Sample], metrics: dict) -> Generated
     """Of each sample a caption and its reconstructions, where metrics.json has these sections."""
     found = Generated()
     if "captioning" in metrics:
-        for batch in batches(samples, scorer.batch_size):
-            captions = write_captions(scorer, batch, beams=metrics["captioning"]["beams"])
-            for sample, text in zip(batch, captions.chosen, strict=True):
-                found.captions.append(Written(data_uri(limited(sample.picture, SHOWN)), text, sample.caption))
+        captions = write_captions(scorer, samples, beams=metrics["captioning"]["beams"])
+        for sample, text in zip(samples, captions.chosen, strict=True):
+            found.captions.append(Written(data_uri(limited(sample.picture, SHOWN)), text, sample.caption))
     if "reconstruction" in metrics:
         found.paintings, found.hidden = paintings(scorer, samples), hidden_patches(scorer.config.model)
     return found
