@@ -247,11 +247,16 @@ def attentive_mask(
     """
     dtype = _compute_dtype(patches, tokens)
     with _no_autocast(patches), torch.no_grad():
-        patches, tokens = F.normalize(patches.to(dtype), dim=-1), F.normalize(tokens.to(dtype), dim=-1)
-        similarity = patches @ tokens.transpose(-2, -1)  # [B, P, T]
-        if token_padding_mask is not None:
-            similarity = similarity.masked_fill(token_padding_mask[:, None], float("-inf"))
-        order = similarity.amax(-1).argsort(dim=-1, descending=select == "high", stable=True)
+        patches = F.normalize(patches.to(dtype).contiguous(), dim=-1)
+        tokens = F.normalize(tokens.to(dtype), dim=-1)
+        relevance = patches.new_full(patches.shape[:2], float("-inf"))
+        # Not by a matrix product: it rounds a row differently by where it stands, and equal patches would not tie.
+        for t in range(tokens.shape[1]):
+            cosine = (patches * tokens[:, t, None]).sum(-1)  # [B, P]
+            if token_padding_mask is not None:
+                cosine = cosine.masked_fill(token_padding_mask[:, t, None], float("-inf"))
+            relevance = torch.maximum(relevance, cosine)
+        order = relevance.argsort(dim=-1, descending=select == "high", stable=True)
         selected = torch.zeros_like(order, dtype=torch.bool)
         return selected.scatter_(-1, order[:, : round(ratio * order.shape[-1])], True)
 

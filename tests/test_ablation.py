@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -121,7 +122,7 @@ class Fake:
 
 
 def make_plan(folder: Path, *rows: str, **options) -> Plan:
-    return Plan(rows=rows, runs=folder / "runs", table=folder / "ablation.md", **options)
+    return Plan(rows=rows, runs=folder / "runs", record=folder / "record", table=folder / "ablation.md", **options)
 
 
 def one_run(folder: Path, **options) -> Run:
@@ -135,8 +136,40 @@ def test_a_finished_run_is_not_repeated(tmp_path: Path) -> None:
     assert fake.calls == ["pretrain", "evaluate"] * 4
     run_all(dataclasses.replace(plan, seeds=3), start=fake)
     assert fake.calls == ["pretrain", "evaluate"] * 6
-    folders = sorted(path.parent.relative_to(plan.runs).as_posix() for path in plan.runs.rglob("metrics.json"))
+    folders = sorted(path.parent.relative_to(plan.record).as_posix() for path in plan.record.rglob("metrics.json"))
     assert folders == [f"sycoca/{row}/seed_{seed}" for row in ("coca", "sycoca") for seed in range(3)]
+
+
+def test_the_record_alone_gives_the_table_and_spares_the_run(tmp_path: Path) -> None:
+    """As in a new clone, which has no runs."""
+    plan, fake = make_plan(tmp_path, "coca", seeds=1), Fake()
+    run_all(plan, start=fake)
+    table = plan.table.read_text(encoding="utf-8")
+    assert line_of(table, "CoCa (ITC + IC)")[2:5] == ["1", "50.0", "50.0"]
+    shutil.rmtree(plan.runs)
+    plan.table.unlink()
+    run_all(plan, start=fake)
+    assert plan.table.read_text(encoding="utf-8") == table and fake.calls == ["pretrain", "evaluate"]
+
+
+def test_a_finished_run_without_a_record_is_recorded(tmp_path: Path) -> None:
+    run, fake = one_run(tmp_path), Fake()
+    carry_out(run, test_data=ablation.TEST_DATA, start=fake)
+    shutil.rmtree(run.record)
+    assert carry_out(run, test_data=ablation.TEST_DATA, start=fake)
+    assert fake.calls == ["pretrain", "evaluate"]
+    for name in ("config.yaml", "metrics.json"):
+        assert (run.record / name).read_text() == (run.folder / name).read_text()
+
+
+def test_the_table_in_docs_is_that_of_the_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also that every recorded run has the configuration of its row as it is today."""
+    monkeypatch.chdir(Path(ablation.__file__).resolve().parents[1])
+    plan, _ = ablation.parse([])
+    results = [ablation.collect(plan, study) for study in plan.studies]
+    assert render(results) == plan.table.read_text(encoding="utf-8"), "`python train/ablation.py --table-only` mends it"
+    recorded = len(list(plan.record.rglob("metrics.json")))
+    assert recorded == sum(len(row) for study in results for row in study.metrics.values())
 
 
 def test_every_row_has_its_first_seed_before_the_second(tmp_path: Path) -> None:
@@ -158,10 +191,12 @@ def test_a_stopped_run_goes_on_and_the_error_names_it(tmp_path: Path) -> None:
 def test_evaluation_alone_is_repeated_where_metrics_are_missing_or_of_another_kind(tmp_path: Path) -> None:
     run, fake = one_run(tmp_path), Fake()
     carry_out(run, test_data=ablation.TEST_DATA, start=fake)
-    (run.folder / "metrics.json").unlink()
+    for folder in (run.folder, run.record):
+        (folder / "metrics.json").unlink()
     assert carry_out(run, test_data=ablation.TEST_DATA, start=fake)
     for other in (made_metrics(steps=250), made_metrics() | {"captioning": {"beams": 6}}):
-        (run.folder / "metrics.json").write_text(json.dumps(other))
+        for folder in (run.folder, run.record):
+            (folder / "metrics.json").write_text(json.dumps(other))
         assert carry_out(run, test_data=ablation.TEST_DATA, start=fake)
     assert fake.calls == ["pretrain", "evaluate", "evaluate", "evaluate", "evaluate"]
     with pytest.raises(AblationError, match=f"seed_0: evaluation left no metrics.json of step {STEPS} on other.tar"):
@@ -179,7 +214,11 @@ def test_a_run_of_another_configuration_is_refused(tmp_path: Path) -> None:
     message = f"seed_0: made with another configuration: {differing}"
     with pytest.raises(AblationError, match=message):
         carry_out(dataclasses.replace(run, config=changed), test_data=ablation.TEST_DATA, start=fake)
-    (run.folder / "config.yaml").write_text("output: here\ntrain: {steps: 1}\nmodel: {forgotten: 1}\n")
+    shutil.rmtree(run.record)
+    with pytest.raises(AblationError, match="runs/.*" + message):
+        carry_out(dataclasses.replace(run, config=changed), test_data=ablation.TEST_DATA, start=fake)
+    run.record.mkdir()
+    (run.record / "config.yaml").write_text("output: here\ntrain: {steps: 1}\nmodel: {forgotten: 1}\n")
     with pytest.raises(AblationError, match=r"config.yaml: not a configuration of this version: model.forgotten"):
         run_all(make_plan(tmp_path, "itc", seeds=1), start=fake)
     assert fake.calls == ["pretrain", "evaluate"]
@@ -191,8 +230,10 @@ def test_shorter_runs_keep_the_proportions_and_have_their_own_folder() -> None:
     config = run.config
     assert (config.train.steps, config.optimizer.warmup_steps, config.model.contrast_steps) == (70, 5, 21)
     assert plan.table == Path("runs/ablation_70_steps/ablation.md") and plan.table.parent in run.folder.parents
+    assert plan.table.parent in run.record.parents
     assert not table_only and ablation.parse(["--table-only"])[1]
-    assert ablation.parse([])[0].runs == Path("runs/ablation")
+    whole = ablation.parse([])[0]
+    assert (whole.runs, whole.record) == (Path("runs/ablation"), Path("docs/ablation"))
 
 
 # -- the table --------------------------------------------------------------------------------------------------------

@@ -61,6 +61,21 @@ def test_ties_go_to_the_lower_position(select: str) -> None:
     assert got.tolist() == [[True] * 4 + [False] * 4] * 3
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 3, 7, 25])
+def test_equal_patches_tie_wherever_they_stand(tokens: int, dtype: torch.dtype) -> None:
+    """Also those that are twice as long. A matrix product may round them differently in the first and the last rows."""
+    generator = torch.Generator().manual_seed(tokens)
+    for patches, width in ((7, 33), (63, 256), (130, 7), (257, 130), (577, 1)):
+        patch, text = (torch.randn(2, n, width, generator=generator).to(dtype) for n in (1, tokens))
+        features = patch.repeat(1, patches, 1)
+        features[:, ::2] *= 2
+        for select in ("high", "low"):
+            got = ops.attentive_mask(features, text, ratio=0.5, select=select)
+            count = round(0.5 * patches)
+            assert got.tolist() == [[True] * count + [False] * (patches - count)] * 2, (patches, width, select)
+
+
 def test_high_and_low_part_the_image() -> None:
     features, tokens, padding = make(8)
     options = {"ratio": 0.5, "token_padding_mask": padding}

@@ -3,10 +3,11 @@
     python train/ablation.py [--seeds 3] [--rows coca sycoca] [--steps 20] [--table-only]
 
 A run is a row with a seed, in runs/ablation/<method>/<row>/seed_<n>: `deepspeed train/pretrain.py --resume auto` on one
-rank, then `train/evaluate.py`. Started again, a finished run is not repeated, an unfinished one goes on from its
-checkpoint, and one that was made with another configuration is refused by name. The first seed of every row comes
-first, and the table is written anew after every run. `--steps` is for a try: such runs, and their table, go to
-runs/ablation_<steps>_steps, with warm-up and contrast_steps shortened alike.
+rank, then `train/evaluate.py`. Its configuration and metrics are then recorded in a folder of the same name under
+docs/ablation, which git keeps: the table is made of the record, and no clone repeats a recorded run. An unfinished one
+goes on from its checkpoint, and one that was made with another configuration is refused by name. The first seed of
+every row comes first, and the table is written anew after every run. `--steps` is for a try: such runs, their record
+and their table go to runs/ablation_<steps>_steps, with warm-up and contrast_steps shortened alike.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class Plan:
     seeds: int = 3
     steps: int = 0  # of a run; 0: as many as the configuration says
     runs: Path = Path("runs/ablation")
+    record: Path = Path("docs/ablation")
     table: Path = Path("docs/ablation.md")
     studies: tuple[Study, ...] = STUDIES
     test_data: str = TEST_DATA
@@ -60,6 +62,7 @@ class Run:
     """A row with a seed."""
 
     folder: Path
+    record: Path  # folder of what is kept
     file: Path
     overrides: tuple[str, ...]
     config: Config
@@ -71,11 +74,12 @@ def make_run(plan: Plan, study: Study, row: Row, seed: int) -> Run:
     Raises:
         ConfigError: the row names a key or value that the configuration does not have.
     """
-    folder = plan.runs / study.method / row.name / f"seed_{seed}"
+    name = Path(study.method, row.name, f"seed_{seed}")
+    folder = plan.runs / name
     overrides = [*row.overrides, f"seed={seed}", f"output={folder}"]
     if plan.steps:
         overrides += shortened(load_config(study.config), steps=plan.steps)
-    return Run(folder, study.config, tuple(overrides), load_config(study.config, overrides))
+    return Run(folder, plan.record / name, study.config, tuple(overrides), load_config(study.config, overrides))
 
 
 def shortened(config: Config, *, steps: int) -> list[str]:
@@ -99,16 +103,16 @@ def planned_runs(plan: Plan) -> Iterator[Run]:
 # -- one run ----------------------------------------------------------------------------------------------------------
 
 
-def check_configuration(run: Run) -> None:
+def check_configuration(run: Run, folder: Path) -> None:
     """Refuse a folder whose run was begun with another configuration, the learning rate and the steps included.
 
     Raises:
         AblationError: naming every key that differs, with both values.
     """
-    path = run.folder / "config.yaml"
+    path = folder / "config.yaml"
     if not path.exists():
         return
-    way_out = f"move or remove {run.folder} and the run is made anew"
+    way_out = f"move or remove {folder} and the run is made anew"
     try:
         old, new = flatten(load_config(path)), flatten(run.config)
     except ConfigError as error:
@@ -116,23 +120,19 @@ def check_configuration(run: Run) -> None:
     differing = [key for key in old | new if key not in NEUTRAL_KEYS and old.get(key) != new.get(key)]
     if differing:
         listed = ", ".join(f"{key} (was {old.get(key)!r}, now {new.get(key)!r})" for key in differing)
-        raise AblationError(f"{run.folder}: made with another configuration: {listed}; {way_out}")
+        raise AblationError(f"{folder}: made with another configuration: {listed}; {way_out}")
 
 
-def is_trained(run: Run) -> bool:
-    return (run.folder / "done.json").is_file()
-
-
-def finished_metrics(run: Run, *, test_data: str) -> dict | None:
-    """metrics.json of a run that is trained and evaluated to its end; else None.
+def finished_metrics(run: Run, folder: Path, *, test_data: str) -> dict | None:
+    """metrics.json in the run's folder or its record, where it is of the last step and these test data; else None.
 
     Raises:
         AblationError: the run was made with another configuration.
         CheckpointError: metrics.json cannot be read.
     """
-    check_configuration(run)
-    path = run.folder / "metrics.json"
-    if not is_trained(run) or not path.is_file():
+    check_configuration(run, folder)
+    path = folder / "metrics.json"
+    if not path.is_file():
         return None
     metrics = read_json(path)
     beams = metrics.get("captioning", {}).get("beams", CaptionOptions.beams)
@@ -150,24 +150,38 @@ def launcher() -> list[str]:
 
 
 def carry_out(run: Run, *, test_data: str, start: Start) -> bool:
-    """Train and evaluate what of a run is not done yet; False: nothing was left to do.
+    """Train, evaluate and record what of a run is not done yet; False: nothing was left to do.
 
     Raises:
         AblationError: another configuration made it, or a command did not reach its end.
     """
-    if finished_metrics(run, test_data=test_data):
+    if finished_metrics(run, run.record, test_data=test_data):
         return False
-    if not is_trained(run):
-        options = ["--config", str(run.file), "--resume", "auto"]
-        start([*launcher(), str(SCRIPTS / "pretrain.py"), *options, *run.overrides])
-        if not is_trained(run):
-            raise AblationError(f"{run.folder}: training stopped before the end; started again, it goes on from there")
-    evaluate = [sys.executable, str(SCRIPTS / "evaluate.py"), str(run.folder)]
-    start([*evaluate, "--data", test_data, "--pairs", str(GALLERY)])
-    if not finished_metrics(run, test_data=test_data):
+    if not finished_metrics(run, run.folder, test_data=test_data):
+        train(run, start=start)
+        evaluate(run, test_data=test_data, start=start)
+    run.record.mkdir(parents=True, exist_ok=True)
+    for name in ("config.yaml", "metrics.json"):
+        write_atomically(run.record / name, (run.folder / name).read_text(encoding="utf-8"))
+    return True
+
+
+def train(run: Run, *, start: Start) -> None:
+    done = run.folder / "done.json"
+    if done.is_file():
+        return
+    options = ["--config", str(run.file), "--resume", "auto"]
+    start([*launcher(), str(SCRIPTS / "pretrain.py"), *options, *run.overrides])
+    if not done.is_file():
+        raise AblationError(f"{run.folder}: training stopped before the end; started again, it goes on from there")
+
+
+def evaluate(run: Run, *, test_data: str, start: Start) -> None:
+    command = [sys.executable, str(SCRIPTS / "evaluate.py"), str(run.folder)]
+    start([*command, "--data", test_data, "--pairs", str(GALLERY)])
+    if not finished_metrics(run, run.folder, test_data=test_data):
         expected = f"metrics.json of step {run.config.train.steps} on {test_data}"
         raise AblationError(f"{run.folder}: evaluation left no {expected}")
-    return True
 
 
 def start_process(command: Sequence[str]) -> None:
@@ -184,10 +198,10 @@ def start_process(command: Sequence[str]) -> None:
 
 
 def collect(plan: Plan, study: Study) -> ablation_table.Results:
-    """The metrics of all finished runs of a study."""
+    """The metrics of all recorded runs of a study."""
     runs = {row.name: [make_run(plan, study, row, seed) for seed in range(plan.seeds)] for row in study.rows}
     found = {
-        name: [metrics for run in row if (metrics := finished_metrics(run, test_data=plan.test_data))]
+        name: [metrics for run in row if (metrics := finished_metrics(run, run.record, test_data=plan.test_data))]
         for name, row in runs.items()
     }
     steps = runs[study.rows[0].name][0].config.train.steps
@@ -219,12 +233,12 @@ def parse(argv: list[str] | None) -> tuple[Plan, bool]:
     parser.add_argument("--seeds", type=positive, default=3, help="seeds of every row, from 0 on (default 3)")
     parser.add_argument("--steps", type=positive, default=0, help="shorter runs, in a folder of their own, for a try")
     parser.add_argument("--rows", nargs="+", choices=names, default=names, metavar="ROW", help=", ".join(names))
-    parser.add_argument("--table-only", action="store_true", help="write the table from the runs that are there")
+    parser.add_argument("--table-only", action="store_true", help="write the table from the record")
     options = parser.parse_args(argv)
     plan = {"rows": tuple(options.rows), "seeds": options.seeds}
     if options.steps:
         folder = Path(f"runs/ablation_{options.steps}_steps")
-        plan |= {"steps": options.steps, "runs": folder, "table": folder / "ablation.md"}
+        plan |= {"steps": options.steps, "runs": folder, "record": folder / "record", "table": folder / "ablation.md"}
     return Plan(**plan), options.table_only
 
 

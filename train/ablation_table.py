@@ -16,7 +16,8 @@ from softmask.train.ablation_rows import AblationError, Row, Study
 INTRODUCTION = """# Ablation
 
 What each part of the two methods changes on the embedded scenes, at the demo's size. `make ablation` trains and
-evaluates the rows and writes this file; it is not edited by hand.
+evaluates the rows, keeps the configuration and the metrics of every run in [ablation/](ablation), and writes this file
+from them; it is not edited by hand.
 
 Figures are percentages on test scenes never seen in training: mean over the seeds and, behind ±, their sample standard
 deviation. mTR and mIR are the means of R@1, R@5 and R@10 by ITC, picture to caption and caption to picture. Two rows

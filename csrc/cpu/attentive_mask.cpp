@@ -1,7 +1,8 @@
 // The patches of an image that are most, or least, relevant to its caption, on the CPU.
 //
-// One thread works on an image and its similarities [P, T]. Tokens are normalized beforehand,
-// patches after the maximum over tokens, by one number each.
+// One thread works on an image. Tokens are normalized beforehand, patches after the maximum over
+// tokens, by one number each. Not by a matrix product: BLAS rounds a row differently by where it
+// stands in the matrix, and equal patches would not tie.
 
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
@@ -20,13 +21,15 @@ namespace {
 
 constexpr double kNormEps = 1e-12;  // F.normalize's
 
-// Of every patch the largest similarity to a token that is not ignored, over the patch's norm.
+// Of every patch the largest cosine with a token that is not ignored. `similarity` is room for one
+// patch's products with all tokens.
 struct Relevance {
   template <int Bytes, typename acc_t>
   static SOFTMASK_INLINE void run(const acc_t* patches, int64_t size, int64_t width,
-                                  const acc_t* similarity, const bool* ignore, int64_t tokens,
-                                  acc_t* relevance) {
-    for (int64_t p = 0; p < size; ++p, patches += width, similarity += tokens) {
+                                  const acc_t* directions, int64_t tokens, const bool* ignore,
+                                  acc_t* similarity, acc_t* relevance) {
+    for (int64_t p = 0; p < size; ++p, patches += width) {
+      simd::dots<Bytes>(similarity, patches, directions, width, tokens, width);
       acc_t highest = simd::kLowest<acc_t>, square, broken = 0;
       for (int64_t t = 0; t < tokens; ++t) {
         const acc_t s = ignore != nullptr && ignore[t] ? simd::kLowest<acc_t> : similarity[t];
@@ -65,18 +68,19 @@ void kernel(const at::Tensor& patches, const at::Tensor& tokens, const at::Tenso
   const int64_t size = patches.size(1), words = tokens.size(1), width = patches.size(2);
   const auto type = c10::CppTypeToScalarType<acc_t>::value;
   const at::Tensor wide = tokens.to(type);
-  const at::Tensor directions = (wide / wide.norm(2, {2}, true).clamp_min(kNormEps)).mT();
+  const at::Tensor directions =
+      (wide / wide.norm(2, {2}, true).clamp_min(kNormEps)).contiguous();
+  const acc_t* direction = directions.const_data_ptr<acc_t>();
   bool* marks = selected.mutable_data_ptr<bool>();
   at::parallel_for(0, patches.size(0), 1, [&](int64_t begin, int64_t end) {
     const at::AutoDispatchBelowADInplaceOrView guard;  // of this thread
-    at::Tensor similarity = at::empty({size, words}, wide.options());
-    std::vector<acc_t> relevance(size);
+    std::vector<acc_t> similarity(words), relevance(size);
     for (int64_t b = begin; b < end; ++b) {
       const at::Tensor image = patches.select(0, b).to(type).contiguous();
-      at::mm_out(similarity, image, directions.select(0, b));
       const bool* skip = ignore.defined() ? ignore.const_data_ptr<bool>() + b * words : nullptr;
       simd::run<Relevance>(image.const_data_ptr<acc_t>(), size, width,
-                           similarity.const_data_ptr<acc_t>(), skip, words, relevance.data());
+                           direction + b * words * width, words, skip, similarity.data(),
+                           relevance.data());
       select(relevance, count, high, marks + b * size);
     }
   });
