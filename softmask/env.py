@@ -21,12 +21,14 @@ PACKAGES = (
     "deepspeed",
     "timm",
     "transformers",
+    "open_clip_torch",
     "tokenizers",
     "webdataset",
     "numpy",
     "pillow",
 )
 DEVICES = ("cpu", "cuda")
+LEFT_TO_PYTORCH = {("soft_mask", "cpp"): "one constant map per picture"}  # where "auto" finds that no kernel pays
 
 
 def op_names() -> list[str]:
@@ -72,16 +74,29 @@ def _cpu_name() -> str:
 
 
 def _table() -> Iterator[str]:
-    yield 'What "auto" takes, and why not another:'
+    named = _backend.named()
+    yield "What each op takes, " + ('by "auto", and why not another:' if named == "auto" else f"{named!r} being named:")
     yield "{:<28}{:<8}{:<12}{}".format("op", "on", "backend", "why")
     for op in op_names():
         for device in DEVICES:
-            backend = _backend.choose(device)
-            yield f"{op:<28}{device:<8}{backend:<12}{why(device, backend)}"
+            backend, reason = taken(op, device) if named == "auto" else demanded(named, device)
+            yield f"{op:<28}{device:<8}{backend:<12}{reason}"
+
+
+def demanded(name: str, device: str) -> tuple[str, str]:
+    """The named backend, or "none" and why ops raise."""
+    reason = _backend.why_not(name, device)
+    return (name, "named") if reason is None else ("none", f"{name}: {reason}")
+
+
+def taken(op: str, device: str) -> tuple[str, str]:
+    """What "auto" takes for fp32, and why: it runs here, or every one preferred to it cannot."""
+    backend = _backend.choose(device)
+    left = LEFT_TO_PYTORCH.get((op, backend))
+    return backend, why(device, backend) + (f"; {left} is left to the reference" if left else "")
 
 
 def why(device: str, backend: str) -> str:
-    """Why "auto" takes this backend: it runs here, or every one preferred to it cannot."""
     reasons = []
     for name in _backend.preferred(device):
         if name == backend:

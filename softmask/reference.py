@@ -44,7 +44,7 @@ def word_attention(
     Source: ALBEF's Grad-CAM of the cross-attention (Li et al. 2021, arXiv 2107.07651), used inside a training step by
     SoftMask++ (Park & Han, CVPR 2023, arXiv 2304.00719).
     """
-    dtype = _compute_dtype(query, key, value, grad_output)
+    dtype = _compute_dtype(query, key, value, grad_output, value_bias)
     index = word_index if word_index.dim() == 3 else word_index.unsqueeze(-1)  # [B, W, S]
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     with _no_autocast(query):

@@ -171,6 +171,8 @@ def test_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOFTMASK_BACKEND", "fast")
     with pytest.raises(ValueError, match="SOFTMASK_BACKEND: expected one of 'auto', .*, got 'fast'"):
         _backend._from_environment()
+    monkeypatch.setenv("SOFTMASK_BACKEND", "")
+    assert _backend._from_environment() == "auto"
 
 
 def test_imports_are_light() -> None:

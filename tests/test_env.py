@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from kernel_cases import needs_cpp
 
 import softmask
 from softmask import env, ops
@@ -36,13 +37,29 @@ def test_table_says_what_auto_takes() -> None:
     assert row[2:] == ["triton", "the first choice on this device"]
 
 
+def test_table_says_what_a_named_backend_does() -> None:
+    with softmask.backend("reference"):
+        report = env.report()
+    assert re.search(r"^word_attention +cpu +reference +named$", report, re.MULTILINE)
+    with softmask.backend("cuda"):
+        report = env.report()
+    assert "What each op takes, 'cuda' being named:" in report
+    assert re.search(r"^soft_mask +cuda +none +cuda: there are no CUDA C\+\+ kernels$", report, re.MULTILINE)
+
+
+@needs_cpp
+def test_table_says_what_auto_leaves_to_pytorch() -> None:
+    (row,) = re.findall(r"^soft_mask +cpu .*$", env.report(), re.MULTILINE)
+    assert row.endswith("one constant map per picture is left to the reference")
+
+
 def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_library, "MISSING", "not built here")
     report = env.report()
     assert "C++ extension: not built here" in report
     assert re.search(r"^soft_mask +cpu +reference +cpp: not built here$", report, re.MULTILINE)
     monkeypatch.setattr(_library, "MISSING", None)
-    assert re.search(r"^soft_mask +cpu +cpp +the first choice on this device$", env.report(), re.MULTILINE)
+    assert re.search(r"^word_attention +cpu +cpp +the first choice on this device$", env.report(), re.MULTILINE)
 
 
 def test_missing_packages_and_environment_are_told(monkeypatch: pytest.MonkeyPatch) -> None:

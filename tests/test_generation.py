@@ -184,6 +184,14 @@ def test_what_cannot_be_is_refused(model, images: Tensor, options: dict, message
         generate_captions(model, images, **options)
 
 
+def test_no_picture_is_refused(model, images: Tensor) -> None:
+    message = r"images: expected at least one picture \[B, 3, S, S\], got shape \[0, 3, "
+    with pytest.raises(ValueError, match=message):
+        generate_captions(model, images[:0], max_length=5)
+    with pytest.raises(ValueError, match=message):
+        search_captions(model, images[:0], max_length=5, num_beams=2)
+
+
 def test_one_beam_leaves_no_choice(model, images: Tensor) -> None:
     with pytest.raises(ValueError, match="num_beams: expected at least 2, got 1"):
         search_captions(model, images, max_length=5, num_beams=1)

@@ -217,6 +217,13 @@ def test_queue_is_a_ring() -> None:
         module.enqueue(*torch.randn(2, 6, 3))
     with pytest.raises(ValueError, match=r"text_teacher: expected shape \[2, 3\], got \[1, 3\]"):
         module.enqueue(torch.randn(2, 3), torch.randn(1, 3))
+    rows = torch.randn(2, 3)
+    with pytest.raises(ValueError, match="ids: expected int64, got torch.int32"):
+        module.enqueue(rows, rows, ids=torch.zeros(2, dtype=torch.int32))
+    with pytest.raises(ValueError, match="text_teacher: expected float32 or .*, got torch.int64"):
+        module.enqueue(rows, rows.long())
+    with pytest.raises(ValueError, match="image_teacher: expected device cpu, got meta"):
+        module.enqueue(rows.to("meta"), rows)
 
 
 def test_module_equals_function() -> None:

@@ -226,6 +226,8 @@ def test_bad_input_is_named() -> None:
         r"key: expected at least one image token": {"key": key[:, :, :0], "value": value[:, :, :0]},
         r"kv_index: expected shape \[5\], got \[4\]": {"kv_index": case.index[1:]},
         r"kv_index: expected int64": {"kv_index": case.index.int()},
+        r"kv_index: expected 0 to 2, got 3": {"kv_index": case.index + 1},
+        r"kv_index: expected 0 to 2, got -1": {"kv_index": case.index - 1},
         r"key_weight: expected shape \[5, 7\], got \[3, 7\]": {"key_weight": case.weight[:3]},
         r"value_bias: expected shape \[2, 4\], got \[8\]": {"value_bias": case.projections[3]},
         r"key_padding_mask: expected shape \[3, 7\], got \[5, 7\]": {"key_padding_mask": case.ignore[case.index]},

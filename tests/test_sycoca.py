@@ -94,6 +94,17 @@ def test_a_temperature_beyond_the_limit_can_come_back(inverse: float) -> None:
     assert model.logit_scale.grad > 0
 
 
+@pytest.mark.parametrize("logit_scale", [10.0, 20.0, 30.0, 90.0])
+def test_a_temperature_far_beyond_the_limit_keeps_scale_and_gradient(logit_scale: float) -> None:
+    """In fp32, where the clamped value must not be what is left of a difference of large numbers."""
+    model = small_sycoca().float()
+    model.logit_scale.data.fill_(logit_scale)
+    scale = model.scale()
+    scale.backward()
+    assert scale.item() == pytest.approx(100.0, rel=1e-5)
+    assert model.logit_scale.grad.item() == pytest.approx(100.0, rel=1e-5)
+
+
 def test_captions_are_told_from_the_spoken_patches_alone() -> None:
     model, batch = small_sycoca(), small_batch(dtype=torch.float64)
     image, texts = model.vision(batch.images).detach().requires_grad_(), model._encode_text(batch)
@@ -191,6 +202,13 @@ def test_a_caption_loss_of_weight_0_is_not_computed() -> None:
     assert output.loss.item() == output.terms["itc"].item() == with_captions.terms["itc"].item()
     without = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.grad is None}
     assert without == {"caption_decoder", "caption_head"}
+
+
+def test_a_reconstruction_of_weight_0_is_not_computed() -> None:
+    model, batch = small_sycoca(weights=SyCoCaWeights(tgmim=0.0)), small_batch(dtype=torch.float64)
+    without = small_sycoca(reconstruct=False)
+    assert model(batch).loss.item() == without(batch).loss.item()
+    assert model.state_dict().keys() == without.state_dict().keys()
 
 
 @pytest.mark.parametrize("options", [{}, COCA], ids=str)

@@ -44,6 +44,9 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
         ConvStem(img_size=48, patch_size=6, **options)
     with pytest.raises(ValueError, match="vision.image_size: expected a multiple of conv_vit.patch_size 8, got 60"):
         ConvStem(img_size=60, patch_size=8, **options)
+    message = "vision.image_size: expected a multiple of vit_tiny_patch16_224's patch size 16, got 72"
+    with pytest.raises(ValueError, match=message):  # timm would leave out the last 8 pixels
+        VisionEncoder(VisionConfig(name="vit_tiny_patch16_224", image_size=72))
 
 
 def test_patches_of_a_size_of_their_own() -> None:

@@ -251,6 +251,8 @@ def test_bad_input_is_named() -> None:
         r"num_prefix_tokens: expected 0 to 8 of the 9 keys, got 9": lambda: ops.word_attention(
             query, key, index, num_prefix_tokens=9
         ),
+        r"word_index: expected -1 to 5, got 6": lambda: ops.word_attention(query, key, index + 1),
+        r"word_index: expected -1 to 5, got -2": lambda: ops.word_attention(query, key, index - 1),
         r"normalize: expected one of": lambda: ops.word_attention(query, key, index, normalize="l2"),
         r"word_index: expected device cpu, got meta": lambda: ops.word_attention(query, key, index.to("meta")),
     }.items():

@@ -138,7 +138,7 @@ def generation(
     result, learned = {}, scorer.config.model
     if learned.tells:
         result["captioning"] = captioning(scorer, islice(reader.all(), pairs or None), training, captions)
-    if learned.reconstruct and learned.weights.tgmim > 0:
+    if learned.paints:
         result["reconstruction"] = reconstruction(scorer, islice(reader.all(), pairs or None))
     return {name: section for name, section in result.items() if section}
 

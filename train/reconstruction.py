@@ -1,7 +1,7 @@
 """How far captions guide the reconstruction: the error of hidden patches with the right caption and with a wrong one.
 
-The patches that the right caption speaks of are hidden both times; the wrong caption is the next picture's. If the gap
-between both errors is not above zero, pictures are painted without listening.
+The patches that the right caption speaks of, or by `masks: random` any, are hidden both times; the wrong caption is the
+next picture's. If the gap between both errors is not above zero, pictures are painted without listening.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from softmask import ops
 from softmask.train.scoring import Sample, Scorer, batches, each_picture_once, pixels
 
+SEED = 0  # of patches that are drawn (`masks: random`)
 Z_95 = 1.96  # of a normal distribution, two-sided
 
 
@@ -50,9 +51,13 @@ def error_by_picture(scorer: Scorer, painted: Tensor, images: Tensor, hidden: Te
     return (loss.sum(1) / hidden.sum(1)).double().cpu()
 
 
-def with_next(samples: Iterable[Sample]) -> Iterator[tuple[Sample, str]]:
-    """The first sample of each picture with the next picture's caption, the last with the first's; two are held at a
-    time."""
+def with_another(samples: Iterable[Sample]) -> Iterator[tuple[Sample, str]]:
+    """The first sample of each picture with the next picture's caption, the last with the first's; pictures whose
+    captions are the same are left out. Two are held at a time."""
+    return ((sample, other) for sample, other in _with_next(samples) if other != sample.caption)
+
+
+def _with_next(samples: Iterable[Sample]) -> Iterator[tuple[Sample, str]]:
     first = last = None
     for sample in each_picture_once(samples, {}):
         if last is None:
@@ -68,11 +73,12 @@ def reconstruction(scorer: Scorer, samples: Iterable[Sample]) -> dict | None:
     """The metrics.json section: mean errors, and their gap with its 95 % interval over pictures; None where there are
     not two pictures with captions that differ."""
     gaps, rights = [], []
-    pairs = ((sample, other) for sample, other in with_next(samples) if other != sample.caption)
-    for batch in batches(pairs, scorer.batch_size):
-        one = repaint(scorer, [sample for sample, _ in batch], [other for _, other in batch])
-        rights.append(one.right_error)
-        gaps.append(one.wrong_error - one.right_error)
+    with torch.random.fork_rng(devices=[scorer.device] if scorer.device.type == "cuda" else []):
+        torch.manual_seed(SEED)
+        for batch in batches(with_another(samples), scorer.batch_size):
+            one = repaint(scorer, [sample for sample, _ in batch], [other for _, other in batch])
+            rights.append(one.right_error)
+            gaps.append(one.wrong_error - one.right_error)
     if not gaps:
         return None
     right, gap = torch.cat(rights), torch.cat(gaps)  # of two or more: if one differs from the next, so does another

@@ -19,7 +19,7 @@ def title(config: Config) -> str:
 
 
 def _has_masks(model: SyCoCaConfig) -> bool:
-    return model.reconstruct or (model.tells and model.caption_masking != "none")
+    return model.paints or (model.tells and model.caption_masking != "none")
 
 
 def facts(scorer: Scorer, state: dict, rows: list[dict]) -> list[tuple[str, str]]:
@@ -59,7 +59,7 @@ def _sycoca(model: SyCoCaConfig) -> list[tuple[str, str]]:
     text = model.text
     return [
         ("Text and captions", f"{text.layers} + 2 x {text.decoder_layers} layers, width {text.width}"),
-        ("Image decoder", f"2 x {model.image_decoder_layers} layers" if model.reconstruct else "off"),
+        ("Image decoder", f"2 x {model.image_decoder_layers} layers" if model.paints else "off"),
         ("Masks", model.masks if _has_masks(model) else "off"),
     ]
 
@@ -69,7 +69,7 @@ def lead(scorer: Scorer) -> str:
     if isinstance(model, SoftMaskPPConfig):
         parts, learned = _parts_of_softmask_pp(model), "where its words point"
     else:
-        verbs = ["writes"] * model.tells + ["paints"] * model.reconstruct or ["finds"]
+        verbs = ["writes"] * model.tells + ["paints"] * model.paints or ["finds"]
         parts, learned = _parts_of_sycoca(model), f"what it {' and '.join(verbs)}"
     additions = f" with {' and '.join(parts)}" if parts else ""
     return (
@@ -84,4 +84,4 @@ def _parts_of_softmask_pp(model: SoftMaskPPConfig) -> list[str]:
 
 def _parts_of_sycoca(model: SyCoCaConfig) -> list[str]:
     masked = model.masks == "attentive" and _has_masks(model)
-    return ["attentive masks"] * masked + ["text-guided reconstruction"] * model.reconstruct
+    return ["attentive masks"] * masked + ["text-guided reconstruction"] * model.paints

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from softmask.models import SyCoCaConfig
 from softmask.train.captioning import write_captions
-from softmask.train.reconstruction import Repainted, repaint, with_next
+from softmask.train.reconstruction import Repainted, repaint, with_another
 from softmask.train.report_pictures import data_uri, limited
 from softmask.train.scoring import Sample, Scorer, batches
 
@@ -70,7 +70,7 @@ def hidden_patches(model: SyCoCaConfig) -> str:
 
 def paintings(scorer: Scorer, samples: list[Sample]) -> list[Painting]:
     drawn = []
-    for batch in batches(with_next(samples), scorer.batch_size):
+    for batch in batches(with_another(samples), scorer.batch_size):
         ours, others = [sample for sample, _ in batch], [other for _, other in batch]
         one = repaint(scorer, ours, others)
         errors = zip(one.right_error.tolist(), one.wrong_error.tolist(), strict=True)

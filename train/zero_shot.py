@@ -1,8 +1,8 @@
 """Zero-shot classification: the class whose name, put into templates as CLIP does, lies nearest to the picture.
 
-Pictures are those of the data whose .json names one object, an entry of "objects" whose "concept" is a class and whose
-phrase is the class's name, not its plural. Classes are read from a JSON list of {"name", "phrase"}, such as
-{"name": "red apple", "phrase": "a red apple"}; the scenes' is `concepts.json`.
+Pictures are those of the data whose .json names one object, an entry of "objects" whose "concept" is a class, whose
+phrase is the class's name, not its plural, and whose "count", where there is one, is 1. Classes are read from a JSON
+list of {"name", "phrase"}, such as {"name": "red apple", "phrase": "a red apple"}; the scenes' is `concepts.json`.
 """
 
 from __future__ import annotations
@@ -61,12 +61,18 @@ def zero_shot(scorer: Scorer, samples: Iterable[Sample], classes: Sequence[Class
 
 
 def only_class(sample: Sample, number: dict[str, int]) -> int | None:
-    """The class of the one object in the picture; None where there are others, several of it, or none."""
+    """The class of the one object in the picture; None where there are others, several of it, or none.
+
+    Raises:
+        DataError: what stands for the object is not an object of JSON.
+    """
     if not sample.objects or len(sample.objects) > 1:
         return None
     (entry,) = sample.objects
-    name = entry.get("concept")
-    return number.get(name) if entry.get("phrase") == name else None
+    if not isinstance(entry, dict):
+        raise DataError(f"{sample.name}: objects[0]: expected phrase, span, mask and concept, got {entry!r}")
+    name, one = entry.get("concept"), entry.get("count", 1) == 1
+    return number.get(name) if isinstance(name, str) and entry.get("phrase") == name and one else None
 
 
 def class_features(scorer: Scorer, classes: Sequence[Class]) -> Tensor:

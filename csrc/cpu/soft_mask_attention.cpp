@@ -39,7 +39,7 @@ struct ByImage {
     const at::Tensor image = kv_index->contiguous();
     const int64_t* index = image.const_data_ptr<int64_t>();
     for (int64_t n = 0; n < pairs; ++n) {
-      TORCH_CHECK_VALUE(index[n] >= 0 && index[n] < images, "kv_index: expected images 0 to ",
+      TORCH_CHECK_VALUE(index[n] >= 0 && index[n] < images, "kv_index: expected 0 to ",
                         images - 1, ", got ", index[n]);
       ++first[index[n] + 1];
     }

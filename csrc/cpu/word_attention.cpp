@@ -226,9 +226,8 @@ struct Inputs {
   void check_range() const {
     const int64_t* index = word_index.const_data_ptr<int64_t>();
     for (int64_t i = 0; i < word_index.numel(); ++i) {
-      TORCH_CHECK_VALUE(index[i] < query.size(2),
-                        "word_index: expected positions below T = ", query.size(2), ", got ",
-                        index[i]);
+      TORCH_CHECK_VALUE(index[i] >= -1 && index[i] < query.size(2), "word_index: expected -1 to ",
+                        query.size(2) - 1, ", got ", index[i]);
     }
   }
 

@@ -8,8 +8,8 @@ in pixels, nor on the number of processes. A tenth of the concept pairs, chosen 
 only, in about half of its scenes.
 
 The .json of a sample: ``{"caption", "objects": [{"phrase", "span": [start, end], "mask": {"size": [h, w], "counts"},
-"concept"}], "split"}``; spans count characters of the caption, masks are `softmask.data.rle` codes of the visible
-pixels of all drawings that the phrase names.
+"concept", "count"}], "split"}``; spans count characters of the caption, masks are `softmask.data.rle` codes of the
+visible pixels of all drawings that the phrase names, and `count` is their number.
 """
 
 from __future__ import annotations
@@ -193,6 +193,7 @@ def encode_sample(scene: Scene, split: str, size: int) -> dict[str, bytes]:
             "span": list(scene.caption.spans[i]),
             "mask": rle.encode(masks[i]),
             "concept": concepts()[scene.placements[group[0]].concept].name,
+            "count": len(group),
         }
         for i, group in enumerate(scene.groups)
     ]

@@ -19,7 +19,7 @@ def at_least_fp32(values: Tensor) -> Tensor:
 
 def clamp_value(values: Tensor, *, most: float, least: float | None = None) -> Tensor:
     """Clamped in value only: the gradient stays, so that a parameter that left the range can come back."""
-    return values + (values.clamp(least, most) - values).detach()
+    return values.clamp(least, most).detach() + (values - values.detach())
 
 
 class Embeddings(nn.Module):

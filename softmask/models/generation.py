@@ -49,7 +49,8 @@ def generate_captions(
     """images [B, 3, S, S] -> token ids [B, T <= max_length] from [CLS] to [SEP], [PAD] behind.
 
     The likeliest token each time; with `num_beams` > 1 beam search, by the mean log-probability of a token; with
-    `top_p` a draw from the likeliest tokens that together have that probability, by torch's random numbers.
+    `top_p` a draw from the likeliest tokens that together have that probability, by torch's random numbers; with both
+    transformers' beams of draws.
 
     With `rerank` both heads choose among the beams: the caption with the largest
 
@@ -58,10 +59,11 @@ def generate_captions(
     of one beam there is nothing to choose.
 
     Raises:
-        ValueError: max_length is not from 2 to text.max_positions, num_beams < 1, top_p is not in (0, 1], or given
-            with rerank.
+        ValueError: no picture; max_length is not from 2 to text.max_positions, num_beams < 1, top_p is not in (0, 1],
+            or given with rerank.
     """
     _check_lengths(model, max_length=max_length, num_beams=num_beams)
+    _check_pictures(images)
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p: expected a number in (0, 1], got {top_p}")
     if rerank and top_p is not None:
@@ -81,9 +83,10 @@ def search_captions(model: SyCoCa, images: Tensor, *, max_length: int, num_beams
     """images [B, 3, S, S] -> all captions of beam search, with what either head thinks of them.
 
     Raises:
-        ValueError: max_length is not from 2 to text.max_positions, or num_beams < 2.
+        ValueError: no picture; max_length is not from 2 to text.max_positions, or num_beams < 2.
     """
     _check_lengths(model, max_length=max_length, num_beams=num_beams, fewest=2)
+    _check_pictures(images)
     with evaluating(model):
         pooled, tokens = model.pool(model.vision(images))
         options = {"num_return_sequences": num_beams, "output_scores": True}
@@ -103,6 +106,11 @@ def _check_lengths(model: SyCoCa, *, max_length: int, num_beams: int, fewest: in
         raise ValueError(f"max_length: expected 2 to text.max_positions = {most}, got {max_length}")
     if num_beams < fewest:
         raise ValueError(f"num_beams: expected at least {fewest}, got {num_beams}")
+
+
+def _check_pictures(images: Tensor) -> None:
+    if len(images) == 0:
+        raise ValueError(f"images: expected at least one picture [B, 3, S, S], got shape {list(images.shape)}")
 
 
 def _generate(model: SyCoCa, tokens: Tensor, **options: object) -> ModelOutput:

@@ -63,9 +63,9 @@ class SyCoCa(Encoders):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1.0 / config.temperature)))
         for part in (self.caption_decoder, self.caption_head):
             initialize(part, std=text.initializer_range)
-        if config.reconstruct or config.caption_masking == "pixels":
+        if config.paints or config.caption_masking == "pixels":
             self.mask_token = nn.Parameter(torch.empty(self.vision.width).normal_(std=text.initializer_range))
-        if config.reconstruct:
+        if config.paints:
             self._make_image_decoder()
         self.twin, self.contrast = None, None
         if config.queue_size:
@@ -75,12 +75,12 @@ class SyCoCa(Encoders):
         """ValueError where keys do not fit the image encoder."""
         config, width, patches = self.config, self.vision.width, math.prod(self.patch_grid)
         masked = {"caption_ratio": config.tells and config.caption_masking != "none"}
-        masked["reconstruct_ratio"] = config.reconstruct
+        masked["reconstruct_ratio"] = config.paints
         expected = {
             name: (not used or 0 < round(getattr(config, name) * patches) < patches, f"some but not all of {patches}")
             for name, used in masked.items()
         }
-        if config.reconstruct:
+        if config.paints:
             fits = width % config.image_decoder_heads == 0
             expected["image_decoder_heads"] = (fits, f"a divisor of the image encoder's width {width}")
         if config.masks == "attentive" and any(masked.values()):
@@ -127,7 +127,7 @@ class SyCoCa(Encoders):
         if config.tells:
             told_from = self._told_from(image, readable, masks.kept, encoded.get("caption"))
             losses["caption"] = self._caption_loss(batch, texts, told_from)
-        if config.reconstruct:
+        if config.paints:
             painted_from = self._painted_from(image, masks.hidden, encoded.get("tgmim"))
             losses["tgmim"] = self._reconstruction_loss(batch, texts, painted_from, masks.hidden)
         loss = sum(getattr(config.weights, name) * term for name, term in losses.items())
@@ -152,13 +152,17 @@ class SyCoCa(Encoders):
 
     def set_activation_checkpointing(self, enable: bool) -> None:
         self.vision.set_activation_checkpointing(enable)
-        painters = [self.image_decoder] if self.config.reconstruct else []
+        painters = [self.image_decoder] if self.config.paints else []
         for part in [self.text, self.caption_decoder, *painters]:
             part.activation_checkpointing = enable
 
     def scale(self) -> Tensor:
-        """1 / temperature of the contrastive loss, within CoCa's limit."""
-        return clamp_value(self.logit_scale.exp(), most=MAX_LOGIT_SCALE)
+        """1 / temperature of the contrastive loss, within CoCa's limit.
+
+        The logarithm is clamped: far beyond the limit, where nothing holds the parameter, its exponential would take
+        the digits of the clamped value with it, and its gradient would be as large.
+        """
+        return clamp_value(self.logit_scale, most=math.log(MAX_LOGIT_SCALE)).exp()
 
     def _encode_text(self, batch: Batch) -> Texts:
         return self.read(batch.input_ids, Packing.of(batch.attention_mask, batch.num_tokens))
@@ -182,7 +186,7 @@ class SyCoCa(Encoders):
         """The patches that the caption speaks of most; or any."""
         config = self.config
         keep = config.caption_ratio if config.tells and config.caption_masking != "none" else None
-        hide = config.reconstruct_ratio if config.reconstruct else None
+        hide = config.reconstruct_ratio if config.paints else None
         ratios = {ratio for ratio in (keep, hide) if ratio is not None}
         if not ratios:
             return PatchMasks(kept=None, hidden=None)
@@ -201,7 +205,7 @@ class SyCoCa(Encoders):
         unseen = {}
         if self.config.caption_masking == "pixels" and masks.kept is not None:
             unseen["caption"] = ~masks.kept
-        if self.config.reconstruct and self.config.reconstruct_masking == "pixels":
+        if self.config.paints and self.config.reconstruct_masking == "pixels":
             unseen["tgmim"] = masks.hidden
         if not unseen:
             return {}

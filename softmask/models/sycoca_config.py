@@ -31,7 +31,7 @@ class CausalTextConfig:
 
 @dataclass
 class SyCoCaWeights:
-    """Weights of the three losses; a caption loss of weight 0 is not computed."""
+    """Weights of the three losses; those of captions and of reconstruction are not computed where theirs is 0."""
 
     itc: float = 1.0
     caption: float = 2.0
@@ -105,6 +105,11 @@ class SyCoCaConfig:
     def tells(self) -> bool:
         """Whether captions are told at all."""
         return self.weights.caption > 0
+
+    @property
+    def paints(self) -> bool:
+        """Whether masked patches are reconstructed at all."""
+        return self.reconstruct and self.weights.tgmim > 0
 
     def _check_pooler(self) -> None:
         if self.caption_masking == "tokens":

@@ -159,8 +159,16 @@ class VisionEncoder(nn.Module):
             raise ValueError(f"vision.name: expected a timm ViT with a class token (pool: cls), got {config.name!r}")
         self.width: int = self.vit.embed_dim
         self.patch_grid: tuple[int, int] = tuple(self.vit.patch_embed.grid_size)
-        self.patch_size: int = config.image_size // self.patch_grid[0]
+        self.patch_size = self._patch_size(config)
         self.stem_sees_across = config.name == CONV_VIT  # a token's pixels reach beyond its patch
+
+    def _patch_size(self, config: VisionConfig) -> int:
+        """ValueError where patches do not cover the picture: timm leaves out what stands over."""
+        size = config.conv_vit.patch_size if config.name == CONV_VIT else self.vit.patch_embed.feat_ratio()
+        if (size * self.patch_grid[0], size * self.patch_grid[1]) != (config.image_size, config.image_size):
+            expected = f"a multiple of {config.name}'s patch size {size}"
+            raise ValueError(f"vision.image_size: expected {expected}, got {config.image_size}")
+        return size
 
     def set_activation_checkpointing(self, enable: bool) -> None:
         self.vit.set_grad_checkpointing(enable)

@@ -26,7 +26,7 @@ class BackendError(RuntimeError):
 
 
 def _from_environment() -> str:
-    name = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+    name = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"  # set to nothing, as shells do, is not set
     _checks.one_of(ENVIRONMENT_VARIABLE, name, BACKENDS)
     return name
 
@@ -60,7 +60,7 @@ def resolve(op: str, *tensors: Tensor | None, kernel_pays: bool = True) -> str:
     tensors: the op's floating ones, the first not None; an fp64 one decides what kernels must be able to take.
     kernel_pays: False where benchmarks found PyTorch to be faster at these inputs; "auto" then takes the reference.
     """
-    name, device = _chosen.get(), tensors[0].device.type
+    name, device = named(), tensors[0].device.type
     double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
     dtype = torch.float64 if double else tensors[0].dtype
     if name == "auto":
@@ -69,6 +69,11 @@ def resolve(op: str, *tensors: Tensor | None, kernel_pays: bool = True) -> str:
     if reason is not None:
         raise BackendError(f"backend {name!r} cannot run {op}: {reason}")
     return name
+
+
+def named() -> str:
+    """The backend that is asked for here: a name, or "auto"."""
+    return _chosen.get()
 
 
 def choose(device: str, dtype: torch.dtype = torch.float32) -> str:

@@ -29,6 +29,15 @@ def dtype(name: str, tensor: Tensor, allowed: Sequence[torch.dtype] = FLOATING) 
         fail(name, " or ".join(str(one).removeprefix("torch.") for one in allowed), tensor.dtype)
 
 
+def positions(name: str, index: Tensor, *, least: int, size: int) -> None:
+    """least <= index < size, on the CPU: elsewhere it would wait for the device. Not while a graph is traced."""
+    if index.device.type != "cpu" or index.numel() == 0 or torch.compiler.is_compiling():
+        return
+    low, high = (int(value) for value in index.aminmax())
+    if low < least or high >= size:
+        fail(name, f"{least} to {size - 1}", low if low < least else high)
+
+
 def device(like: Tensor, **tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != like.device:

@@ -204,6 +204,10 @@ class MomentumContrastiveLoss(nn.Module):
         if ids is None:
             ids = self.queue_ids.new_full((len(image_teacher),), NO_ID)
         _checks.shape("ids", ids, (len(image_teacher),))
+        _checks.dtype("ids", ids, (torch.int64,))
+        for name, teacher in (("image_teacher", image_teacher), ("text_teacher", text_teacher)):
+            _checks.dtype(name, teacher)
+        _checks.device(self.image_queue, image_teacher=image_teacher, text_teacher=text_teacher, ids=ids)
         if self.group is not None:
             image_teacher, text_teacher = _gather_pair(image_teacher, text_teacher, self.group)
             ids = gather_rows_no_grad(ids, self.group)
