@@ -68,8 +68,7 @@ void kernel(const at::Tensor& patches, const at::Tensor& tokens, const at::Tenso
   const int64_t size = patches.size(1), words = tokens.size(1), width = patches.size(2);
   const auto type = c10::CppTypeToScalarType<acc_t>::value;
   const at::Tensor wide = tokens.to(type);
-  const at::Tensor directions =
-      (wide / wide.norm(2, {2}, true).clamp_min(kNormEps)).contiguous();
+  const at::Tensor directions = (wide / wide.norm(2, {2}, true).clamp_min(kNormEps)).contiguous();
   const acc_t* direction = directions.const_data_ptr<acc_t>();
   bool* marks = selected.mutable_data_ptr<bool>();
   at::parallel_for(0, patches.size(0), 1, [&](int64_t begin, int64_t end) {

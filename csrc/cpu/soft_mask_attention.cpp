@@ -39,8 +39,8 @@ struct ByImage {
     const at::Tensor image = kv_index->contiguous();
     const int64_t* index = image.const_data_ptr<int64_t>();
     for (int64_t n = 0; n < pairs; ++n) {
-      TORCH_CHECK_VALUE(index[n] >= 0 && index[n] < images, "kv_index: expected 0 to ",
-                        images - 1, ", got ", index[n]);
+      TORCH_CHECK_VALUE(index[n] >= 0 && index[n] < images, "kv_index: expected 0 to ", images - 1,
+                        ", got ", index[n]);
       ++first[index[n] + 1];
     }
     std::partial_sum(first.begin(), first.end(), first.begin());
