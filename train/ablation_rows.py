@@ -146,13 +146,13 @@ STUDIES = (
         method="sycoca",
         title="SyCoCa",
         note=(
-            "All rows have the demo's weight 2 of ITC (the paper's is 1) and its focal factor, gamma 1; CoCa is trained "
-            "without a pooler. The paper's rows are read so: with attentive masking on IC the caption is told from the "
-            "patches that it speaks of; TG-MIM with random masks paints random patches again, and the caption is told "
-            "from the whole picture. The paper's figures are of zero-shot retrieval on COCO after training on CC3M. "
-            "CIDEr is of the captions that the model writes, chosen by both heads as in evaluation; the gap is how much "
-            "larger the error of hidden patches, the row's own choice of them, is when they are painted by another "
-            "picture's caption; both times 100."
+            "All rows have the demo's weight 2 of ITC (the paper's is 1) and its focal factor, gamma 1; CoCa is "
+            "trained without a pooler. The paper's rows are read so: with attentive masking on IC the caption is "
+            "told from the patches that it speaks of; TG-MIM with random masks paints random patches again, and the "
+            "caption is told from the whole picture. The paper's figures are of zero-shot retrieval on COCO after "
+            "training on CC3M. CIDEr is of the captions that the model writes, chosen by both heads as in "
+            "evaluation; the gap is how much larger the error of hidden patches, the row's own choice of them, is "
+            "when they are painted by another picture's caption; both times 100."
         ),
         config=CONFIGS / "sycoca_demo.yaml",
         rows=SYCOCA_ROWS,
@@ -165,12 +165,13 @@ STUDIES = (
         method="softmask_pp",
         title="SoftMask++",
         note=(
-            "Each of the three middle rows adds one thing to ALBEF, the last adds all three. Multi-modal augmentation "
-            "is masked captions for every loss and distorted pictures, as strong as at full size; the demo itself "
-            "leaves the distortions off, because at this size they halve the speed of learning ([demo.md](demo.md)). "
-            "All rows, ALBEF among them, are the demo's: no queue, no soft targets, ITC at weight 2 and MLM at 0.25, "
-            "the contrastive loss alone for the first steps, easy negatives, no RandAugment. No published figures are "
-            "at hand for single additions: the expected order is our reading, that no addition lowers a figure."
+            "Each of the three middle rows adds one thing to ALBEF, the last adds all three. Multi-modal "
+            "augmentation is masked captions for every loss and distorted pictures, as strong as at full size; the "
+            "demo itself leaves the distortions off, because at this size they halve the speed of learning "
+            "([demo.md](demo.md)). All rows, ALBEF among them, are the demo's: no queue, no soft targets, ITC at "
+            "weight 2 and MLM at 0.25, the contrastive loss alone for the first steps, easy negatives, no "
+            "RandAugment. No published figures are at hand for single additions: the expected order is our reading, "
+            "that no addition lowers a figure."
         ),
         config=CONFIGS / "demo.yaml",
         rows=SOFTMASK_PP_ROWS,
