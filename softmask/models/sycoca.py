@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from softmask import ops
 from softmask.data import Batch
 
-from .bert import at_least_fp32, clamp_value, initialize
+from .bert import clamp_value, initialize
+from .caption_head import CaptionHead
 from .config import SpecialIds, check
-from .mlm import masked_token_loss
 from .packing import Packing, Wanted
 from .running import all_ranks
 from .sycoca_config import MAX_LOGIT_SCALE, SyCoCaConfig
@@ -59,7 +59,7 @@ class SyCoCa(Encoders):
             causal=True,
             library=text.attention,
         )
-        self.caption_head = nn.Linear(text.width, text.vocab_size, bias=False)
+        self.caption_head = CaptionHead(text.width, text.vocab_size, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1.0 / config.temperature)))
         for part in (self.caption_decoder, self.caption_head):
             initialize(part, std=text.initializer_range)
@@ -235,8 +235,8 @@ class SyCoCa(Encoders):
         size = None if batch.num_tokens is None else batch.num_tokens - len(followed)
         chosen = Packing.of(followed, size)
         labels = chosen.pack(following)
-        logits = at_least_fp32(self.caption_head(states.index_select(0, texts.packing.rank[chosen.place])))
-        return masked_token_loss(logits, labels) / max(len(labels), 1)
+        told = states.index_select(0, texts.packing.rank[chosen.place])
+        return self.caption_head(told, labels) / max(len(labels), 1)
 
     def _reconstruction_loss(self, batch: Batch, texts: Texts, image: Tensor, masked: Tensor) -> Tensor:
         """The loss reads the masked patches alone, so the image decoder's last layer makes no others."""

@@ -1,0 +1,60 @@
+"""The caption head: the loss of all tokens at once and part by part is the same, and few logits exist at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from softmask.models import caption_head
+from softmask.models.caption_head import CaptionHead
+
+
+def make(tokens: int, *, dtype: torch.dtype = torch.float64) -> tuple[CaptionHead, Tensor, Tensor]:
+    torch.manual_seed(0)
+    head = CaptionHead(5, 11, bias=False, dtype=dtype)
+    return head, torch.randn(tokens, 5, dtype=dtype, requires_grad=True), torch.randint(11, (tokens,))
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 3, 10])
+def test_parts_make_the_whole(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    head, states, labels = make(tokens)
+    expected = F.cross_entropy(head(states), labels, reduction="sum")
+    leaves = (states, head.weight)
+    truth = torch.autograd.grad(expected, leaves)
+    for most in (2**26, 3 * 11, 1):  # all at once, three tokens, one
+        monkeypatch.setattr(caption_head, "MOST_LOGITS", most)
+        loss = head(states, labels)
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(torch.autograd.grad(loss, leaves), truth)
+
+
+def test_logits_exist_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(caption_head, "MOST_LOGITS", 4 * 11 + 10)
+    seen, plain = [], caption_head.masked_token_loss
+
+    def watched(logits: Tensor, labels: Tensor) -> Tensor:
+        seen.append(tuple(logits.shape))
+        return plain(logits, labels)
+
+    monkeypatch.setattr(caption_head, "masked_token_loss", watched)
+    head, states, labels = make(10)
+    loss = head(states, labels)
+    assert seen == [(4, 11), (4, 11), (2, 11)]
+    loss.backward()
+    assert sorted(seen[3:]) == [(2, 11), (4, 11), (4, 11)], "made again for the gradient"
+
+
+def test_parts_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products are bf16's, the loss is fp32, also where logits are made again."""
+    head, states, labels = make(10, dtype=torch.float32)
+    found = []
+    for most in (2**26, 3 * 11):
+        monkeypatch.setattr(caption_head, "MOST_LOGITS", most)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = head(states, labels)
+        assert loss.dtype == torch.float32
+        found.append((loss, torch.autograd.grad(loss, states)[0]))
+    for whole, parts in zip(*found, strict=True):
+        torch.testing.assert_close(parts, whole)
