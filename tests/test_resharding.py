@@ -22,9 +22,8 @@ from softmask.train.trainer import Trainer, prepare_run
 # The terms that no rank's random numbers enter: two ranks of 4 do as one of 8.
 OVERRIDES = ["train.steps=4", "train.accumulation=2", "train.clip_grad=1", "model.contrast_steps=100"]
 OVERRIDES += ["model.mask_text=mlm", "model.text.dropout=0", "model.text.attention_dropout=0"]
-OVERRIDES += [
-    "optimizer.eps=1e-5"
-]  # well above rounding: by 1e-8 Adam makes whole steps of gradients that are nothing else
+# Well above rounding: by 1e-8 Adam makes whole steps of gradients that are nothing else.
+OVERRIDES += ["optimizer.eps=1e-5"]
 # Small parameters stay whole at stage 3, if they are smaller than this.
 THRESHOLD = {"stage3_param_persistence_threshold": 50}
 WORKER = """
