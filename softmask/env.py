@@ -28,7 +28,9 @@ PACKAGES = (
     "pillow",
 )
 DEVICES = ("cpu", "cuda")
-LEFT_TO_PYTORCH = {("soft_mask", "cpp"): "one constant map per picture"}  # where "auto" finds that no kernel pays
+LEFT_TO_PYTORCH = {
+    ("soft_mask", "cpp"): "one map per picture, without gradient,"
+}  # where "auto" finds that no kernel pays
 
 
 def op_names() -> list[str]:

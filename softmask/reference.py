@@ -247,16 +247,10 @@ def attentive_mask(
     """
     dtype = _compute_dtype(patches, tokens)
     with _no_autocast(patches), torch.no_grad():
-        patches = F.normalize(patches.to(dtype).contiguous(), dim=-1)
-        tokens = F.normalize(tokens.to(dtype), dim=-1)
-        relevance = patches.new_full(patches.shape[:2], float("-inf"))
-        # Not by a matrix product: it rounds a row differently by where it stands, and equal patches would not tie.
-        for t in range(tokens.shape[1]):
-            cosine = (patches * tokens[:, t, None]).sum(-1)  # [B, P]
-            if token_padding_mask is not None:
-                cosine = cosine.masked_fill(token_padding_mask[:, t, None], float("-inf"))
-            relevance = torch.maximum(relevance, cosine)
-        order = relevance.argsort(dim=-1, descending=select == "high", stable=True)
+        similarity = _products(F.normalize(patches.to(dtype), dim=-1), F.normalize(tokens.to(dtype), dim=-1))
+        if token_padding_mask is not None:
+            similarity = similarity.masked_fill(token_padding_mask[:, None], float("-inf"))
+        order = similarity.amax(-1).argsort(dim=-1, descending=select == "high", stable=True)
         selected = torch.zeros_like(order, dtype=torch.bool)
         return selected.scatter_(-1, order[:, : round(ratio * order.shape[-1])], True)
 
@@ -305,6 +299,14 @@ def _rows(tensor: Tensor, index: Tensor) -> Tensor:
     """Rows of [B, H, T, E] at index [B, W, S] -> [B, H, W*S, E]; a padding -1 takes row 0, which the caller blanks."""
     flat = index.flatten(1).clamp_min(0)[:, None, :, None]
     return tensor.gather(2, flat.expand(-1, tensor.shape[1], -1, tensor.shape[3]))
+
+
+def _products(patches: Tensor, tokens: Tensor) -> Tensor:
+    """[B, P, D], [B, T, D] -> [B, P, T], equal patches to the digit alike: a matrix product rounds a row by its place."""
+    patches = patches.contiguous()
+    if torch.compiler.is_compiling():  # which fuses this, and would compile the loop again for every T
+        return (patches[:, :, None] * tokens[:, None]).sum(-1)
+    return torch.stack([(patches * token[:, None]).sum(-1) for token in tokens.unbind(1)], dim=-1)
 
 
 def _masked_softmax(logits: Tensor, ignore: Tensor | None) -> Tensor:

@@ -145,11 +145,20 @@ def test_the_record_alone_gives_the_table_and_spares_the_run(tmp_path: Path) -> 
     plan, fake = make_plan(tmp_path, "coca", seeds=1), Fake()
     run_all(plan, start=fake)
     table = plan.table.read_text(encoding="utf-8")
-    assert line_of(table, "CoCa (ITC + IC)")[2:5] == ["1", "50.0", "50.0"]
+    assert line_of(table, "CoCa (ITC + IC)")[2:5] == ["1 of 3, not finished", "50.0", "50.0"]
     shutil.rmtree(plan.runs)
     plan.table.unlink()
     run_all(plan, start=fake)
     assert plan.table.read_text(encoding="utf-8") == table and fake.calls == ["pretrain", "evaluate"]
+
+
+def test_the_table_has_what_is_recorded_whatever_is_run(tmp_path: Path) -> None:
+    fake = Fake()
+    run_all(make_plan(tmp_path, "coca", seeds=4), start=fake)
+    plan = make_plan(tmp_path, "itc", seeds=1)
+    run_all(plan, start=fake)
+    table = plan.table.read_text(encoding="utf-8")
+    assert line_of(table, "CoCa (ITC + IC)")[2] == "4" and line_of(table, "ITC")[2] == "1 of 4, not finished"
 
 
 def test_a_finished_run_without_a_record_is_recorded(tmp_path: Path) -> None:
@@ -348,5 +357,5 @@ def test_two_rows_from_data_to_table(tmp_path: Path) -> None:
     for study, title in zip(studies, ("ITC", "SoftMask++ (all)"), strict=True):
         cells = line_of(text, title)[3:]
         assert all(0 <= float(cell) <= 100 for cell in cells[: len(study.figures)])
-    assert text.count("retrieval among 12 pictures") == 2 and text.count("0 of 1, not finished") == 8
+    assert text.count("retrieval among 12 pictures") == 2 and text.count("0 of 3, not finished") == 8
     assert rows(plan.runs / "sycoca/itc/seed_0")[-1].keys() & {"itc", "caption"} == {"itc"}

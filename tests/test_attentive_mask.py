@@ -114,6 +114,9 @@ def test_compile_and_module() -> None:
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     expected = ops.attentive_mask(features, tokens, ratio=0.4, select="low", token_padding_mask=padding)
     assert torch.equal(compiled(features, tokens, token_padding_mask=padding), expected)
+    for length in range(2, 14):  # more than torch compiles one by one
+        expected = ops.attentive_mask(features, tokens[:, :1].repeat(1, length, 1), ratio=0.4, select="low")
+        assert torch.equal(compiled(features, tokens[:, :1].repeat(1, length, 1)), expected)
 
 
 def test_bad_input_is_named() -> None:

@@ -31,6 +31,7 @@ from softmask.train.logs import say
 SCRIPTS = Path(__file__).resolve().parent
 TEST_DATA = "data/scenes/test-*.tar"
 GALLERY = 256  # pictures that retrieval ranks
+SEEDS = 3  # of every row, before rows are compared
 # What comes out of a run does not depend on them.
 NEUTRAL_KEYS = (
     "output",
@@ -48,7 +49,7 @@ class Plan:
     """What is run, and where it goes."""
 
     rows: tuple[str, ...]  # names of those to run; the table has all
-    seeds: int = 3
+    seeds: int = SEEDS
     steps: int = 0  # of a run; 0: as many as the configuration says
     runs: Path = Path("runs/ablation")
     record: Path = Path("docs/ablation")
@@ -198,14 +199,18 @@ def start_process(command: Sequence[str]) -> None:
 
 
 def collect(plan: Plan, study: Study) -> ablation_table.Results:
-    """The metrics of all recorded runs of a study."""
-    runs = {row.name: [make_run(plan, study, row, seed) for seed in range(plan.seeds)] for row in study.rows}
-    found = {
-        name: [metrics for run in row if (metrics := finished_metrics(run, run.record, test_data=plan.test_data))]
-        for name, row in runs.items()
-    }
-    steps = runs[study.rows[0].name][0].config.train.steps
-    return ablation_table.Results(study, steps=steps, seeds=plan.seeds, metrics=found)
+    """The metrics of all recorded runs of a study, whatever seeds the plan is to run."""
+    found = {row.name: list(recorded_metrics(plan, study, row)) for row in study.rows}
+    steps = make_run(plan, study, study.rows[0], 0).config.train.steps
+    seeds = max(SEEDS, *map(len, found.values()))
+    return ablation_table.Results(study, steps=steps, seeds=seeds, metrics=found)
+
+
+def recorded_metrics(plan: Plan, study: Study, row: Row) -> Iterator[dict]:
+    for folder in sorted((plan.record / study.method / row.name).glob("seed_*")):
+        run = make_run(plan, study, row, int(folder.name.removeprefix("seed_")))
+        if metrics := finished_metrics(run, folder, test_data=plan.test_data):
+            yield metrics
 
 
 def write_table(plan: Plan) -> None:
@@ -230,7 +235,7 @@ def parse(argv: list[str] | None) -> tuple[Plan, bool]:
     """The plan, and whether only the table is wanted."""
     names = [row.name for study in STUDIES for row in study.rows]
     parser = argparse.ArgumentParser(description="The rows of both ablations, several seeds each, and their table.")
-    parser.add_argument("--seeds", type=positive, default=3, help="seeds of every row, from 0 on (default 3)")
+    parser.add_argument("--seeds", type=positive, default=SEEDS, help=f"of every row, from 0 on (default {SEEDS})")
     parser.add_argument("--steps", type=positive, default=0, help="shorter runs, in a folder of their own, for a try")
     parser.add_argument("--rows", nargs="+", choices=names, default=names, metavar="ROW", help=", ".join(names))
     parser.add_argument("--table-only", action="store_true", help="write the table from the record")

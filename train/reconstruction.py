@@ -38,7 +38,9 @@ def repaint(scorer: Scorer, samples: Sequence[Sample], wrong_captions: Sequence[
     tokens = scorer.tokens([*(sample.caption for sample in samples), *wrong_captions])
     ids, masks = tokens.input_ids.to(scorer.device), tokens.attention_mask.to(scorer.device)
     right, wrong = ((ids[: len(samples)], masks[: len(samples)]), (ids[len(samples) :], masks[len(samples) :]))
-    hidden = model.hidden_patches(images, *right)
+    with torch.random.fork_rng(devices=[scorer.device] if scorer.device.type == "cuda" else []):
+        torch.manual_seed(SEED)
+        hidden = model.hidden_patches(images, *right)
     painted = [model.repaint(images, hidden, *caption) for caption in (right, wrong)]
     errors = [error_by_picture(scorer, one, images, hidden) for one in painted]
     return Repainted(images, hidden, *painted, *errors)
@@ -52,8 +54,8 @@ def error_by_picture(scorer: Scorer, painted: Tensor, images: Tensor, hidden: Te
 
 
 def with_another(samples: Iterable[Sample]) -> Iterator[tuple[Sample, str]]:
-    """The first sample of each picture with the next picture's caption, the last with the first's; pictures whose
-    captions are the same are left out. Two are held at a time."""
+    """The first sample of each picture with the next picture's caption, the last with the first's; left out is a
+    picture whose next has the same caption. Two are held at a time."""
     return ((sample, other) for sample, other in _with_next(samples) if other != sample.caption)
 
 
@@ -73,12 +75,10 @@ def reconstruction(scorer: Scorer, samples: Iterable[Sample]) -> dict | None:
     """The metrics.json section: mean errors, and their gap with its 95 % interval over pictures; None where there are
     not two pictures with captions that differ."""
     gaps, rights = [], []
-    with torch.random.fork_rng(devices=[scorer.device] if scorer.device.type == "cuda" else []):
-        torch.manual_seed(SEED)
-        for batch in batches(with_another(samples), scorer.batch_size):
-            one = repaint(scorer, [sample for sample, _ in batch], [other for _, other in batch])
-            rights.append(one.right_error)
-            gaps.append(one.wrong_error - one.right_error)
+    for batch in batches(with_another(samples), scorer.batch_size):
+        one = repaint(scorer, [sample for sample, _ in batch], [other for _, other in batch])
+        rights.append(one.right_error)
+        gaps.append(one.wrong_error - one.right_error)
     if not gaps:
         return None
     right, gap = torch.cat(rights), torch.cat(gaps)  # of two or more: if one differs from the next, so does another

@@ -39,7 +39,7 @@ from softmask.data import rle
 from softmask.data.captions import Box, Caption, Group, name_one, write_caption
 from softmask.data.openmoji import ATTRIBUTION, Concept, concepts, rasterize
 
-VERSION = 4
+VERSION = 5
 """Goes up when the same parameters give other files, so that old folders are written anew."""
 
 SPLITS = ("train", "val", "test")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -29,4 +30,6 @@ class CaptionHead(nn.Linear):
         return torch.stack([checkpoint(self._loss, *part, **options) for part in parts]).sum()
 
     def _loss(self, states: Tensor, labels: Tensor) -> Tensor:
-        return masked_token_loss(at_least_fp32(super().forward(states)), labels)
+        # A view: of a parameter autocast would share one bf16 copy, and add up the parts' gradients in bf16.
+        logits = F.linear(states, self.weight.view_as(self.weight), self.bias)
+        return masked_token_loss(at_least_fp32(logits), labels)

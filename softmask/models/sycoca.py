@@ -63,9 +63,9 @@ class SyCoCa(Encoders):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1.0 / config.temperature)))
         for part in (self.caption_decoder, self.caption_head):
             initialize(part, std=text.initializer_range)
-        if config.paints or config.caption_masking == "pixels":
+        if config.reconstruct or config.caption_masking == "pixels":
             self.mask_token = nn.Parameter(torch.empty(self.vision.width).normal_(std=text.initializer_range))
-        if config.paints:
+        if config.reconstruct:
             self._make_image_decoder()
         self.twin, self.contrast = None, None
         if config.queue_size:
@@ -80,7 +80,7 @@ class SyCoCa(Encoders):
             name: (not used or 0 < round(getattr(config, name) * patches) < patches, f"some but not all of {patches}")
             for name, used in masked.items()
         }
-        if config.paints:
+        if config.reconstruct:
             fits = width % config.image_decoder_heads == 0
             expected["image_decoder_heads"] = (fits, f"a divisor of the image encoder's width {width}")
         if config.masks == "attentive" and any(masked.values()):

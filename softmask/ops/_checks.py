@@ -32,7 +32,7 @@ def dtype(name: str, tensor: Tensor, allowed: Sequence[torch.dtype] = FLOATING) 
 def positions(name: str, index: Tensor, *, least: int, size: int) -> None:
     """least <= index < size, on the CPU: elsewhere it would wait for the device. Not of tensors without values."""
     has_values = type(index) is Tensor and not torch.compiler.is_compiling()  # fake tensors are of another class
-    if index.device.type != "cpu" or index.numel() == 0 or not has_values:
+    if not has_values or index.device.type != "cpu" or index.numel() == 0:
         return
     low, high = (int(value) for value in index.aminmax())
     if low < least or high >= size:

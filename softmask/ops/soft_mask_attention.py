@@ -51,7 +51,7 @@ def soft_mask_attention(
         _checks.dtype("key_weight", key_weight)
         _checks.device(query, key_weight=key_weight)
     backend = resolve("soft_mask_attention", query, key, value, value_bias)
-    if backend == "reference" and kv_index is not None:  # the kernels check by themselves
+    if backend == "reference" and kv_index is not None:  # C++ checks by itself, Triton would wait for the device
         _checks.positions("kv_index", kv_index, least=0, size=len(key))
     run = reference.soft_mask_attention if backend == "reference" else partial(fused.soft_mask_attention, backend)
     return run(

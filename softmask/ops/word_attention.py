@@ -69,7 +69,7 @@ def word_attention(
         floating = tuple(None if tensor is None else tensor.detach() for tensor in floating)
     query, key, value, grad_output, value_bias = floating
     backend = resolve("word_attention", *floating)
-    if backend == "reference":  # the kernels check by themselves
+    if backend == "reference":  # C++ checks by itself, Triton would wait for the device
         _checks.positions("word_index", word_index, least=-1, size=query.shape[2])
     run = reference.word_attention if backend == "reference" else partial(fused.word_attention, backend)
     return run(
