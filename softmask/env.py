@@ -28,9 +28,8 @@ PACKAGES = (
     "pillow",
 )
 DEVICES = ("cpu", "cuda")
-LEFT_TO_PYTORCH = {
-    ("soft_mask", "cpp"): "one map per picture, without gradient,"
-}  # where "auto" finds that no kernel pays
+# Where "auto" takes no kernel, since none pays.
+LEFT_TO_PYTORCH = {("soft_mask", "cpp"): "one map per picture, without gradient,"}
 
 
 def op_names() -> list[str]:

@@ -302,7 +302,7 @@ def _rows(tensor: Tensor, index: Tensor) -> Tensor:
 
 
 def _products(patches: Tensor, tokens: Tensor) -> Tensor:
-    """[B, P, D], [B, T, D] -> [B, P, T], equal patches to the digit alike: a matrix product rounds a row by its place."""
+    """[B, P, D], [B, T, D] -> [B, P, T], the same of equal patches: a matrix product rounds a row by its place."""
     patches = patches.contiguous()
     if torch.compiler.is_compiling():  # which fuses this, and would compile the loop again for every T
         return (patches[:, :, None] * tokens[:, None]).sum(-1)
