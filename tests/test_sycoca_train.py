@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_fixtures import different, make_config, make_sycoca_config, run_here, saved_state
+from train_fixtures import different, make_config, make_sycoca_config, rows, run_here, saved_state
 
 from softmask.data import open_source
 from softmask.models import SyCoCa, SyCoCaConfig, caption_head
@@ -36,8 +36,8 @@ def test_a_stopped_run_goes_on_exactly(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(Trainer, "_step", step)
     assert run_here(halves, checkpoint=find_checkpoint(halves.output)).finished
     assert different(saved_state(Path(whole.output)), saved_state(Path(halves.output))) == []
-    rows = [json.loads(line) for line in (Path(whole.output) / "log.jsonl").read_text().splitlines()]
-    assert {"itc", "caption", "tgmim"} <= rows[0].keys() and "itm" not in rows[0]
+    first = rows(whole.output)[0]
+    assert {"itc", "caption", "tgmim"} <= first.keys() and "itm" not in first
 
 
 OPTIONS = {
@@ -62,7 +62,7 @@ def test_the_stages_train_alike(tmp_path: Path, options: list[str]) -> None:
 def losses_at_stage(folder: Path, name: str, stage: int, options: Sequence[str] = ()) -> list[float]:
     config = make_sycoca_config(folder, name, f"deepspeed.zero_optimization.stage={stage}", *options)
     run_here(config)
-    return [json.loads(line)["loss"] for line in (Path(config.output) / "log.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows(config.output)]
 
 
 def test_the_stages_train_alike_with_the_caption_loss_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,8 +62,7 @@ def generate_captions(
         ValueError: no picture; max_length is not from 2 to text.max_positions, num_beams < 1, top_p is not in (0, 1],
             or given with rerank.
     """
-    _check_lengths(model, max_length=max_length, num_beams=num_beams)
-    _check_pictures(images)
+    _check(model, images, max_length=max_length, num_beams=num_beams)
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p: expected a number in (0, 1], got {top_p}")
     if rerank and top_p is not None:
@@ -85,8 +84,7 @@ def search_captions(model: SyCoCa, images: Tensor, *, max_length: int, num_beams
     Raises:
         ValueError: no picture; max_length is not from 2 to text.max_positions, or num_beams < 2.
     """
-    _check_lengths(model, max_length=max_length, num_beams=num_beams, fewest=2)
-    _check_pictures(images)
+    _check(model, images, max_length=max_length, num_beams=num_beams, fewest=2)
     with evaluating(model):
         pooled, tokens = model.pool(model.vision(images))
         options = {"num_return_sequences": num_beams, "output_scores": True}
@@ -100,15 +98,12 @@ def search_captions(model: SyCoCa, images: Tensor, *, max_length: int, num_beams
     return Beams(captions.unflatten(0, similarity.shape), log_prob.view(similarity.shape), similarity)
 
 
-def _check_lengths(model: SyCoCa, *, max_length: int, num_beams: int, fewest: int = 1) -> None:
+def _check(model: SyCoCa, images: Tensor, *, max_length: int, num_beams: int, fewest: int = 1) -> None:
     most = model.config.text.max_positions
     if not 2 <= max_length <= most:
         raise ValueError(f"max_length: expected 2 to text.max_positions = {most}, got {max_length}")
     if num_beams < fewest:
         raise ValueError(f"num_beams: expected at least {fewest}, got {num_beams}")
-
-
-def _check_pictures(images: Tensor) -> None:
     if len(images) == 0:
         raise ValueError(f"images: expected at least one picture [B, 3, S, S], got shape {list(images.shape)}")
 
