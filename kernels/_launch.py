@@ -35,6 +35,7 @@ class Launch:
     num_warps: int
     num_stages: int
     maxnreg: int | None = None
+    updates: bool = False  # it changes what it reads: run twice, it writes something else
 
     @property
     def options(self) -> dict[str, Any]:
@@ -65,16 +66,17 @@ def launch(
     num_warps: int = 4,
     num_stages: int = 2,
     maxnreg: int | None = None,
+    updates: bool = False,
     **constants: Any,
 ) -> None:
-    """Run kernel over grid; an empty grid runs nothing."""
+    """Run kernel over grid; an empty grid runs nothing. A launch that `updates` is not tuned: it must run once."""
     arguments = dict(zip(kernel.arg_names[: len(given)], given, strict=True)) | constants
-    one = Launch(kernel, grid, arguments, num_warps, num_stages, maxnreg)
+    one = Launch(kernel, grid, arguments, num_warps, num_stages, maxnreg, updates)
     if 0 in grid:
         return
     if _hook is not None:
         _hook(one)
-    elif AUTOTUNE and not INTERPRETED and not torch.cuda.is_current_stream_capturing():
+    elif AUTOTUNE and not updates and not INTERPRETED and not torch.cuda.is_current_stream_capturing():
         tune(one).run()
     else:
         one.run()
@@ -141,7 +143,7 @@ def last_contiguous(tensor: Tensor) -> Tensor:
 def tune(one: Launch) -> Launch:
     """The launch with the fastest number of warps, timed once per device, kernel, constants and shapes.
 
-    Kernels write the same values on every run, so trying is harmless.
+    It writes the same values on every run, so trying is harmless.
     """
     key = (one.device, one.kernel, *(_tuning_key(value) for value in one.arguments.values()))
     if key not in _tuned:

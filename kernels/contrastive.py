@@ -253,6 +253,6 @@ def backward(
         *sides, statistics, grad.contiguous(), scale, gamma, at_rows, at_columns, at_scale,
         height, width, depth, first_row, *(side.stride(0) for side in sides[:2]), both, ATOMICS,
         BLOCK_D=max(16, triton.next_power_of_2(depth)), **options,
-        GRAD_DOT=of_grad["DOT"], GRAD_PRECISION=of_grad["PRECISION"],
+        GRAD_DOT=of_grad["DOT"], GRAD_PRECISION=of_grad["PRECISION"], updates=ATOMICS,
     )  # fmt: skip
     return at_rows, at_columns.to(columns.dtype), at_scale.sum(dtype=scale.dtype)

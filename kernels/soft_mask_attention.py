@@ -144,7 +144,7 @@ def _forward(
         total = total * shrink + tl.sum(e, 1)
         key += BLOCK_KEYS * key_token
         value += BLOCK_KEYS * value_token
-    attends = total > 0
+    attends = total != 0  # NaN stays NaN
     mean = mean / tl.where(attends, total, 1.0)[:, None]
     if bias is not None:
         column = tl.arange(0, BLOCK_VALUE)
@@ -192,7 +192,7 @@ def _query_backward(
         mean = mean * shrink + tl.sum(e * d_a, 1)
         key_tile += BLOCK_KEYS * key_token
         value_tile += BLOCK_KEYS * value_token
-    attends = total > 0
+    attends = total != 0  # NaN stays NaN
     top = tl.where(attends, top, float("inf"))  # no key: probabilities of 0
     share = 1.0 / tl.where(attends, total, 1.0)  # kept apart from top, whose rounding would grow with the logits
     mean *= share

@@ -184,7 +184,7 @@ def forward(
         _combine, (batch * words,),
         *rows_of, tops, totals, index, maps, raw if raw.numel() else None,
         heads, words, subtokens, keys, num_prefix_tokens, tiles, pitch,
-        NORMALIZE=normalize, KEEP=keep, BLOCK_HEADS=min(at_once, triton.next_power_of_2(max(1, heads))),
+        NORMALIZE=normalize, KEEP=keep, updates=keep, BLOCK_HEADS=min(at_once, triton.next_power_of_2(max(1, heads))),
         BLOCK_TILES=block_tiles, BLOCK_KEYS=block_keys, **combine,
     )  # fmt: skip
     return maps, raw, kept

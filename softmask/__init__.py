@@ -6,6 +6,7 @@ there. Importing the package alone loads nothing else, torch included.
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING
 
 from softmask._version import __version__
@@ -21,4 +22,6 @@ def __getattr__(name: str) -> object:
         from softmask.ops import _backend
 
         return getattr(_backend, name)
+    if name == "ops":
+        return importlib.import_module("softmask.ops")
     raise AttributeError(f"module 'softmask' has no attribute {name!r}")

@@ -292,7 +292,8 @@ def _compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 
 def _no_autocast(tensor: Tensor) -> torch.autocast:
-    return torch.autocast(tensor.device.type, enabled=False)
+    device = tensor.device.type
+    return torch.autocast("cpu" if device == "meta" else device, enabled=False)  # "meta" has none of its own
 
 
 def _rows(tensor: Tensor, index: Tensor) -> Tensor:

@@ -126,6 +126,11 @@ def test_wrong_device() -> None:
     assert _backend.choose("cuda", torch.float64) == "reference"
 
 
+def test_shapes_on_meta() -> None:
+    masked = ops.soft_mask(*(tensor.to("meta") for tensor in inputs()))
+    assert masked.device.type == "meta" and masked.shape == (2, 4, 3)
+
+
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "INSTALLED", False)
     assert _backend.choose("cuda") == "reference"
@@ -134,8 +139,8 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_unknown_name() -> None:
-    with pytest.raises(ValueError, match="backend: expected one of 'auto', .*, got 'numpy'"), softmask.backend("numpy"):
-        pass
+    with pytest.raises(ValueError, match="backend: expected one of 'auto', .*, got 'numpy'"):
+        softmask.backend("numpy")
 
 
 def test_holds_for_this_thread_only() -> None:
@@ -165,7 +170,7 @@ def test_switch_reaches_compiled_functions() -> None:
 
 
 def test_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    code = "import torch; from softmask import ops; ops.soft_mask(torch.rand(2, 4, 3), torch.rand(2, 3))"
+    code = "import torch, softmask; softmask.ops.soft_mask(torch.rand(2, 4, 3), torch.rand(2, 3))"
     failed = python(code, SOFTMASK_BACKEND="triton", TRITON_INTERPRET="0")
     assert "BackendError: backend 'triton' cannot run soft_mask: Triton kernels take CUDA" in failed.stderr
     monkeypatch.setenv("SOFTMASK_BACKEND", "fast")
@@ -173,6 +178,18 @@ def test_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
         _backend._from_environment()
     monkeypatch.setenv("SOFTMASK_BACKEND", "")
     assert _backend._from_environment() == "auto"
+
+
+def test_environment_variable_set_after_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = ran_by(monkeypatch)
+    monkeypatch.setenv("SOFTMASK_BACKEND", "reference")
+    ops.soft_mask(*inputs())
+    monkeypatch.setenv("SOFTMASK_BACKEND", "cuda")
+    with pytest.raises(softmask.BackendError, match="backend 'cuda' cannot run soft_mask"):
+        ops.soft_mask(*inputs())
+    with softmask.backend("reference"):  # stands over the variable
+        ops.soft_mask(*inputs())
+    assert calls == ["reference", "reference"]
 
 
 def test_imports_are_light() -> None:

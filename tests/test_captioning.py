@@ -15,7 +15,7 @@ from torch import Tensor
 from softmask import reference
 from softmask.data import DataError, open_source
 from softmask.train import captioning, reconstruction, report_generation, zero_shot
-from softmask.train.scoring import Reader, Sample, Scorer, each_picture_once
+from softmask.train.scoring import Reader, Sample, Scorer, each_picture_once, pixels
 
 JAVA = pytest.param(True, marks=pytest.mark.skipif(not captioning.has_java(), reason="no Java"))
 
@@ -84,12 +84,13 @@ def test_training_pictures_are_spread(total: int, wanted: int, expected: list[in
     assert captioning.chosen_numbers(total, wanted) == expected
 
 
-def test_the_nearest_picture_lends_its_caption(scorer, samples, tmp_path, monkeypatch) -> None:
+def test_the_nearest_picture_lends_its_caption(scorer, samples, tmp_path) -> None:
     training = Reader(open_source(write_scenes(tmp_path / "train.tar", reversed(ALL))))
-    known, captions = captioning.known_pictures(scorer, training, range(12))
-    features, _ = captioning.known_pictures(scorer, Reader(open_source(write_scenes(tmp_path / "test.tar"))), range(12))
-    monkeypatch.setattr(captioning, "SIMILAR_AT_ONCE", 5)
-    assert captioning.nearest(features, known, captions) == [sample.caption for sample in samples]
+    features = scorer.model.encode_image(pixels(scorer, samples))[1]
+    nearest, known = captioning.nearest_captions(scorer, features, training, range(12))
+    assert nearest == [sample.caption for sample in samples] and known == nearest[::-1]
+    few, known = captioning.nearest_captions(scorer, features, training, [3, 9])
+    assert len(known) == 2 and set(few) == set(known) and few[8] == nearest[8] and few[2] == nearest[2]
 
 
 def test_the_section_compares_with_training_captions(scorer, samples, tmp_path, monkeypatch) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from two_ranks import average_gradients, own_half, run_on_two_ranks
 
 from softmask import ops
+from softmask.ops import _distributed
 
 pytestmark = pytest.mark.usefixtures("each_backend")
 
@@ -209,6 +210,22 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         for rank in ranks:
             for got, parameter in zip(rank[case][1:], parameters, strict=True):
                 torch.testing.assert_close(got, parameter.grad)
+
+
+def test_half_precision_gradients_are_summed_over_ranks_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four other ranks add a quarter of bf16's unit each."""
+
+    def add_others(total: Tensor, group: object) -> None:
+        for _ in range(4):
+            total += 2.0**-9
+
+    monkeypatch.setattr(dist, "all_reduce", add_others)
+    monkeypatch.setattr(dist, "get_world_size", lambda group: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda group: 1)
+    monkeypatch.setattr(_distributed, "gather_rows_no_grad", lambda rows, group: torch.cat([rows, rows]))
+    rows = torch.zeros(2, 3, dtype=torch.bfloat16, requires_grad=True)
+    _distributed.gather_rows(rows, None).backward(torch.ones(4, 3, dtype=torch.bfloat16))
+    assert torch.equal(rows.grad, torch.full((2, 3), 1 + 2.0**-7, dtype=torch.bfloat16))
 
 
 def test_bad_input_is_named() -> None:

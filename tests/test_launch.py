@@ -64,6 +64,18 @@ def test_tuning_keeps_the_fastest(launcher, monkeypatch: pytest.MonkeyPatch) -> 
     assert len(tried) == 6
 
 
+@pytest.mark.parametrize("updates", [False, True])
+def test_a_launch_that_updates_is_not_tuned(launcher, monkeypatch: pytest.MonkeyPatch, updates: bool) -> None:
+    tuned, ran = [], []
+    monkeypatch.setattr(launcher, "AUTOTUNE", True)
+    monkeypatch.setattr(launcher, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(launcher, "tune", lambda one: tuned.append(one) or one)
+    monkeypatch.setattr(launcher.Launch, "run", lambda one: ran.append(one))
+    launcher.launch(Kernel("x"), (1,), torch.ones(1), updates=updates)
+    assert len(ran) == 1 and len(tuned) == (not updates)
+
+
 @pytest.mark.parametrize("setting", ["highest", "high", "new"])
 def test_tf32_where_torch_allows_it(launcher, setting: str) -> None:
     matmul = torch.backends.cuda.matmul

@@ -237,6 +237,7 @@ def test_recomputed_activations_change_nothing(options: dict) -> None:
         ({"temperature": 0.005}, r"temperature: expected a number in \[0.01, 0.5\], got 0.005"),
         ({"image_decoder_heads": 5}, "image_decoder_heads: expected a divisor of the image encoder's width 24, got 5"),
         ({"relevance": "tokens"}, r"relevance: expected 'projection' where widths differ \(24 and 32\)"),
+        ({"relevance_tokens": "some"}, "relevance_tokens: expected 'all' or 'words', got 'some'"),
         ({"reconstruct_ratio": 0.02}, "reconstruct_ratio: expected some but not all of 16, got 0.02"),
         ({"caption_ratio": 0.98}, "caption_ratio: expected some but not all of 16, got 0.98"),
     ],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from softmask import ops
 from softmask.models import SyCoCa
 from softmask.models.pooler import AttentionalPooler
 from softmask.models.sycoca_encoders import Texts
-from softmask.models.sycoca_masks import PatchMasks, patch_positions, random_masks
+from softmask.models.sycoca_masks import PatchMasks, attentive_masks, patch_positions, random_masks
 
 # -- the pooler -------------------------------------------------------------------------------------------------------
 
@@ -99,6 +101,29 @@ def test_each_head_has_its_share_of_the_most_spoken_of() -> None:
     masks = model._masks(image, texts)
     assert torch.equal(masks.kept, most_relevant(model, image, texts, count=4))
     assert torch.equal(masks.hidden, most_relevant(model, image, texts, count=12))
+
+
+def test_patches_may_be_compared_with_words_alone() -> None:
+    """The causal encoder's [CLS], the first token, is the same for every caption; [SEP] is not."""
+    batch = small_batch(dtype=torch.float64)
+    model, by_words = small_sycoca(), small_sycoca(relevance_tokens="words")
+    image, texts = model.vision(batch.images), model._encode_text(batch)
+    words = texts.packing.mask & (batch.word_ids >= 0)
+    assert torch.equal(words.sum(1), texts.packing.mask.sum(1) - 2)
+    rest = dataclasses.replace(texts, packing=SimpleNamespace(pad=texts.packing.pad, mask=words))
+    expected = most_relevant(model, image, rest, count=8)
+    assert torch.equal(by_words._masks(image, texts).hidden, expected)
+    assert not torch.equal(model._masks(image, texts).hidden, expected)
+
+
+def test_attentive_masks_follow_the_caption() -> None:
+    """Projections by hand: a patch of one picture is like every token of one caption, another like the other's."""
+    patches = torch.eye(4).repeat(2, 1, 1)  # two times the same picture
+    tokens = torch.tensor([[[9.0, 1, 1, 0]] * 3, [[0, 1, 1, 9.0]] * 3])
+    padding = torch.tensor([[False, False, True], [False, True, True]])
+    masks = attentive_masks(patches, tokens, padding, ratios={0.25, 0.75})
+    assert masks[0.25].int().tolist() == [[1, 0, 0, 0], [0, 0, 0, 1]]
+    assert masks[0.75].int().tolist() == [[1, 1, 1, 0], [0, 1, 1, 1]]
 
 
 def test_random_masks_have_the_same_shares() -> None:

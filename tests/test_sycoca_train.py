@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from train_fixtures import different, make_config, make_sycoca_config, rows, run_here, saved_state
 
+from softmask import reference
 from softmask.data import open_source
 from softmask.models import SyCoCa, SyCoCaConfig, caption_head
 from softmask.train import captioning, evaluate, reconstruction, report, report_generation, scoring
@@ -95,6 +97,17 @@ def test_evaluation_ranks_by_itc_alone(run: Config) -> None:
     assert result["retrieval"]["images"] == 16 and "itm" not in result["retrieval"] and "grounding" not in result
 
 
+def test_evaluation_attends_by_torch(run: Config, tmp_path: Path) -> None:
+    """Weights are fp32 in evaluation, which flash-attn does not take, and the package need not be on this machine."""
+    checkpoint = shutil.copytree(find_checkpoint(run.output), tmp_path / "step_00000001")
+    path = checkpoint / "config.yaml"
+    text = path.read_text(encoding="utf-8")
+    assert text.count("attention: sdpa") == 1
+    path.write_text(text.replace("attention: sdpa", "attention: flash_attn"), encoding="utf-8")
+    model, _, loaded = load_model(checkpoint)
+    assert loaded.model.text.attention == model.text.blocks[0].attention.library == "sdpa"
+
+
 def test_evaluation_writes_and_paints(run: Config) -> None:
     result = json.loads((Path(run.output) / "metrics.json").read_text())
     section = result["captioning"]
@@ -104,8 +117,29 @@ def test_evaluation_writes_and_paints(run: Config) -> None:
         assert all(scores[name] >= 0 for name in names)
     assert section["nearest"]["bleu4"] == pytest.approx(1.0)  # these pictures are of the training set
     gap = result["reconstruction"]
-    assert gap["low"] < gap["gap"] < gap["high"] and gap["right"] > 0
+    assert gap["low"] < gap["gap"] < gap["high"]
     assert "zero_shot" not in result  # no picture has objects
+
+
+def test_the_gap_is_of_the_models_own_loss(run: Config) -> None:
+    """All pictures in one batch, by the model's own calls: the same patches painted by either caption."""
+    scorer = evaluate.load_scorer(find_checkpoint(run.output), batch_size=5)
+    model = scorer.model
+    with torch.no_grad():
+        for weight in model.image_decoder.parameters():  # so large that captions make a difference
+            weight.mul_(10.0)
+    samples = list(scoring.Reader(open_source(run.data.train)).read(range(16)))
+    section = reconstruction.reconstruction(scorer, samples)
+    pairs = list(reconstruction.with_another(samples))
+    images = scoring.pixels(scorer, [sample for sample, _ in pairs])
+    tokens = [scorer.tokens(texts) for texts in zip(*((sample.caption, other) for sample, other in pairs), strict=True)]
+    right, wrong = ((one.input_ids, one.attention_mask) for one in tokens)
+    with torch.no_grad():
+        hidden = model.hidden_patches(images, *right)
+        painted = [model.repaint(images, hidden, *one) for one in (right, wrong)]
+    losses = [reference.masked_patch_loss(x, images, hidden, patch_size=model.patch_size).item() for x in painted]
+    assert section["samples"] == len(pairs) and abs(losses[1] - losses[0]) > 1e-3 * losses[0]
+    assert [section["right"], section["wrong"]] == pytest.approx(losses, rel=1e-5)
 
 
 def test_the_report_shows_captions_and_paintings(run: Config) -> None:

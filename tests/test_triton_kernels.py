@@ -43,6 +43,30 @@ def test_tiles_of_a_gpu(name: str) -> None:
         check_errors("triton", torch.float32, cases.ALL[name])
 
 
+@pytest.mark.parametrize(("name", "atomics"), [*((name, False) for name in cases.ALL), ("contrastive", True)])
+def test_tuned_launches_write_the_same_when_they_are_run_again(
+    name: str, atomics: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tuning times a launch on its real tensors; one that updates what it reads says so and is left out."""
+    from softmask.kernels import _launch, contrastive
+
+    monkeypatch.setattr(contrastive, "ATOMICS", atomics)
+    once, left_out = outcome("triton", cases.ALL[name].cast(torch.float32)), set()
+
+    def run_twice(one: _launch.Launch) -> None:
+        one.run()
+        if one.updates:
+            left_out.add(one.kernel.__name__)
+        else:
+            one.run()
+
+    with _launch.hooked(run_twice):
+        twice = outcome("triton", cases.ALL[name].cast(torch.float32))
+    assert all(torch.equal(once[leaf], twice[leaf]) for leaf in once)
+    expected = {"word_attention": {"_combine"}, "contrastive": {"backward_kernel"} if atomics else set()}
+    assert left_out == expected.get(name, set())
+
+
 def test_soft_mask_of_a_map_with_nan() -> None:
     case = cases.soft_mask(7).cast(torch.float32)
     case.leaves["maps"][0, 3] = float("nan")
@@ -148,6 +172,16 @@ def test_soft_mask_attention_options() -> None:
     options = [{"shared": s, "weighted": w, "masked": m} for s in FLAGS for w in FLAGS for m in FLAGS]
     check_errors("triton", torch.float32, *(cases.soft_mask_attention(63, **chosen) for chosen in options))
     check_errors("triton", torch.float32, cases.soft_mask_attention(7, masked=True, tokens=70))
+
+
+@pytest.mark.parametrize("masked", FLAGS)
+def test_soft_mask_attention_of_a_query_with_nan(masked: bool) -> None:
+    """NaN where the reference has it, not the zeros of a row without keys."""
+    case = cases.soft_mask_attention(63, masked=masked).cast(torch.float32)
+    case.leaves["query"][1, 2, 3, 4] = float("nan")  # of image 0, which has keys
+    got, expected = (outcome(backend, case) for backend in ("triton", "reference"))
+    assert got["out"][1, 2, 3].isnan().all() and got["out"].isnan().sum() == got["out"].shape[-1]
+    assert all(torch.equal(got[leaf].isnan(), expected[leaf].isnan()) for leaf in got)
 
 
 @of_each_type

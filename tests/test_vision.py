@@ -109,3 +109,18 @@ def test_masked_patches_are_not_seen_by_their_neighbours(training: bool) -> None
     assert not torch.equal(again[3:], seen[3:])
     apart = encoder(images, masked=masked[3:], mask_token=token)
     torch.testing.assert_close(apart, seen[3:])
+
+
+def test_the_stem_of_a_hybrid_does_not_see_masked_patches() -> None:
+    """Its convolutions reach across patches, and its norms over the whole picture."""
+    torch.manual_seed(0)
+    encoder = VisionEncoder(VisionConfig(name="vit_tiny_r_s16_p8_224", image_size=64))
+    images, token, masked = torch.randn(1, 3, 64, 64), torch.randn(192), torch.tensor([[True, False, False, True]])
+    changed = images.clone()
+    changed[:, :, :32, :32] = 0.3
+    changed[:, :, 32:, 32:] = -0.7
+    assert encoder.patch_grid == (2, 2)
+    seen, again = (encoder(some, masked=masked, mask_token=token) for some in (images, changed))
+    assert torch.equal(seen, again)
+    changed[:, :, :32, 32:] = 0.3
+    assert not torch.equal(encoder(changed, masked=masked, mask_token=token), seen)

@@ -148,11 +148,13 @@ STUDIES = (
         note=(
             "All rows have the demo's weight 2 of ITC (the paper's is 1) and its focal factor, gamma 1; CoCa is "
             "trained without a pooler. The paper's rows are read so: with attentive masking on IC the caption is "
-            "told from the patches that it speaks of; TG-MIM with random masks paints random patches again, and the "
-            "caption is told from the whole picture. The paper's figures are of zero-shot retrieval on COCO after "
-            "training on CC3M. CIDEr is of the captions that the model writes, chosen by both heads as in "
-            "evaluation; the gap is how much larger the error of hidden patches, the row's own choice of them, is "
-            "when they are painted by another picture's caption; both times 100."
+            "told from the half of the patches that are most similar to one of its tokens; TG-MIM with random masks "
+            "paints random patches again, and the caption is told from the whole picture. The paper's figures are of "
+            "zero-shot retrieval on COCO after training on CC3M. CIDEr is of the captions that the model writes, "
+            "of the whole picture in every row, chosen by both heads as in evaluation; the gap is how much larger "
+            "the error of hidden patches, the row's own choice of them, is when they are painted by another "
+            "picture's caption; both times 100. Attentive masks follow the right caption and random ones do not, so "
+            "that gaps under the one and the other are of different patches and compare only roughly."
         ),
         config=CONFIGS / "sycoca_demo.yaml",
         rows=SYCOCA_ROWS,

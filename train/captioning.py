@@ -30,8 +30,6 @@ from softmask.train.scoring import Reader, Sample, Scorer, batches, each_picture
 Words = dict[int, list[str]]
 """Number of a picture -> its captions, words separated by blanks."""
 
-SIMILAR_AT_ONCE = 1024  # pictures whose similarities to all known ones stand in memory
-
 
 @dataclass(frozen=True)
 class CaptionOptions:
@@ -61,11 +59,11 @@ def captioning(scorer: Scorer, samples: Iterable[Sample], training: Reader | Non
         result["beams_alone"] = score(written.beams_alone, given)
     if training is not None:
         numbers = chosen_numbers(len(training.source), options.neighbours)
-        known, captions = known_pictures(scorer, training, numbers)
+        nearest, captions = nearest_captions(scorer, features, training, numbers)
         result["neighbours"] = len(captions)
         drawn = Random(options.seed).choices(captions, k=len(given))
         result["random"] = score(drawn, given)
-        result["nearest"] = score(nearest(features, known, captions), given)
+        result["nearest"] = score(nearest, given)
     return result
 
 
@@ -113,22 +111,28 @@ def chosen_numbers(total: int, wanted: int) -> list[int]:
 
 
 @torch.no_grad()
-def known_pictures(scorer: Scorer, training: Reader, numbers: Sequence[int]) -> tuple[Tensor, list[str]]:
-    """Normalized features [N, d] and captions of training samples."""
-    features, captions = [], []
-    found = batches(training.read(numbers), scorer.batch_size)
+def nearest_captions(
+    scorer: Scorer, features: Tensor, training: Reader, numbers: Sequence[int]
+) -> tuple[list[str], list[str]]:
+    """For each of the features [B, d], normalized, the caption of the most similar training picture; then the captions
+    of all, one a picture. Nothing else is kept of a picture, so that there may be millions.
+
+    Raises:
+        DataError: no training sample can be read.
+    """
+    captions: list[str] = []
+    nearness = features.new_full((len(features),), -torch.inf)
+    nearest = torch.zeros(len(features), dtype=torch.long, device=features.device)
+    found = batches(each_picture_once(training.read(numbers), {}), scorer.batch_size)
     for batch in tqdm(found, desc="training pictures", disable=None, leave=False):
-        features.append(scorer.model.encode_image(pixels(scorer, batch))[1])
+        known = scorer.model.encode_image(pixels(scorer, batch))[1]
+        similarity, place = (features @ known.T).max(dim=1)
+        nearest = torch.where(similarity > nearness, place + len(captions), nearest)
+        nearness = torch.maximum(similarity, nearness)
         captions += [sample.caption for sample in batch]
     if not captions:
         raise DataError("no readable training sample to compare captions with")
-    return torch.cat(features), captions
-
-
-def nearest(features: Tensor, known: Tensor, captions: Sequence[str]) -> list[str]:
-    """For each of the features [B, d] the caption of the most similar one of the known [N, d]."""
-    found = torch.cat([(some @ known.T).argmax(dim=1) for some in features.split(SIMILAR_AT_ONCE)])
-    return [captions[best] for best in found.tolist()]
+    return [captions[number] for number in nearest.tolist()], captions
 
 
 # -- scores ----------------------------------------------------------------------------------------

@@ -220,11 +220,14 @@ def build_model(config: Config, tokenizer: CaptionTokenizer) -> nn.Module:
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Module, CaptionTokenizer, Config]:
     """Model (evaluation mode), tokenizer and configuration of a checkpoint or of a run's newest one.
 
+    Its weights are fp32, which flash-attn does not take, and neither that nor xformers need be installed here: torch
+    computes its attention.
+
     Raises:
         CheckpointError: no checkpoint there, or one that cannot be read.
     """
     checkpoint = find_checkpoint(path)
-    config = load_config(checkpoint / "config.yaml")
+    config = load_config(checkpoint / "config.yaml", ["model.text.attention=sdpa"])
     bare = config.model  # its weights come from the checkpoint, not from the files it once started from
     for part in ("vision", "text"):
         section = getattr(bare, part)

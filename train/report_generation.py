@@ -63,7 +63,7 @@ def generated(scorer: Scorer, samples: list[Sample], metrics: dict) -> Generated
 
 
 def hidden_patches(model: SyCoCaConfig) -> str:
-    which = "those that the caption speaks of most" if model.masks == "attentive" else "drawn at random"
+    which = "those most similar to a token of the caption" if model.masks == "attentive" else "drawn at random"
     where = "from the image encoder" if model.reconstruct_masking == "pixels" else "behind the image encoder"
     return f"{100 * model.reconstruct_ratio:g} % of the patches, {which}, are hidden {where}"
 

@@ -197,8 +197,15 @@ class SyCoCa(Encoders):
             tokens = texts.packing.pad(texts.tokens)
             if config.relevance == "projection":
                 patches, tokens = self.project_patches(patches), self.text_projection(tokens)
-            spoken = attentive_masks(patches, tokens, ~texts.packing.mask, ratios=ratios)
+            spoken = attentive_masks(patches, tokens, self._irrelevant(texts), ratios=ratios)
         return PatchMasks(kept=spoken.get(keep), hidden=spoken.get(hide))
+
+    def _irrelevant(self, texts: Texts) -> Tensor:
+        """bool [B, T]: tokens that no patch is compared with."""
+        padding, ids, special = ~texts.packing.mask, texts.input_ids, self.special_ids
+        if self.config.relevance_tokens == "all":
+            return padding
+        return padding | (ids == special.cls) | (ids == special.sep)
 
     def _encode_masked(self, images: Tensor, masks: PatchMasks) -> dict[str, Tensor]:
         """The image tokens [B, P, D] of the heads, by name, whose masks are of pixels; one pass for both."""

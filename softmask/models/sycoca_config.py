@@ -59,8 +59,9 @@ class SyCoCaConfig:
     momentum: float = 0.995
     alpha: float = 0.4
     # masks
-    masks: str = "attentive"  # which patches: those the caption speaks of, or "random"
+    masks: str = "attentive"  # which patches: those most similar to a token of the caption, or "random"
     relevance: str = "projection"  # similarity of patches and tokens after the contrastive projections, or as "tokens"
+    relevance_tokens: str = "all"  # tokens that patches are compared with; "words": without [CLS] and [SEP]
     # "tokens": the caption's decoder does not see other patches' tokens; "pixels": nor does the image encoder see their
     # pixels, in a pass of its own; "none": it sees all
     caption_masking: str = "tokens"
@@ -90,6 +91,7 @@ class SyCoCaConfig:
             "caption_ratio": (0 < self.caption_ratio < 1, "a number in (0, 1)"),
             "reconstruct_ratio": (0 < self.reconstruct_ratio < 1, "a number in (0, 1)"),
             "relevance": (self.relevance in ("projection", "tokens"), "'projection' or 'tokens'"),
+            "relevance_tokens": (self.relevance_tokens in ("all", "words"), "'all' or 'words'"),
             "caption_masking": (
                 self.caption_masking in ("tokens", "pixels", "none"),
                 "'tokens', 'pixels' or 'none'",

@@ -22,6 +22,7 @@ class Texts:
     tokens: Tensor
     packing: Packing
     feature: Tensor  # [B, embed_dim], normalized
+    input_ids: Tensor  # [B, T], with padding
 
 
 class Encoders(nn.Module):
@@ -70,4 +71,5 @@ class Encoders(nn.Module):
     def read(self, input_ids: Tensor, packing: Packing) -> Texts:
         """input_ids [B, T], whose real tokens the packing names."""
         tokens, cls = self.text(input_ids, packing)
-        return Texts(tokens, packing, F.normalize(at_least_fp32(self.text_projection(cls)), dim=-1))
+        feature = F.normalize(at_least_fp32(self.text_projection(cls)), dim=-1)
+        return Texts(tokens, packing, feature, input_ids)

@@ -10,6 +10,7 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
@@ -160,7 +161,8 @@ class VisionEncoder(nn.Module):
         self.width: int = self.vit.embed_dim
         self.patch_grid: tuple[int, int] = tuple(self.vit.patch_embed.grid_size)
         self.patch_size = self._patch_size(config)
-        self.stem_sees_across = config.name == CONV_VIT  # a token's pixels reach beyond its patch
+        # A token's pixels reach beyond its patch: of conv_vit, and of timm's hybrids.
+        self.stem_sees_across = not isinstance(self.vit.patch_embed, PatchEmbed)
 
     def _patch_size(self, config: VisionConfig) -> int:
         """ValueError where patches do not cover the picture: timm leaves out what stands over."""

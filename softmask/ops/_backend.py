@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 
 import torch
@@ -31,22 +31,27 @@ def _from_environment() -> str:
     return name
 
 
-# Read once: torch.compile guards on the context variable, and could not on the environment.
-_DEFAULT = _from_environment()
-_chosen: ContextVar[str] = ContextVar("softmask_backend", default=_DEFAULT)
+# For compiled functions: torch.compile guards on the context variable, and could not on the environment.
+_AT_IMPORT = _from_environment()
+_chosen: ContextVar[str | None] = ContextVar("softmask_backend", default=None)
 
 
-@contextmanager
-def backend(name: str) -> Iterator[None]:
+def backend(name: str) -> AbstractContextManager[None]:
     """Run the ops inside the ``with`` by one backend: "reference", "cpp", "triton", "cuda", or "auto" (the default).
 
     Holds for the current thread or task. Enter it outside of functions under torch.compile. The gradient of an op is
-    taken by the backend that ran it. The environment variable SOFTMASK_BACKEND, read at import, sets the default.
+    taken by the backend that ran it. The environment variable SOFTMASK_BACKEND sets the default; a function under
+    torch.compile takes what it was when softmask was imported.
 
     Raises:
         ValueError: no backend of this name. BackendError is raised by an op that the named backend cannot run.
     """
     _checks.one_of("backend", name, BACKENDS)
+    return _use(name)
+
+
+@contextmanager
+def _use(name: str) -> Iterator[None]:
     token = _chosen.set(name)
     try:
         yield
@@ -73,7 +78,10 @@ def resolve(op: str, *tensors: Tensor | None, kernel_pays: bool = True) -> str:
 
 def named() -> str:
     """The backend that is asked for here: a name, or "auto"."""
-    return _chosen.get()
+    chosen = _chosen.get()
+    if chosen is not None:
+        return chosen
+    return _AT_IMPORT if torch.compiler.is_compiling() else _from_environment()
 
 
 def choose(device: str, dtype: torch.dtype = torch.float32) -> str:

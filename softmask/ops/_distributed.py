@@ -12,9 +12,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# torch 2.14 renames it and warns at each call of the old name.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
@@ -25,10 +22,11 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        grad = grad.clone(memory_format=torch.contiguous_format)  # all_reduce writes in place
-        dist.all_reduce(grad, group=ctx.group)
-        rows = len(grad) // dist.get_world_size(ctx.group)
-        return grad.narrow(0, dist.get_rank(ctx.group) * rows, rows), None
+        wide = torch.promote_types(grad.dtype, torch.float32)  # half precision would round at every rank
+        total = grad.to(wide, copy=True, memory_format=torch.contiguous_format)  # all_reduce writes in place
+        dist.all_reduce(total, group=ctx.group)
+        rows = len(total) // dist.get_world_size(ctx.group)
+        return total.narrow(0, dist.get_rank(ctx.group) * rows, rows).to(grad.dtype), None
 
 
 def gather_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -38,8 +36,10 @@ def gather_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 def gather_rows_no_grad(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[B, ...] of each rank -> [world * B, ...] in order of ranks."""
+    # torch 2.14 renames it and warns at each call of the old name.
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     gathered = rows.new_empty((len(rows) * dist.get_world_size(group), *rows.shape[1:]))
-    _all_gather(gathered, rows.detach().contiguous(), group=group)
+    all_gather(gathered, rows.detach().contiguous(), group=group)
     return gathered
 
 

@@ -108,7 +108,7 @@ def _register_gradient(full: str, setup: Callable, backward: Callable, public_na
 
     def refuse(ctx, *grads: Tensor) -> None:
         raise RuntimeError(
-            f"{public_name}: the {backend} kernel has no second derivative; softmask.backend('reference') has"
+            f"{public_name}: the {backend} kernel has no second derivative; softmask.backend('reference') has PyTorch's"
         )
 
     torch.library.register_autograd(full, run_backward, setup_context=setup)
