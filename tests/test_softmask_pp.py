@@ -6,10 +6,12 @@ import copy
 
 import pytest
 import torch
+from kernel_cases import needs_cpp
 from model_fixtures import SPECIAL, small_batch, small_config, small_model
 from plain_albef import PlainALBEF
 from two_ranks import own_rows, run_on_two_ranks
 
+import softmask
 from softmask import ops
 from softmask.models import SoftMaskPP, masking, softmask_pp
 
@@ -178,6 +180,18 @@ def test_the_twins_map_is_the_one_of_a_model_with_its_weights():
         torch.manual_seed(2)
         model(batch, alpha=0.0)
     torch.testing.assert_close(*weights)
+
+
+@needs_cpp
+def test_activations_are_computed_again_by_the_backend_that_made_them() -> None:
+    """The backward pass begins where none is named: "auto" would take C++, which keeps other tensors."""
+    model, batch = small_model().double(), small_batch(dtype=torch.float64)
+    model.set_activation_checkpointing(True)
+    with softmask.backend("reference"):
+        loss = model(batch).loss
+    loss.backward()
+    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in model.parameters())
+    assert model.backbone.fusion.layers[0].cross_attention.query.weight.grad.any()
 
 
 @pytest.mark.parametrize("cam_source", ["online", "recompute"])

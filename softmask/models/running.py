@@ -9,12 +9,20 @@ import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
+from softmask.ops import _backend
+
 
 def run(function: Callable, *arguments: Any, again: bool) -> Any:
     """function(*arguments); `again`: its activations are not kept, the backward pass computes them again."""
-    if again and torch.is_grad_enabled():
-        return checkpoint(function, *arguments, use_reentrant=False)
-    return function(*arguments)
+    if not (again and torch.is_grad_enabled()):
+        return function(*arguments)
+    name = _backend.named()  # the backward pass may run where another is named, on a GPU in a thread of its own
+
+    def by_name(*given: Any) -> Any:
+        with _backend.backend(name):
+            return function(*given)
+
+    return checkpoint(by_name, *arguments, use_reentrant=False)
 
 
 def all_ranks() -> dist.ProcessGroup | None:
