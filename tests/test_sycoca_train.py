@@ -117,7 +117,7 @@ def test_evaluation_writes_and_paints(run: Config) -> None:
         assert all(scores[name] >= 0 for name in names)
     assert section["nearest"]["bleu4"] == pytest.approx(1.0)  # these pictures are of the training set
     gap = result["reconstruction"]
-    assert gap["low"] < gap["gap"] < gap["high"]
+    assert gap["low"] < gap["gap"] < gap["high"] and gap["right"] > 0
     assert "zero_shot" not in result  # no picture has objects
 
 

@@ -115,7 +115,7 @@ def nearest_captions(
     scorer: Scorer, features: Tensor, training: Reader, numbers: Sequence[int]
 ) -> tuple[list[str], list[str]]:
     """For each of the features [B, d], normalized, the caption of the most similar training picture; then the captions
-    of all, one a picture. Nothing else is kept of a picture, so that there may be millions.
+    of all, one a picture. Their features are dropped batch by batch: there may be millions.
 
     Raises:
         DataError: no training sample can be read.

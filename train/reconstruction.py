@@ -1,7 +1,7 @@
 """How far captions guide the reconstruction: the error of hidden patches with the right caption and with a wrong one.
 
-The patches that the right caption speaks of, or by `masks: random` any, are hidden both times; the wrong caption is the
-next picture's. If the gap between both errors is not above zero, pictures are painted without listening.
+The patches most relevant to the right caption, or by `masks: random` any, are hidden both times; the wrong caption is
+the next picture's. If the gap between both errors is not above zero, pictures are painted without listening.
 """
 
 from __future__ import annotations

@@ -183,7 +183,7 @@ class SyCoCa(Encoders):
 
     @torch.no_grad()
     def _masks(self, image: Tensor, texts: Texts) -> PatchMasks:
-        """The patches that the caption speaks of most; or any."""
+        """The patches most relevant to the caption; or any."""
         config = self.config
         keep = config.caption_ratio if config.tells and config.caption_masking != "none" else None
         hide = config.reconstruct_ratio if config.paints else None
@@ -202,10 +202,10 @@ class SyCoCa(Encoders):
 
     def _irrelevant(self, texts: Texts) -> Tensor:
         """bool [B, T]: tokens that no patch is compared with."""
-        padding, ids, special = ~texts.packing.mask, texts.input_ids, self.special_ids
+        padding = ~texts.packing.mask
         if self.config.relevance_tokens == "all":
             return padding
-        return padding | (ids == special.cls) | (ids == special.sep)
+        return padding | (texts.input_ids == self.special_ids.cls) | (texts.input_ids == self.special_ids.sep)
 
     def _encode_masked(self, images: Tensor, masks: PatchMasks) -> dict[str, Tensor]:
         """The image tokens [B, P, D] of the heads, by name, whose masks are of pixels; one pass for both."""

@@ -65,12 +65,12 @@ class SyCoCaConfig:
     # "tokens": the caption's decoder does not see other patches' tokens; "pixels": nor does the image encoder see their
     # pixels, in a pass of its own; "none": it sees all
     caption_masking: str = "tokens"
-    caption_ratio: float = 0.5  # of the patches, the most spoken of: the caption is told from them
+    caption_ratio: float = 0.5  # of the patches, the most relevant: the caption is told from them
     reconstruct: bool = True  # text-guided reconstruction of masked patches
     # "pixels": the image encoder does not see them, in a pass of its own; "tokens": what it saw of them is replaced,
     # but the others' tokens know of them by self-attention
     reconstruct_masking: str = "pixels"
-    reconstruct_ratio: float = 0.5  # of the patches, the most spoken of: they are masked
+    reconstruct_ratio: float = 0.5  # of the patches, the most relevant: they are masked
     normalize_pixels: bool = True
     image_decoder_layers: int = 4
     image_decoder_heads: int = 12

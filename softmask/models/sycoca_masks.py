@@ -1,4 +1,4 @@
-"""The patches that a caption speaks of most, and pictures without some of their patches."""
+"""The patches most relevant to a caption, and pictures without some of their patches."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from softmask import ops
 
 @dataclass
 class PatchMasks:
-    """bool [B, P], None for a head without masks. Both hold the patches that the caption speaks of most."""
+    """bool [B, P], None for a head without masks. Both hold the patches most relevant to the caption."""
 
     kept: Tensor | None  # the caption is told from these
     hidden: Tensor | None  # these are reconstructed
