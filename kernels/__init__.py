@@ -18,6 +18,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "
 
 def why_not(device: str, dtype: torch.dtype) -> str | None:
     """Why kernels cannot take such tensors; None where they can."""
+    device = torch.device(device).type
     if not INSTALLED:
         return "Triton is not installed"
     if device == "cpu" and not INTERPRETED:

@@ -47,13 +47,15 @@ def word_attention(
     dtype = _compute_dtype(query, key, value, grad_output, value_bias)
     index = word_index if word_index.dim() == 3 else word_index.unsqueeze(-1)  # [B, W, S]
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    autocast = _autocasts(query)
     with _no_autocast(query):
-        logits = _rows(query, index).to(dtype) @ key.to(dtype).transpose(-2, -1) * scale  # [B, H, W*S, P]
+        key, value = (_unread(one, key_padding_mask) for one in (key, value))
+        logits = _product(_rows(query, index).to(dtype), key.to(dtype).mT, autocast) * scale  # [B, H, W*S, P]
         ignore = None if key_padding_mask is None else key_padding_mask[:, None, None]
         maps = _masked_softmax(logits, ignore)
         if grad_output is not None:
             gradient = _rows(grad_output, index).to(dtype)
-            gradient_at_maps = gradient @ value.to(dtype).transpose(-2, -1)
+            gradient_at_maps = _product(gradient, value.to(dtype).mT, autocast)
             if value_bias is not None:  # dO (v + b)^T without a copy of v
                 gradient_at_maps = gradient_at_maps + (gradient * value_bias.to(dtype)[:, None]).sum(-1, keepdim=True)
             maps = maps * gradient_at_maps.relu()
@@ -122,7 +124,7 @@ def focal_contrastive_loss(
 
     Source: CLIP (arXiv 2103.00020) with focal factors (Lin et al., arXiv 1708.02002) as in SoftMask++.
     """
-    dtype = _compute_dtype(image, text)
+    dtype, autocast = _compute_dtype(image, text), _autocasts(image)
     with _no_autocast(image):
         image, text = image.to(dtype), text.to(dtype)
         all_image = image if all_image is None else all_image.to(dtype)
@@ -130,8 +132,8 @@ def focal_contrastive_loss(
         key_ids = ids if all_ids is None else all_ids
         target = _positive_share(len(image), len(all_text), first_row, ids, key_ids, like=image)
         loss = 0.5 * (
-            _focal_cross_entropy(logit_scale * (image @ all_text.T), target, gamma)
-            + _focal_cross_entropy(logit_scale * (text @ all_image.T), target, gamma)
+            _focal_cross_entropy(logit_scale * _product(image, all_text.T, autocast), target, gamma)
+            + _focal_cross_entropy(logit_scale * _product(text, all_image.T, autocast), target, gamma)
         )
         return reduce(loss, reduction)
 
@@ -166,20 +168,28 @@ def momentum_contrastive_loss(
 
     Source: ALBEF (arXiv 2107.07651), its public code; focal factor as in SoftMask++.
     """
-    dtype = _compute_dtype(image, text, image_teacher, text_teacher)
+    dtype, autocast = _compute_dtype(image, text, image_teacher, text_teacher), _autocasts(image)
     with _no_autocast(image):
         image_teacher, text_teacher = image_teacher.detach().to(dtype), text_teacher.detach().to(dtype)
-        image_keys = _keys(image_teacher if all_image_teacher is None else all_image_teacher, image_queue, dtype)
-        text_keys = _keys(text_teacher if all_text_teacher is None else all_text_teacher, text_queue, dtype)
+        all_image = image_teacher if all_image_teacher is None else all_image_teacher
+        all_text = text_teacher if all_text_teacher is None else all_text_teacher
         key_ids = ids if all_ids is None else all_ids
         if ids is not None and queue_ids is not None:
             key_ids = torch.cat([key_ids, queue_ids])
-        columns = sum(len(keys) for keys in text_keys)
+        columns = len(all_text) + (0 if text_queue is None else len(text_queue))
         positives = _positive_share(len(image), columns, first_row, ids, key_ids, like=image_teacher)
-        loss = 0.5 * (
-            _distilled_side(image.to(dtype), image_teacher, text_keys, positives, logit_scale, alpha, gamma)
-            + _distilled_side(text.to(dtype), text_teacher, image_keys, positives, logit_scale, alpha, gamma)
-        )
+
+        def side(query: Tensor, teacher: Tensor, batch: Tensor, queue: Tensor | None) -> Tensor:  # [B]
+            keys = [
+                one.detach().to(dtype) for one in (batch, queue) if one is not None
+            ]  # to join them copies the queue
+            fixed_scale = logit_scale.detach() if isinstance(logit_scale, Tensor) else logit_scale
+            soft = (fixed_scale * torch.cat([teacher @ part.T for part in keys], -1)).softmax(-1)
+            logits = logit_scale * torch.cat([_product(query, part.T, autocast) for part in keys], -1)
+            return _focal_cross_entropy(logits, alpha * soft + (1.0 - alpha) * positives, gamma)
+
+        of_image = side(image.to(dtype), image_teacher, all_text, text_queue)
+        loss = 0.5 * (of_image + side(text.to(dtype), text_teacher, all_image, image_queue))
         return reduce(loss, reduction)
 
 
@@ -206,34 +216,27 @@ def soft_mask_attention(
 
     Source: design.md, "Masking commutes with projection"; attention: Vaswani et al., arXiv 1706.03762.
     """
-    dtype = _compute_dtype(query, key, value)
+    dtype, autocast = _compute_dtype(query, key, value), _autocasts(query)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
     with _no_autocast(query):
-        query_, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        key, value = (_unread(one, key_padding_mask).to(dtype) for one in (key, value))
         if kv_index is not None:
-            key, value = key.index_select(0, kv_index), value.index_select(0, kv_index)
+            key, value = (one.index_select(0, kv_index) for one in (key, value))
         if key_weight is not None:
             weight = key_weight.detach().to(dtype)[:, None, :, None]
             key, value = key * weight, value * weight
-        keep = empty = None
-        if key_padding_mask is not None:
-            ignore = key_padding_mask if kv_index is None else key_padding_mask.index_select(0, kv_index)
-            ignore = ignore[:, None, None]  # [N, 1, 1, P]
-            empty = ignore.all(-1, keepdim=True)
-            keep = ~ignore | empty  # no row of SDPA is ever empty: what it gives there differs by its backend
-        output = F.scaled_dot_product_attention(query_, key, value, attn_mask=keep, scale=scale)
+        ignore = key_padding_mask
+        if ignore is not None:
+            ignore = (ignore if kv_index is None else ignore.index_select(0, kv_index))[:, None, None]  # [N, 1, 1, P]
+        output = _attention(query.to(dtype), key, value, ignore, scale, autocast)
         if value_bias is not None:
             output = output + value_bias.to(dtype)[:, None]
-        output = output if empty is None else output.masked_fill(empty, 0.0)
+        output = output if ignore is None else output.masked_fill(ignore.all(-1, keepdim=True), 0.0)
         return output.to(query.dtype)
 
 
 def attentive_mask(
-    patches: Tensor,
-    tokens: Tensor,
-    *,
-    ratio: float,
-    select: str = "high",
-    token_padding_mask: Tensor | None = None,
+    patches: Tensor, tokens: Tensor, *, ratio: float, select: str = "high", token_padding_mask: Tensor | None = None
 ) -> Tensor:
     """The round(ratio * P) patches of each image that are most ("high") or least ("low") relevant to the caption.
 
@@ -282,13 +285,14 @@ def masked_patch_loss(
         if normalize:
             variance, mean = torch.var_mean(pixels, dim=(3, 4, 5), keepdim=True)
             pixels = (pixels - mean) / (variance + PATCH_VARIANCE_EPS).sqrt()
-        loss = (prediction.to(dtype).reshape(pixels.shape) - pixels).square().mean((3, 4, 5)).flatten(1)
-        return reduce(loss.masked_fill(~mask, 0.0), reduction, count=mask.sum())
+        difference = prediction.to(dtype).reshape(pixels.shape) - pixels
+        unmasked = ~mask.unflatten(1, (rows, columns))[..., None, None, None]
+        loss = difference.masked_fill(unmasked, 0.0).square().mean((3, 4, 5)).flatten(1)
+        return reduce(loss, reduction, count=mask.sum())
 
 
 def _compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
-    return torch.float64 if double else torch.float32
+    return torch.float64 if any(one is not None and one.dtype == torch.float64 for one in tensors) else torch.float32
 
 
 def _no_autocast(tensor: Tensor) -> torch.autocast:
@@ -296,10 +300,69 @@ def _no_autocast(tensor: Tensor) -> torch.autocast:
     return torch.autocast("cpu" if device == "meta" else device, enabled=False)  # "meta" has none of its own
 
 
+class _Fp32Product(torch.autograd.Function):
+    """a @ b whose gradient autocast does not reach: it is on there where `backward` is called under it, and wherever
+    torch.compile traced a forward under it."""
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor) -> Tensor:
+        return a @ b
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = ctx.saved_tensors
+        with _no_autocast(grad):
+            return grad @ b.mT, a.mT @ grad
+
+
+class _TransformedFp32Product(_Fp32Product):
+    """With the rules of torch.func's transforms, of which torch.compile takes none."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def jvp(ctx, a_tangent: Tensor, b_tangent: Tensor) -> Tensor:
+        a, b = ctx.saved_tensors
+        return a_tangent @ b + a @ b_tangent
+
+
+def _autocasts(tensor: Tensor) -> bool:
+    """Whether the caller is under autocast: to be asked before it is switched off."""
+    return tensor.device.type != "meta" and torch.is_autocast_enabled(tensor.device.type)
+
+
+def _product(a: Tensor, b: Tensor, autocast: bool) -> Tensor:
+    if not autocast:
+        return a @ b
+    return (_Fp32Product if torch.compiler.is_compiling() else _TransformedFp32Product).apply(a, b)
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, ignore: Tensor | None, scale: float, autocast: bool
+) -> Tensor:
+    """Any finite values in a row without keys. Autocast reaches products in the gradient of PyTorch's attention."""
+    if autocast:
+        return _product(_masked_softmax(_product(query, key.mT, True) * scale, ignore), value, True)
+    # No row of SDPA is ever empty: what it gives there differs by its backend.
+    keep = None if ignore is None else ~ignore | ignore.all(-1, keepdim=True)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=keep, scale=scale)
+
+
+def _unread(tensor: Tensor | None, ignore: Tensor | None) -> Tensor | None:
+    """[B, H, P, E] with zeros at ignored keys [B, P]: a NaN there would come through a probability of 0."""
+    return tensor if tensor is None or ignore is None else tensor.masked_fill(ignore[:, None, :, None], 0.0)
+
+
 def _rows(tensor: Tensor, index: Tensor) -> Tensor:
-    """Rows of [B, H, T, E] at index [B, W, S] -> [B, H, W*S, E]; a padding -1 takes row 0, which the caller blanks."""
-    flat = index.flatten(1).clamp_min(0)[:, None, :, None]
-    return tensor.gather(2, flat.expand(-1, tensor.shape[1], -1, tensor.shape[3]))
+    """Rows of [B, H, T, E] at index [B, W, S] -> [B, H, W*S, E]; zeros at a padding -1."""
+    flat = index.flatten(1)[:, None, :, None]
+    rows = tensor.gather(2, flat.clamp_min(0).expand(-1, tensor.shape[1], -1, tensor.shape[3]))
+    return rows.masked_fill(flat < 0, 0.0)
 
 
 def _products(patches: Tensor, tokens: Tensor) -> Tensor:
@@ -328,28 +391,6 @@ def _positive_share(
     return same / same.sum(-1, keepdim=True)
 
 
-def _keys(batch: Tensor, queue: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
-    """Kept apart: joining them would copy the queue."""
-    parts = [batch] if queue is None else [batch, queue]
-    return [part.detach().to(dtype) for part in parts]
-
-
-def _distilled_side(
-    query: Tensor,
-    teacher: Tensor,
-    keys: list[Tensor],
-    positives: Tensor,
-    logit_scale: Tensor | float,
-    alpha: Tensor | float,
-    gamma: Tensor | float,
-) -> Tensor:
-    """One direction, [B]: student rows and teacher rows against the same keys."""
-    detached_scale = logit_scale.detach() if isinstance(logit_scale, Tensor) else logit_scale
-    soft = (detached_scale * torch.cat([teacher @ part.T for part in keys], -1)).softmax(-1)
-    logits = logit_scale * torch.cat([query @ part.T for part in keys], -1)
-    return _focal_cross_entropy(logits, alpha * soft + (1.0 - alpha) * positives, gamma)
-
-
 def _focal_cross_entropy(logits: Tensor, target: Tensor, gamma: Tensor | float) -> Tensor:
     """-sum_j y_j (1 - p_j)^gamma log p_j per row. 1 - p from expm1 is exact near p = 1; the clamp keeps its power
     differentiable at p = 1 for gamma in (0, 1), and exactly 1 for gamma = 0."""
@@ -360,8 +401,6 @@ def _focal_cross_entropy(logits: Tensor, target: Tensor, gamma: Tensor | float) 
 
 def reduce(loss: Tensor, reduction: str, *, count: Tensor | None = None) -> Tensor:
     """loss by "none", "sum" or "mean", over its rows or over the 0-dim count; the mean of nothing is 0."""
-    if reduction == "none":
-        return loss
-    if reduction == "sum":
-        return loss.sum()
-    return loss.sum() / (max(len(loss), 1) if count is None else count.clamp_min(1))
+    if reduction == "mean":
+        return loss.sum() / (max(len(loss), 1) if count is None else count.clamp_min(1))
+    return loss if reduction == "none" else loss.sum()

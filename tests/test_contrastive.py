@@ -235,7 +235,9 @@ def test_bad_input_is_named() -> None:
         r"image: expected shape \[B, D\], got \[6\]": lambda: loss(image[:, 0], text, scale),
         r"text: expected shape \[6, 5\], got \[5, 5\]": lambda: loss(image, text[1:], scale),
         r"text: expected float32 or .*, got torch.int64": lambda: loss(image, text.long(), scale),
-        r"logit_scale: expected a float or a 0-dim tensor, got shape \[1\]": lambda: loss(image, text, scale[None]),
+        r"logit_scale: expected a float or a tensor of one element, got shape \[2\]": lambda: loss(
+            image, text, scale.expand(2)
+        ),
         r"gamma: expected at least 0.0, got -1.0": lambda: loss(image, text, scale, gamma=-1.0),
         r"ids: expected shape \[6\], got \[5\]": lambda: loss(image, text, scale, ids=torch.arange(5)),
         r"ids: expected int64, got torch.float32": lambda: loss(image, text, scale, ids=torch.rand(6)),

@@ -6,7 +6,8 @@ A backend that was named and cannot run raises BackendError; only "auto" chooses
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 
@@ -14,11 +15,13 @@ import torch
 from torch import Tensor
 
 from softmask import kernels
-from softmask.ops import _checks, _library
+from softmask.ops import _checks, _library, _transforms
 
 BACKENDS = ("auto", "reference", "cpp", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "SOFTMASK_BACKEND"
 _KERNELS = {"cpu": ("cpp",), "cuda": ("triton", "cuda")}
+
+Device = torch.device | str
 
 
 class BackendError(RuntimeError):
@@ -31,8 +34,14 @@ def _from_environment() -> str:
     return name
 
 
-# For compiled functions: torch.compile guards on the context variable, and could not on the environment.
+class _OfThread(threading.local):
+    name: str | None = None
+
+
+# For compiled functions, which torch.compile guards on: it could not on the environment, nor before torch 2.12 on a
+# context variable.
 _AT_IMPORT = _from_environment()
+_of_thread = _OfThread()
 _chosen: ContextVar[str | None] = ContextVar("softmask_backend", default=None)
 
 
@@ -52,25 +61,50 @@ def backend(name: str) -> AbstractContextManager[None]:
 
 @contextmanager
 def _use(name: str) -> Iterator[None]:
-    token = _chosen.set(name)
+    token, before = _chosen.set(name), _of_thread.name
+    _of_thread.name = name
     try:
         yield
     finally:
         _chosen.reset(token)
+        _of_thread.name = before
 
 
-def resolve(op: str, *tensors: Tensor | None, kernel_pays: bool = True) -> str:
+def run(
+    op: str,
+    plain: Callable[..., Tensor],
+    by_kernels: Callable[..., Tensor],
+    *arguments: object,
+    floating: Sequence[Tensor | None],
+    kernel_pays: bool = True,
+    **options: object,
+) -> Tensor:
+    """The op by the backend that `resolve` finds: plain is the reference's function, by_kernels takes a name first."""
+    acting = _transforms.acting_on(one for one in (*arguments, *options.values()) if isinstance(one, Tensor))
+    name = resolve(op, *floating, kernel_pays=kernel_pays, acting=acting)
+    if name != "reference":
+        return by_kernels(name, *arguments, **options)
+    if torch.is_grad_enabled():  # kernels see to what they keep by themselves
+        arguments = tuple(_transforms.saveable(one) for one in arguments)
+        options = {name: _transforms.saveable(one) for name, one in options.items()}
+    return plain(*arguments, **options)
+
+
+def resolve(op: str, *tensors: Tensor | None, kernel_pays: bool = True, acting: str | None = None) -> str:
     """The backend that runs op on the device of the tensors; BackendError where the named one cannot.
 
     tensors: the op's floating ones, the first not None; an fp64 one decides what kernels must be able to take.
     kernel_pays: False where benchmarks found PyTorch to be faster at these inputs; "auto" then takes the reference.
+    acting: a transform of the inputs that kernels have no rule for; "auto" then takes the reference too.
     """
-    name, device = named(), tensors[0].device.type
+    name, device = named(), tensors[0].device
     double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
     dtype = torch.float64 if double else tensors[0].dtype
     if name == "auto":
-        return choose(device, dtype) if kernel_pays else "reference"
+        return choose(device, dtype) if kernel_pays and acting is None else "reference"
     reason = why_not(name, device, dtype)
+    if reason is None and acting is not None and name != "reference":
+        reason = f"its kernels have no rule for {acting}; {_library.OTHERWISE}"
     if reason is not None:
         raise BackendError(f"backend {name!r} cannot run {op}: {reason}")
     return name
@@ -78,34 +112,34 @@ def resolve(op: str, *tensors: Tensor | None, kernel_pays: bool = True) -> str:
 
 def named() -> str:
     """The backend that is asked for here: a name, or "auto"."""
-    chosen = _chosen.get()
-    if chosen is not None:
-        return chosen
-    return _AT_IMPORT if torch.compiler.is_compiling() else _from_environment()
+    if torch.compiler.is_compiling():
+        return _of_thread.name or _AT_IMPORT
+    return _chosen.get() or _from_environment()
 
 
-def choose(device: str, dtype: torch.dtype = torch.float32) -> str:
+def choose(device: Device, dtype: torch.dtype = torch.float32) -> str:
     """What "auto" takes."""
     return next(name for name in preferred(device) if why_not(name, device, dtype) is None)
 
 
-def preferred(device: str) -> tuple[str, ...]:
+def preferred(device: Device) -> tuple[str, ...]:
     """The order in which "auto" tries backends; the last one runs everywhere."""
-    return (*_KERNELS.get(device, ()), "reference")
+    return (*_KERNELS.get(torch.device(device).type, ()), "reference")
 
 
-def why_not(name: str, device: str, dtype: torch.dtype = torch.float32) -> str | None:
+def why_not(name: str, device: Device, dtype: torch.dtype = torch.float32) -> str | None:
     """Why a backend cannot run ops on a device, for inputs of a type; None where it can."""
     if name == "reference":
         return None
     if name == "cpp":
         return _why_not_cpp(device)
     if name == "triton":
-        return kernels.why_not(device, dtype)
+        return kernels.why_not(torch.device(device), dtype)
     return "there are no CUDA C++ kernels"
 
 
-def _why_not_cpp(device: str) -> str | None:
-    if device != "cpu":
-        return f"C++ kernels take CPU tensors, the inputs are on {device}"
+def _why_not_cpp(device: Device) -> str | None:
+    kind = torch.device(device).type
+    if kind != "cpu":
+        return f"C++ kernels take CPU tensors, the inputs are on {kind}"
     return _library.MISSING

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
+
+from softmask.ops._transforms import has_values
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 NORMALIZATIONS = (None, "minmax", "max", "sum")
@@ -16,12 +20,20 @@ def fail(name: str, expected: object, got: object) -> None:
     raise ValueError(f"{name}: expected {expected}, got {got}")
 
 
-def shape(name: str, tensor: Tensor, dims: Sequence[int | str]) -> None:
-    """dims: an int where the size is known, a letter where it is free, as in ("B", heads, "T", width)."""
+def shape(name: str, tensor: Tensor, dims: Sequence[int | str], **least_one: str) -> None:
+    """dims: an int where the size is known, a letter where it is free, as in ("B", heads, "T", width).
+
+    least_one: letters of dimensions that may not be empty, and one of what they count: T="token".
+    """
+    if not isinstance(tensor, Tensor):
+        fail(name, "a tensor", type(tensor).__name__)
     sizes = tuple(tensor.shape)
     fits = len(sizes) == len(dims)
     if not fits or any(isinstance(want, int) and want != size for want, size in zip(dims, sizes, strict=True)):
         fail(name, "shape [" + ", ".join(map(str, dims)) + "]", list(sizes))
+    for letter, what in least_one.items():
+        if sizes[dims.index(letter)] == 0:
+            fail(name, f"at least one {what}", list(sizes))
 
 
 def dtype(name: str, tensor: Tensor, allowed: Sequence[torch.dtype] = FLOATING) -> None:
@@ -31,8 +43,7 @@ def dtype(name: str, tensor: Tensor, allowed: Sequence[torch.dtype] = FLOATING) 
 
 def positions(name: str, index: Tensor, *, least: int, size: int) -> None:
     """least <= index < size, on the CPU: elsewhere it would wait for the device. Not of tensors without values."""
-    has_values = type(index) is Tensor and not torch.compiler.is_compiling()  # fake tensors are of another class
-    if not has_values or index.device.type != "cpu" or index.numel() == 0:
+    if not has_values(index) or index.numel() == 0:
         return
     low, high = (int(value) for value in index.aminmax())
     if low < least or high >= size:
@@ -46,15 +57,51 @@ def device(like: Tensor, **tensors: Tensor | None) -> None:
 
 
 def one_of(name: str, value: object, allowed: Sequence[object]) -> None:
-    if value not in allowed:
+    if isinstance(value, Tensor) or value not in allowed:
         fail(name, "one of " + ", ".join(map(repr, allowed)), repr(value))
 
 
-def scalar(name: str, value: Tensor | float) -> None:
-    if isinstance(value, Tensor) and value.dim() != 0:
-        fail(name, "a float or a 0-dim tensor", f"shape {list(value.shape)}")
+def number(name: str, value: float, *, least: float = -math.inf, most: float = math.inf) -> None:
+    """A plain number: the gradient of one given as a tensor would be lost."""
+    if isinstance(value, Tensor):
+        fail(name, "a Python number, which takes no gradient", f"a tensor {list(value.shape)}; .item() makes it one")
+    if not isinstance(value, (Real, torch.SymFloat, torch.SymInt)):
+        fail(name, "a number", repr(value))
+    if (least, most) != (-math.inf, math.inf) and not least <= value <= most:
+        fail(name, _bounds(least, most), value)
 
 
-def at_least(name: str, value: float, minimum: float) -> None:
-    if value < minimum:
-        fail(name, f"at least {minimum}", value)
+def whole(name: str, value: int, *, least: int, most: int | None = None, of: str = "") -> None:
+    """A whole number; of: what there are so many of, for the message."""
+    if not isinstance(value, (Integral, torch.SymInt)):
+        fail(name, "a whole number", repr(value) if not isinstance(value, Tensor) else f"a tensor {list(value.shape)}")
+    if value < least or (most is not None and value > most):
+        bounds = f"at least {least}" if most is None else f"{least} to {most}"
+        fail(name, f"{bounds} {of}".rstrip(), value)
+
+
+def scalar(
+    name: str, value: Tensor | float, *, least: float = -math.inf, most: float = math.inf, or_one_element: bool = False
+) -> Tensor | float:
+    """A number as a float or a 0-dim tensor; or_one_element: or as [1], the shape that FSDP wants of parameters.
+
+    Bounds of a tensor are looked at where that costs nothing. Elsewhere a value beyond them becomes NaN, and with it
+    the loss: the device is not waited for.
+    """
+    if not isinstance(value, Tensor):
+        number(name, value, least=least, most=most)
+        return value
+    if value.dim() != 0 and not (or_one_element and value.numel() == 1):
+        expected = "a float or a tensor of one element" if or_one_element else "a float or a 0-dim tensor"
+        fail(name, expected, f"shape {list(value.shape)}")
+    value = value.reshape(())
+    if (least, most) == (-math.inf, math.inf):
+        return value
+    if has_values(value):
+        number(name, value.item(), least=least, most=most)
+        return value
+    return torch.where((value >= least) & (value <= most), value, math.nan)
+
+
+def _bounds(least: float, most: float) -> str:
+    return f"at least {least}" if most == math.inf else f"{least} to {most}"

@@ -1,16 +1,94 @@
-"""Rows of all ranks of a process group, with gradient.
+"""Rows of all ranks of a process group, with gradient, and the group as a part of a module.
 
 Convention: the loss is the mean over the local rows, and the engine (DDP, ZeRO) averages the parameters' gradients over
 ranks. Summing the gathered rows' gradients over ranks in backward then makes the average exact for the global batch.
-Every rank must hold the same number of rows.
+Every rank must hold the same number of rows, which is checked: collectives of other sizes hang, or mix up rows.
 """
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from softmask.ops import _checks, _transforms
+
+
+class GroupShared:
+    """Holds a module's process group, which copies of the module share and which no file can hold."""
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+
+    def __copy__(self) -> GroupShared:
+        return self
+
+    def __deepcopy__(self, memo: dict) -> GroupShared:
+        return self
+
+    def __reduce__(self) -> tuple:
+        return _without_group, (self.group is not None,)
+
+
+def _without_group(had_one: bool) -> GroupShared:
+    if had_one:
+        warnings.warn("a softmask loss was loaded without its process group: set its .group again", stacklevel=2)
+    return GroupShared(None)
+
+
+class OverRanks(nn.Module):
+    """A loss over the rows of all ranks of `group`; None: of this process alone."""
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        super().__init__()
+        self._group = GroupShared(group)
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        return self._group.group
+
+    @group.setter
+    def group(self, group: dist.ProcessGroup | None) -> None:
+        self._group = GroupShared(group)
+
+
+def check_alike(
+    op: str, name: str, group: dist.ProcessGroup, rows: Tensor, ids: Tensor | None, *others: Tensor
+) -> None:
+    """Raises on every rank where they do not bring as many rows [B, D] of one type, all with ids or all without."""
+    acting = _transforms.acting_on((rows, *others))
+    if acting is not None:
+        raise RuntimeError(f"{op}: group= has no rule for {acting}; gather the features first and leave group out")
+    here = (*rows.shape, _checks.FLOATING.index(rows.dtype), 0 if ids is None else 1)
+    numbers = torch.cat([torch.full((1,), number, device=rows.device) for number in here])
+    extremes = torch.cat([numbers, -numbers])
+    dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
+    most, least = extremes[: len(here)], -extremes[len(here) :]
+    if not _transforms.has_values(extremes):  # without a wait for the device
+        torch._assert_async((most == least).all(), f"{op}: {name} differs between ranks in shape, type or ids")
+        return
+    for what, low, high in zip(("rows", "features", "type", "ids"), least.tolist(), most.tolist(), strict=True):
+        if low != high:
+            _checks.fail(name, f"as on every rank of the group: {_EXPECTED[what]}", _got(what, low, high, rows, ids))
+
+
+_EXPECTED = {
+    "rows": "the same number of rows",
+    "features": "the same number of features",
+    "type": "one floating type",
+    "ids": "ids on all or on none",
+}
+
+
+def _got(what: str, low: int, high: int, rows: Tensor, ids: Tensor | None) -> str:
+    if what == "ids":
+        return f"{'no ' if ids is None else ''}ids here"
+    if what == "type":
+        return f"{rows.dtype} here"
+    return f"{low} to {high}, here {rows.shape[what == 'features']}"
 
 
 class _GatherRows(torch.autograd.Function):

@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from softmask.ops import _transforms
+
 
 def _load() -> str | None:
     """Load the extension; returns why there is none."""
@@ -43,6 +45,9 @@ def scalar(value: Tensor | float, *, like: Tensor) -> Tensor:
         return value.to(like.device)
     return torch.full((), value, dtype=torch.float64, device=like.device)
 
+
+OTHERWISE = "softmask.backend('reference') has PyTorch's"
+"""What an error of a kernel says to do instead."""
 
 MISSING = _load()
 """Why there are no C++ kernels; None where they are loaded."""
@@ -104,15 +109,21 @@ def _define_triton(name: str, module: str, function: str, fake: Callable) -> str
 
 def _register_gradient(full: str, setup: Callable, backward: Callable, public_name: str, backend: str) -> None:
     def run_backward(ctx, *grads: Tensor) -> tuple:
+        acting = _transforms.acting_on(grad for grad in grads if grad is not None)
+        if acting is not None:
+            raise RuntimeError(f"{public_name}: the {backend} kernel's gradient has no rule for {acting}; {OTHERWISE}")
         return backward(ctx, _op(f"{full}_backward"), *grads)
 
     def refuse(ctx, *grads: Tensor) -> None:
-        raise RuntimeError(
-            f"{public_name}: the {backend} kernel has no second derivative; softmask.backend('reference') has PyTorch's"
-        )
+        raise RuntimeError(f"{public_name}: the {backend} kernel has no second derivative; {OTHERWISE}")
 
     torch.library.register_autograd(full, run_backward, setup_context=setup)
     torch.library.register_autograd(f"{full}_backward", refuse)
+
+
+def keep(ctx, *tensors: Tensor | None) -> None:
+    """Save tensors for the backward pass, those made in inference mode too."""
+    ctx.save_for_backward(*map(_transforms.saveable, tensors))
 
 
 def wanted(ctx, *by_input: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 
 from softmask import reference
 from softmask.ops import _checks
-from softmask.ops._backend import resolve
+from softmask.ops._backend import run
 from softmask.ops._fused import attentive_mask as fused
 
 SELECTIONS = ("high", "low")
@@ -40,11 +38,9 @@ def attentive_mask(
 
     Source: SyCoCa (arXiv 2401.02137).
     """
-    _checks.shape("patches", patches, ("B", "P", "D"))
+    _checks.shape("patches", patches, ("B", "P", "D"), D="feature")
     batch, _, width = patches.shape
-    _checks.shape("tokens", tokens, (batch, "T", width))
-    if tokens.shape[1] == 0:
-        _checks.fail("tokens", "at least one token", list(tokens.shape))
+    _checks.shape("tokens", tokens, (batch, "T", width), T="token")
     _checks.dtype("patches", patches)
     _checks.dtype("tokens", tokens)
     if token_padding_mask is not None:
@@ -52,11 +48,18 @@ def attentive_mask(
         _checks.dtype("token_padding_mask", token_padding_mask, (torch.bool,))
     _checks.device(patches, tokens=tokens, token_padding_mask=token_padding_mask)
     _checks.one_of("select", select, SELECTIONS)
-    if not 0.0 <= ratio <= 1.0:
-        _checks.fail("ratio", "0 to 1", ratio)
-    backend = resolve("attentive_mask", patches, tokens)
-    run = reference.attentive_mask if backend == "reference" else partial(fused.attentive_mask, backend)
-    return run(patches, tokens, ratio=ratio, select=select, token_padding_mask=token_padding_mask)
+    _checks.number("ratio", ratio, least=0, most=1)
+    return run(
+        "attentive_mask",
+        reference.attentive_mask,
+        fused.attentive_mask,
+        patches,
+        tokens,
+        floating=(patches, tokens),
+        ratio=ratio,
+        select=select,
+        token_padding_mask=token_padding_mask,
+    )
 
 
 class AttentiveMask(nn.Module):

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from softmask import reference
 from softmask.ops import _checks
-from softmask.ops._backend import resolve
-from softmask.ops._distributed import first_row, gather_rows, gather_rows_no_grad
+from softmask.ops._backend import run
+from softmask.ops._distributed import OverRanks, check_alike, first_row, gather_rows, gather_rows_no_grad
 from softmask.ops._fused import contrastive as fused
+from softmask.ops._transforms import constant
 
 
 def focal_contrastive_loss(
@@ -30,7 +29,7 @@ def focal_contrastive_loss(
 
     Args:
         image, text: [B, D], L2-normalized rows; fp32, fp16, bf16 or fp64.
-        logit_scale: 1 / temperature; float or 0-dim tensor.
+        logit_scale: 1 / temperature; float or tensor of one element.
         gamma: focal exponent >= 0, float or 0-dim tensor, a constant; 0 is exactly cross-entropy.
         ids: [B] int64; rows of equal ids are positives of each other and share the target mass.
         group: process group; columns are then the features of all its ranks, gathered with gradient. Every rank must
@@ -45,16 +44,26 @@ def focal_contrastive_loss(
 
     Source: CLIP (arXiv 2103.00020), focal factor of arXiv 1708.02002 as in SoftMask++ (arXiv 2304.00719).
     """
-    check_features(image, text, logit_scale, gamma=gamma, ids=ids, reduction=reduction)
-    gamma = constant(gamma)
+    logit_scale, gamma = check_features(image, text, logit_scale, gamma=gamma, ids=ids, reduction=reduction)
     columns = {}
     if group is not None:  # one collective for both
+        check_alike("focal_contrastive_loss", "image, text", group, image, ids, text)
         all_image, all_text = gather_rows(torch.cat([image, text], -1), group).split(image.shape[1], -1)
         columns = {"all_image": all_image, "all_text": all_text, "first_row": first_row(image, group)}
         columns["all_ids"] = None if ids is None else gather_rows_no_grad(ids, group)
-    backend = resolve("focal_contrastive_loss", image, text)
-    run = reference.focal_contrastive_loss if backend == "reference" else partial(fused.focal_contrastive_loss, backend)
-    return run(image, text, logit_scale, gamma=gamma, ids=ids, reduction=reduction, **columns)
+    return run(
+        "focal_contrastive_loss",
+        reference.focal_contrastive_loss,
+        fused.focal_contrastive_loss,
+        image,
+        text,
+        logit_scale,
+        floating=(image, text),
+        gamma=gamma,
+        ids=ids,
+        reduction=reduction,
+        **columns,
+    )
 
 
 def check_features(
@@ -65,34 +74,28 @@ def check_features(
     gamma: Tensor | float,
     ids: Tensor | None,
     reduction: str,
-) -> None:
-    """What both contrastive losses ask of their common arguments."""
-    _checks.shape("image", image, ("B", "D"))
+) -> tuple[Tensor | float, Tensor | float]:
+    """What both contrastive losses ask of their common arguments; logit_scale and gamma as they take them."""
+    _checks.shape("image", image, ("B", "D"), D="feature")
     _checks.shape("text", text, tuple(image.shape))
     _checks.dtype("image", image)
     _checks.dtype("text", text)
     _checks.device(image, text=text, ids=ids)
-    _checks.scalar("logit_scale", logit_scale)
-    _checks.scalar("gamma", gamma)
-    if not isinstance(gamma, Tensor):
-        _checks.at_least("gamma", gamma, 0.0)
     if ids is not None:
         _checks.shape("ids", ids, (len(image),))
         _checks.dtype("ids", ids, (torch.int64,))
     _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
+    return _checks.scalar("logit_scale", logit_scale, or_one_element=True), constant(
+        _checks.scalar("gamma", gamma, least=0.0)
+    )
 
 
-def constant(value: Tensor | float) -> Tensor | float:
-    """A number that takes no gradient, by any backend."""
-    return value.detach() if isinstance(value, Tensor) else value
-
-
-class FocalContrastiveLoss(nn.Module):
-    """:func:`focal_contrastive_loss` as a layer without parameters."""
+class FocalContrastiveLoss(OverRanks):
+    """:func:`focal_contrastive_loss` as a layer without parameters. Copies share the group; files are without it."""
 
     def __init__(self, *, gamma: float = 0.0, group: dist.ProcessGroup | None = None, reduction: str = "mean") -> None:
-        super().__init__()
-        self.gamma, self.group, self.reduction = gamma, group, reduction
+        super().__init__(group)
+        self.gamma, self.reduction = gamma, reduction
 
     def forward(self, image: Tensor, text: Tensor, logit_scale: Tensor | float, *, ids: Tensor | None = None) -> Tensor:
         return focal_contrastive_loss(

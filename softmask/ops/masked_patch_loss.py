@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 
 from softmask import reference
 from softmask.ops import _checks
-from softmask.ops._backend import resolve
+from softmask.ops._backend import run
 from softmask.ops._fused import masked_patch_loss as fused
+from softmask.ops._transforms import constant
 
 
 def masked_patch_loss(
@@ -43,7 +42,7 @@ def masked_patch_loss(
     Source: MAE (arXiv 2111.06377), its public code; as in SyCoCa's TG-MIM (arXiv 2401.02137).
     """
     _checks.shape("images", images, ("B", 3, "Hpx", "Wpx"))
-    _checks.at_least("patch_size", patch_size, 1)
+    _checks.whole("patch_size", patch_size, least=1)
     batch, _, height, width = images.shape
     if height % patch_size or width % patch_size:
         _checks.fail("images", f"height and width divisible by patch_size {patch_size}", f"{height} x {width}")
@@ -55,9 +54,18 @@ def masked_patch_loss(
     _checks.dtype("mask", mask, (torch.bool,))
     _checks.device(prediction, images=images, mask=mask)
     _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
-    backend = resolve("masked_patch_loss", prediction, images)
-    run = reference.masked_patch_loss if backend == "reference" else partial(fused.masked_patch_loss, backend)
-    return run(prediction, images, mask, patch_size=patch_size, normalize=normalize, reduction=reduction)
+    return run(
+        "masked_patch_loss",
+        reference.masked_patch_loss,
+        fused.masked_patch_loss,
+        prediction,
+        constant(images),
+        mask,
+        floating=(prediction, images),
+        patch_size=patch_size,
+        normalize=normalize,
+        reduction=reduction,
+    )
 
 
 class MaskedPatchLoss(nn.Module):

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from softmask import reference
 from softmask.ops import _checks
-from softmask.ops._backend import resolve
-from softmask.ops._distributed import first_row, gather_rows_no_grad
+from softmask.ops._backend import run
+from softmask.ops._distributed import OverRanks, check_alike, first_row, gather_rows_no_grad
 from softmask.ops._fused import momentum_contrastive as fused
-from softmask.ops.contrastive import check_features, constant
+from softmask.ops._transforms import constant
+from softmask.ops.contrastive import check_features
 
 NO_ID = -1  # of queue rows that no sample has filled, or that came without an id
 
@@ -42,7 +41,7 @@ def momentum_contrastive_loss(
 
     Args:
         image, text: [B, D], L2-normalized student features; fp32, fp16, bf16 or fp64.
-        logit_scale: 1 / temperature, of student and teacher; float or 0-dim tensor.
+        logit_scale: 1 / temperature, of student and teacher; float or tensor of one element.
         image_teacher, text_teacher: [B, D], the momentum model's features; no gradient.
         image_queue, text_queue: [K, D], both or neither, any strides: ALBEF's [D, K] buffer is passed as ``queue.T``.
         alpha: weight of the soft targets, 0 to 1, float or 0-dim tensor, a constant.
@@ -62,31 +61,29 @@ def momentum_contrastive_loss(
 
     Source: ALBEF (arXiv 2107.07651), its public code; focal factor as in SoftMask++ (arXiv 2304.00719).
     """
-    check_features(image, text, logit_scale, gamma=gamma, ids=ids, reduction=reduction)
+    logit_scale, gamma = check_features(image, text, logit_scale, gamma=gamma, ids=ids, reduction=reduction)
     _check_keys(image, image_teacher, text_teacher, image_queue, text_queue)
     _check_queue_ids(image_queue, ids, queue_ids)
-    _checks.scalar("alpha", alpha)
-    if not isinstance(alpha, Tensor) and not 0.0 <= alpha <= 1.0:
-        _checks.fail("alpha", "0 to 1", alpha)
-    alpha, gamma = constant(alpha), constant(gamma)
     columns = {}
     if group is not None:
+        check_alike("momentum_contrastive_loss", "image_teacher, text_teacher", group, image_teacher, ids, image, text)
         teachers = _gather_pair(image_teacher, text_teacher, group)
         columns = {"all_image_teacher": teachers[0], "all_text_teacher": teachers[1]}
         columns["all_ids"] = None if ids is None else gather_rows_no_grad(ids, group)
         columns["first_row"] = first_row(image, group)
-    backend = resolve("momentum_contrastive_loss", image, text, image_teacher, text_teacher)
-    by_kernels = partial(fused.momentum_contrastive_loss, backend)
-    run = reference.momentum_contrastive_loss if backend == "reference" else by_kernels
     return run(
+        "momentum_contrastive_loss",
+        reference.momentum_contrastive_loss,
+        fused.momentum_contrastive_loss,
         image,
         text,
         logit_scale,
-        image_teacher=image_teacher,
-        text_teacher=text_teacher,
-        image_queue=image_queue,
-        text_queue=text_queue,
-        alpha=alpha,
+        floating=(image, text, image_teacher, text_teacher),
+        image_teacher=constant(image_teacher),
+        text_teacher=constant(text_teacher),
+        image_queue=constant(image_queue),
+        text_queue=constant(text_queue),
+        alpha=constant(_checks.scalar("alpha", alpha, least=0, most=1)),
         gamma=gamma,
         ids=ids,
         queue_ids=queue_ids,
@@ -128,7 +125,7 @@ def _check_queue_ids(queue: Tensor | None, ids: Tensor | None, queue_ids: Tensor
     _checks.device(queue, queue_ids=queue_ids)
 
 
-class MomentumContrastiveLoss(nn.Module):
+class MomentumContrastiveLoss(OverRanks):
     """:func:`momentum_contrastive_loss` with its queue, kept in buffers: image_queue, text_queue [K, D] (at first
     random unit rows, the same on every rank), queue_ids [K] and the 0-dim queue_pointer.
 
@@ -150,17 +147,36 @@ class MomentumContrastiveLoss(nn.Module):
         group: dist.ProcessGroup | None = None,
         reduction: str = "mean",
     ) -> None:
-        super().__init__()
-        _checks.at_least("feature_dim", feature_dim, 1)
-        _checks.at_least("queue_size", queue_size, 0)
+        super().__init__(group)
+        _checks.whole("feature_dim", feature_dim, least=1)
+        _checks.whole("queue_size", queue_size, least=0)
         self.queue_size, self.alpha, self.gamma = queue_size, alpha, gamma
-        self.group, self.reduction = group, reduction
-        generator = torch.Generator().manual_seed(0)
+        self.reduction = reduction
         for name in ("image_queue", "text_queue"):
-            rows = torch.randn(queue_size, feature_dim, generator=generator, device="cpu")
-            self.register_buffer(name, F.normalize(rows, dim=-1).to(torch.get_default_device()))
-        self.register_buffer("queue_ids", torch.full((queue_size,), NO_ID))
-        self.register_buffer("queue_pointer", torch.zeros((), dtype=torch.int64))
+            self.register_buffer(name, torch.empty(queue_size, feature_dim))
+        self.register_buffer("queue_ids", torch.empty(queue_size, dtype=torch.int64))
+        self.register_buffer("queue_pointer", torch.empty((), dtype=torch.int64))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Fill the queue as at the start, with the same rows on every device and rank."""
+        generator = torch.Generator().manual_seed(0)
+        for queue in (self.image_queue, self.text_queue):
+            if not queue.is_meta:
+                wide = torch.promote_types(queue.dtype, torch.float32)
+                rows = torch.randn(queue.shape, generator=generator, dtype=wide, device="cpu")
+                queue.copy_(F.normalize(rows, dim=-1))
+        self.queue_ids.fill_(NO_ID)
+        self.queue_pointer.zero_()
+
+    def _apply(self, *arguments, **options) -> MomentumContrastiveLoss:
+        """A queue made on "meta" is filled when it gets its memory: `to_empty` would leave garbage."""
+        had_none = self.queue_pointer.is_meta
+        super()._apply(*arguments, **options)
+        if had_none and not self.queue_pointer.is_meta:
+            self.reset_parameters()
+        return self
 
     def forward(
         self,

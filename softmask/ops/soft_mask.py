@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 
 from softmask import reference
 from softmask.ops import _checks
-from softmask.ops._backend import resolve
+from softmask.ops._backend import run
 from softmask.ops._fused import soft_mask as fused
 
 
@@ -44,9 +42,9 @@ def soft_mask(
     _checks.dtype("maps", maps)
     _checks.device(features, maps=maps)
     _checks.one_of("normalize", normalize, _checks.NORMALIZATIONS)
+    _checks.number("strength", strength)
     batch, tokens, _ = features.shape
-    if not 0 <= num_prefix_tokens < tokens:
-        _checks.fail("num_prefix_tokens", f"0 to {tokens - 1} of the {tokens} tokens", num_prefix_tokens)
+    _checks.whole("num_prefix_tokens", num_prefix_tokens, least=0, most=tokens - 1, of=f"of the {tokens} tokens")
     patches = tokens - num_prefix_tokens
     if maps.dim() not in (2, 3) or (maps.shape[0], maps.shape[-1]) != (batch, patches):
         _checks.fail("maps", f"shape [{batch}, {patches}] or [{batch}, W, {patches}]", list(maps.shape))
@@ -54,9 +52,18 @@ def soft_mask(
     # maps and for types that PyTorch converts first.
     half = features.dtype in (torch.float16, torch.bfloat16)
     pays = features.device.type != "cpu" or half or maps.requires_grad or maps.dim() == 3
-    backend = resolve("soft_mask", features, maps, kernel_pays=pays)
-    run = reference.soft_mask if backend == "reference" else partial(fused.soft_mask, backend)
-    return run(features, maps, strength=strength, normalize=normalize, num_prefix_tokens=num_prefix_tokens)
+    return run(
+        "soft_mask",
+        reference.soft_mask,
+        fused.soft_mask,
+        features,
+        maps,
+        floating=(features, maps),
+        kernel_pays=pays,
+        strength=strength,
+        normalize=normalize,
+        num_prefix_tokens=num_prefix_tokens,
+    )
 
 
 class SoftMask(nn.Module):

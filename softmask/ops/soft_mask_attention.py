@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 
 from softmask import reference
 from softmask.ops import _checks
-from softmask.ops._backend import resolve
+from softmask.ops._backend import run
 from softmask.ops._fused import soft_mask_attention as fused
+from softmask.ops._transforms import constant
 
 
 def soft_mask_attention(
@@ -50,15 +49,19 @@ def soft_mask_attention(
         _checks.shape("key_weight", key_weight, (len(query), key.shape[2]))
         _checks.dtype("key_weight", key_weight)
         _checks.device(query, key_weight=key_weight)
-    backend = resolve("soft_mask_attention", query, key, value, value_bias)
-    if backend == "reference" and kv_index is not None:  # C++ checks by itself, Triton would wait for the device
+    if scale is not None:
+        _checks.number("scale", scale)
+    if kv_index is not None:
         _checks.positions("kv_index", kv_index, least=0, size=len(key))
-    run = reference.soft_mask_attention if backend == "reference" else partial(fused.soft_mask_attention, backend)
     return run(
+        "soft_mask_attention",
+        reference.soft_mask_attention,
+        fused.soft_mask_attention,
         query,
         key,
         value,
-        key_weight=key_weight,
+        floating=(query, key, value, value_bias),
+        key_weight=constant(key_weight),
         kv_index=kv_index,
         value_bias=value_bias,
         key_padding_mask=key_padding_mask,
@@ -74,12 +77,10 @@ def _check(
     value_bias: Tensor | None,
     key_padding_mask: Tensor | None,
 ) -> None:
-    _checks.shape("query", query, ("N", "H", "T", "E"))
+    _checks.shape("query", query, ("N", "H", "T", "E"), H="head", E="feature")
     pairs, heads, _, width = query.shape
-    _checks.shape("key", key, (pairs if kv_index is None else "B", heads, "P", width))
-    _checks.shape("value", value, (*key.shape[:3], "V"))
-    if key.shape[2] == 0:
-        _checks.fail("key", "at least one image token", list(key.shape))
+    _checks.shape("key", key, (pairs if kv_index is None else "B", heads, "P", width), P="image token")
+    _checks.shape("value", value, (*key.shape[:3], "V"), V="feature")
     if kv_index is not None:
         _checks.shape("kv_index", kv_index, (pairs,))
         _checks.dtype("kv_index", kv_index, (torch.int64,))

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 
 from softmask import reference
 from softmask.ops import _checks
-from softmask.ops._backend import resolve
+from softmask.ops._backend import run
 from softmask.ops._fused import word_attention as fused
+from softmask.ops._transforms import constant
 
 
 def word_attention(
@@ -62,20 +61,23 @@ def word_attention(
     """
     _check(query, key, word_index, value, grad_output, value_bias, key_padding_mask)
     _checks.one_of("normalize", normalize, _checks.NORMALIZATIONS)
-    if not 0 <= num_prefix_tokens < key.shape[2]:
-        _checks.fail("num_prefix_tokens", f"0 to {key.shape[2] - 1} of the {key.shape[2]} keys", num_prefix_tokens)
+    if scale is not None:
+        _checks.number("scale", scale)
+    keys = key.shape[2]
+    _checks.whole("num_prefix_tokens", num_prefix_tokens, least=0, most=keys - 1, of=f"of the {keys} keys")
+    _checks.positions("word_index", word_index, least=-1, size=query.shape[2])
     floating = (query, key, value, grad_output, value_bias)
     if not differentiable:
-        floating = tuple(None if tensor is None else tensor.detach() for tensor in floating)
+        floating = tuple(map(constant, floating))
     query, key, value, grad_output, value_bias = floating
-    backend = resolve("word_attention", *floating)
-    if backend == "reference":  # C++ checks by itself, Triton would wait for the device
-        _checks.positions("word_index", word_index, least=-1, size=query.shape[2])
-    run = reference.word_attention if backend == "reference" else partial(fused.word_attention, backend)
     return run(
+        "word_attention",
+        reference.word_attention,
+        fused.word_attention,
         query,
         key,
         word_index,
+        floating=floating,
         value=value,
         grad_output=grad_output,
         value_bias=value_bias,
@@ -95,9 +97,9 @@ def _check(
     value_bias: Tensor | None,
     key_padding_mask: Tensor | None,
 ) -> None:
-    _checks.shape("query", query, ("B", "H", "T", "E"))
+    _checks.shape("query", query, ("B", "H", "T", "E"), H="head", T="token", E="feature")
     batch, heads, length, width = query.shape
-    _checks.shape("key", key, (batch, heads, "P", width))
+    _checks.shape("key", key, (batch, heads, "P", width), P="image token")
     if word_index.dim() not in (2, 3) or len(word_index) != batch:
         _checks.fail("word_index", f"shape [{batch}, W] or [{batch}, W, S]", list(word_index.shape))
     _checks.dtype("word_index", word_index, (torch.int64,))
@@ -106,7 +108,7 @@ def _check(
     if value_bias is not None and value is None:
         _checks.fail("value_bias", "None where no value is given", list(value_bias.shape))
     if value is not None:
-        _checks.shape("value", value, (batch, heads, key.shape[2], "V"))
+        _checks.shape("value", value, (batch, heads, key.shape[2], "V"), V="feature")
         _checks.shape("grad_output", grad_output, (batch, heads, length, value.shape[3]))
     if value_bias is not None:
         _checks.shape("value_bias", value_bias, (heads, value.shape[3]))

@@ -81,7 +81,7 @@ def _backward_fake(
 
 def _setup(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.first_row, ctx.both = inputs
-    ctx.save_for_backward(output[1], *tensors)
+    _library.keep(ctx, output[1], *tensors)
 
 
 def _backward(ctx, run: Callable, grad: Tensor, _grad_statistics: Tensor) -> tuple[Tensor | None, ...]:

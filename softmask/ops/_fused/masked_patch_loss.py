@@ -31,7 +31,7 @@ def _backward_fake(
 
 def _setup(ctx, inputs: tuple, output: Tensor) -> None:
     *tensors, ctx.patch_size, ctx.normalize = inputs
-    ctx.save_for_backward(*tensors)
+    _library.keep(ctx, *tensors)
 
 
 def _backward(ctx, run: Callable, grad: Tensor) -> tuple[Tensor, None, None, None, None]:

@@ -68,12 +68,32 @@ def _fake(
     return query.new_empty((query.shape[0],), dtype=dtype), gradients
 
 
+def _keep(ctx, inputs: tuple, found: tuple[Tensor, ...]) -> None:
+    """For the backward: what the forward found for it or, where it was called without `gradient`, its inputs.
+
+    A graph that was traced or exported with inputs that take no gradient is so called, and may get others later.
+    """
+    *tensors, ctx.first_row, ctx.found = inputs
+    _library.keep(ctx, *(found if ctx.found else tensors))
+
+
+def _found(ctx, backend: str, select: Callable[[tuple, tuple], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """What backward takes; by running the forward again where it did not find it."""
+    if ctx.found:
+        return ctx.saved_tensors
+    return select(ctx.saved_tensors, _KERNELS[backend](*ctx.saved_tensors, ctx.first_row, True))
+
+
+def _of_one_side(inputs: tuple, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return inputs[0], inputs[4], output[1]
+
+
 def _setup(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(inputs[0], inputs[4], output[1])
+    _keep(ctx, inputs, _of_one_side(inputs, output))
 
 
 def _backward(ctx, run: Callable, grad: Tensor, _grad_gradients: Tensor) -> tuple[Tensor | None, ...]:
-    query_grad, scale_grad = run(grad, *ctx.saved_tensors)
+    query_grad, scale_grad = run(grad, *_found(ctx, "cpp", _of_one_side))
     return _library.wanted(ctx, query_grad, None, None, None, scale_grad, *(None,) * 7)
 
 
@@ -104,12 +124,16 @@ def _both_fake(
     return image.new_empty(rows, **fp32), image.new_empty(rows, **fp32), *gradients
 
 
+def _of_both_sides(inputs: tuple, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return inputs[0], inputs[8], *output[1:]
+
+
 def _both_setup(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(inputs[0], inputs[8], *output[1:])
+    _keep(ctx, inputs, _of_both_sides(inputs, output))
 
 
 def _both_backward(ctx, run: Callable, grad: Tensor, *_grad_gradients: Tensor) -> tuple[Tensor | None, ...]:
-    image_grad, text_grad, scale_grad = run(grad, *ctx.saved_tensors)
+    image_grad, text_grad, scale_grad = run(grad, *_found(ctx, "triton", _of_both_sides))
     return _library.wanted(ctx, image_grad, text_grad, *(None,) * 6, scale_grad, *(None,) * 7)
 
 

@@ -37,7 +37,7 @@ def _backward_fake(
 
 def _setup(ctx, inputs: tuple, output: Tensor) -> None:
     features, maps, ctx.strength, ctx.normalize, ctx.num_prefix_tokens = inputs
-    ctx.save_for_backward(features if ctx.needs_input_grad[1] else None, maps)
+    _library.keep(ctx, features if ctx.needs_input_grad[1] else None, maps)
 
 
 def _backward(ctx, run: Callable, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:

@@ -74,15 +74,26 @@ def _backward_fake(
 
 
 def _setup(ctx, inputs: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
-    tensors, ctx.options = inputs[:7], inputs[7:10]
-    kept = () if isinstance(output, Tensor) else output[1:]
-    ctx.save_for_backward(*kept, *tensors)
+    """Of Triton's op also what it kept for the gradient: without `keep` nothing, and then it is run again."""
+    ctx.options, ctx.kept = inputs[7:10], not isinstance(output, Tensor) and inputs[10]
+    _library.keep(ctx, *inputs[:7], *(output[1:] if ctx.kept else ()))
 
 
-def _backward(ctx, run: Callable, grad: Tensor, *_of_kept: Tensor) -> tuple[Tensor | None, ...]:
-    query, key, value, grad_output, value_bias = run(grad, *ctx.saved_tensors, *ctx.options)
+def _gradients(ctx, given: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    query, key, value, grad_output, value_bias = given
     others = [None] * (len(ctx.needs_input_grad) - 6)
     return _library.wanted(ctx, query, key, None, value, grad_output, value_bias, *others)
+
+
+def _backward(ctx, run: Callable, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return _gradients(ctx, run(grad, *ctx.saved_tensors, *ctx.options))
+
+
+def _triton_backward(ctx, run: Callable, grad: Tensor, *_of_kept: Tensor) -> tuple[Tensor | None, ...]:
+    inputs, kept = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
+    if not ctx.kept:
+        _, *kept = _KERNELS["triton"](*inputs, *ctx.options, True)
+    return _gradients(ctx, run(grad, *kept, *inputs, *ctx.options))
 
 
 def _triton_fake(
@@ -125,15 +136,17 @@ def _triton_backward_fake(
     return _backward_fake(grad, query, key, word_index, value, grad_output, value_bias)
 
 
-def _register(fake: Callable, backward_fake: Callable, backend: str) -> _library.Kernels:
+def _register(fake: Callable, backward: Callable, backward_fake: Callable, backend: str) -> _library.Kernels:
     return _library.register(
         "word_attention",
         fake=fake,
         setup=_setup,
-        backward=_backward,
+        backward=backward,
         backward_fake=backward_fake,
         backends=(backend,),
     )
 
 
-_KERNELS = _register(_fake, _backward_fake, "cpp") | _register(_triton_fake, _triton_backward_fake, "triton")
+_KERNELS = _register(_fake, _backward, _backward_fake, "cpp") | _register(
+    _triton_fake, _triton_backward, _triton_backward_fake, "triton"
+)

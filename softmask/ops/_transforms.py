@@ -1,0 +1,52 @@
+"""What acts on tensors and is not a plain backward pass: forward-mode AD, torch.func's transforms, inference mode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_functorch = torch._C._functorch
+
+
+def acting_on(tensors: Iterable[Tensor]) -> str | None:
+    """The transform that acts on one of the tensors, by its name in a message; None: kernels may take them.
+
+    Under torch.compile any active transform counts: which tensors it wraps is not known there.
+    """
+    transforms = isinstance(_functorch.peek_interpreter_stack(), _functorch.CInterpreter)  # torch.compile knows this
+    if torch.compiler.is_compiling():
+        return "a transform of torch.func" if transforms else None
+    if not transforms and forward_ad._current_level < 0:
+        return None
+    return next(filter(None, map(_of, tensors)), None)
+
+
+def _of(tensor: Tensor) -> str | None:
+    if _functorch.is_batchedtensor(tensor):
+        return "torch.func.vmap"
+    if _functorch.is_gradtrackingtensor(tensor):
+        return "torch.func.grad, vjp or jvp"
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+        return "forward-mode AD"
+    return None
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether its values can be looked at for nothing: on the CPU, neither traced, nor fake, nor wrapped."""
+    plain = type(tensor) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+    return plain and tensor.device.type == "cpu" and not _functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def saveable(value: object) -> object:
+    """As it is, or a copy of a tensor made in inference mode, which autograd refuses to keep for a backward pass."""
+    if not isinstance(value, Tensor) or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return value
+    return value.clone() if value.is_inference() else value
+
+
+def constant(value: Tensor | float | None) -> Tensor | float | None:
+    """What takes no gradient and carries no tangent, by any backend."""
+    return value.detach() if isinstance(value, Tensor) else value
