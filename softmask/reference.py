@@ -222,12 +222,13 @@ def soft_mask_attention(
         key, value = (_unread(one, key_padding_mask).to(dtype) for one in (key, value))
         if kv_index is not None:
             key, value = (one.index_select(0, kv_index) for one in (key, value))
-        if key_weight is not None:
-            weight = key_weight.detach().to(dtype)[:, None, :, None]
-            key, value = key * weight, value * weight
         ignore = key_padding_mask
         if ignore is not None:
             ignore = (ignore if kv_index is None else ignore.index_select(0, kv_index))[:, None, None]  # [N, 1, 1, P]
+        if key_weight is not None:
+            weight = key_weight.detach().to(dtype)[:, None, None]
+            weight = (weight if ignore is None else weight.masked_fill(ignore, 0.0)).mT
+            key, value = key * weight, value * weight
         output = _attention(query.to(dtype), key, value, ignore, scale, autocast)
         if value_bias is not None:
             output = output + value_bias.to(dtype)[:, None]

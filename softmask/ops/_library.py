@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from softmask.ops import _transforms
 
@@ -63,6 +64,8 @@ def register(
     setup: Callable | None = None,
     backward: Callable | None = None,
     backward_fake: Callable | None = None,
+    flops: Callable[..., int] | None = None,
+    backward_flops: Callable[..., int] | None = None,
     public_name: str | None = None,
     backends: tuple[str, ...] = ("cpp", "triton"),
 ) -> Kernels:
@@ -71,6 +74,8 @@ def register(
     The C++ extension defines softmask::name. In Triton softmask::triton_name has the signature of fake, which is fully
     annotated, and runs `forward` of kernels/name.py; its gradient runs `backward`. ``backward(ctx, run, *grads)`` calls
     run, the op of the same backend. A second derivative raises, where autograd would otherwise be silently wrong.
+    flops, backward_flops: floating-point operations of the products, 2 for a multiplication and an addition, of the
+    op's arguments with shapes for tensors; torch.utils.flop_counter asks for them.
     """
     kernels = {}
     for backend in backends:
@@ -87,12 +92,22 @@ def register(
             continue
         if backward is not None:
             _register_gradient(full, setup, backward, public_name or name, backend)
+        for which, count in ((full, flops), (f"{full}_backward", backward_flops)):
+            if count is not None:
+                register_flop_formula(_op(which).overloadpacket)(_of_shapes(count))
         kernels[backend] = _op(full)
     return kernels
 
 
 def _op(full: str) -> Callable:
     return getattr(torch.ops.softmask, full.removeprefix("softmask::")).default
+
+
+def _of_shapes(count: Callable[..., int]) -> Callable[..., int]:
+    def formula(*arguments: object, out_shape: object = None, **_: object) -> int:
+        return count(*arguments)
+
+    return formula
 
 
 def _define_triton(name: str, module: str, function: str, fake: Callable) -> str:

@@ -20,4 +20,8 @@ def _fake(patches: Tensor, tokens: Tensor, token_padding_mask: Tensor | None, co
     return patches.new_empty(patches.shape[:2], dtype=torch.bool)
 
 
-_KERNELS = _library.register("attentive_mask", fake=_fake)
+def _flops(patches: torch.Size, tokens: torch.Size, *_options: object) -> int:
+    return 2 * patches.numel() * tokens[1]
+
+
+_KERNELS = _library.register("attentive_mask", fake=_fake, flops=_flops)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from softmask import reference
@@ -89,6 +90,15 @@ def _backward(ctx, run: Callable, grad: Tensor, _grad_statistics: Tensor) -> tup
     return _library.wanted(ctx, *gradients, None, None, None, None, None)
 
 
+def _flops(rows: torch.Size, columns: torch.Size, *_options: object) -> int:
+    return 2 * rows.numel() * columns[0]
+
+
+def _backward_flops(grad: torch.Size, statistics: torch.Size, rows: torch.Size, columns: torch.Size, *_: object) -> int:
+    """The logits once more, and a product for the gradient of each side."""
+    return 3 * _flops(rows, columns)
+
+
 def _register(fake: Callable, backend: str) -> _library.Kernels:
     return _library.register(
         "contrastive",
@@ -96,6 +106,8 @@ def _register(fake: Callable, backend: str) -> _library.Kernels:
         setup=_setup,
         backward=_backward,
         backward_fake=_backward_fake,
+        flops=_flops,
+        backward_flops=_backward_flops,
         public_name="focal_contrastive_loss",
         backends=(backend,),
     )

@@ -143,12 +143,23 @@ def _both_backward_fake(
     return image.new_empty(image.shape), image.new_empty(image.shape), scale.new_empty(())
 
 
+def _flops(query: torch.Size, teacher: torch.Size, keys: torch.Size, queue: torch.Size | None, *options: object) -> int:
+    """Logits of student and teacher and, where it is found, the gradient's product."""
+    count = keys[0] + (0 if queue is None else queue[0])
+    return 2 * query.numel() * count * (3 if options[-1] else 2)
+
+
+def _both_flops(image: torch.Size, *options: object) -> int:
+    return 2 * _flops(image, image, options[3], options[5], options[-1])
+
+
 _KERNELS = _library.register(
     "momentum_contrastive",
     fake=_fake,
     setup=_setup,
     backward=_backward,
     backward_fake=_backward_fake,
+    flops=_flops,
     backends=("cpp",),
     public_name="momentum_contrastive_loss",
 ) | _library.register(
@@ -157,6 +168,7 @@ _KERNELS = _library.register(
     setup=_both_setup,
     backward=_both_backward,
     backward_fake=_both_backward_fake,
+    flops=_both_flops,
     backends=("triton",),
     public_name="momentum_contrastive_loss",
 )

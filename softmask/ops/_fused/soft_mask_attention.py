@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from softmask.ops import _library
@@ -76,10 +77,22 @@ def _backward(ctx, run: Callable, grad: Tensor) -> tuple[Tensor | None, ...]:
     return _library.wanted(ctx, query, key, value, None, None, value_bias, None, None)
 
 
+def _flops(query: torch.Size, key: torch.Size, value: torch.Size, *_options: object) -> int:
+    """Of logits and their sum of values."""
+    return 2 * query[:3].numel() * key[2] * (key[3] + value[3])
+
+
+def _backward_flops(grad: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *_options: object) -> int:
+    """The logits once more, and the gradients at probabilities, query, key and value."""
+    return 2 * query[:3].numel() * key[2] * (3 * key[3] + 2 * value[3])
+
+
 _KERNELS = _library.register(
     "soft_mask_attention",
     fake=_fake,
     setup=_setup,
     backward=_backward,
     backward_fake=_backward_fake,
+    flops=_flops,
+    backward_flops=_backward_flops,
 )

@@ -136,17 +136,31 @@ def _triton_backward_fake(
     return _backward_fake(grad, query, key, word_index, value, grad_output, value_bias)
 
 
-def _register(fake: Callable, backward: Callable, backward_fake: Callable, backend: str) -> _library.Kernels:
-    return _library.register(
-        "word_attention",
-        fake=fake,
-        setup=_setup,
-        backward=backward,
-        backward_fake=backward_fake,
-        backends=(backend,),
-    )
+def _flops(query: torch.Size, key: torch.Size, index: torch.Size, value: torch.Size | None, *_options: object) -> int:
+    """The words' rows of logits and, of Grad-CAM, of the gradient at them."""
+    return 2 * query[1] * index.numel() * key[2] * (key[3] + (0 if value is None else value[3]))
 
 
-_KERNELS = _register(_fake, _backward, _backward_fake, "cpp") | _register(
-    _triton_fake, _triton_backward, _triton_backward_fake, "triton"
+def _backward_flops(grad: torch.Size, *inputs: object) -> int:
+    """Every row once more and a product for each of its two factors."""
+    return 3 * _flops(*inputs)
+
+
+def _triton_backward_flops(grad: torch.Size, raw: torch.Size, kept: torch.Size, *inputs: object) -> int:
+    """The rows were kept."""
+    return 2 * _flops(*inputs)
+
+
+def _register(backend: str, **functions: Callable) -> _library.Kernels:
+    return _library.register("word_attention", setup=_setup, flops=_flops, backends=(backend,), **functions)
+
+
+_KERNELS = _register(
+    "cpp", fake=_fake, backward=_backward, backward_fake=_backward_fake, backward_flops=_backward_flops
+) | _register(
+    "triton",
+    fake=_triton_fake,
+    backward=_triton_backward,
+    backward_fake=_triton_backward_fake,
+    backward_flops=_triton_backward_flops,
 )
