@@ -7,39 +7,40 @@ TORCH_LIBRARY(softmask, m) {
   // normalize: "none", "minmax", "max" or "sum". features [B, P, D], maps [B, P'] or [B, W, P'].
   m.def(
       "soft_mask(Tensor features, Tensor maps, float strength, str normalize, "
-      "int num_prefix_tokens) -> Tensor");
+      "SymInt num_prefix_tokens) -> Tensor");
   // Gradients of features and maps. An empty tensor stands for one that is not wanted: features'
   // where features_grad is false, maps' where no features are given.
   m.def(
       "soft_mask_backward(Tensor grad, Tensor? features, Tensor maps, float strength, "
-      "str normalize, int num_prefix_tokens, bool features_grad) -> (Tensor, Tensor)");
+      "str normalize, SymInt num_prefix_tokens, bool features_grad) -> (Tensor, Tensor)");
   // query, grad_output [B, H, T, E], key, value [B, H, P, E], word_index [B, W, S], value_bias
   // [H, E], key_padding_mask [B, P]. Floating tensors share a type.
   m.def(
       "word_attention(Tensor query, Tensor key, Tensor word_index, Tensor? value, "
       "Tensor? grad_output, Tensor? value_bias, Tensor? key_padding_mask, float scale, "
-      "int num_prefix_tokens, str normalize) -> Tensor");
+      "SymInt num_prefix_tokens, str normalize) -> Tensor");
   // Gradients of query, key, value, grad_output and value_bias; empty for those not given.
   m.def(
       "word_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor word_index, "
       "Tensor? value, Tensor? grad_output, Tensor? value_bias, Tensor? key_padding_mask, "
-      "float scale, int num_prefix_tokens, str normalize) "
+      "float scale, SymInt num_prefix_tokens, str normalize) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   // rows [B, D], columns [G, D]; loss [B] of the rows, with `both` of rows and columns (G = B, the
   // same samples), and statistics for the backward, [3 or 6, B].
   m.def(
       "contrastive(Tensor rows, Tensor columns, Tensor scale, Tensor gamma, Tensor? row_ids, "
-      "Tensor? column_ids, int first_row, bool both) -> (Tensor, Tensor)");
+      "Tensor? column_ids, SymInt first_row, bool both) -> (Tensor, Tensor)");
   m.def(
       "contrastive_backward(Tensor grad, Tensor statistics, Tensor rows, Tensor columns, "
-      "Tensor scale, Tensor gamma, Tensor? row_ids, Tensor? column_ids, int first_row, bool both) "
+      "Tensor scale, Tensor gamma, Tensor? row_ids, Tensor? column_ids, SymInt first_row, bool "
+      "both) "
       "-> (Tensor, Tensor, Tensor)");
   // query, teacher [B, D], keys [G, D], queue [K, D]; loss [B] and, where asked for, the gradient
   // of each at scale * query, [B, D].
   m.def(
       "momentum_contrastive(Tensor query, Tensor teacher, Tensor keys, Tensor? queue, "
       "Tensor scale, Tensor alpha, Tensor gamma, Tensor? ids, Tensor? key_ids, Tensor? queue_ids, "
-      "int first_row, bool gradient) -> (Tensor, Tensor)");
+      "SymInt first_row, bool gradient) -> (Tensor, Tensor)");
   m.def(
       "momentum_contrastive_backward(Tensor grad, Tensor query, Tensor scale, Tensor gradients) "
       "-> (Tensor, Tensor)");
@@ -54,15 +55,15 @@ TORCH_LIBRARY(softmask, m) {
       "float scale) -> (Tensor, Tensor, Tensor, Tensor)");
   // patches [B, P, D], tokens [B, T, D]; marks `count` patches of each image.
   m.def(
-      "attentive_mask(Tensor patches, Tensor tokens, Tensor? token_padding_mask, int count, "
+      "attentive_mask(Tensor patches, Tensor tokens, Tensor? token_padding_mask, SymInt count, "
       "bool high) -> Tensor");
   // prediction [B, P, 3 * patch_size ** 2], images [B, 3, H, W], mask [B, P]; loss [B, P].
   m.def(
-      "masked_patch_loss(Tensor prediction, Tensor images, Tensor mask, int patch_size, "
+      "masked_patch_loss(Tensor prediction, Tensor images, Tensor mask, SymInt patch_size, "
       "bool normalize) -> Tensor");
   m.def(
       "masked_patch_loss_backward(Tensor grad, Tensor prediction, Tensor images, Tensor mask, "
-      "int patch_size, bool normalize) -> Tensor");
+      "SymInt patch_size, bool normalize) -> Tensor");
 }
 
 // torch.ops is the interface; Python only needs something to import.

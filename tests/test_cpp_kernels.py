@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import kernel_cases as cases
 import pytest
 import torch
-from kernel_cases import GAMMAS, SIZES, check_errors, needs_cpp, outcome
+from kernel_cases import GAMMAS, SIZES, Case, check_errors, needs_cpp, outcome
 
 import softmask
 from softmask import ops
@@ -82,6 +83,229 @@ def test_attentive_mask(select: str, dtype: torch.dtype) -> None:
                     options = {"ratio": ratio, "select": select, "token_padding_mask": padding}
                     marked.append(ops.attentive_mask(patches, tokens, **options))
             assert torch.equal(*marked)
+
+
+def with_ignored(case: Case, value: float) -> Case:
+    """The case with `value` wherever an argument says that nothing there counts."""
+    leaves, fixed = ({name: one.clone() for name, one in group.items()} for group in (case.leaves, case.fixed))
+    ignore = fixed["key_padding_mask"]
+    for name in ("key", "value"):
+        leaves[name].masked_fill_(ignore[:, None, :, None], value)
+    if "word_index" in fixed:
+        index = fixed["word_index"].flatten(1)
+        named = torch.zeros(leaves["query"].shape[0], leaves["query"].shape[2], dtype=torch.bool)
+        for row, positions in zip(named, index, strict=True):
+            row[positions[positions >= 0]] = True
+        for name in ("query", "grad_output"):
+            leaves[name].masked_fill_(~named[:, None, :, None], value)
+        leaves["value"][:, :, :1] = value  # of the prefix token, whose column is dropped
+    if "kv_index" in fixed:
+        used = torch.zeros(len(ignore), dtype=torch.bool)
+        used[fixed["kv_index"]] = True
+        for name in ("key", "value"):
+            leaves[name][~used] = value
+    if "key_weight" in fixed:
+        fixed["key_weight"].masked_fill_(ignore[fixed["kv_index"]], value)
+    return replace(case, leaves=leaves, fixed=fixed)
+
+
+IGNORING = {
+    "word_attention": cases.word_attention(63, masked=True),
+    "word_attention minmax": cases.word_attention(63, masked=True, normalize="minmax"),
+    "soft_mask_attention": cases.soft_mask_attention(63, masked=True),
+    "soft_mask_attention without weights": cases.soft_mask_attention(63, masked=True, weighted=False),
+}
+
+
+@pytest.mark.parametrize("junk", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", IGNORING)
+def test_ignored_means_not_read(name: str, dtype: torch.dtype, junk: float) -> None:
+    """Results and gradients as with zeros there; what is ignored has no gradient."""
+    case = IGNORING[name].cast(dtype)
+    expected, got = (outcome("cpp", with_ignored(case, value)) for value in (0.0, junk))
+    ignore = case.fixed["key_padding_mask"]
+    for key, value in expected.items():
+        assert value.isfinite().all() and torch.equal(got[key], value), key
+    for key in ("key", "value"):
+        assert not got[key].mT.masked_select(ignore[:, None, None]).any(), key
+
+
+@pytest.mark.parametrize("junk", [float("nan"), float("inf")])
+def test_padding_words_and_patches_that_are_not_masked_are_not_read(junk: float) -> None:
+    patches, tokens = (cases.normal(3, count, 33, seed=count).float() for count in (63, 9))
+    padding = cases.normal(3, 9, seed=1) < 0
+    marked = []
+    for value in (0.0, junk):
+        tokens[padding] = value
+        marked.append(torch.ops.softmask.attentive_mask(patches, tokens, padding, 20, True))
+    assert torch.equal(*marked)
+
+    case = cases.masked_patch_loss(4).cast(torch.float32)
+    mask = case.fixed["mask"]
+    junked = {name: leaf.clone() for name, leaf in case.leaves.items()}
+    junked["prediction"][~mask] = junk
+    by_patch = junked["images"].unflatten(3, (5, 4)).unflatten(2, (3, 4)).permute(0, 2, 4, 1, 3, 5)
+    for image, rows in zip(by_patch, mask.view(2, 3, 5), strict=True):
+        image[~rows] = junk
+    assert not junked["images"].isfinite().all()
+    expected, got = (outcome("cpp", one) for one in (case, replace(case, leaves=junked)))
+    for key, value in expected.items():
+        assert torch.equal(got[key], value), key
+
+
+@pytest.mark.parametrize("deviation", [0.0, 1e-4, 1e-2])
+@pytest.mark.parametrize("level", [254.9, 0.1, 1e4])
+def test_masked_patch_loss_of_flat_patches(level: float, deviation: float) -> None:
+    """The deviation of such a patch is far below the rounding of its pixels' sum."""
+    case = cases.masked_patch_loss(16)
+    images = level + deviation * case.leaves["images"]
+    check_errors("cpp", torch.float32, replace(case, leaves=case.leaves | {"images": images}))
+
+
+BIASED = {
+    "word_attention": lambda query, bias: (
+        *(query, query, torch.tensor([[[0, 2]], [[1, -1]]]), query, query, bias),
+        *(None, 0.3, 0, "none"),
+    ),
+    "soft_mask_attention": lambda query, bias: (query, query, query, None, None, bias, None, 0.3),
+}
+
+
+@pytest.mark.parametrize("type_of_bias", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("name", BIASED)
+def test_value_bias_of_any_type(name: str, dtype: torch.dtype, type_of_bias: torch.dtype) -> None:
+    """Read in the arithmetic's type, its gradient in its own; the others need not be of its type."""
+    forward = getattr(torch.ops.softmask, name)
+    backward = getattr(torch.ops.softmask, f"{name}_backward")
+    query = cases.normal(2, 3, 5, 8, seed=0).to(dtype)
+    bias = cases.normal(3, 8, seed=1).to(type_of_bias)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    # the same in the arithmetic's type, and only then rounded
+    plain = BIASED[name](query.to(wide), bias.to(wide))
+    expected = forward(*plain)
+    got = forward(*BIASED[name](query, bias))
+    assert torch.equal(got, expected.to(got.dtype))
+    upstream = cases.normal(*got.shape, seed=2).to(got.dtype)
+    gradients = backward(upstream, *BIASED[name](query, bias))
+    of_plain = backward(upstream.to(wide), *plain)
+    for one, other in zip(gradients, of_plain, strict=True):
+        assert torch.equal(one, other.to(one.dtype))
+    assert [one.dtype for one in gradients] == [dtype] * (len(gradients) - 1) + [type_of_bias]
+
+
+def test_sizes_that_change_make_one_graph() -> None:
+    """Integers that depend on shapes are symbols to torch.compile."""
+    from torch._dynamo.testing import CompileCounter
+
+    def chosen(patches: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        return torch.ops.softmask.attentive_mask(patches, tokens, None, patches.shape[1] // 2, True)
+
+    def masked(features: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+        return torch.ops.softmask.soft_mask(features, maps, 1.0, "max", features.shape[1] - maps.shape[1])
+
+    for function, sizes in ((chosen, (8, 3)), (masked, (7, 4))):
+        counter = CompileCounter()
+        compiled = torch.compile(function, backend=counter, fullgraph=True, dynamic=True)
+        for more in (0, 7, 9):  # no two sizes of a call are equal: they would be one symbol
+            first = torch.randn(2, sizes[0] + 2 * more, 6)
+            second = torch.rand(2, sizes[1] + more, 6) if function is chosen else torch.rand(2, sizes[1] + more)
+            assert torch.equal(compiled(first, second), function(first, second))
+        assert counter.frame_count == 1
+    for name in ("contrastive", "contrastive_backward", "momentum_contrastive"):
+        assert "SymInt first_row" in str(getattr(torch.ops.softmask, name).default._schema)
+    for name in ("word_attention", "word_attention_backward", "soft_mask_backward"):
+        assert "SymInt num_prefix_tokens" in str(getattr(torch.ops.softmask, name).default._schema)
+    for name in ("masked_patch_loss", "masked_patch_loss_backward"):
+        assert "SymInt patch_size" in str(getattr(torch.ops.softmask, name).default._schema)
+
+
+def of_sizes(op: str, size: dict[str, int]) -> list[tuple]:
+    """Calls of the op's kernels, forward and backward, at sizes of which one is 0."""
+    kernel, backward = (getattr(torch.ops.softmask, name, None) for name in (op, f"{op}_backward"))
+    b, h, t, p, w, s, e, v = (size[letter] for letter in "BHTPWSEV")
+    scale, one, yes = torch.tensor(2.0), torch.tensor(1.0), torch.zeros(b, p, dtype=torch.bool)
+    if op == "word_attention":
+        index = torch.full((b, w, s), -1 if t == 0 else 0)
+        shared = (torch.ones(b, h, t, e), torch.ones(b, h, p, e), index, torch.ones(b, h, p, v))
+        args = (*shared, torch.ones(b, h, t, v), torch.ones(h, v), yes, 1.0, 0, "minmax")
+        return [(kernel, args), (backward, (torch.ones(b, w, p), *args))]
+    if op == "soft_mask_attention":
+        args = (torch.ones(b, h, t, e), torch.ones(b, h, p, e), torch.ones(b, h, p, v), torch.ones(b, p), None)
+        args = (*args, torch.ones(h, v), yes, 1.0)
+        return [(kernel, args), (backward, (torch.ones(b, h, t, v), *args))]
+    if op == "soft_mask":
+        options = (1.0, "sum", 0)
+        features, maps = torch.ones(b, p, e), torch.ones(b, w, p)
+        calls = [(kernel, (features, maps, *options))]
+        return [*calls, (backward, (torch.ones(b, w, p, e), features, maps, *options, True))]
+    if op == "contrastive":
+        args = (torch.ones(b, e), torch.ones(b, e), scale, one, None, None, 0, True)
+        return [(kernel, args), (backward, (torch.ones(b), torch.ones(6, b), *args))]
+    if op == "momentum_contrastive":
+        args = (torch.ones(b, e), torch.ones(b, e), torch.ones(b, e), torch.ones(p, e), scale, one, one)
+        calls = [(kernel, (*args, None, None, None, 0, True))]
+        return [*calls, (backward, (torch.ones(b), torch.ones(b, e), scale, torch.ones(b, e)))]
+    if op == "attentive_mask":
+        return [(kernel, (torch.ones(b, p, e), torch.ones(b, t, e), None, p // 2, True))]
+    args = (torch.ones(b, p, 12), torch.ones(b, 3, 2 * p, 2), torch.ones(b, p, dtype=torch.bool), 2, True)
+    return [(kernel, args), (backward, (torch.ones(b, p), *args))]
+
+
+@pytest.mark.parametrize("letter", "BHTPWSEV")
+@pytest.mark.parametrize("op", [*cases.ALL, "attentive_mask"])
+def test_sizes_of_zero(op: str, letter: str) -> None:
+    """Nothing is read or written outside, and what has no element to depend on is a number."""
+    sizes = dict(zip("BHTPWSEV", (2, 3, 4, 5, 2, 2, 6, 7), strict=True))
+    for kernel, args in of_sizes(op, sizes | {letter: 0}):
+        refused = letter == "P" and op in ("word_attention", "soft_mask")
+        if refused:
+            with pytest.raises(ValueError, match="expected"):
+                kernel(*args)
+            continue
+        out = kernel(*args)
+        for tensor in (out,) if isinstance(out, torch.Tensor) else out:
+            mean_of_nothing = op == "word_attention" and letter == "H"
+            assert mean_of_nothing or tensor.isfinite().all()
+
+
+def test_what_would_be_read_outside_is_refused() -> None:
+    rows, scale, kernels = torch.ones(3, 4), torch.tensor(1.0), torch.ops.softmask
+    with pytest.raises(ValueError, match="first_row: expected 3 rows among 2 columns"):
+        kernels.contrastive(rows, rows[:2], scale, scale, None, None, 0, False)
+    with pytest.raises(ValueError, match="columns: expected as many as rows, 3, got 2"):
+        kernels.contrastive(rows, rows[:2], scale, scale, torch.zeros(3).long(), torch.zeros(2).long(), 0, True)
+    with pytest.raises(ValueError, match="ids: expected 3 of rows and 3 of columns"):
+        kernels.contrastive(rows, rows, scale, scale, torch.zeros(2).long(), torch.zeros(3).long(), 0, True)
+    with pytest.raises(ValueError, match="first_row: expected 3 rows among 0 columns"):
+        kernels.momentum_contrastive(*(rows, rows, rows[:0], rows), *(scale, scale, scale), None, None, None, 0, True)
+    with pytest.raises(ValueError, match="count: expected 0 to 3, got 4"):
+        kernels.attentive_mask(rows[None], rows[None], None, 4, True)
+    with pytest.raises(ValueError, match="patch_size: expected at least 1, got 0"):
+        kernels.masked_patch_loss(torch.ones(1, 4, 12), torch.ones(1, 3, 4, 4), torch.ones(1, 4).bool(), 0, True)
+    with pytest.raises(ValueError, match="expected 4 patches of 12"):
+        kernels.masked_patch_loss(torch.ones(1, 5, 12), torch.ones(1, 3, 4, 4), torch.ones(1, 5).bool(), 2, True)
+    heads = torch.ones(3, 2, 4, 5)
+    with pytest.raises(ValueError, match="kv_index: expected the image of each of 3 pairs"):
+        kernels.soft_mask_attention(heads, heads[:2], heads[:2], None, None, None, None, 1.0)
+
+
+def test_momentum_loss_without_gradients_has_no_backward() -> None:
+    rows, scale, kernels = cases.unit_rows(3, 4, seed=0).float(), torch.tensor(9.0), torch.ops.softmask
+    args = (rows, rows, rows, None, scale, scale * 0, scale * 0, None, None, None, 0, False)
+    loss, gradients = kernels.momentum_contrastive(*args)
+    assert gradients.numel() == 0
+    with pytest.raises(RuntimeError, match="the loss was computed without gradients"):
+        kernels.momentum_contrastive_backward(torch.ones_like(loss), rows, scale, gradients)
+
+
+def test_ids_of_the_queue_need_ids_of_the_batch() -> None:
+    """Without those no row of the queue is a positive."""
+    rows, scale, kernels = cases.unit_rows(2, 5, 4, seed=0).float(), torch.tensor(9.0), torch.ops.softmask
+    args = (rows[0], rows[0], rows[0], rows[1], scale, scale * 0, scale * 0, None, None)
+    with_ids, without = (kernels.momentum_contrastive(*args, ids, 0, True) for ids in (torch.arange(5), None))
+    assert all(torch.equal(*pair) for pair in zip(with_ids, without, strict=True))
 
 
 @pytest.mark.parametrize("name", cases.ALL)

@@ -88,6 +88,8 @@ void kernel(const at::Tensor& patches, const at::Tensor& tokens, const at::Tenso
 at::Tensor attentive_mask(const at::Tensor& patches, const at::Tensor& tokens,
                           const std::optional<at::Tensor>& token_padding_mask, int64_t count,
                           bool high) {
+  TORCH_CHECK_VALUE(count >= 0 && count <= patches.size(1), "count: expected 0 to ",
+                    patches.size(1), ", got ", count);
   const at::Tensor selected =
       at::empty({patches.size(0), patches.size(1)}, patches.options().dtype(at::kBool));
   const at::Tensor ignore =

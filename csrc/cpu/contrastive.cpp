@@ -38,8 +38,12 @@ struct Problem {
         columns(columns.to(compute_type(rows)).contiguous()),
         scale(scale.item<double>()),
         focal{gamma.item<double>()},
-        positives(rows.size(0), first_row, row_ids, column_ids),
-        both(both) {}
+        positives(rows.size(0), columns.size(0), first_row, row_ids, column_ids),
+        both(both) {
+    TORCH_CHECK_VALUE(!both || rows.size(0) == columns.size(0),
+                      "columns: expected as many as rows, ", rows.size(0), ", got ",
+                      columns.size(0));
+  }
 
   int64_t height() const { return rows.size(0); }
   int64_t width() const { return columns.size(0); }

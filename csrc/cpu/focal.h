@@ -22,14 +22,20 @@ struct Positives {
   std::vector<int64_t> first, columns;
 
   // Without ids column `first_row + i` alone; with them the columns of the row's id.
-  Positives(int64_t rows, int64_t first_row, const OptionalTensor& row_ids,
+  Positives(int64_t rows, int64_t width, int64_t first_row, const OptionalTensor& row_ids,
             const OptionalTensor& column_ids) {
     first.reserve(rows + 1);
     first.push_back(0);
     if (!row_ids.has_value()) {
+      TORCH_CHECK_VALUE(rows == 0 || (first_row >= 0 && first_row + rows <= width),
+                        "first_row: expected ", rows, " rows among ", width, " columns, got ",
+                        first_row);
       for (int64_t i = 0; i < rows; ++i) columns.push_back(first_row + i), first.push_back(i + 1);
       return;
     }
+    TORCH_CHECK_VALUE(
+        column_ids.has_value() && row_ids->numel() == rows && column_ids->numel() == width,
+        "ids: expected ", rows, " of rows and ", width, " of columns");
     const at::Tensor own = row_ids->contiguous(), other = column_ids->contiguous();
     const int64_t* ids = other.const_data_ptr<int64_t>();
     std::vector<int64_t> order(other.numel());
@@ -47,7 +53,7 @@ struct Positives {
   }
 
   static Positives none(int64_t rows) {
-    Positives positives(0, 0, std::nullopt, std::nullopt);
+    Positives positives(0, 0, 0, std::nullopt, std::nullopt);
     positives.first.resize(rows + 1);
     return positives;
   }

@@ -64,10 +64,14 @@ Gather<acc_t> gather_of(const at::Tensor& images) {
   return chosen;
 }
 
-// values = (values - mean) / sqrt(variance + eps), the variance unbiased.
+// values = (values - mean) / sqrt(variance + eps), the variance unbiased. The mean is that of the
+// differences to the first value: a sum of values would be rounded at their size, and the error be
+// large beside the deviation of a flat patch.
 struct Standardize {
   template <int Bytes, typename acc_t>
   static SOFTMASK_INLINE void run(acc_t* values, int64_t size) {
+    const acc_t first = values[0];
+    for (int64_t i = 0; i < size; ++i) values[i] -= first;
     const acc_t mean = simd::sum<Bytes>(values, size) / static_cast<acc_t>(size);
     for (int64_t i = 0; i < size; ++i) values[i] -= mean;
     acc_t square;
@@ -121,6 +125,12 @@ at::ScalarType loss_type(const at::Tensor& prediction, const at::Tensor& images)
 
 Problem make_problem(const at::Tensor& prediction, const at::Tensor& images, const at::Tensor& mask,
                      int64_t side, bool normalize) {
+  TORCH_CHECK_VALUE(side > 0, "patch_size: expected at least 1, got ", side);
+  const int64_t patches = images.size(2) / side * (images.size(3) / side);
+  TORCH_CHECK_VALUE(mask.size(1) == patches && prediction.size(1) == patches &&
+                        prediction.size(2) == kChannels * side * side,
+                    "prediction, mask: expected ", patches, " patches of ", kChannels * side * side,
+                    ", got ", prediction.sizes(), ", ", mask.sizes());
   const bool widen = loss_type(prediction, images) == at::kDouble;
   const at::Tensor given = widen ? prediction.to(at::kDouble) : prediction;
   return {given.contiguous(), images, mask.contiguous(), side, normalize};

@@ -308,9 +308,11 @@ std::tuple<at::Tensor, at::Tensor> momentum_contrastive(
     const OptionalTensor& queue_ids, int64_t first_row, bool gradient) {
   const at::ScalarType type = compute_type(query);
   const at::Tensor no_queue = at::empty({0, keys.size(1)}, keys.options());
-  const Positives in_batch(query.size(0), first_row, ids, key_ids);
-  const Positives in_queue = queue_ids.has_value() ? Positives(query.size(0), 0, ids, queue_ids)
-                                                   : Positives::none(query.size(0));
+  const Positives in_batch(query.size(0), keys.size(0), first_row, ids, key_ids);
+  const int64_t queued = queue.has_value() ? queue->size(0) : 0;
+  const Positives in_queue = ids.has_value() && queue_ids.has_value()
+                                 ? Positives(query.size(0), queued, 0, ids, queue_ids)
+                                 : Positives::none(query.size(0));
   const Problem problem{query.to(type),
                         teacher.to(type),
                         {keys.to(type), queue.value_or(no_queue).to(type)},
@@ -331,6 +333,8 @@ std::tuple<at::Tensor, at::Tensor> momentum_contrastive_backward(const at::Tenso
                                                                  const at::Tensor& query,
                                                                  const at::Tensor& scale,
                                                                  const at::Tensor& gradients) {
+  TORCH_CHECK(gradients.sizes() == query.sizes(), "momentum_contrastive: the loss was computed ",
+              "without gradients, so there is none to go on with");
   const at::Tensor by_row = gradients * grad.unsqueeze(1);
   const at::Tensor at_scale = (by_row.to(at::kDouble) * query).sum();  // terms of both signs
   return {(by_row * scale.item<double>()).to(query.scalar_type()),

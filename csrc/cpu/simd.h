@@ -39,6 +39,11 @@ inline Isa detect() {
   return avx512 && limit != "avx2" ? Isa::kAvx512 : avx2 ? Isa::kAvx2 : Isa::kBase;
 }
 
+inline Isa isa() {
+  static const Isa best = detect();
+  return best;
+}
+
 template <class Body, class... Args>
 SOFTMASK_AVX512 void run_avx512(Args&&... arguments) {
   Body::template run<64>(arguments...);
@@ -54,11 +59,17 @@ SOFTMASK_AVX2 void run_avx2(Args&&... arguments) {
 template <class Body, class... Args>
 void run(Args&&... arguments) {
 #if defined(__x86_64__)
-  static const Isa isa = detect();
-  if (isa == Isa::kAvx512) return run_avx512<Body>(arguments...);
-  if (isa == Isa::kAvx2) return run_avx2<Body>(arguments...);
+  if (isa() == Isa::kAvx512) return run_avx512<Body>(arguments...);
+  if (isa() == Isa::kAvx2) return run_avx2<Body>(arguments...);
 #endif
   Body::template run<16>(arguments...);
+}
+
+inline int vector_bytes() {
+#if defined(__x86_64__)
+  if (isa() != Isa::kBase) return isa() == Isa::kAvx512 ? 64 : 32;
+#endif
+  return 16;
 }
 
 template <typename T>
@@ -85,13 +96,15 @@ SOFTMASK_INLINE void add_scaled(acc_t* to, const scalar_t* from, acc_t factor, i
 }
 
 // to += the sum of factors[i] * row i, a few rows at a time: long sums in one variable lose digits.
+// Rows to skip, where `skip` is given, may hold anything.
 template <typename acc_t, typename scalar_t>
 SOFTMASK_INLINE void add_rows(acc_t* to, const scalar_t* rows, int64_t stride, const acc_t* factors,
-                              int64_t count, int64_t size, acc_t* partial) {
+                              const bool* skip, int64_t count, int64_t size, acc_t* partial) {
   constexpr int64_t kRows = 32;
   for (int64_t first = 0; first < count; first += kRows) {
     for (int64_t e = 0; e < size; ++e) partial[e] = 0;
     for (int64_t i = first; i < count && i < first + kRows; ++i) {
+      if (skip != nullptr && skip[i]) continue;
       add_scaled(partial, rows + i * stride, factors[i], size);
     }
     for (int64_t e = 0; e < size; ++e) to[e] += partial[e];

@@ -14,10 +14,12 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <numeric>
 #include <tuple>
 #include <vector>
 
+#include "rows.h"
 #include "simd.h"
 #include "types.h"
 
@@ -55,6 +57,50 @@ struct ByImage {
   }
 };
 
+// The sum of a row's products with 0: NaN where it holds anything but numbers.
+struct TimesZero {
+  template <int Bytes, typename acc_t>
+  static SOFTMASK_INLINE void run(const acc_t* row, int64_t size, acc_t* zero) {
+    constexpr int kLanes = simd::kLanesOf<acc_t, Bytes>;
+    simd::Vector<acc_t, Bytes> sums{};
+    for (int64_t e = 0; e < size; e += kLanes) {
+      sums += simd::load_some<Bytes>(row + e, size - e, acc_t(0)) * acc_t(0);
+    }
+    *zero = simd::sum_lanes(sums);
+  }
+};
+
+template <typename acc_t>
+bool finite_where_ignored(const at::Tensor& rows, const bool* ignore) {
+  const int64_t patches = rows.size(1);
+  const acc_t* data = rows.const_data_ptr<acc_t>();
+  std::atomic<bool> finite{true};
+  at::parallel_for(0, rows.size(0) * patches, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t at = begin; at < end && finite; ++at) {
+      if (!ignore[at]) continue;
+      const acc_t* row = data + at / patches * rows.stride(0) + at % patches * rows.stride(1);
+      for (int64_t h = 0; h < rows.size(2); ++h) {
+        acc_t zero;
+        simd::run<TimesZero>(row + h * rows.stride(2), rows.size(3), &zero);
+        if (zero != 0) finite = false;
+      }
+    }
+  });
+  return finite;
+}
+
+// Keys or values [B, P, H, E], with numbers at those that are ignored: the BLAS multiplies them by
+// their weight, 0, whatever they hold. A copy is made only where that is anything else.
+at::Tensor blank_ignored(const at::Tensor& tensor, const at::Tensor& ignore) {
+  if (!ignore.defined()) return tensor;
+  const at::Tensor rows = dense_rows(tensor);
+  bool finite = true;
+  AT_DISPATCH_FLOATING_TYPES(rows.scalar_type(), "soft_mask_attention", [&] {
+    finite = finite_where_ignored<scalar_t>(rows, ignore.const_data_ptr<bool>());
+  });
+  return finite ? rows : rows.masked_fill(ignore.unsqueeze(-1).unsqueeze(-1), 0.0);
+}
+
 // Everything in the type computed in, pairs sorted by image, tokens before heads: [N, T, H, E], [B,
 // P, H, E].
 struct Problem {
@@ -66,16 +112,29 @@ struct Problem {
   Problem(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
           const OptionalTensor& key_weight, const OptionalTensor& kv_index,
           const OptionalTensor& key_padding_mask, double scale)
-      : pairs(key.size(0), query.size(0), kv_index),
+      : pairs(images_of(key, query, kv_index), query.size(0), kv_index),
         query(pairs.sort(tokens_first(query))),
-        key(tokens_first(key)),
-        value(tokens_first(value)),
         scale(scale) {
-    if (key_weight.has_value())
-      weight = pairs.sort(key_weight->to(compute_type(query))).contiguous();
     if (key_padding_mask.has_value()) ignore = key_padding_mask->contiguous();
+    this->key = blank_ignored(tokens_first(key), ignore);
+    this->value = blank_ignored(tokens_first(value), ignore);
+    if (!key_weight.has_value()) return;
+    weight = key_weight->to(compute_type(query));
+    if (ignore.defined()) {
+      const at::Tensor ignored = kv_index.has_value() ? ignore.index_select(0, *kv_index) : ignore;
+      weight = weight.masked_fill(ignored, 0.0);
+    }
+    weight = pairs.sort(weight).contiguous();
   }
 
+  static int64_t images_of(const at::Tensor& key, const at::Tensor& query,
+                           const OptionalTensor& kv_index) {
+    TORCH_CHECK_VALUE(
+        kv_index.has_value() ? kv_index->numel() == query.size(0) : key.size(0) == query.size(0),
+        "kv_index: expected the image of each of ", query.size(0), " pairs, got ",
+        kv_index.has_value() ? kv_index->numel() : key.size(0));
+    return key.size(0);
+  }
   static at::Tensor tokens_first(const at::Tensor& tensor) {
     return tensor.to(compute_type(tensor)).transpose(1, 2);
   }
@@ -87,7 +146,7 @@ struct Problem {
     return std::max<int64_t>(1, kRows / std::max<int64_t>(1, tokens()));
   }
   bool ignores_all(int64_t image) const {
-    if (!ignore.defined()) return false;
+    if (!ignore.defined()) return patches() == 0;
     const bool* row = ignore.const_data_ptr<bool>() + image * patches();
     return std::all_of(row, row + patches(), [](bool ignored) { return ignored; });
   }

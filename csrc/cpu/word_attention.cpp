@@ -32,9 +32,13 @@ struct Problem {
   acc_t scale;
   bool gradcam;
   Rows<const scalar_t> query, key, value, grad_output;
-  const scalar_t* bias;  // [H, V], or null
-  const bool* ignore;    // [B, P], or null
+  const acc_t* bias;     // [H, V], or null
+  const bool* ignore;    // [B, P], or null: what these keys and their values hold has no effect
   const int64_t* index;  // [B, W, S]
+
+  SOFTMASK_INLINE const bool* ignored_of(int64_t b) const {
+    return ignore == nullptr ? nullptr : ignore + b * patches;
+  }
 
   SOFTMASK_INLINE int64_t subtokens_of(int64_t b, int64_t w) const {
     int64_t count = 0;
@@ -60,7 +64,8 @@ struct Scratch {
         partial(gradient + patches) {}
 };
 
-// attention = softmax of the row, gradient = dO (v + bias)^T. False: every key is ignored.
+// attention = softmax of the row, gradient = dO (v + bias)^T, 0 where it has no effect. False:
+// every key is ignored.
 template <int Bytes, typename scalar_t, typename acc_t>
 SOFTMASK_INLINE bool load_row(const Problem<scalar_t>& problem, const Scratch<acc_t>& scratch,
                               int64_t b, int64_t h, int64_t token) {
@@ -71,8 +76,8 @@ SOFTMASK_INLINE bool load_row(const Problem<scalar_t>& problem, const Scratch<ac
   simd::dots<Bytes>(attention, scratch.query, problem.key.at(b, h, 0), problem.key.row, patches,
                     problem.width);
   for (int64_t p = 0; p < patches; ++p) attention[p] *= problem.scale;
-  if (problem.ignore != nullptr) {
-    const bool* ignore = problem.ignore + b * patches;
+  const bool* ignore = problem.ignored_of(b);
+  if (ignore != nullptr) {
     int64_t left = 0;
     for (int64_t p = 0; p < patches; ++p) {
       attention[p] = ignore[p] ? kLowest : attention[p];
@@ -86,12 +91,19 @@ SOFTMASK_INLINE bool load_row(const Problem<scalar_t>& problem, const Scratch<ac
   acc_t at_bias = 0;
   simd::convert(scratch.grad_output, problem.grad_output.at(b, h, token), problem.value_width);
   if (problem.bias != nullptr) {
-    const scalar_t* bias = problem.bias + h * problem.value_width;
+    const acc_t* bias = problem.bias + h * problem.value_width;
     simd::dots<Bytes>(&at_bias, scratch.grad_output, bias, 0, 1, problem.value_width);
   }
-  simd::dots<Bytes>(scratch.gradient, scratch.grad_output, problem.value.at(b, h, 0),
-                    problem.value.row, patches, problem.value_width);
-  for (int64_t p = 0; p < patches; ++p) scratch.gradient[p] += at_bias;
+  const int64_t prefix = problem.prefix;
+  for (int64_t p = 0; p < prefix; ++p) scratch.gradient[p] = 0;
+  simd::dots<Bytes>(scratch.gradient + prefix, scratch.grad_output, problem.value.at(b, h, prefix),
+                    problem.value.row, patches - prefix, problem.value_width);
+  for (int64_t p = prefix; p < patches; ++p) scratch.gradient[p] += at_bias;
+  if (ignore != nullptr) {
+    for (int64_t p = prefix; p < patches; ++p) {
+      scratch.gradient[p] = ignore[p] ? acc_t(0) : scratch.gradient[p];
+    }
+  }
   return true;
 }
 
@@ -140,6 +152,7 @@ struct AddGradients {
                                   int64_t b, const acc_t* grad, acc_t* at_logits,
                                   const Gradients<acc_t>& to) {
     const int64_t size = problem.patches - problem.prefix;
+    const bool* ignore = problem.ignored_of(b);
     for (int64_t h = 0; h < problem.heads; ++h) {
       for (int64_t row = 0; row < problem.words * problem.subtokens; ++row) {
         const int64_t token = problem.index[b * problem.words * problem.subtokens + row];
@@ -147,8 +160,8 @@ struct AddGradients {
         const int64_t w = row / problem.subtokens;
         const acc_t share = 1 / static_cast<acc_t>(problem.heads * problem.subtokens_of(b, w));
         for (int64_t p = 0; p < problem.patches; ++p) {
-          const acc_t upstream =
-              p < problem.prefix ? acc_t(0) : grad[w * size + p - problem.prefix] * share;
+          const bool shown = p >= problem.prefix && (ignore == nullptr || !ignore[p]);
+          const acc_t upstream = shown ? grad[w * size + p - problem.prefix] * share : acc_t(0);
           const acc_t gate = !problem.gradcam          ? acc_t(1)
                              : scratch.gradient[p] < 0 ? acc_t(0)
                                                        : scratch.gradient[p];
@@ -162,10 +175,11 @@ struct AddGradients {
         const acc_t total = simd::sum<Bytes>(at_logits, problem.patches);
         for (int64_t p = 0; p < problem.patches; ++p) {
           at_logits[p] = (at_logits[p] - scratch.attention[p] * total) * problem.scale;
+          if (ignore != nullptr && ignore[p]) continue;
           simd::add_scaled(to.key.at(b, h, p), scratch.query, at_logits[p], problem.width);
         }
         simd::add_rows(to.query.at(b, h, token), problem.key.at(b, h, 0), problem.key.row,
-                       at_logits, problem.patches, problem.width, scratch.partial);
+                       at_logits, ignore, problem.patches, problem.width, scratch.partial);
         if (problem.gradcam) add_values<Bytes>(problem, scratch, b, h, token, to);
       }
     }
@@ -175,11 +189,14 @@ struct AddGradients {
   static SOFTMASK_INLINE void add_values(const Problem<scalar_t>& problem,
                                          const Scratch<acc_t>& scratch, int64_t b, int64_t h,
                                          int64_t token, const Gradients<acc_t>& to) {
-    const int64_t width = problem.value_width;
+    const int64_t width = problem.value_width, prefix = problem.prefix;
+    const bool* ignore = problem.ignored_of(b);
     acc_t* row = to.grad_output.at(b, h, token);
-    simd::add_rows(row, problem.value.at(b, h, 0), problem.value.row, scratch.gradient,
-                   problem.patches, width, scratch.partial);
-    for (int64_t p = 0; p < problem.patches; ++p) {
+    simd::add_rows(row, problem.value.at(b, h, prefix), problem.value.row,
+                   scratch.gradient + prefix, ignore == nullptr ? nullptr : ignore + prefix,
+                   problem.patches - prefix, width, scratch.partial);
+    for (int64_t p = prefix; p < problem.patches; ++p) {
+      if (ignore != nullptr && ignore[p]) continue;
       simd::add_scaled(to.value.at(b, h, p), scratch.grad_output, scratch.gradient[p], width);
     }
     if (problem.bias != nullptr) {
@@ -219,7 +236,7 @@ struct Inputs {
       this->value = dense_rows(*value);
       this->grad_output = dense_rows(*grad_output);
     }
-    if (value_bias.has_value()) bias = value_bias->contiguous();
+    if (value_bias.has_value()) bias = value_bias->to(compute_type(query)).contiguous();
     if (key_padding_mask.has_value()) ignore = key_padding_mask->contiguous();
   }
 
@@ -233,12 +250,13 @@ struct Inputs {
 
   template <typename scalar_t>
   Problem<scalar_t> problem() const {
+    using acc_t = at::opmath_type<scalar_t>;
     Problem<scalar_t> problem{};
     problem.batch = query.size(0), problem.heads = query.size(1), problem.tokens = query.size(2);
     problem.patches = key.size(2), problem.width = query.size(3);
     problem.words = word_index.size(1), problem.subtokens = word_index.size(2);
     problem.prefix = prefix;
-    problem.scale = static_cast<at::opmath_type<scalar_t>>(scale);
+    problem.scale = static_cast<acc_t>(scale);
     problem.gradcam = value.defined();
     problem.query = rows_of<const scalar_t>(query);
     problem.key = rows_of<const scalar_t>(key);
@@ -247,7 +265,7 @@ struct Inputs {
       problem.value = rows_of<const scalar_t>(value);
       problem.grad_output = rows_of<const scalar_t>(grad_output);
     }
-    problem.bias = bias.defined() ? bias.const_data_ptr<scalar_t>() : nullptr;
+    problem.bias = bias.defined() ? bias.const_data_ptr<acc_t>() : nullptr;
     problem.ignore = ignore.defined() ? ignore.const_data_ptr<bool>() : nullptr;
     problem.index = word_index.const_data_ptr<int64_t>();
     return problem;
@@ -352,8 +370,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> word_atte
                                   "word_attention_backward",
                                   [&] { backward_kernel<scalar_t>(inputs, mode, upstream, sums); });
   const at::ScalarType type = query.scalar_type();
-  const at::Tensor bias = value_bias.has_value() ? sums[4].sum(0) : sums[4];
-  return {sums[0].to(type), sums[1].to(type), sums[2].to(type), sums[3].to(type), bias.to(type)};
+  const at::Tensor bias =
+      value_bias.has_value() ? sums[4].sum(0).to(value_bias->scalar_type()) : sums[4].to(type);
+  return {sums[0].to(type), sums[1].to(type), sums[2].to(type), sums[3].to(type), bias};
 }
 
 }  // namespace
