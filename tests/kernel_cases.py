@@ -130,8 +130,13 @@ def soft_mask(size: int, *, normalize: str | None = "minmax", words: int | None 
     return Case(leaves, partial(ops.soft_mask, **options))
 
 
-def contrastive(size: int, *, gamma: float = 0.0, with_ids: bool = False, scale: float = 14.0) -> Case:
-    leaves = {"image": unit_rows(size, 32, seed=0), "text": unit_rows(size, 32, seed=1)}
+def contrastive(
+    size: int, *, gamma: float = 0.0, with_ids: bool = False, scale: float = 14.0, width: int = 32, alike: bool = False
+) -> Case:
+    """Where they are alike, a text is near its image, as after training."""
+    leaves = {"image": unit_rows(size, width, seed=0), "text": unit_rows(size, width, seed=1)}
+    if alike:
+        leaves["text"] = F.normalize(leaves["text"] + 0.3 * leaves["image"], dim=-1)
     leaves["logit_scale"] = torch.tensor(scale, dtype=torch.float64)
     fixed = {"ids": some_ids(size)} if with_ids else {}
     return Case(leaves, partial(ops.focal_contrastive_loss, gamma=gamma, reduction="none"), fixed=fixed)
@@ -145,15 +150,19 @@ def momentum_contrastive(
     alpha: float = 0.4,
     with_ids: bool = False,
     scale: float = 14.0,
+    width: int = 32,
+    alike: bool = False,
     transposed: bool = False,
 ) -> Case:
     names = ("image", "text", "image_teacher", "text_teacher")
-    leaves = {name: unit_rows(size, 32, seed=seed) for seed, name in enumerate(names)}
+    leaves = {name: unit_rows(size, width, seed=seed) for seed, name in enumerate(names)}
+    for name in names[1:] if alike else ():
+        leaves[name] = F.normalize(leaves[name] + 0.3 * leaves["image"], dim=-1)
     leaves["logit_scale"] = torch.tensor(scale, dtype=torch.float64)
     constants = {"image_teacher", "text_teacher"}
     if queue:
         for seed, name in enumerate(("image_queue", "text_queue"), start=10):
-            rows = unit_rows(queue, 32, seed=seed)
+            rows = unit_rows(queue, width, seed=seed)
             leaves[name] = rows.T.contiguous().T if transposed else rows
             constants.add(name)
     fixed = {"ids": some_ids(size)} if with_ids else {}
