@@ -12,7 +12,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -53,14 +53,19 @@ GPUS = [
 
 
 def launches(call: Call, precision: str, architecture: int) -> list[Launch]:
-    """What the call would launch at its real size, on tensors without memory."""
+    """What the call would launch at its real size."""
+    return launched(lambda dtype: call.run(*call.inputs(call.size, dtype, "meta")), precision, architecture)
+
+
+def launched(run: Callable[[torch.dtype], object], precision: str, architecture: int) -> list[Launch]:
+    """What run would launch, given a type, on tensors without memory."""
     dtype, matmul_precision = PRECISIONS[precision]
     before = torch.get_float32_matmul_precision()
     seen: list[Launch] = []
     torch.set_float32_matmul_precision(matmul_precision)
     try:
         with hooked(seen.append, architecture=architecture):
-            call.run(*call.inputs(call.size, dtype, "meta"))
+            run(dtype)
     finally:
         torch.set_float32_matmul_precision(before)
     return seen

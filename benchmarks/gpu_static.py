@@ -8,31 +8,20 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 import triton
-from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from gpu_compile import compiled
 
 from softmask.kernels._launch import Launch
 
-ARCHITECTURES = (80, 90, 100)
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-REGISTERS, WARPS, BLOCKS = 65536, 64, 32  # of a multiprocessor, all three architectures
-SHARED = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}  # bytes of a multiprocessor
-RESERVED_SHARED = 1 << 10  # bytes that every block takes beside its own
+REGISTERS = 65536  # of a multiprocessor
+WARPS = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
+BLOCKS = {80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}
+SHARED = {80: 164 << 10, 86: 100 << 10, 89: 100 << 10, 90: 228 << 10, 100: 228 << 10, 120: 100 << 10}  # bytes
+RESERVED_SHARED = 1 << 10  # bytes that every block takes beside its own: the rest is the most that one can have
 TENSOR_CORE = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
-TYPES = {
-    torch.float32: "fp32",
-    torch.float64: "fp64",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.int64: "i64",
-    torch.int32: "i32",
-    torch.bool: "i1",
-}
 
 
 @dataclass(frozen=True)
@@ -55,11 +44,9 @@ class Static:
 
 
 def compile_launch(one: Launch, architecture: int) -> Static:
-    signature, constants, attributes = _specialize(one)
-    source = ASTSource(one.kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=one.options)
-    registers, local = _resources(compiled.asm["cubin"])
-    ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
+    kernel = compiled(one, architecture)
+    registers, local = _resources(kernel.asm["cubin"])
+    ptx, shared = kernel.asm["ptx"], kernel.metadata.shared
     copies = [int(width, 0) for width in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, (0x[0-9a-f]+|\d+)", ptx)]
     loads = Counter(_width(*found) for found in _global_accesses("ld", ptx))
     return Static(
@@ -74,32 +61,9 @@ def compile_launch(one: Launch, architecture: int) -> Static:
         store_widths=dict(sorted(Counter(_width(*found) for found in _global_accesses("st", ptx)).items())),
         async_copies=len(copies),
         tensor_core={name: ptx.count(name) for name in TENSOR_CORE if name in ptx},
-        dots=compiled.asm["ttir"].count("tt.dot "),
-        races=_races(compiled.asm["ttgir"]),
+        dots=kernel.asm["ttir"].count("tt.dot "),
+        races=_races(kernel.asm["ttgir"]),
     )
-
-
-def _specialize(one: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list]]:
-    """Types of the arguments, constants, and what is a multiple of 16, as Triton's launcher would find them."""
-    signature, constants, attributes = {}, {}, {}
-    for index, parameter in enumerate(one.kernel.params):
-        name, value = parameter.name, one.arguments[parameter.name]
-        signature[name] = "constexpr" if parameter.is_constexpr else _type(value)
-        if signature[name] == "constexpr":
-            constants[name] = value
-        elif isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    return signature, constants, attributes
-
-
-def _type(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return "*" + TYPES[value.dtype]
-    if isinstance(value, float):
-        return "fp32"
-    if value is None or value == 1:
-        return "constexpr"
-    return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -117,10 +81,14 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 def _occupancy(architecture: int, registers: int, shared: int, warps: int) -> float:
     """Blocks that fit a multiprocessor, by registers (given to warps in units of 256), shared memory and warps."""
     of_a_warp = -(-registers * 32 // 256) * 256
-    blocks = min(
-        REGISTERS // (of_a_warp * warps), WARPS // warps, BLOCKS, SHARED[architecture] // (shared + RESERVED_SHARED)
-    )
-    return blocks * warps / WARPS
+    fit = SHARED[architecture] // (shared + RESERVED_SHARED)
+    blocks = min(REGISTERS // (of_a_warp * warps), WARPS[architecture] // warps, BLOCKS[architecture], fit)
+    return blocks * warps / WARPS[architecture]
+
+
+def most_shared(architecture: int) -> int:
+    """Bytes of shared memory that a block can have."""
+    return SHARED[architecture] - RESERVED_SHARED
 
 
 def _global_accesses(which: str, ptx: str) -> list[tuple[str, str]]:

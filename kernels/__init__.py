@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
+from importlib import metadata
 
 import torch
 
@@ -14,19 +16,45 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INSTALLED = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")  # as Triton reads it
 """Kernels take CPU tensors and run in numpy: TRITON_INTERPRET=1 at import."""
+OLDEST_TRITON = (3, 3)
+"""The first that compiles every kernel: older ones take no tuples in functions of kernels."""
 
 
-def why_not(device: str, dtype: torch.dtype) -> str | None:
-    """Why kernels cannot take such tensors; None where they can."""
-    device = torch.device(device).type
+def triton_version() -> str | None:
+    """Of the installed package, without importing it; None where it is not said."""
+    for name in ("triton", "pytorch-triton"):
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def why_not_triton(version: str | None) -> str | None:
+    """Why the kernels do not compile with this version of Triton; None where they do, or where no version is known."""
+    numbers = re.match(r"(\d+)\.(\d+)", version or "")
+    if numbers is None or tuple(map(int, numbers.groups())) >= OLDEST_TRITON:
+        return None
+    oldest = ".".join(map(str, OLDEST_TRITON))
+    return f"Triton {version} cannot compile tuples in kernels; Triton {oldest} (torch 2.7) or newer is needed"
+
+
+_TOO_OLD = why_not_triton(triton_version())
+
+
+def why_not(device: torch.device | str, dtype: torch.dtype) -> str | None:
+    """Why kernels cannot take such tensors; None where they can. A CUDA device without an index is the current one."""
+    device = torch.device(device)
     if not INSTALLED:
         return "Triton is not installed"
-    if device == "cpu" and not INTERPRETED:
+    if _TOO_OLD is not None:
+        return _TOO_OLD
+    if device.type == "cpu" and not INTERPRETED:
         return "Triton kernels take CUDA tensors (TRITON_INTERPRET=1 runs them on CPU tensors, slowly)"
-    if device not in ("cuda", "cpu"):
-        return f"Triton kernels take CUDA tensors, the inputs are on {device}"
-    if device == "cuda" and torch.cuda.is_available() and not INTERPRETED:
-        major = torch.cuda.get_device_properties(torch.cuda.current_device()).major
+    if device.type not in ("cuda", "cpu"):
+        return f"Triton kernels take CUDA tensors, the inputs are on {device.type}"
+    if device.type == "cuda" and torch.cuda.is_available() and not INTERPRETED:
+        major = torch.cuda.get_device_properties(device).major
         if major < 8:
             return f"Triton kernels need a GPU of compute capability 8.0 or later, this one has {major}.x"
     if dtype not in DTYPES:

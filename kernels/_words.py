@@ -43,8 +43,10 @@ def load_width(tensor, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 def product(a, b, DOT: tl.constexpr, PRECISION: tl.constexpr):
     """a b^T. A single row without tensor cores: padding it to their tile would be nearly all of the work."""
     if a.shape[0] == 1:
-        return tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)[None, :]
-    return tl.dot(a.to(DOT), tl.trans(b.to(DOT)), input_precision=PRECISION)
+        result = tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)[None, :]
+    else:  # no early return: Triton 3.3 would compile what follows it
+        result = tl.dot(a.to(DOT), tl.trans(b.to(DOT)), input_precision=PRECISION)
+    return result
 
 
 @triton.jit
@@ -77,22 +79,9 @@ def load_keys(
 
 
 @triton.jit
-def of_head(
-    batch, head, query, key, value, grad_output, bias, ignore,
-    query_batch, query_head, key_batch, key_head, value_batch, value_head, grad_batch, grad_head, ignore_batch,
-    VALUE_WIDTH: tl.constexpr,
-):  # fmt: skip
-    """The tensors of one caption and head."""
-    query += batch * query_batch + head * query_head
-    key += batch * key_batch + head * key_head
-    if value is not None:
-        value += batch * value_batch + head * value_head
-        grad_output += batch * grad_batch + head * grad_head
-    if bias is not None:
-        bias += head * VALUE_WIDTH
-    if ignore is not None:
-        ignore += batch * ignore_batch
-    return query, key, value, grad_output, bias, ignore
+def of_head(tensor, batch, head, batch_stride, head_stride):
+    """A tensor from one caption and head on. One at a time: before Triton 3.7 no helper may return None in a tuple."""
+    return tensor + batch * batch_stride + head * head_stride
 
 
 def strides(

@@ -73,13 +73,12 @@ def _keys_at(tile, source, BLOCK_KEYS: tl.constexpr):
     keys, queue, count, queue_count, row_stride, column_stride, queue_row, queue_column = source
     first, tiles = tile * BLOCK_KEYS, tl.cdiv(count, BLOCK_KEYS)
     in_batch = tile < tiles
-    if queue is not None:
-        if tile >= tiles:
-            keys = queue
-        first -= tl.where(in_batch, 0, tiles * BLOCK_KEYS)
-        count = tl.where(in_batch, count, queue_count)
-        row_stride = tl.where(in_batch, row_stride, queue_row)
-        column_stride = tl.where(in_batch, column_stride, queue_column)
+    if tile >= tiles:
+        keys = queue
+    first -= tl.where(in_batch, 0, tiles * BLOCK_KEYS)
+    count = tl.where(in_batch, count, queue_count)
+    row_stride = tl.where(in_batch, row_stride, queue_row)
+    column_stride = tl.where(in_batch, column_stride, queue_column)
     key = first + tl.arange(0, BLOCK_KEYS)
     return (keys, first, count, row_stride, column_stride), key, key < count, in_batch
 
@@ -100,9 +99,8 @@ def _known_by(ids, index, live, first_row):
 
 
 @triton.jit
-def _positives(own, ids, key, live, in_batch):
+def _positives(own, key_ids, queue_ids, key, live, in_batch):
     """Which keys are the rows' positives, [BLOCK_ROWS, BLOCK_KEYS]; none of a queue without ids."""
-    key_ids, queue_ids = ids
     if queue_ids is None:
         live = live & in_batch
     elif in_batch == 0:
@@ -160,7 +158,8 @@ def first_stream(
     teachers = _row_tile(teacher, 0, WIDTH, BLOCK_ROWS, BLOCK_WIDTH).to(DOT)
     row = first_of_rows + tl.arange(0, BLOCK_ROWS)
     own = _known_by(ids, row, row < rows, first_row)
-    keys, queue = _of_side(text_keys, image_keys, side), None
+    keys = _of_side(text_keys, image_keys, side)
+    queue = keys  # read where there is a queue; None in a tuple is nothing that Triton 3.3 knows
     if image_queue is not None:
         queue = _of_side(text_queue, image_queue, side)
     source = (keys, queue, count, queue_count, keys_row, keys_column, queue_row, queue_column)
@@ -179,7 +178,7 @@ def first_stream(
         )  # fmt: skip
         z, t = tl.where(live[None, :], z, LOWEST), tl.where(live[None, :], t, LOWEST)
         if in_batch | (queue_ids is not None):
-            same = _positives(own, (key_ids, queue_ids), key, live, in_batch)
+            same = _positives(own, key_ids, queue_ids, key, live, in_batch)
             positive += tl.sum(tl.where(same, z, 0.0), 1)
             positives += tl.sum(same.to(tl.float32), 1)
         before, teacher_before = top, teacher_top
@@ -243,7 +242,7 @@ def join(statistics, at, live, row, rows, splits):
 
 @triton.jit
 def _positive_keys(
-    own, ids, source, first, last, first_column,
+    own, key_ids, queue_ids, source, first, last, first_column,
     DOT: tl.constexpr, FACTOR: tl.constexpr, FACTOR_PRECISION: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -251,7 +250,7 @@ def _positive_keys(
     total = tl.zeros([BLOCK_ROWS, BLOCK_WIDTH], tl.float32)
     for tile in range(first, last):
         keys_of_tile, key, live, in_batch = _keys_at(tile, source, BLOCK_KEYS)
-        same = _positives(own, ids, key, live, in_batch)
+        same = _positives(own, key_ids, queue_ids, key, live, in_batch)
         if tl.max(same.to(tl.int32)) > 0:
             k = _key_tile(keys_of_tile, first_column, WIDTH, BLOCK_KEYS, BLOCK_WIDTH).to(DOT).to(FACTOR)
             total = tl.dot(same.to(FACTOR), k, total, input_precision=FACTOR_PRECISION)
@@ -260,7 +259,8 @@ def _positive_keys(
 
 @triton.jit
 def _focal_targets(
-    rows_of, tiles_of, own, ids, source, first, last, first_column, student, teacher, share, scale, alpha, gamma,
+    rows_of, tiles_of, own, key_ids, queue_ids, source, first, last, first_column,
+    student, teacher, share, scale, alpha, gamma,
     GRADIENT: tl.constexpr, WIDE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     FACTOR: tl.constexpr, FACTOR_PRECISION: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
@@ -282,7 +282,7 @@ def _focal_targets(
             WIDE, DOT, PRECISION, WIDTH, BLOCK_ROWS, BLOCK_KEYS, BLOCK_WIDTH,
         )  # fmt: skip
         y = tl.exp(tl.where(live[None, :], t, LOWEST) - teacher[0][:, None]) * (alpha / teacher[1])[:, None]
-        y += tl.where(_positives(own, ids, key, live, in_batch), share[:, None], 0.0)
+        y += tl.where(_positives(own, key_ids, queue_ids, key, live, in_batch), share[:, None], 0.0)
         z -= student[0][:, None]
         terms, slopes = focal(z - log_total[:, None], gamma)
         weight = y * slopes
@@ -315,7 +315,8 @@ def second_stream(
     scale, alpha, gamma = load_scale(scale), tl.load(alpha).to(tl.float32), tl.load(gamma).to(tl.float32)
     first_column = tl.program_id(1) * BLOCK_WIDTH if WIDE else 0
     row = first_of_rows + tl.arange(0, BLOCK_ROWS)
-    keys, queue = _of_side(text_keys, image_keys, side), None
+    keys = _of_side(text_keys, image_keys, side)
+    queue = keys  # read where there is a queue; None in a tuple is nothing that Triton 3.3 knows
     if image_queue is not None:
         queue = _of_side(text_queue, image_queue, side)
     source = (keys, queue, count, queue_count, keys_row, keys_column, queue_row, queue_column)
@@ -329,7 +330,7 @@ def second_stream(
             in_split = tl.load(statistics + (STATISTICS - 1) * splits * 2 * rows + at, mask=row < rows, other=0.0)
             if tl.max(in_split, 0) > 0.0:
                 total = _positive_keys(
-                    own, (key_ids, queue_ids), source, first, last, first_column,
+                    own, key_ids, queue_ids, source, first, last, first_column,
                     DOT, FACTOR, FACTOR_PRECISION, WIDTH, BLOCK_ROWS, BLOCK_KEYS, BLOCK_WIDTH,
                 )  # fmt: skip
                 _store_sums(targets, total / positives[:, None], at, row < rows, first_column, WIDTH, BLOCK_WIDTH)
@@ -339,7 +340,7 @@ def second_stream(
         students = _row_tile(student, 0, WIDTH, BLOCK_ROWS, BLOCK_WIDTH).to(DOT)
         teachers = _row_tile(teacher, 0, WIDTH, BLOCK_ROWS, BLOCK_WIDTH).to(DOT)
         sums, total = _focal_targets(
-            (student, teacher), (students, teachers), own, (key_ids, queue_ids), source, first, last, first_column,
+            (student, teacher), (students, teachers), own, key_ids, queue_ids, source, first, last, first_column,
             statistics_of_side[0], statistics_of_side[1], (1.0 - alpha) / positives, scale, alpha, gamma,
             GRADIENT, WIDE, DOT, PRECISION, FACTOR, FACTOR_PRECISION, WIDTH, BLOCK_ROWS, BLOCK_KEYS, BLOCK_WIDTH,
         )  # fmt: skip

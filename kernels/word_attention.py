@@ -53,11 +53,15 @@ def _forward(
     tiles = tl.cdiv(keys, BLOCK_KEYS)
     batch, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
     head = tl.program_id(1).to(tl.int64)
-    query, key, value, grad_output, bias, ignore = of_head(
-        batch, head, query, key, value, grad_output, bias, ignore,
-        query_batch, query_head, key_batch, key_head, value_batch, value_head, grad_batch, grad_head, ignore_batch,
-        VALUE_WIDTH,
-    )  # fmt: skip
+    query = of_head(query, batch, head, query_batch, query_head)
+    key = of_head(key, batch, head, key_batch, key_head)
+    if value is not None:
+        value = of_head(value, batch, head, value_batch, value_head)
+        grad_output = of_head(grad_output, batch, head, grad_batch, grad_head)
+    if bias is not None:
+        bias += head * VALUE_WIDTH
+    if ignore is not None:
+        ignore += batch * ignore_batch
     position = tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
     k, v = load_keys(key, value, position, keys, key_token, value_token, WIDTH, VALUE_WIDTH, BLOCK_WIDTH, BLOCK_VALUE)
     kept = kept_keys(ignore, position, keys)

@@ -77,11 +77,13 @@ def _keys_backward(
     batch, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
     head = tl.program_id(1).to(tl.int64)
     pair = batch * heads + head
-    query, key, value, grad_output, bias, _ = of_head(
-        batch, head, query, key, value, grad_output, bias, None,
-        query_batch, query_head, key_batch, key_head, value_batch, value_head, grad_batch, grad_head, ignore_batch,
-        VALUE_WIDTH,
-    )  # fmt: skip
+    query = of_head(query, batch, head, query_batch, query_head)
+    key = of_head(key, batch, head, key_batch, key_head)
+    if value is not None:
+        value = of_head(value, batch, head, value_batch, value_head)
+        grad_output = of_head(grad_output, batch, head, grad_batch, grad_head)
+    if bias is not None:
+        bias += head * VALUE_WIDTH
     at_map += batch * (rows // subtokens) * (keys - prefix)
     position = tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
     k, v = load_keys(key, value, position, keys, key_token, value_token, WIDTH, VALUE_WIDTH, BLOCK_WIDTH, BLOCK_VALUE)
@@ -176,9 +178,10 @@ def _add_up(
             d_out_grad, grad_parts, index, first, rows, tiles, tokens,
             VALUE_WIDTH, BLOCK_VALUE, BLOCK_TOKENS, BLOCK_PARTS,
         )  # fmt: skip
-    if bias_parts is not None and tl.program_id(0) == 0:
-        bias_parts += head * parts * VALUE_WIDTH
-        _add_parts(bias_grad + head * VALUE_WIDTH, bias_parts, parts, VALUE_WIDTH, BLOCK_VALUE, BLOCK_PARTS)
+    if bias_parts is not None:  # alone: Triton before 3.7 would go on to compile the rest of a condition
+        if tl.program_id(0) == 0:
+            bias_parts += head * parts * VALUE_WIDTH
+            _add_parts(bias_grad + head * VALUE_WIDTH, bias_parts, parts, VALUE_WIDTH, BLOCK_VALUE, BLOCK_PARTS)
 
 
 def backward(

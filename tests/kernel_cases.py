@@ -21,6 +21,7 @@ needs_triton = pytest.mark.skipif(
 )
 SIZES = [1, 7, 63, 130, 257, 577]
 GAMMAS = [0.0, 0.5, 1.0, 2.0]
+NUMBERS = 8  # upstreams for the gradient of a number, of which a single error is luck
 
 
 @dataclass
@@ -40,8 +41,8 @@ class Case:
         return replace(self, leaves=leaves, fixed=fixed)
 
 
-def outcome(backend: str, case: Case) -> dict[str, Tensor]:
-    """The result, and the gradients of all leaves for a fixed random upstream."""
+def outcome(backend: str, case: Case, upstreams: int = 1) -> dict[str, Tensor]:
+    """The result, and the gradients of all leaves for a fixed random upstream; those of numbers for several."""
     leaves = {name: leaf.detach() for name, leaf in case.leaves.items()}
     wanted = [name for name in leaves if name not in case.constants]
     for name in wanted:
@@ -50,32 +51,43 @@ def outcome(backend: str, case: Case) -> dict[str, Tensor]:
         out = case.call(**leaves, **case.fixed)
     if not out.requires_grad:
         return {"out": out}
-    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    grads = torch.autograd.grad(out, [leaves[name] for name in wanted], upstream.to(out))
-    return {"out": out.detach(), **dict(zip(wanted, grads, strict=True))}
+    generator, numbers = torch.Generator().manual_seed(9), [name for name in wanted if leaves[name].dim() == 0]
+    found: list[dict[str, Tensor]] = []
+    for _ in range(upstreams if numbers else 1):
+        names = wanted if not found else numbers
+        upstream = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out)
+        grads = torch.autograd.grad(out, [leaves[name] for name in names], upstream, retain_graph=True)
+        found.append(dict(zip(names, grads, strict=True)))
+    several = {name: torch.stack([one[name] for one in found]) for name in numbers if len(found) > 1}
+    return {"out": out.detach(), **found[0], **several}
 
 
 def check_errors(backend: str, dtype: torch.dtype, *given: Case) -> None:
     """At most twice the error of the same computation in PyTorch, and one rounding unit, against fp64.
 
     Errors are root mean squares over all elements of the given cases, each case's relative to its truth's: the largest
-    error of a few hundred is luck.
+    error of a few hundred is luck. So is that of one number: PyTorch's error at numbers is that of NUMBERS upstreams,
+    the kernel's of as many as NUMBERS takes over all cases.
     """
-    errors: dict[str, list[Tensor]] = {}  # [kernel or PyTorch, element]
+    errors: dict[str, list[Tensor]] = {}
+    in_torch: dict[str, list[Tensor]] = {}
     units = {}
     for case in (case.cast(dtype) for case in given):
-        truth = outcome("reference", case.cast(torch.float64))
-        plain, kernel = outcome("reference", case), outcome(backend, case)
+        truth = outcome("reference", case.cast(torch.float64), NUMBERS)
+        plain, kernel = outcome("reference", case, NUMBERS), outcome(backend, case, -(-NUMBERS // len(given)))
         for name, exact in truth.items():
             got, expected = kernel[name], plain[name]
-            assert got.dtype == expected.dtype and got.shape == expected.shape
             size = exact.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
-            both = torch.stack([got.double() - exact, expected.double() - exact]).reshape(2, -1)
-            errors.setdefault(name, []).append(both / size)
+            in_torch.setdefault(name, []).append(((expected.double() - exact) / size).flatten())
+            if case.leaves.get(name, exact).dim() == 0:
+                got = got.reshape(-1)
+                exact, expected = exact[: len(got)], expected[: len(got)]
+            assert got.dtype == expected.dtype and got.shape == expected.shape
+            errors.setdefault(name, []).append(((got.double() - exact) / size).flatten())
             units[name] = torch.finfo(got.dtype).eps
-    for name, parts in errors.items():
-        error, in_torch = torch.cat(parts, 1).square().mean(1).sqrt().tolist()
-        assert error <= 2 * in_torch + units[name], f"{name}: error {error:.3g}, in PyTorch {in_torch:.3g}"
+    for name, unit in units.items():
+        error, of_torch = (torch.cat(parts[name]).square().mean().sqrt().item() for parts in (errors, in_torch))
+        assert error <= 2 * of_torch + unit, f"{name}: error {error:.3g}, in PyTorch {of_torch:.3g}"
 
 
 def normal(*shape: int, seed: int) -> Tensor:
@@ -118,8 +130,13 @@ def soft_mask(size: int, *, normalize: str | None = "minmax", words: int | None 
     return Case(leaves, partial(ops.soft_mask, **options))
 
 
-def contrastive(size: int, *, gamma: float = 0.0, with_ids: bool = False, scale: float = 14.0) -> Case:
-    leaves = {"image": unit_rows(size, 32, seed=0), "text": unit_rows(size, 32, seed=1)}
+def contrastive(
+    size: int, *, gamma: float = 0.0, with_ids: bool = False, scale: float = 14.0, width: int = 32, alike: bool = False
+) -> Case:
+    """Where they are alike, a text is near its image, as after training."""
+    leaves = {"image": unit_rows(size, width, seed=0), "text": unit_rows(size, width, seed=1)}
+    if alike:
+        leaves["text"] = F.normalize(leaves["text"] + 0.3 * leaves["image"], dim=-1)
     leaves["logit_scale"] = torch.tensor(scale, dtype=torch.float64)
     fixed = {"ids": some_ids(size)} if with_ids else {}
     return Case(leaves, partial(ops.focal_contrastive_loss, gamma=gamma, reduction="none"), fixed=fixed)
@@ -133,15 +150,19 @@ def momentum_contrastive(
     alpha: float = 0.4,
     with_ids: bool = False,
     scale: float = 14.0,
+    width: int = 32,
+    alike: bool = False,
     transposed: bool = False,
 ) -> Case:
     names = ("image", "text", "image_teacher", "text_teacher")
-    leaves = {name: unit_rows(size, 32, seed=seed) for seed, name in enumerate(names)}
+    leaves = {name: unit_rows(size, width, seed=seed) for seed, name in enumerate(names)}
+    for name in names[1:] if alike else ():
+        leaves[name] = F.normalize(leaves[name] + 0.3 * leaves["image"], dim=-1)
     leaves["logit_scale"] = torch.tensor(scale, dtype=torch.float64)
     constants = {"image_teacher", "text_teacher"}
     if queue:
         for seed, name in enumerate(("image_queue", "text_queue"), start=10):
-            rows = unit_rows(queue, 32, seed=seed)
+            rows = unit_rows(queue, width, seed=seed)
             leaves[name] = rows.T.contiguous().T if transposed else rows
             constants.add(name)
     fixed = {"ids": some_ids(size)} if with_ids else {}

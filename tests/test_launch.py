@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import kernel_cases as cases
 import pytest
 import torch
+
+from softmask import kernels
 
 pytestmark = cases.needs_triton
 TABLE = {0: {"BLOCK": 256}, 80: {"BLOCK": 32}, 90: {"BLOCK": 64}}
@@ -98,3 +102,44 @@ def test_type_of_products(launcher) -> None:
     assert launcher.dots(half, half)["DOT"] == tl.float16
     assert launcher.dots(half, bf16)["DOT"] == launcher.dots(half, single)["DOT"] == tl.float32
     assert launcher.dots(bf16)["DOT"] == (tl.float32 if launcher.INTERPRETED else tl.bfloat16)
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The current one is of compute capability 9.0, the other one of 7.5."""
+    majors = {0: 9, 1: 7}
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda device=None: SimpleNamespace(major=majors[torch.device(device).index or 0]),
+    )
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", torch.device("cuda", 0), torch.device("cuda")])
+def test_kernels_run_on_the_device_of_the_tensors(two_gpus, device: torch.device | str) -> None:
+    assert kernels.why_not(device, torch.float32) is None
+
+
+@pytest.mark.parametrize("device", ["cuda:1", torch.device("cuda", 1)])
+def test_an_old_gpu_beside_a_current_one(two_gpus, device: torch.device | str) -> None:
+    assert "compute capability 8.0 or later, this one has 7.x" in kernels.why_not(device, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("version", "runs"),
+    [("3.2.0", False), ("2.3.1", False), ("3.3.0", True), ("3.10.1+git1a2b", True), ("4.0.0", True), (None, True)],
+)
+def test_the_oldest_triton(version: str | None, runs: bool) -> None:
+    reason = kernels.why_not_triton(version)
+    assert reason is None if runs else f"Triton {version} cannot compile" in reason and "3.3" in reason
+
+
+def test_auto_names_a_triton_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    from softmask import env
+
+    monkeypatch.setattr(kernels, "_TOO_OLD", kernels.why_not_triton("3.2.0"))
+    backend, reason = env.taken("soft_mask", "cuda")
+    assert backend == "reference" and "triton: Triton 3.2.0 cannot compile" in reason

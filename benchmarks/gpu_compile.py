@@ -1,0 +1,80 @@
+"""Compiles a launch ahead of time, as Triton's own launcher would, whichever Triton is installed (3.2 to 3.8)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from softmask.kernels._launch import Launch
+
+TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
+TYPES = {
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.bool: "i1",
+}
+
+
+def compiled(one: Launch, architecture: int) -> Any:
+    """Triton's compiled kernel: its texts in `asm`, its `metadata`."""
+    return triton.compile(source(one), target=GPUTarget("cuda", architecture, 32), options=one.options)
+
+
+def source(one: Launch) -> ASTSource:
+    signature, constants, divisible = _specialized(one)
+    if TRITON < (3, 3):
+        return _source_of_3_2(one, signature, constants, divisible)
+    attributes = {(index,): [["tt.divisibility", 16]] for index in divisible}
+    return ASTSource(one.kernel, signature, constants, attributes)
+
+
+def specialization(one: Launch) -> tuple:
+    """What the machine code depends on: launches of one specialization share it."""
+    signature, constants, divisible = _specialized(one)
+    values = tuple((name, str(value)) for name, value in constants.items())
+    return one.kernel.fn, tuple(signature.items()), values, tuple(divisible), tuple(one.options.items())
+
+
+def _specialized(one: Launch) -> tuple[dict[str, str], dict[str, Any], list[int]]:
+    """What the launcher specializes on: types, constants (None and 1 among them), and which are multiples of 16."""
+    signature, constants, divisible = {}, {}, []
+    for index, parameter in enumerate(one.kernel.params):
+        name, value = parameter.name, one.arguments[parameter.name]
+        fixed = parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1)
+        signature[name] = "constexpr" if fixed else _type(value)
+        if fixed:
+            constants[name] = value
+        elif isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+            divisible.append(index)
+    return signature, constants, divisible
+
+
+def _source_of_3_2(one: Launch, signature: dict, constants: dict, divisible: list[int]) -> ASTSource:
+    """Constants have types too, None that of a pointer, and parameters that are declared constant none."""
+    from triton.backends.compiler import AttrsDescriptor
+
+    types = {
+        parameter.name: {"constexpr": "*i8" if one.arguments[parameter.name] is None else "i32"}.get(
+            signature[parameter.name], signature[parameter.name]
+        )
+        for parameter in one.kernel.params
+        if not parameter.is_constexpr
+    }
+    return ASTSource(one.kernel, types, constants, AttrsDescriptor.from_hints(dict.fromkeys(divisible, 16)))
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return "*" + TYPES[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
