@@ -67,14 +67,14 @@ def kept_keys(ignore, position, keys):
 
 @triton.jit
 def load_keys(
-    key, value, position, keys, key_token, value_token,
+    key, value, position, kept, key_token, value_token,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_VALUE: tl.constexpr,
 ):  # fmt: skip
-    """Keys and values at positions; the keys twice where there are no values."""
-    k = load_rows(key, position, key_token, position < keys, WIDTH, BLOCK_WIDTH)
+    """Keys and values at positions, zeros where not kept (0 times NaN is NaN); the keys twice where there are no values."""
+    k = load_rows(key, position, key_token, kept, WIDTH, BLOCK_WIDTH)
     v = k
     if value is not None:
-        v = load_rows(value, position, value_token, position < keys, VALUE_WIDTH, BLOCK_VALUE)
+        v = load_rows(value, position, value_token, kept, VALUE_WIDTH, BLOCK_VALUE)
     return k, v
 
 

@@ -84,23 +84,29 @@ def _store_rows(start, stride, values, live, WIDTH: tl.constexpr, BLOCK: tl.cons
 
 
 @triton.jit
+def _kept(ignore, position, keys):
+    """Which keys take part; others are not read, for 0 times NaN is NaN: [BLOCK_KEYS]."""
+    kept = position < keys
+    if ignore is not None:
+        kept = kept & (tl.load(ignore + position, mask=kept, other=1).to(tl.int32) == 0)
+    return kept
+
+
+@triton.jit
 def _logits(
     q, key, stride, weight, ignore, first, keys, scale,
     WIDTH: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_KEYS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """(keys, which exist, their weights, the rows' logits to the base 2: -inf where ignored) of a tile of keys."""
+    """(keys, which are kept, their weights, the rows' logits to the base 2: -inf where not kept) of a tile of keys."""
     position = first + tl.arange(0, BLOCK_KEYS)
-    live = position < keys
-    k = _load_rows(key, stride, live, WIDTH, BLOCK_WIDTH)
+    kept = _kept(ignore, position, keys)
+    k = _load_rows(key, stride, kept, WIDTH, BLOCK_WIDTH)
     m = tl.full([BLOCK_KEYS], 1.0, tl.float32)
     if weight is not None:
-        m = tl.load(weight + position, mask=live, other=0.0).to(tl.float32)
-    kept = live
-    if ignore is not None:
-        kept = live & (tl.load(ignore + position, mask=live, other=1).to(tl.int32) == 0)
+        m = tl.load(weight + position, mask=kept, other=0.0).to(tl.float32)
     logit = tl.dot(q, tl.trans(k.to(DOT)), input_precision=PRECISION) * (m * scale * LOG2E)[None, :]
-    return k, live, m, tl.where(kept[None, :], logit, float("-inf"))
+    return k, kept, m, tl.where(kept[None, :], logit, float("-inf"))
 
 
 @triton.jit
@@ -135,11 +141,11 @@ def _forward(
     total = tl.zeros([BLOCK_TOKENS], tl.float32)
     mean = tl.zeros([BLOCK_TOKENS, BLOCK_VALUE], tl.float32)
     for first in range(0, keys, BLOCK_KEYS):
-        _, live, m, logit = _logits(
+        _, kept, m, logit = _logits(
             q, key, key_token, weight, ignore, first, keys, scale, WIDTH, DOT, PRECISION, BLOCK_KEYS, BLOCK_WIDTH
         )
         e, shrink, top = _softmax_step(logit, top)
-        v = _load_rows(value, value_token, live, VALUE_WIDTH, BLOCK_VALUE).to(DOT)
+        v = _load_rows(value, value_token, kept, VALUE_WIDTH, BLOCK_VALUE).to(DOT)
         mean = tl.dot((e * m[None, :]).to(DOT), v, mean * shrink[:, None], input_precision=PRECISION)
         total = total * shrink + tl.sum(e, 1)
         key += BLOCK_KEYS * key_token
@@ -182,10 +188,10 @@ def _query_backward(
     mean = tl.zeros([BLOCK_TOKENS], tl.float32)  # of the gradient at the probabilities, under them
     key_tile, value_tile = key, value
     for first in range(0, keys, BLOCK_KEYS):
-        _, live, m, logit = _logits(
+        _, kept, m, logit = _logits(
             q, key_tile, key_token, weight, ignore, first, keys, scale, WIDTH, DOT, PRECISION, BLOCK_KEYS, BLOCK_WIDTH
         )
-        v = _load_rows(value_tile, value_token, live, VALUE_WIDTH, BLOCK_VALUE).to(DOT)
+        v = _load_rows(value_tile, value_token, kept, VALUE_WIDTH, BLOCK_VALUE).to(DOT)
         d_a = tl.dot(d_out.to(DOT), tl.trans(v), input_precision=PRECISION) * m[None, :]
         e, shrink, top = _softmax_step(logit, top)
         total = total * shrink + tl.sum(e, 1)
@@ -207,10 +213,10 @@ def _query_backward(
         tl.store(at_bias + column, d_bias, mask=column < VALUE_WIDTH)
     d_q = tl.zeros([BLOCK_TOKENS, BLOCK_WIDTH], tl.float32)
     for first in range(0, keys, BLOCK_KEYS):
-        k, live, m, logit = _logits(
+        k, kept, m, logit = _logits(
             q, key, key_token, weight, ignore, first, keys, scale, WIDTH, DOT, PRECISION, BLOCK_KEYS, BLOCK_WIDTH
         )
-        v = _load_rows(value, value_token, live, VALUE_WIDTH, BLOCK_VALUE).to(DOT)
+        v = _load_rows(value, value_token, kept, VALUE_WIDTH, BLOCK_VALUE).to(DOT)
         d_a = tl.dot(d_out.to(DOT), tl.trans(v), input_precision=PRECISION) * m[None, :]
         d_logit = tl.exp2(logit - top[:, None]) * (d_a - mean[:, None])  # without share
         d_q = tl.dot((d_logit * m[None, :]).to(FACTOR), k.to(FACTOR), d_q, input_precision=PRECISION)
@@ -236,15 +242,15 @@ def _key_backward(
     position = tl.program_id(0) % tiles * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
     first_key = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_KEYS
     live = position < keys
-    kept = live
     if ignore is not None:
-        kept = live & (tl.load(ignore + image * ignore_image + position, mask=live, other=1).to(tl.int32) == 0)
+        ignore += image * ignore_image
+    kept = _kept(ignore, position, keys)
     key += image * key_image + head * key_head + first_key * key_token
     value += image * value_image + head * value_head + first_key * value_token
     query += head * query_head
     grad += head * grad_head
-    k = _load_rows(key, key_token, live, WIDTH, BLOCK_WIDTH)
-    v = _load_rows(value, value_token, live, VALUE_WIDTH, BLOCK_VALUE)
+    k = _load_rows(key, key_token, kept, WIDTH, BLOCK_WIDTH)
+    v = _load_rows(value, value_token, kept, VALUE_WIDTH, BLOCK_VALUE)
     d_k = tl.zeros([BLOCK_KEYS, BLOCK_WIDTH], tl.float32)
     d_v = tl.zeros([BLOCK_KEYS, BLOCK_VALUE], tl.float32)
     for first_pair in range(0, pairs, BLOCK_PAIRS):
@@ -258,7 +264,7 @@ def _key_backward(
             n, at = pair.to(tl.int64), first.to(tl.int64)
             m = tl.full([BLOCK_KEYS], 1.0, tl.float32)
             if weight is not None:
-                m = tl.load(weight + n * weight_pair + position, mask=live, other=0.0).to(tl.float32)
+                m = tl.load(weight + n * weight_pair + position, mask=kept, other=0.0).to(tl.float32)
             token = tl.arange(0, BLOCK_TOKENS)
             in_text = token < tokens - first
             row = (n * heads + head) * tokens + at

@@ -63,8 +63,8 @@ def _forward(
     if ignore is not None:
         ignore += batch * ignore_batch
     position = tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
-    k, v = load_keys(key, value, position, keys, key_token, value_token, WIDTH, VALUE_WIDTH, BLOCK_WIDTH, BLOCK_VALUE)
     kept = kept_keys(ignore, position, keys)
+    k, v = load_keys(key, value, position, kept, key_token, value_token, WIDTH, VALUE_WIDTH, BLOCK_WIDTH, BLOCK_VALUE)
     for first in range(0, rows, BLOCK_ROWS):
         row = first + tl.arange(0, BLOCK_ROWS)
         token, read, factor = load_tokens(index + batch * rows, row, rows, tokens, scale)

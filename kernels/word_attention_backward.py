@@ -17,6 +17,7 @@ from softmask.kernels._launch import Configs, config, factor_dots, launch, reada
 from softmask.kernels._normalize import gradient
 from softmask.kernels._words import (
     BLOCK_ROWS,
+    kept_keys,
     load_keys,
     load_rows,
     load_width,
@@ -65,7 +66,7 @@ def _maps_backward(
 
 @triton.jit
 def _keys_backward(
-    query, key, index, value, grad_output, bias, at_map, weighted, attention, means,
+    query, key, index, value, grad_output, bias, ignore, at_map, weighted, attention, means,
     query_parts, grad_parts, bias_parts, key_grad, value_grad,
     rows, subtokens, tokens, keys, prefix, pitch, scale,
     query_batch, query_head, query_token, key_batch, key_head, key_token,
@@ -86,7 +87,10 @@ def _keys_backward(
         bias += head * VALUE_WIDTH
     at_map += batch * (rows // subtokens) * (keys - prefix)
     position = tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
-    k, v = load_keys(key, value, position, keys, key_token, value_token, WIDTH, VALUE_WIDTH, BLOCK_WIDTH, BLOCK_VALUE)
+    if ignore is not None:
+        ignore += batch * ignore_batch
+    kept = kept_keys(ignore, position, keys)
+    k, v = load_keys(key, value, position, kept, key_token, value_token, WIDTH, VALUE_WIDTH, BLOCK_WIDTH, BLOCK_VALUE)
     k_grad = tl.zeros([BLOCK_KEYS, BLOCK_WIDTH], tl.float32)
     v_grad = tl.zeros([BLOCK_KEYS, BLOCK_VALUE], tl.float32)
     for first in range(0, rows, BLOCK_ROWS):
@@ -210,7 +214,7 @@ def backward(
         return tuple(one.zero_() for one in gradients)
     index = word_index.contiguous()
     at_map, means = _through_maps(grad.contiguous(), raw, kept[0], index, num_prefix_tokens, normalize)
-    query, key, value, grad_output, _ = readable(query, key, value, grad_output, None)
+    query, key, value, grad_output, ignore = readable(query, key, value, grad_output, key_padding_mask)
     bias = None if value_bias is None else value_bias.contiguous()
     chosen = options(KEYS_BACKWARD, key, value) | factor_dots(key)
     tiles = triton.cdiv(keys, chosen["BLOCK_KEYS"])
@@ -219,10 +223,10 @@ def backward(
     bias_parts = None if bias is None else means.new_empty((heads, batch * tiles, bias.shape[1]))
     launch(
         _keys_backward, (batch * tiles, heads),
-        query, key, index, value, grad_output, bias, at_map, kept[0], None if value is None else kept[1], means,
+        query, key, index, value, grad_output, bias, ignore, at_map, kept[0], None if value is None else kept[1], means,
         query_parts, grad_parts, bias_parts, key_grad, value_grad,
         rows, word_index.shape[2], tokens, keys, num_prefix_tokens, kept.shape[4], scale,
-        *strides(query, key, value, grad_output, None), BLOCK_ROWS=BLOCK_ROWS, **chosen,
+        *strides(query, key, value, grad_output, ignore), BLOCK_ROWS=BLOCK_ROWS, **chosen,
     )  # fmt: skip
     widths = ("WIDTH", "VALUE_WIDTH", "BLOCK_WIDTH", "BLOCK_VALUE")
     launch(
