@@ -25,6 +25,7 @@ from softmask.kernels._words import (
     options,
     store_rows,
     strides,
+    types,
 )
 
 BLOCK_TOKENS = 32
@@ -72,6 +73,7 @@ def _keys_backward(
     query_batch, query_head, query_token, key_batch, key_head, key_token,
     value_batch, value_head, value_token, grad_batch, grad_head, grad_token, ignore_batch,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    VALUE_DOT: tl.constexpr, VALUE_PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_VALUE: tl.constexpr,
 ):  # fmt: skip
     tiles, heads = tl.cdiv(keys, BLOCK_KEYS), tl.num_programs(1)
@@ -115,8 +117,10 @@ def _keys_backward(
         if value is not None:
             at_gate = tl.where(c <= 0, 0.0, a * g)  # lets NaN through
             d_out = load_rows(grad_output, token, grad_token, read, VALUE_WIDTH, BLOCK_VALUE)
-            v_grad = tl.dot(tl.trans(at_gate).to(DOT), d_out.to(DOT), v_grad, input_precision=PRECISION)
-            d_out_grad = tl.dot(at_gate.to(DOT), v.to(DOT), input_precision=PRECISION)
+            v_grad = tl.dot(
+                tl.trans(at_gate).to(VALUE_DOT), d_out.to(VALUE_DOT), v_grad, input_precision=VALUE_PRECISION
+            )
+            d_out_grad = tl.dot(at_gate.to(VALUE_DOT), v.to(VALUE_DOT), input_precision=VALUE_PRECISION)
             if bias is not None:
                 d_out_grad += tl.sum(at_gate, 1)[:, None] * load_width(bias, VALUE_WIDTH, BLOCK_VALUE)[None, :]
             store_rows(grad_parts, place * tiles + tile, live, d_out_grad, VALUE_WIDTH, BLOCK_VALUE)
@@ -203,10 +207,10 @@ def backward(
     num_prefix_tokens: int,
     normalize: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value, grad_output and value_bias (empty where an input is None); raw and kept are what
-    forward kept. Keys that are ignored have no attention in kept."""
+    """Gradients of query, key, value, grad_output and value_bias each of its tensor's type (empty, of
+    query's type, where that is None); raw and kept are what forward kept. Ignored keys have no attention in kept."""
     given = (query, key, value, grad_output, value_bias)
-    gradients = [query.new_empty((0,) if tensor is None else tensor.shape) for tensor in given]
+    gradients = [query.new_empty((0,)) if tensor is None else tensor.new_empty(tensor.shape) for tensor in given]
     query_grad, key_grad, value_grad, d_out_grad, bias_grad = gradients
     (batch, heads, tokens, width), keys = query.shape, key.shape[2]
     rows = word_index[0].numel() if batch else 0
@@ -216,7 +220,8 @@ def backward(
     at_map, means = _through_maps(grad.contiguous(), raw, kept[0], index, num_prefix_tokens, normalize)
     query, key, value, grad_output, ignore = readable(query, key, value, grad_output, key_padding_mask)
     bias = None if value_bias is None else value_bias.contiguous()
-    chosen = options(KEYS_BACKWARD, key, value) | factor_dots(key)
+    pair = None if value is None else (grad_output, value)
+    chosen = options(KEYS_BACKWARD, key, value) | types(factor_dots, (query, key), pair)
     tiles = triton.cdiv(keys, chosen["BLOCK_KEYS"])
     query_parts = means.new_empty((batch, heads, rows, tiles, width))
     grad_parts = None if value is None else means.new_empty((batch, heads, rows, tiles, value.shape[3]))
