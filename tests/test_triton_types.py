@@ -1,4 +1,4 @@
-"""Triton kernels of attention with tensors of several types: each gradient has its tensor's, products their own."""
+"""Triton kernels with tensors of several types: each gradient has its tensor's, products their own."""
 
 from __future__ import annotations
 
@@ -64,3 +64,39 @@ def test_gradients_of_several_types(run: object, mixture: dict[str, torch.dtype]
         errors = [(one.double() - exact).square().mean().sqrt() / size for one in (got, plain[name])]
         # An upstream that out's type has rounded is a rounding unit of that type off.
         assert errors[0] <= 2 * errors[1] + unit + torch.finfo(of_out).eps, name
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("features", "queue"), [(FP32, BF16), (BF16, FP32), (FP32, FP16), (FP16, BF16)])
+def test_a_queue_of_another_type_is_not_copied(features: torch.dtype, queue: torch.dtype, transposed: bool) -> None:
+    from softmask.kernels._launch import Launch, hooked
+
+    case = cases.momentum_contrastive(7, queue=130, gamma=2.0, transposed=transposed)
+    case.leaves = {
+        name: leaf.to(queue if name.endswith("queue") else FP32 if leaf.dim() == 0 else features)
+        for name, leaf in case.leaves.items()
+    }
+    read: set[int] = set()
+
+    def run(one: Launch) -> None:
+        read.update(one.arguments[name].data_ptr() for name in ("image_queue", "text_queue") if name in one.arguments)
+        one.run()
+
+    with hooked(run):
+        found = outcome("triton", case)
+    assert read == {case.leaves[name].data_ptr() for name in ("image_queue", "text_queue")}
+    truth, plain = (outcome("reference", case.cast(dtype)) for dtype in (torch.float64, FP32))
+    for name, exact in truth.items():
+        size, unit = exact.square().mean().sqrt(), torch.finfo(found[name].dtype).eps
+        errors = [(one.double() - exact).square().mean().sqrt() / size for one in (found[name], plain[name])]
+        assert errors[0] <= 2 * errors[1] + unit or exact.dim() == 0, name
+
+
+def test_backward_of_a_forward_without_gradient_says_so() -> None:
+    from softmask.kernels import momentum_contrastive as kernels
+
+    rows, numbers = cases.unit_rows(4, 7, 32, seed=0).float(), [torch.tensor(value) for value in (9.0, 0.4, 0.0)]
+    given = (*rows, rows[2], rows[3], None, None, *numbers, None, None, None, 0)
+    loss, at_scale, *gradients = kernels.forward(*given, False)
+    with pytest.raises(RuntimeError, match=r"gradient=True returns, each \(7, 32\), got \(0,\) and \(0,\)"):
+        kernels.backward(loss, rows[0], numbers[0], at_scale, *gradients)
