@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from softmask.kernels._launch import Configs, config, dots
+from softmask.kernels._launch import Configs, config
 
 BLOCK_ROWS = MIN_WIDTH = 16  # the least that a product takes
 
@@ -58,7 +59,7 @@ def load_tokens(index, row, rows, tokens, scale):
 
 @triton.jit
 def kept_keys(ignore, position, keys):
-    """Which keys take part: [BLOCK_KEYS]."""
+    """Which keys take part, [BLOCK_KEYS]; others are not read, for 0 times NaN is NaN."""
     kept = position < keys
     if ignore is not None:
         kept = kept & (tl.load(ignore + position, mask=kept, other=1).to(tl.int32) == 0)
@@ -67,14 +68,14 @@ def kept_keys(ignore, position, keys):
 
 @triton.jit
 def load_keys(
-    key, value, position, keys, key_token, value_token,
+    key, value, position, kept, key_token, value_token,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_VALUE: tl.constexpr,
 ):  # fmt: skip
-    """Keys and values at positions; the keys twice where there are no values."""
-    k = load_rows(key, position, key_token, position < keys, WIDTH, BLOCK_WIDTH)
+    """Keys and values at positions, zeros where not kept: 0 times NaN is NaN. Keys twice where there are no values."""
+    k = load_rows(key, position, key_token, kept, WIDTH, BLOCK_WIDTH)
     v = k
     if value is not None:
-        v = load_rows(value, position, value_token, position < keys, VALUE_WIDTH, BLOCK_VALUE)
+        v = load_rows(value, position, value_token, kept, VALUE_WIDTH, BLOCK_VALUE)
     return k, v
 
 
@@ -95,9 +96,18 @@ def strides(
 def options(table: Configs, key: Tensor, value: Tensor | None) -> dict[str, Any]:
     """Constants of the kernels that go through keys. Wider heads take shorter tiles."""
     chosen, width = config(table, key), key.shape[3]
+    size = max(one.element_size() for one in (key, value) if one is not None)
     value_width = 0 if value is None else value.shape[3]
-    block, block_value = (max(MIN_WIDTH, triton.next_power_of_2(size)) for size in (width, value_width))
-    fit = chosen.pop("TILE_BYTES") // (max(block, block_value) * key.element_size())
+    block, block_value = (max(MIN_WIDTH, triton.next_power_of_2(one)) for one in (width, value_width))
+    fit = chosen.pop("TILE_BYTES") // (max(block, block_value) * size)
     chosen["BLOCK_KEYS"] = max(16, min(chosen["BLOCK_KEYS"], fit))
     sizes = {"WIDTH": width, "VALUE_WIDTH": value_width, "BLOCK_WIDTH": block, "BLOCK_VALUE": block_value}
-    return chosen | sizes | dots(key)
+    return chosen | sizes
+
+
+def types(choose: Callable[..., dict[str, Any]], *pairs: tuple[Tensor, Tensor] | None) -> dict[str, Any]:
+    """What `choose`, dots or factor_dots, says of the products with queries and keys, and of those with grad_output and
+    values: each has the type of its own two tensors."""
+    own, of_values = (pairs[0] if pair is None else pair for pair in pairs)
+    chosen, second = choose(*own), choose(*of_values)
+    return chosen | {"VALUE_DOT": second["DOT"], "VALUE_PRECISION": second["PRECISION"]}

@@ -153,13 +153,14 @@ def _rows(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _keys(*given: Tensor | None) -> list[Tensor | None]:
-    """Keys and queues of images and texts, all of one type: a queue is copied where it has the smaller one. The batch's
-    keys, which are few, are neighbours in memory as those of the queue."""
+    """Keys and queues of images and texts. The batch's keys, which are few, take the queue's type where that is the
+    larger one, and are neighbours in memory as those of the queue, which stays as it is."""
+    image_keys, text_keys, image_queue, text_queue = given
     common = reduce(torch.promote_types, (tensor.dtype for tensor in given if tensor is not None))
-    image_keys, text_keys, image_queue, text_queue = (None if one is None else one.to(common) for one in given)
-    image_keys, text_keys = _rows(image_keys, text_keys)
+    image_keys, text_keys = _rows(image_keys.to(common), text_keys.to(common))
     if image_queue is not None:
-        image_queue, text_queue = _alike(image_queue, text_queue)
+        of_queues = torch.promote_types(image_queue.dtype, text_queue.dtype)
+        image_queue, text_queue = _alike(image_queue.to(of_queues), text_queue.to(of_queues))
         if image_queue.stride(0) == 1 and image_queue.stride(1) != 1:
             image_keys, text_keys = image_keys.T.contiguous().T, text_keys.T.contiguous().T
     return [image_keys, text_keys, image_queue, text_queue]
@@ -211,7 +212,8 @@ def forward(
     ids, key_ids, queue_ids = (None if one is None else one.contiguous() for one in (ids, key_ids, queue_ids))
     rows, width = image.shape
     count, queue_count = (0 if one is None else len(one) for one in keys[::2])
-    programs, fewest_tiles, options = _constants(width, image, keys[0])
+    typed = (image, *(one for one in keys[::2] if one is not None))
+    programs, fewest_tiles, options = _constants(width, *typed)
     blocks = triton.cdiv(rows, options["BLOCK_ROWS"])
     tiles = sum(triton.cdiv(number, options["BLOCK_KEYS"]) for number in (count, queue_count))
     tiles_of_split = max(triton.cdiv(tiles, max(programs // max(2 * blocks, 1), 1)), fewest_tiles)
@@ -226,7 +228,7 @@ def forward(
     sizes = (rows, count, queue_count, first_row, tiles, tiles_of_split)
     strides = [stride for one in keys[::2] for stride in ((0, 0) if one is None else one.stride())]
     strides = (image.stride(0), image_teacher.stride(0), *strides)
-    options |= {"GRADIENT": gradient} | _types(image, keys[0])
+    options |= {"GRADIENT": gradient} | _types(*typed)
     grid = (splits * 2 * blocks, triton.cdiv(width, options["BLOCK_WIDTH"]) if gradient else 1)
     launch(
         first_stream, grid, *tensors, scale, gamma, ids, key_ids, queue_ids,
@@ -253,6 +255,12 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of image, text, both of image's type, and scale."""
     rows, width = image.shape
+    found = [tuple(one.shape) for one in (image_gradients, text_gradients)]
+    if found != [(rows, width)] * 2:
+        raise RuntimeError(
+            "momentum_contrastive: a forward with gradient=False leaves nothing for backward: expected the gradients "
+            f"that one with gradient=True returns, each {(rows, width)}, got {found[0]} and {found[1]}"
+        )
     image_grad, text_grad, scale_grad = image.new_empty(image.shape), image.new_empty(image.shape), _fp32(image, rows)
     options = config(BACKWARD, image)
     launch(

@@ -48,10 +48,11 @@ def _of_side(image, text, side):
 
 @triton.jit
 def _tile_of(
-    start, first, rows, first_column, row_stride, column_stride,
+    start, first, rows, first_column, strides,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK, BLOCK_WIDTH] of a matrix, zeros beyond its edges."""
+    row_stride, column_stride = strides
     row, column = tl.arange(0, BLOCK), first_column + tl.arange(0, BLOCK_WIDTH)
     start += tl.cast(first, tl.int64) * row_stride
     place = row[:, None] * row_stride + column[None, :].to(tl.int64) * column_stride
@@ -64,7 +65,7 @@ def _tile_of(
 @triton.jit
 def _row_tile(of_rows, first_column, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
     start, first, rows, stride = of_rows
-    return _tile_of(start, first, rows, first_column, stride, 1, WIDTH, BLOCK_ROWS, BLOCK_WIDTH)
+    return _tile_of(start, first, rows, first_column, (stride, 1), WIDTH, BLOCK_ROWS, BLOCK_WIDTH)
 
 
 @triton.jit
@@ -73,20 +74,29 @@ def _keys_at(tile, source, BLOCK_KEYS: tl.constexpr):
     keys, queue, count, queue_count, row_stride, column_stride, queue_row, queue_column = source
     first, tiles = tile * BLOCK_KEYS, tl.cdiv(count, BLOCK_KEYS)
     in_batch = tile < tiles
-    if tile >= tiles:
-        keys = queue
+    if keys.dtype == queue.dtype:
+        if tile >= tiles:
+            keys = queue
     first -= tl.where(in_batch, 0, tiles * BLOCK_KEYS)
     count = tl.where(in_batch, count, queue_count)
     row_stride = tl.where(in_batch, row_stride, queue_row)
     column_stride = tl.where(in_batch, column_stride, queue_column)
     key = first + tl.arange(0, BLOCK_KEYS)
-    return (keys, first, count, row_stride, column_stride), key, key < count, in_batch
+    return (keys, queue, in_batch, first, count, row_stride, column_stride), key, key < count, in_batch
 
 
 @triton.jit
 def _key_tile(matrix, first_column, WIDTH: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
-    start, first, count, row_stride, column_stride = matrix
-    return _tile_of(start, first, count, first_column, row_stride, column_stride, WIDTH, BLOCK_KEYS, BLOCK_WIDTH)
+    keys, queue, in_batch, first, count, row_stride, column_stride = matrix
+    sizes = (row_stride, column_stride)
+    if keys.dtype == queue.dtype:
+        of_tile = _tile_of(keys, first, count, first_column, sizes, WIDTH, BLOCK_KEYS, BLOCK_WIDTH)
+    else:  # either reads nothing where the tile is the other's
+        own, others = tl.where(in_batch, count, 0), tl.where(in_batch, 0, count)
+        of_tile = _tile_of(keys, first, own, first_column, sizes, WIDTH, BLOCK_KEYS, BLOCK_WIDTH).to(tl.float32)
+        of_queue = _tile_of(queue, first, others, first_column, sizes, WIDTH, BLOCK_KEYS, BLOCK_WIDTH)
+        of_tile = tl.where(in_batch, of_tile, of_queue.to(tl.float32))
+    return of_tile
 
 
 @triton.jit

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from softmask.kernels._launch import Configs, config, dots, factor_dots, launch, readable
+from softmask.kernels._words import kept_keys
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 MAX_BLOCK_PAIRS = 1024  # of the index, in registers beside the gradients
@@ -89,18 +90,15 @@ def _logits(
     WIDTH: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_KEYS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """(keys, which exist, their weights, the rows' logits to the base 2: -inf where ignored) of a tile of keys."""
+    """(keys, which are kept, their weights, the rows' logits to the base 2: -inf where not kept) of a tile of keys."""
     position = first + tl.arange(0, BLOCK_KEYS)
-    live = position < keys
-    k = _load_rows(key, stride, live, WIDTH, BLOCK_WIDTH)
+    kept = kept_keys(ignore, position, keys)
+    k = _load_rows(key, stride, kept, WIDTH, BLOCK_WIDTH)
     m = tl.full([BLOCK_KEYS], 1.0, tl.float32)
     if weight is not None:
-        m = tl.load(weight + position, mask=live, other=0.0).to(tl.float32)
-    kept = live
-    if ignore is not None:
-        kept = live & (tl.load(ignore + position, mask=live, other=1).to(tl.int32) == 0)
+        m = tl.load(weight + position, mask=kept, other=0.0).to(tl.float32)
     logit = tl.dot(q, tl.trans(k.to(DOT)), input_precision=PRECISION) * (m * scale * LOG2E)[None, :]
-    return k, live, m, tl.where(kept[None, :], logit, float("-inf"))
+    return k, kept, m, tl.where(kept[None, :], logit, float("-inf"))
 
 
 @triton.jit
@@ -117,7 +115,8 @@ def _forward(
     images, pairs, heads, tokens, keys, scale,
     query_pair, query_head, query_token, key_image, key_head, key_token, value_image, value_head, value_token,
     weight_pair, ignore_image, bias_head,
-    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    DOT: tl.constexpr, VALUE_DOT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_VALUE: tl.constexpr,
 ):  # fmt: skip
     head, pair, tile, image, keys = _place(index, images, pairs, tokens, keys, BLOCK_TOKENS)
@@ -135,12 +134,12 @@ def _forward(
     total = tl.zeros([BLOCK_TOKENS], tl.float32)
     mean = tl.zeros([BLOCK_TOKENS, BLOCK_VALUE], tl.float32)
     for first in range(0, keys, BLOCK_KEYS):
-        _, live, m, logit = _logits(
+        _, kept, m, logit = _logits(
             q, key, key_token, weight, ignore, first, keys, scale, WIDTH, DOT, PRECISION, BLOCK_KEYS, BLOCK_WIDTH
         )
         e, shrink, top = _softmax_step(logit, top)
-        v = _load_rows(value, value_token, live, VALUE_WIDTH, BLOCK_VALUE).to(DOT)
-        mean = tl.dot((e * m[None, :]).to(DOT), v, mean * shrink[:, None], input_precision=PRECISION)
+        v = _load_rows(value, value_token, kept, VALUE_WIDTH, BLOCK_VALUE).to(VALUE_DOT)
+        mean = tl.dot((e * m[None, :]).to(VALUE_DOT), v, mean * shrink[:, None], input_precision=PRECISION)
         total = total * shrink + tl.sum(e, 1)
         key += BLOCK_KEYS * key_token
         value += BLOCK_KEYS * value_token
@@ -160,7 +159,9 @@ def _query_backward(
     images, pairs, heads, tokens, keys, scale, grad_pair, grad_head, grad_token,
     query_pair, query_head, query_token, key_image, key_head, key_token, value_image, value_head, value_token,
     weight_pair, ignore_image,
-    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, FACTOR: tl.constexpr,
+    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    DOT: tl.constexpr, VALUE_DOT: tl.constexpr, PRECISION: tl.constexpr,
+    FACTOR: tl.constexpr, FACTOR_PRECISION: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_VALUE: tl.constexpr,
 ):  # fmt: skip
     head, pair, tile, image, keys = _place(index, images, pairs, tokens, keys, BLOCK_TOKENS)
@@ -182,11 +183,11 @@ def _query_backward(
     mean = tl.zeros([BLOCK_TOKENS], tl.float32)  # of the gradient at the probabilities, under them
     key_tile, value_tile = key, value
     for first in range(0, keys, BLOCK_KEYS):
-        _, live, m, logit = _logits(
+        _, kept, m, logit = _logits(
             q, key_tile, key_token, weight, ignore, first, keys, scale, WIDTH, DOT, PRECISION, BLOCK_KEYS, BLOCK_WIDTH
         )
-        v = _load_rows(value_tile, value_token, live, VALUE_WIDTH, BLOCK_VALUE).to(DOT)
-        d_a = tl.dot(d_out.to(DOT), tl.trans(v), input_precision=PRECISION) * m[None, :]
+        v = _load_rows(value_tile, value_token, kept, VALUE_WIDTH, BLOCK_VALUE).to(VALUE_DOT)
+        d_a = tl.dot(d_out.to(VALUE_DOT), tl.trans(v), input_precision=PRECISION) * m[None, :]
         e, shrink, top = _softmax_step(logit, top)
         total = total * shrink + tl.sum(e, 1)
         mean = mean * shrink + tl.sum(e * d_a, 1)
@@ -207,13 +208,13 @@ def _query_backward(
         tl.store(at_bias + column, d_bias, mask=column < VALUE_WIDTH)
     d_q = tl.zeros([BLOCK_TOKENS, BLOCK_WIDTH], tl.float32)
     for first in range(0, keys, BLOCK_KEYS):
-        k, live, m, logit = _logits(
+        k, kept, m, logit = _logits(
             q, key, key_token, weight, ignore, first, keys, scale, WIDTH, DOT, PRECISION, BLOCK_KEYS, BLOCK_WIDTH
         )
-        v = _load_rows(value, value_token, live, VALUE_WIDTH, BLOCK_VALUE).to(DOT)
-        d_a = tl.dot(d_out.to(DOT), tl.trans(v), input_precision=PRECISION) * m[None, :]
+        v = _load_rows(value, value_token, kept, VALUE_WIDTH, BLOCK_VALUE).to(VALUE_DOT)
+        d_a = tl.dot(d_out.to(VALUE_DOT), tl.trans(v), input_precision=PRECISION) * m[None, :]
         d_logit = tl.exp2(logit - top[:, None]) * (d_a - mean[:, None])  # without share
-        d_q = tl.dot((d_logit * m[None, :]).to(FACTOR), k.to(FACTOR), d_q, input_precision=PRECISION)
+        d_q = tl.dot((d_logit * m[None, :]).to(FACTOR), k.to(FACTOR), d_q, input_precision=FACTOR_PRECISION)
         key += BLOCK_KEYS * key_token
         value += BLOCK_KEYS * value_token
     query_grad += ((pair * tokens + first_token) * heads + head) * WIDTH
@@ -226,7 +227,9 @@ def _key_backward(
     pairs, heads, tokens, keys, scale, grad_pair, grad_head, grad_token,
     query_pair, query_head, query_token, key_image, key_head, key_token, value_image, value_head, value_token,
     weight_pair, ignore_image,
-    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, FACTOR: tl.constexpr,
+    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    DOT: tl.constexpr, VALUE_DOT: tl.constexpr, PRECISION: tl.constexpr,
+    FACTOR: tl.constexpr, FACTOR_PRECISION: tl.constexpr, VALUE_FACTOR: tl.constexpr, VALUE_PRECISION: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_VALUE: tl.constexpr,
     BLOCK_PAIRS: tl.constexpr,
 ):  # fmt: skip
@@ -236,15 +239,15 @@ def _key_backward(
     position = tl.program_id(0) % tiles * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
     first_key = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_KEYS
     live = position < keys
-    kept = live
     if ignore is not None:
-        kept = live & (tl.load(ignore + image * ignore_image + position, mask=live, other=1).to(tl.int32) == 0)
+        ignore += image * ignore_image
+    kept = kept_keys(ignore, position, keys)
     key += image * key_image + head * key_head + first_key * key_token
     value += image * value_image + head * value_head + first_key * value_token
     query += head * query_head
     grad += head * grad_head
-    k = _load_rows(key, key_token, live, WIDTH, BLOCK_WIDTH)
-    v = _load_rows(value, value_token, live, VALUE_WIDTH, BLOCK_VALUE)
+    k = _load_rows(key, key_token, kept, WIDTH, BLOCK_WIDTH)
+    v = _load_rows(value, value_token, kept, VALUE_WIDTH, BLOCK_VALUE)
     d_k = tl.zeros([BLOCK_KEYS, BLOCK_WIDTH], tl.float32)
     d_v = tl.zeros([BLOCK_KEYS, BLOCK_VALUE], tl.float32)
     for first_pair in range(0, pairs, BLOCK_PAIRS):
@@ -258,7 +261,7 @@ def _key_backward(
             n, at = pair.to(tl.int64), first.to(tl.int64)
             m = tl.full([BLOCK_KEYS], 1.0, tl.float32)
             if weight is not None:
-                m = tl.load(weight + n * weight_pair + position, mask=live, other=0.0).to(tl.float32)
+                m = tl.load(weight + n * weight_pair + position, mask=kept, other=0.0).to(tl.float32)
             token = tl.arange(0, BLOCK_TOKENS)
             in_text = token < tokens - first
             row = (n * heads + head) * tokens + at
@@ -270,10 +273,12 @@ def _key_backward(
             logit = tl.dot(k.to(DOT), tl.trans(q.to(DOT)), input_precision=PRECISION) * (m * scale * LOG2E)[:, None]
             logit = tl.where(kept[:, None], logit, float("-inf"))
             a = tl.exp2(logit - top[None, :]) * share[None, :]  # [BLOCK_KEYS, BLOCK_TOKENS]
-            d_v = tl.dot((a * m[:, None]).to(FACTOR), d_out.to(FACTOR), d_v, input_precision=PRECISION)
-            d_a = tl.dot(v.to(DOT), tl.trans(d_out.to(DOT)), input_precision=PRECISION) * m[:, None]
+            d_v = tl.dot(
+                (a * m[:, None]).to(VALUE_FACTOR), d_out.to(VALUE_FACTOR), d_v, input_precision=VALUE_PRECISION
+            )
+            d_a = tl.dot(v.to(VALUE_DOT), tl.trans(d_out.to(VALUE_DOT)), input_precision=PRECISION) * m[:, None]
             d_logit = a * (d_a - mean[None, :])
-            d_k = tl.dot((d_logit * m[:, None]).to(FACTOR), q.to(FACTOR), d_k, input_precision=PRECISION)
+            d_k = tl.dot((d_logit * m[:, None]).to(FACTOR), q.to(FACTOR), d_k, input_precision=FACTOR_PRECISION)
             first += BLOCK_TOKENS
             following = tl.min(tl.where(ours & (every > pair), every, pairs), 0)
             pair = tl.where(first < tokens, pair, following)
@@ -294,24 +299,24 @@ def _bias_backward(at_bias, bias_grad, rows, width, BLOCK_ROWS: tl.constexpr, BL
     tl.store(bias_grad + column, tl.sum(total, 0), mask=column < width)
 
 
-def _options(half: Configs, single: Configs, query: Tensor, value: Tensor) -> dict[str, Any]:
-    """Constants of a launch by the table for query's type, blocks fitted to the problem."""
-    in_single = query.dtype == torch.float32
-    options = config(single if in_single else half, query) | dots(query)
-    width, value_width = query.shape[3], value.shape[3]
+def _options(half: Configs, single: Configs, query: Tensor, key: Tensor, *values: Tensor) -> dict[str, Any]:
+    """Constants of a launch, blocks fitted to the problem. A product has its two tensors' type, fp32 if they differ."""
+    in_single = torch.float32 in {tensor.dtype for tensor in (query, key, *values)}
+    options = config(single if in_single else half, query) | dots(query, key) | {"VALUE_DOT": dots(*values)["DOT"]}
+    width, value_width = query.shape[3], values[0].shape[3]
     blocks = {"BLOCK_WIDTH": _block(width), "BLOCK_VALUE": _block(value_width)}
     wider = max(blocks.values()) // HEAD_WIDTH
     options |= {"num_warps": MANY_WARPS, "maxnreg": None} if wider > 1 else {}
     fewer = max(1, wider if in_single else wider // 2)
-    for name, size in (("BLOCK_TOKENS", query.shape[2]), ("BLOCK_KEYS", value.shape[2])):
+    for name, size in (("BLOCK_TOKENS", query.shape[2]), ("BLOCK_KEYS", values[0].shape[2])):
         blocks[name] = max(16, min(options[name] // fewer, _block(size)))
     return options | blocks | {"WIDTH": width, "VALUE_WIDTH": value_width}
 
 
-def _backward_options(half: Configs, single: Configs, query: Tensor, value: Tensor) -> dict[str, Any]:
-    """FACTOR: the type of products with probabilities and gradients at logits."""
-    factor = factor_dots(query)
-    return _options(half, single, query, value) | {"FACTOR": factor["DOT"], "PRECISION": factor["PRECISION"]}
+def _factors(*tensors: Tensor, factor: str = "FACTOR", precision: str = "FACTOR_PRECISION") -> dict[str, Any]:
+    """The type of the tensors' products with probabilities and gradients at logits."""
+    chosen = factor_dots(*tensors)
+    return {factor: chosen["DOT"], precision: chosen["PRECISION"]}
 
 
 def _block(size: int) -> int:
@@ -336,12 +341,12 @@ def forward(
     key_padding_mask: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """query [N, H, T, E], key [B, H, P, E], value [B, H, P, V] -> [N, H, T, V]."""
+    """query [N, H, T, E], key [B, H, P, E], value [B, H, P, V], each of its own type -> [N, H, T, V] of query's."""
     inputs = (query, key, value, key_weight, kv_index, value_bias, key_padding_mask)
     query, key, value, weight, index, bias, ignore = readable(*inputs)
     out = _tokens_first(query, value.shape[3])
     (pairs, heads, tokens, _), (images, _, keys, _) = query.shape, key.shape
-    options = _options(FORWARD, FORWARD_SINGLE, query, value)
+    options = _options(FORWARD, FORWARD_SINGLE, query, key, value)
     launch(
         _forward, (heads * pairs * triton.cdiv(tokens, options["BLOCK_TOKENS"]),),
         query, key, value, weight, index, bias, ignore, out,
@@ -363,12 +368,12 @@ def backward(
     key_padding_mask: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and value_bias (empty where there is none)."""
+    """Gradients of query, key, value and value_bias (empty and fp32 where there is none), each of its tensor's type."""
     inputs = (grad, query, key, value, key_weight, kv_index, key_padding_mask)
     grad, query, key, value, weight, index, ignore = readable(*inputs)
     query_grad, key_grad, value_grad = (_tokens_first(tensor, tensor.shape[3]) for tensor in (query, key, value))
     (pairs, heads, tokens, _), (images, _, keys, value_width) = query.shape, value.shape
-    options = _backward_options(QUERY_BACKWARD, FORWARD_SINGLE, query, value)
+    options = _options(QUERY_BACKWARD, FORWARD_SINGLE, query, key, value, grad) | _factors(query, key)
     tiles = triton.cdiv(tokens, options["BLOCK_TOKENS"])
     biased = value_bias is not None
     statistics = [query.new_empty(query.shape[:3], dtype=torch.float32) for _ in range(3)]
@@ -380,7 +385,8 @@ def backward(
         grad, query, key, value, weight, index, ignore, query_grad, *statistics, at_bias if biased else None,
         images, pairs, heads, tokens, keys, scale, *strides, **options,
     )  # fmt: skip
-    options = _backward_options(KEY_BACKWARD, KEY_BACKWARD_SINGLE, query, value)
+    options = _options(KEY_BACKWARD, KEY_BACKWARD_SINGLE, query, key, value, grad) | _factors(query, key)
+    options |= _factors(grad, factor="VALUE_FACTOR", precision="VALUE_PRECISION")
     launch(
         _key_backward, (images * heads * triton.cdiv(keys, options["BLOCK_KEYS"]),),
         grad, query, key, value, weight, index, ignore, *statistics, key_grad, value_grad,

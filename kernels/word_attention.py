@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from softmask.kernels._launch import Configs, config, launch, readable
+from softmask.kernels._launch import Configs, config, dots, launch, readable
 from softmask.kernels._normalize import extent
 from softmask.kernels._words import (
     BLOCK_ROWS,
@@ -28,6 +28,7 @@ from softmask.kernels._words import (
     options,
     product,
     strides,
+    types,
 )
 from softmask.kernels.word_attention_backward import backward
 
@@ -48,6 +49,7 @@ def _forward(
     query_batch, query_head, query_token, key_batch, key_head, key_token,
     value_batch, value_head, value_token, grad_batch, grad_head, grad_token, ignore_batch,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    VALUE_DOT: tl.constexpr, VALUE_PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_VALUE: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(keys, BLOCK_KEYS)
@@ -63,8 +65,8 @@ def _forward(
     if ignore is not None:
         ignore += batch * ignore_batch
     position = tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
-    k, v = load_keys(key, value, position, keys, key_token, value_token, WIDTH, VALUE_WIDTH, BLOCK_WIDTH, BLOCK_VALUE)
     kept = kept_keys(ignore, position, keys)
+    k, v = load_keys(key, value, position, kept, key_token, value_token, WIDTH, VALUE_WIDTH, BLOCK_WIDTH, BLOCK_VALUE)
     for first in range(0, rows, BLOCK_ROWS):
         row = first + tl.arange(0, BLOCK_ROWS)
         token, read, factor = load_tokens(index + batch * rows, row, rows, tokens, scale)
@@ -82,7 +84,7 @@ def _forward(
                 tl.store(attention + at, e, mask=mask)
             if value is not None:
                 d_out = load_rows(grad_output, token, grad_token, read, VALUE_WIDTH, BLOCK_VALUE)
-                gate = product(d_out, v, DOT, PRECISION)
+                gate = product(d_out, v, VALUE_DOT, VALUE_PRECISION)
                 if bias is not None:
                     b = load_width(bias, VALUE_WIDTH, BLOCK_VALUE)
                     gate += tl.sum(d_out.to(tl.float32) * b[None, :], 1)[:, None]
@@ -153,9 +155,10 @@ def forward(
     normalize: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """query, grad_output [B, H, T, E], key, value [B, H, P, E], word_index [B, W, S] -> maps [B, W, P - prefix], and
-    what backward takes, empty without keep: the maps before normalization (empty where there is none) and the words'
-    rows of the attention, before them times relu(grad_output v^T) where given, [1 or 2, B, H, W S, P up to 16s]."""
+    """query, grad_output [B, H, T, E], key, value [B, H, P, E], value_bias [H, E], each of its own type, word_index
+    [B, W, S] -> maps [B, W, P - prefix], and what backward takes, all fp32 and empty without keep: the maps before
+    normalization (empty where there is none) and the words' rows of the attention, before them times
+    relu(grad_output v^T) where given, [1 or 2, B, H, W S, P up to 16s]."""
     (batch, heads, tokens, _), keys = query.shape, key.shape[2]
     words, subtokens = word_index.shape[1:]
     rows = words * subtokens
@@ -170,12 +173,14 @@ def forward(
     query, key, value, grad_output, ignore = readable(query, key, value, grad_output, key_padding_mask)
     bias = None if value_bias is None else value_bias.contiguous()
     index = word_index.contiguous()
-    chosen = options(FORWARD, key, value)
+    pair = None if value is None else (grad_output, value)
+    chosen = options(FORWARD, key, value) | types(dots, (query, key), pair)
     block_keys = chosen["BLOCK_KEYS"]
     tiles = triton.cdiv(keys, block_keys)
     rows_of = (by_row[0], by_row[1] if both else None)
     tops, totals = (maps.new_empty((batch, heads, rows, tiles)) for _ in range(2))
-    one_row = key.dtype == torch.float32 and chosen["PRECISION"] == "ieee"
+    floating = {one.dtype for one in (query, key, value, grad_output) if one is not None}
+    one_row = floating == {torch.float32} and chosen["PRECISION"] == "ieee"
     launch(
         _forward, (batch * tiles, heads),
         query, key, index, value, grad_output, bias, ignore, *rows_of, tops, totals,

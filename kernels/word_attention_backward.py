@@ -17,6 +17,7 @@ from softmask.kernels._launch import Configs, config, factor_dots, launch, reada
 from softmask.kernels._normalize import gradient
 from softmask.kernels._words import (
     BLOCK_ROWS,
+    kept_keys,
     load_keys,
     load_rows,
     load_width,
@@ -24,6 +25,7 @@ from softmask.kernels._words import (
     options,
     store_rows,
     strides,
+    types,
 )
 
 BLOCK_TOKENS = 32
@@ -65,12 +67,13 @@ def _maps_backward(
 
 @triton.jit
 def _keys_backward(
-    query, key, index, value, grad_output, bias, at_map, weighted, attention, means,
+    query, key, index, value, grad_output, bias, ignore, at_map, weighted, attention, means,
     query_parts, grad_parts, bias_parts, key_grad, value_grad,
     rows, subtokens, tokens, keys, prefix, pitch, scale,
     query_batch, query_head, query_token, key_batch, key_head, key_token,
     value_batch, value_head, value_token, grad_batch, grad_head, grad_token, ignore_batch,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    VALUE_DOT: tl.constexpr, VALUE_PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_VALUE: tl.constexpr,
 ):  # fmt: skip
     tiles, heads = tl.cdiv(keys, BLOCK_KEYS), tl.num_programs(1)
@@ -86,7 +89,10 @@ def _keys_backward(
         bias += head * VALUE_WIDTH
     at_map += batch * (rows // subtokens) * (keys - prefix)
     position = tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
-    k, v = load_keys(key, value, position, keys, key_token, value_token, WIDTH, VALUE_WIDTH, BLOCK_WIDTH, BLOCK_VALUE)
+    if ignore is not None:
+        ignore += batch * ignore_batch
+    kept = kept_keys(ignore, position, keys)
+    k, v = load_keys(key, value, position, kept, key_token, value_token, WIDTH, VALUE_WIDTH, BLOCK_WIDTH, BLOCK_VALUE)
     k_grad = tl.zeros([BLOCK_KEYS, BLOCK_WIDTH], tl.float32)
     v_grad = tl.zeros([BLOCK_KEYS, BLOCK_VALUE], tl.float32)
     for first in range(0, rows, BLOCK_ROWS):
@@ -111,8 +117,10 @@ def _keys_backward(
         if value is not None:
             at_gate = tl.where(c <= 0, 0.0, a * g)  # lets NaN through
             d_out = load_rows(grad_output, token, grad_token, read, VALUE_WIDTH, BLOCK_VALUE)
-            v_grad = tl.dot(tl.trans(at_gate).to(DOT), d_out.to(DOT), v_grad, input_precision=PRECISION)
-            d_out_grad = tl.dot(at_gate.to(DOT), v.to(DOT), input_precision=PRECISION)
+            v_grad = tl.dot(
+                tl.trans(at_gate).to(VALUE_DOT), d_out.to(VALUE_DOT), v_grad, input_precision=VALUE_PRECISION
+            )
+            d_out_grad = tl.dot(at_gate.to(VALUE_DOT), v.to(VALUE_DOT), input_precision=VALUE_PRECISION)
             if bias is not None:
                 d_out_grad += tl.sum(at_gate, 1)[:, None] * load_width(bias, VALUE_WIDTH, BLOCK_VALUE)[None, :]
             store_rows(grad_parts, place * tiles + tile, live, d_out_grad, VALUE_WIDTH, BLOCK_VALUE)
@@ -199,10 +207,10 @@ def backward(
     num_prefix_tokens: int,
     normalize: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value, grad_output and value_bias (empty where an input is None); raw and kept are what
-    forward kept. Keys that are ignored have no attention in kept."""
+    """Gradients of query, key, value, grad_output and value_bias each of its tensor's type (empty, of
+    query's type, where that is None); raw and kept are what forward kept. Ignored keys have no attention in kept."""
     given = (query, key, value, grad_output, value_bias)
-    gradients = [query.new_empty((0,) if tensor is None else tensor.shape) for tensor in given]
+    gradients = [query.new_empty((0,)) if tensor is None else tensor.new_empty(tensor.shape) for tensor in given]
     query_grad, key_grad, value_grad, d_out_grad, bias_grad = gradients
     (batch, heads, tokens, width), keys = query.shape, key.shape[2]
     rows = word_index[0].numel() if batch else 0
@@ -210,19 +218,20 @@ def backward(
         return tuple(one.zero_() for one in gradients)
     index = word_index.contiguous()
     at_map, means = _through_maps(grad.contiguous(), raw, kept[0], index, num_prefix_tokens, normalize)
-    query, key, value, grad_output, _ = readable(query, key, value, grad_output, None)
+    query, key, value, grad_output, ignore = readable(query, key, value, grad_output, key_padding_mask)
     bias = None if value_bias is None else value_bias.contiguous()
-    chosen = options(KEYS_BACKWARD, key, value) | factor_dots(key)
+    pair = None if value is None else (grad_output, value)
+    chosen = options(KEYS_BACKWARD, key, value) | types(factor_dots, (query, key), pair)
     tiles = triton.cdiv(keys, chosen["BLOCK_KEYS"])
     query_parts = means.new_empty((batch, heads, rows, tiles, width))
     grad_parts = None if value is None else means.new_empty((batch, heads, rows, tiles, value.shape[3]))
     bias_parts = None if bias is None else means.new_empty((heads, batch * tiles, bias.shape[1]))
     launch(
         _keys_backward, (batch * tiles, heads),
-        query, key, index, value, grad_output, bias, at_map, kept[0], None if value is None else kept[1], means,
+        query, key, index, value, grad_output, bias, ignore, at_map, kept[0], None if value is None else kept[1], means,
         query_parts, grad_parts, bias_parts, key_grad, value_grad,
         rows, word_index.shape[2], tokens, keys, num_prefix_tokens, kept.shape[4], scale,
-        *strides(query, key, value, grad_output, None), BLOCK_ROWS=BLOCK_ROWS, **chosen,
+        *strides(query, key, value, grad_output, ignore), BLOCK_ROWS=BLOCK_ROWS, **chosen,
     )  # fmt: skip
     widths = ("WIDTH", "VALUE_WIDTH", "BLOCK_WIDTH", "BLOCK_VALUE")
     launch(
