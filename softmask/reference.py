@@ -52,10 +52,10 @@ def word_attention(
         key, value = (_unread(one, key_padding_mask) for one in (key, value))
         logits = _product(_rows(query, index).to(dtype), key.to(dtype).mT, autocast) * scale  # [B, H, W*S, P]
         ignore = None if key_padding_mask is None else key_padding_mask[:, None, None]
-        maps = _masked_softmax(logits, ignore)
+        maps = _masked_softmax(logits, ignore)[..., num_prefix_tokens:]
         if grad_output is not None:
             gradient = _rows(grad_output, index).to(dtype)
-            gradient_at_maps = _product(gradient, value.to(dtype).mT, autocast)
+            gradient_at_maps = _product(gradient, value[:, :, num_prefix_tokens:].to(dtype).mT, autocast)
             if value_bias is not None:  # dO (v + b)^T without a copy of v
                 gradient_at_maps = gradient_at_maps + (gradient * value_bias.to(dtype)[:, None]).sum(-1, keepdim=True)
             maps = maps * gradient_at_maps.relu()
@@ -63,7 +63,7 @@ def word_attention(
         padding = index < 0
         maps = maps.masked_fill(padding.unsqueeze(-1), 0.0).sum(2)
         maps = maps / (~padding).sum(2, keepdim=True).clamp_min(1)
-        return normalize_map(maps[..., num_prefix_tokens:], normalize)
+        return normalize_map(maps, normalize)
 
 
 def normalize_map(maps: Tensor, normalize: str | None) -> Tensor:

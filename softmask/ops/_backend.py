@@ -35,7 +35,8 @@ def _from_environment() -> str:
 
 
 class _OfThread(threading.local):
-    name: str | None = None
+    def __init__(self) -> None:  # in each thread; an attribute of the class is all that torch 2.11 would see
+        self.name: str | None = None
 
 
 # For compiled functions, which torch.compile guards on: it could not on the environment, nor before torch 2.12 on a

@@ -34,7 +34,7 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
 def of_one_type(*tensors: Tensor | None) -> list[Tensor | None]:
     """As they are where they agree, else all in fp32, or fp64 where one of them is."""
     types = {tensor.dtype for tensor in tensors if tensor is not None}
-    if len(types) == 1:
+    if len(types) <= 1:
         return list(tensors)
     common = torch.float64 if torch.float64 in types else torch.float32
     return [None if tensor is None else tensor.to(common) for tensor in tensors]

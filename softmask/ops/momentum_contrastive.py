@@ -225,6 +225,7 @@ class MomentumContrastiveLoss(OverRanks):
             _checks.dtype(name, teacher)
         _checks.device(self.image_queue, image_teacher=image_teacher, text_teacher=text_teacher, ids=ids)
         if self.group is not None:
+            check_alike("enqueue", "image_teacher, text_teacher", self.group, image_teacher, ids, text_teacher)
             image_teacher, text_teacher = _gather_pair(image_teacher, text_teacher, self.group)
             ids = gather_rows_no_grad(ids, self.group)
         count = len(image_teacher)

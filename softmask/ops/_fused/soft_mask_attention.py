@@ -23,7 +23,8 @@ def soft_mask_attention(
     scale: float | None,
 ) -> Tensor:
     dtype = query.dtype
-    query, key, value, value_bias = _library.of_one_type(query, key, value, value_bias)
+    if backend == "cpp":  # which reads a bias of any type beside them; Triton's kernels read each tensor in its own
+        query, key, value = _library.of_one_type(query, key, value)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     key_weight = None if key_weight is None else key_weight.detach()
     options = (key_weight, kv_index, value_bias, key_padding_mask, scale)

@@ -25,7 +25,10 @@ def word_attention(
     normalize: str | None,
 ) -> Tensor:
     floating = (query, key, value, grad_output, value_bias)
-    query, key, value, grad_output, value_bias = _library.of_one_type(*floating)
+    if backend == "cpp":  # which reads a bias of any type beside them; Triton's kernels read each tensor in its own
+        double = value_bias is not None and value_bias.dtype == torch.float64  # and so are the maps
+        given = (query, key, value, grad_output, value_bias if double else None)
+        query, key, value, grad_output, _ = _library.of_one_type(*given)
     keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in floating)
     out = _KERNELS[backend](
         query,
@@ -70,7 +73,7 @@ def _backward_fake(
     *_options: object,
 ) -> tuple[Tensor, ...]:
     inputs = (query, key, value, grad_output, value_bias)
-    return tuple(query.new_empty((0,) if tensor is None else tensor.shape) for tensor in inputs)
+    return tuple(query.new_empty((0,)) if tensor is None else tensor.new_empty(tensor.shape) for tensor in inputs)
 
 
 def _setup(ctx, inputs: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
