@@ -11,7 +11,7 @@ from pathlib import Path
 import kernel_cases as cases
 import pytest
 import torch
-from kernel_cases import GAMMAS, SIZES, Case, check_errors, needs_cpp, outcome
+from kernel_cases import GAMMAS, SIZES, check_errors, needs_cpp, outcome
 
 import softmask
 from softmask import ops
@@ -83,75 +83,6 @@ def test_attentive_mask(select: str, dtype: torch.dtype) -> None:
                     options = {"ratio": ratio, "select": select, "token_padding_mask": padding}
                     marked.append(ops.attentive_mask(patches, tokens, **options))
             assert torch.equal(*marked)
-
-
-def with_ignored(case: Case, value: float) -> Case:
-    """The case with `value` wherever an argument says that nothing there counts."""
-    leaves, fixed = ({name: one.clone() for name, one in group.items()} for group in (case.leaves, case.fixed))
-    ignore = fixed["key_padding_mask"]
-    for name in ("key", "value"):
-        leaves[name].masked_fill_(ignore[:, None, :, None], value)
-    if "word_index" in fixed:
-        index = fixed["word_index"].flatten(1)
-        named = torch.zeros(leaves["query"].shape[0], leaves["query"].shape[2], dtype=torch.bool)
-        for row, positions in zip(named, index, strict=True):
-            row[positions[positions >= 0]] = True
-        for name in ("query", "grad_output"):
-            leaves[name].masked_fill_(~named[:, None, :, None], value)
-        leaves["value"][:, :, :1] = value  # of the prefix token, whose column is dropped
-    if "kv_index" in fixed:
-        used = torch.zeros(len(ignore), dtype=torch.bool)
-        used[fixed["kv_index"]] = True
-        for name in ("key", "value"):
-            leaves[name][~used] = value
-    if "key_weight" in fixed:
-        fixed["key_weight"].masked_fill_(ignore[fixed["kv_index"]], value)
-    return replace(case, leaves=leaves, fixed=fixed)
-
-
-IGNORING = {
-    "word_attention": cases.word_attention(63, masked=True),
-    "word_attention minmax": cases.word_attention(63, masked=True, normalize="minmax"),
-    "soft_mask_attention": cases.soft_mask_attention(63, masked=True),
-    "soft_mask_attention without weights": cases.soft_mask_attention(63, masked=True, weighted=False),
-}
-
-
-@pytest.mark.parametrize("junk", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", IGNORING)
-def test_ignored_means_not_read(name: str, dtype: torch.dtype, junk: float) -> None:
-    """Results and gradients as with zeros there; what is ignored has no gradient."""
-    case = IGNORING[name].cast(dtype)
-    expected, got = (outcome("cpp", with_ignored(case, value)) for value in (0.0, junk))
-    ignore = case.fixed["key_padding_mask"]
-    for key, value in expected.items():
-        assert value.isfinite().all() and torch.equal(got[key], value), key
-    for key in ("key", "value"):
-        assert not got[key].mT.masked_select(ignore[:, None, None]).any(), key
-
-
-@pytest.mark.parametrize("junk", [float("nan"), float("inf")])
-def test_padding_words_and_patches_that_are_not_masked_are_not_read(junk: float) -> None:
-    patches, tokens = (cases.normal(3, count, 33, seed=count).float() for count in (63, 9))
-    padding = cases.normal(3, 9, seed=1) < 0
-    marked = []
-    for value in (0.0, junk):
-        tokens[padding] = value
-        marked.append(torch.ops.softmask.attentive_mask(patches, tokens, padding, 20, True))
-    assert torch.equal(*marked)
-
-    case = cases.masked_patch_loss(4).cast(torch.float32)
-    mask = case.fixed["mask"]
-    junked = {name: leaf.clone() for name, leaf in case.leaves.items()}
-    junked["prediction"][~mask] = junk
-    by_patch = junked["images"].unflatten(3, (5, 4)).unflatten(2, (3, 4)).permute(0, 2, 4, 1, 3, 5)
-    for image, rows in zip(by_patch, mask.view(2, 3, 5), strict=True):
-        image[~rows] = junk
-    assert not junked["images"].isfinite().all()
-    expected, got = (outcome("cpp", one) for one in (case, replace(case, leaves=junked)))
-    for key, value in expected.items():
-        assert torch.equal(got[key], value), key
 
 
 @pytest.mark.parametrize("deviation", [0.0, 1e-4, 1e-2])

@@ -1,4 +1,4 @@
-"""What a mask leaves out is not read by Triton kernels: NaN there changes nothing, and its gradient is 0."""
+"""What an argument says does not count is not read, by any backend: NaN there changes no bit, and its gradient is 0."""
 
 from __future__ import annotations
 
@@ -7,82 +7,82 @@ from dataclasses import replace
 import kernel_cases as cases
 import pytest
 import torch
-from kernel_cases import Case, outcome
+from kernel_cases import Case, needs_cpp, outcome
 from torch import Tensor
 
 import softmask
 from softmask import ops
 
-pytestmark = [cases.needs_triton, pytest.mark.usefixtures("poisoned_memory", "fast_interpreter")]
-FLAGS = (True, False)
-UNREAD = [float("nan"), float("inf")]
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "fast_interpreter")
+BACKENDS = ["reference", pytest.param("cpp", marks=needs_cpp), pytest.param("triton", marks=cases.needs_triton)]
+by_each_backend = pytest.mark.parametrize("backend", BACKENDS)
+JUNK = [float("nan"), float("inf"), float("-inf")]
+CASES = {
+    "word_attention": cases.word_attention(63, masked=True),
+    "word_attention minmax": cases.word_attention(63, masked=True, normalize="minmax"),
+    "word_attention without Grad-CAM": cases.word_attention(63, masked=True, gradcam=False),
+    "soft_mask_attention": cases.soft_mask_attention(63, masked=True),
+    "soft_mask_attention without weights": cases.soft_mask_attention(63, masked=True, weighted=False),
+    "soft_mask_attention of each its own image": cases.soft_mask_attention(63, masked=True, shared=False),
+    "masked_patch_loss": cases.masked_patch_loss(4),
+    "masked_patch_loss of plain pixels": cases.masked_patch_loss(4, normalize=False),
+}
 
 
-def check_not_read(case: Case, unread: dict[str, Tensor], value: float, dtype: torch.dtype) -> None:
-    """Value in the elements of leaves that `unread` marks gives the bits that zeros do there."""
-    case = case.cast(dtype)
-
-    def filled(with_value: float) -> dict[str, Tensor]:
-        chosen = {
-            name: leaf.masked_fill(unread[name], with_value) for name, leaf in case.leaves.items() if name in unread
-        }
-        return outcome("triton", replace(case, leaves=case.leaves | chosen))
-
-    got, expected = filled(value), filled(0.0)
-    for name, one in expected.items():
-        assert one.isfinite().all() and torch.equal(got[name], one), name
-        if name in unread:
-            assert (one.masked_select(unread[name]) == 0).all(), name
-
-
-@pytest.mark.parametrize("value", UNREAD)
-@pytest.mark.parametrize("gradcam", FLAGS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_ignored_keys_of_word_attention(gradcam: bool, value: float, dtype: torch.dtype) -> None:
-    case = cases.word_attention(63, gradcam=gradcam, masked=True, normalize="minmax" if gradcam else None)
-    ignored = case.fixed["key_padding_mask"][:, None, :, None]
-    check_not_read(case, {"key": ignored} | ({"value": ignored} if gradcam else {}), value, dtype)
+def unread(case: Case) -> dict[str, Tensor]:
+    """By tensor: where nothing counts."""
+    if "mask" in case.fixed:
+        seen = ~case.fixed["mask"]  # [2, 15] patches of 4 pixels a side
+        pixels = seen.reshape(2, 1, 3, 1, 5, 1).expand(2, 3, 3, 4, 5, 4).reshape(2, 3, 12, 20)
+        return {"prediction": seen[..., None], "images": pixels}
+    ignored = case.fixed["key_padding_mask"]  # [B, P]
+    if "word_index" in case.fixed:
+        named = torch.zeros(case.leaves["query"].shape[::2][:2], dtype=torch.bool)  # [B, T]
+        for row, index in zip(named, case.fixed["word_index"].flatten(1), strict=True):
+            row[index[index >= 0]] = True
+        of_value = ignored.clone()
+        of_value[:, 0] = True  # the prefix token's column is dropped
+        rows = dict.fromkeys(("query", "grad_output"), ~named[:, None, :, None])
+        found = {"key": ignored[:, None, :, None], "value": of_value[:, None, :, None], **rows}
+    else:
+        index = case.fixed.get("kv_index", torch.arange(len(ignored)))
+        unused = ignored | (torch.bincount(index, minlength=len(ignored)) == 0)[:, None]
+        found = dict.fromkeys(("key", "value"), unused[:, None, :, None]) | {"key_weight": ignored[index]}
+    return {name: where for name, where in found.items() if name in case.leaves | case.fixed}
 
 
-@pytest.mark.parametrize("value", UNREAD)
-@pytest.mark.parametrize("shared", FLAGS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_ignored_keys_of_soft_mask_attention(shared: bool, value: float, dtype: torch.dtype) -> None:
-    case = cases.soft_mask_attention(63, shared=shared, masked=True)
-    ignored = case.fixed["key_padding_mask"]
-    index = case.fixed["kv_index"] if shared else torch.arange(4)
-    weight = case.fixed["key_weight"].masked_fill(ignored[index], value)
-    zeros = replace(
-        case, fixed=case.fixed | {"key_weight": weight.nan_to_num(0.0, 0.0).masked_fill(ignored[index], 0.0)}
+def filled(case: Case, value: float) -> Case:
+    where = unread(case)
+    leaves, fixed = (
+        {name: one.masked_fill(where[name], value) if name in where else one for name, one in group.items()}
+        for group in (case.leaves, case.fixed)
     )
-    got, expected = (
-        outcome("triton", one.cast(dtype)) for one in (replace(case, fixed=case.fixed | {"key_weight": weight}), zeros)
-    )
-    assert all(torch.equal(got[name], expected[name]) and got[name].isfinite().all() for name in expected)
-    check_not_read(case, dict.fromkeys(("key", "value"), ignored[:, None, :, None]), value, dtype)
+    return replace(case, leaves=leaves, fixed=fixed)
 
 
-def test_images_that_no_pair_uses() -> None:
-    case = cases.soft_mask_attention(63)
-    unused = (torch.arange(4) == 1)[:, None, None, None]
-    check_not_read(case, dict.fromkeys(("key", "value"), unused), float("nan"), torch.float32)
+@by_each_backend
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_ignored_is_not_read(name: str, dtype: torch.dtype, backend: str) -> None:
+    case = CASES[name].cast(dtype)
+    expected = outcome(backend, filled(case, 0.0))
+    for value in JUNK if dtype == torch.float32 else JUNK[:1]:
+        got = outcome(backend, filled(case, value))
+        for key, one in expected.items():
+            assert one.isfinite().all() and torch.equal(got[key], one), (key, value)
+        for key, where in unread(case).items():
+            assert key not in got or not got[key].masked_select(where).any(), (key, value)
 
 
-@pytest.mark.parametrize("normalize", FLAGS)
-def test_patches_that_are_not_masked(normalize: bool) -> None:
-    case = cases.masked_patch_loss(4, normalize=normalize)
-    seen = ~case.fixed["mask"]  # [2, 15]
-    pixels = seen.reshape(2, 1, 3, 1, 5, 1).expand(2, 3, 3, 4, 5, 4).reshape(2, 3, 12, 20)
-    check_not_read(case, {"prediction": seen[..., None], "images": pixels}, float("nan"), torch.float32)
-
-
-def test_ignored_tokens_of_attentive_mask() -> None:
+@by_each_backend
+def test_ignored_tokens_are_no_patchs_relevance(backend: str) -> None:
     patches, tokens = cases.normal(3, 63, 33, seed=0).float(), cases.normal(3, 9, 33, seed=1).float()
     padding = cases.normal(3, 9, seed=2) < 0.3
+    padding[2] = True
 
     def selected(value: float) -> Tensor:
-        with softmask.backend("triton"):
+        with softmask.backend(backend):
             given = tokens.masked_fill(padding[..., None], value)
             return ops.attentive_mask(patches, given, ratio=0.5, token_padding_mask=padding)
 
-    assert all(torch.equal(selected(value), selected(0.0)) for value in UNREAD)
+    assert all(torch.equal(selected(value), selected(0.0)) for value in JUNK)

@@ -1,4 +1,4 @@
-"""What ops make of unusual arguments, alike by every backend: numbers as tensors, nothing, what is ignored, FLOPs."""
+"""What ops make of unusual arguments, alike by every backend: numbers as tensors, nothing, FLOPs."""
 
 from __future__ import annotations
 
@@ -170,67 +170,6 @@ def test_nothing_there(name: str, index: int) -> None:
         for key, value in expected.items():
             torch.testing.assert_close(got[key], value, msg=f"{backend}: {key}")
             assert value.isfinite().all()
-
-
-# -- what is ignored --------------------------------------------------------------------------------------------------
-
-
-def filled(tensor: Tensor, mask: Tensor, value: float) -> Tensor:
-    return tensor.masked_fill(mask, value)
-
-
-def ignoring(name: str, value: float) -> Case:
-    """A case whose tensors hold value where nothing is to be read."""
-    if name == "word_attention":
-        case = cases.word_attention(63, masked=True).cast(torch.float32)
-        ignore = case.fixed["key_padding_mask"][:, None, :, None]
-        leaves = case.leaves | {key: filled(case.leaves[key], ignore, value) for key in ("key", "value")}
-        unnamed = torch.zeros(3, 5, dtype=torch.bool)
-        unnamed[0, 1:3], unnamed[1, 0], unnamed[1, 2:], unnamed[2, :2], unnamed[2, 3:] = True, True, True, True, True
-        unnamed[2, 0] = False
-        for key in ("query", "grad_output"):
-            leaves[key] = filled(leaves[key], unnamed[:, None, :, None], value)
-        return replace(case, leaves=leaves)
-    if name == "soft_mask_attention":
-        case = cases.soft_mask_attention(63, masked=True).cast(torch.float32)
-        ignore, weight = case.fixed["key_padding_mask"], case.fixed["key_weight"]
-        unused = ignore.clone()
-        unused[1] = True  # no pair uses this image
-        leaves = case.leaves | {k: filled(case.leaves[k], unused[:, None, :, None], value) for k in ("key", "value")}
-        return replace(
-            case,
-            leaves=leaves,
-            fixed=case.fixed | {"key_weight": filled(weight, ignore[case.fixed["kv_index"]], value)},
-        )
-    case = cases.masked_patch_loss(4).cast(torch.float32)
-    mask = case.fixed["mask"]
-    pixels = (~mask).unflatten(1, (3, 5)).repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None]
-    images, prediction = case.leaves["images"], case.leaves["prediction"]
-    return replace(
-        case,
-        leaves={"prediction": filled(prediction, ~mask[..., None], value), "images": filled(images, pixels, value)},
-    )
-
-
-@by_each_backend
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("name", ["word_attention", "soft_mask_attention", "masked_patch_loss"])
-def test_what_is_ignored_is_not_read(name: str, value: float, backend: str) -> None:
-    got, expected = outcome(backend, ignoring(name, value)), outcome(backend, ignoring(name, 0.0))
-    for key, one in expected.items():
-        assert one.isfinite().all() and torch.equal(got[key], one), key
-
-
-@by_each_backend
-def test_ignored_tokens_are_no_patchs_relevance(backend: str) -> None:
-    patches, tokens = cases.normal(2, 30, 8, seed=0).float(), cases.normal(2, 5, 8, seed=1).float()
-    padding = torch.tensor([[False, True, False, False, True], [True, True, False, True, False]])
-    options = {"ratio": 0.4, "token_padding_mask": padding}
-    with softmask.backend(backend):
-        expected = ops.attentive_mask(patches, tokens, **options)
-        for value in (float("nan"), float("inf")):
-            got = ops.attentive_mask(patches, tokens.masked_fill(padding[..., None], value), **options)
-            assert torch.equal(got, expected)
 
 
 # -- traced without a gradient, FLOPs ---------------------------------------------------------------------------------

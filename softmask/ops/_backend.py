@@ -50,8 +50,9 @@ def backend(name: str) -> AbstractContextManager[None]:
     """Run the ops inside the ``with`` by one backend: "reference", "cpp", "triton", "cuda", or "auto" (the default).
 
     Holds for the current thread or task. Enter it outside of functions under torch.compile. The gradient of an op is
-    taken by the backend that ran it. The environment variable SOFTMASK_BACKEND sets the default; a function under
-    torch.compile takes what it was when softmask was imported.
+    taken by the backend that ran it. Kernels have first derivatives in reverse mode: under forward-mode AD and the
+    transforms of torch.func "auto" takes the reference, and a named kernel backend raises. The environment variable
+    SOFTMASK_BACKEND sets the default; a function under torch.compile takes what it was when softmask was imported.
 
     Raises:
         ValueError: no backend of this name. BackendError is raised by an op that the named backend cannot run.
