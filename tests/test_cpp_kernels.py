@@ -239,6 +239,50 @@ def test_ids_of_the_queue_need_ids_of_the_batch() -> None:
     assert all(torch.equal(*pair) for pair in zip(with_ids, without, strict=True))
 
 
+@pytest.mark.parametrize("gamma", [0.0, 2.0])
+@pytest.mark.parametrize("spread", [0.0, 1.0, 3.0])
+def test_contrastive_of_rows_of_any_length(spread: float, gamma: float) -> None:
+    """Logits from tiny to thousands: no common shift serves all exponentials of a tile."""
+    case = cases.contrastive(577, gamma=gamma, scale=20.0)
+    image, text = (case.leaves[name] * (spread * cases.normal(577, 1, seed=3)).exp() for name in ("image", "text"))
+    check_errors("cpp", torch.float32, replace(case, leaves=case.leaves | {"image": image, "text": text}))
+
+
+def one_direction(rows: torch.Tensor, columns: torch.Tensor, ids: tuple, first_row: int) -> list[torch.Tensor]:
+    """Losses and gradients of rows among columns, of which the rows' own start at first_row."""
+    scale, gamma = torch.tensor(9.0, dtype=rows.dtype), torch.tensor(2.0)
+    args = (rows, columns, scale, gamma, *ids, first_row, False)
+    loss, statistics = torch.ops.softmask.contrastive(*args)
+    upstream = cases.normal(len(rows), seed=5).to(rows.dtype)
+    return [loss, *torch.ops.softmask.contrastive_backward(upstream, statistics, *args)]
+
+
+@pytest.mark.parametrize("with_ids", FLAGS)
+@pytest.mark.parametrize(("height", "width"), [(130, 577), (577, 600), (200, 1000)])
+def test_rows_among_more_columns(height: int, width: int, with_ids: bool) -> None:
+    """What a rank computes, against the same in fp64."""
+    rows, columns = (cases.unit_rows(count, 33, seed=count) for count in (height, width))
+    first = width - height
+    ids = cases.some_ids(width) if with_ids else None
+    ids = (None if ids is None else ids[first:], ids)
+    for got, exact in zip(
+        one_direction(rows.float(), columns.float(), ids, first), one_direction(rows, columns, ids, first), strict=True
+    ):
+        torch.testing.assert_close(got.double(), exact.double(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("junk", [float("nan"), float("inf")])
+def test_a_broken_row_breaks_no_other(junk: float) -> None:
+    rows, columns = (cases.unit_rows(577, 33, seed=seed).float() for seed in (0, 1))
+    loss, at_rows, _, _ = one_direction(rows, columns, (None, None), 0)
+    rows[300] = junk
+    got, at_broken, _, _ = one_direction(rows, columns, (None, None), 0)
+    others = torch.arange(577) != 300
+    assert got[300].isnan() and at_broken[300].isnan().all()
+    torch.testing.assert_close(got[others], loss[others])
+    torch.testing.assert_close(at_broken[others], at_rows[others])
+
+
 @pytest.mark.parametrize("name", cases.ALL)
 def test_bits_repeat(name: str) -> None:
     """On every run, and with any number of threads but for the contrastive losses, whose products the BLAS splits."""

@@ -14,6 +14,8 @@
 #include <utility>
 #include <vector>
 
+#include "contrastive_problem.h"
+#include "contrastive_tiles.h"
 #include "focal.h"
 #include "simd.h"
 
@@ -22,66 +24,6 @@ namespace {
 
 constexpr int64_t kBlockBytes = 8 << 20;  // of logits
 constexpr int64_t kColumns = 1024;  // worked on at a time, so that their sums stay in the cache
-
-// loss_i of `both`: half of row i's and of column i's, which are then the same samples.
-struct Problem {
-  at::Tensor rows, columns;  // [B, D], [G, D]
-  double scale;
-  Focal focal;
-  Positives positives;
-  bool both;
-
-  Problem(const at::Tensor& rows, const at::Tensor& columns, const at::Tensor& scale,
-          const at::Tensor& gamma, const OptionalTensor& row_ids, const OptionalTensor& column_ids,
-          int64_t first_row, bool both)
-      : rows(rows.to(compute_type(rows)).contiguous()),
-        columns(columns.to(compute_type(rows)).contiguous()),
-        scale(scale.item<double>()),
-        focal{gamma.item<double>()},
-        positives(rows.size(0), columns.size(0), first_row, row_ids, column_ids),
-        both(both) {
-    TORCH_CHECK_VALUE(!both || rows.size(0) == columns.size(0),
-                      "columns: expected as many as rows, ", rows.size(0), ", got ",
-                      columns.size(0));
-  }
-
-  int64_t height() const { return rows.size(0); }
-  int64_t width() const { return columns.size(0); }
-  double share() const { return both ? 0.5 : 1.0; }  // of a direction in the loss
-
-  at::Tensor empty_block() const {
-    const int64_t row_bytes = std::max<int64_t>(1, width() * rows.element_size());
-    const int64_t count =
-        std::clamp<int64_t>(kBlockBytes / row_bytes, 16, std::max<int64_t>(16, height()));
-    return at::empty({count, width()}, rows.options());
-  }
-};
-
-// Of every row, or every column: the log-sum-exp of its logits, and the sum of y h(p) over its
-// positives, which is 1 for gamma = 0.
-template <typename acc_t>
-struct Side {
-  acc_t *highest, *rest, *slope;
-
-  simd::LogSum<acc_t> log_sum(int64_t i) const { return {highest[i], rest[i]}; }
-};
-
-template <typename acc_t>
-struct Statistics {
-  Side<acc_t> rows, columns;  // columns only where there are both directions
-
-  static at::Tensor empty(const Problem& problem) {
-    return at::empty({problem.both ? 6 : 3, problem.height()}, problem.rows.options());
-  }
-  explicit Statistics(const at::Tensor& memory)
-      : rows(side(memory, 0)), columns(memory.size(0) > 3 ? side(memory, 3) : Side<acc_t>{}) {}
-
- private:
-  static Side<acc_t> side(const at::Tensor& memory, int64_t first) {
-    acc_t* data = memory.mutable_data_ptr<acc_t>() + first * memory.size(1);
-    return {data, data + memory.size(1), data + 2 * memory.size(1)};
-  }
-};
 
 // A row of products becomes a row of logits; returns their log-sum-exp.
 struct RowLogSumExp {
@@ -125,36 +67,17 @@ struct ColumnSums {
   }
 };
 
-// A row of products becomes the gradient at the logits, positives aside; returns its product with
-// the products.
-struct RowGradient {
-  template <int Bytes, typename acc_t>
-  static SOFTMASK_INLINE void run(acc_t* row, int64_t size, acc_t scale, acc_t weight,
-                                  const simd::LogSum<acc_t>& sum, const acc_t* column_weight,
-                                  const Side<acc_t>& columns, acc_t* at_scale) {
-    constexpr int kLanes = simd::kLanesOf<acc_t, Bytes>;
-    simd::Vector<acc_t, Bytes> total{};
-    for (int64_t j = 0; j < size; j += kLanes) {
-      const auto product = simd::load_some<Bytes>(row + j, size - j, acc_t(0));
-      const auto z = product * scale;
-      auto gradient = simd::exp_nonpositive(z - sum.highest - sum.rest) * weight;
-      if (column_weight != nullptr) {
-        const auto highest = simd::load_some<Bytes>(columns.highest + j, size - j, acc_t(0));
-        const auto rest = simd::load_some<Bytes>(columns.rest + j, size - j, acc_t(0));
-        const auto by_column = simd::load_some<Bytes>(column_weight + j, size - j, acc_t(0));
-        gradient += simd::exp_nonpositive(z - highest - rest) * by_column;
-      }
-      total += gradient * product;
-      simd::store_some(row + j, gradient, size - j);
-    }
-    *at_scale = simd::sum_lanes(total);
-  }
-};
+at::Tensor empty_block(const Problem& problem) {
+  const int64_t row_bytes = std::max<int64_t>(1, problem.width() * problem.rows.element_size());
+  const int64_t count =
+      std::clamp<int64_t>(kBlockBytes / row_bytes, 16, std::max<int64_t>(16, problem.height()));
+  return at::empty({count, problem.width()}, problem.rows.options());
+}
 
 // The rows of blocks in their order, `work(block, first, count)` on each.
 template <typename Work>
 void for_each_block(const Problem& problem, const Work& work) {
-  const at::Tensor memory = problem.empty_block(), columns = problem.columns.t();
+  const at::Tensor memory = empty_block(problem), columns = problem.columns.t();
   for (int64_t first = 0; first < problem.height(); first += memory.size(0)) {
     const int64_t count = std::min(memory.size(0), problem.height() - first);
     at::Tensor block = memory.narrow(0, 0, count);
@@ -193,11 +116,10 @@ void finish_rows(const Problem& problem, const Statistics<acc_t>& statistics, ac
 }
 
 template <typename acc_t>
-void finish_columns(const Problem& problem, const Side<acc_t>& columns, const acc_t* sums,
-                    const acc_t* logits, double* loss) {
+void finish_columns(const Problem& problem, const Side<acc_t>& columns, const acc_t* logits,
+                    double* loss) {
   const Positives& positives = problem.positives;
   std::vector<double> slope(problem.width());
-  for (int64_t j = 0; j < problem.width(); ++j) columns.rest[j] = std::log(sums[j]);
   for (int64_t i = 0; i < problem.height(); ++i) {
     for (int64_t k = positives.first[i]; k < positives.first[i + 1]; ++k) {
       const int64_t j = positives.columns[k];
@@ -208,6 +130,28 @@ void finish_columns(const Problem& problem, const Side<acc_t>& columns, const ac
     }
   }
   std::copy_n(slope.begin(), slope.size(), columns.slope);
+}
+
+// By tiles: losses and slopes from the log-sum-exps.
+void tiled_forward(const Problem& problem, at::Tensor& loss, const at::Tensor& memory) {
+  const Statistics<float> statistics(memory);
+  const Positives& positives = problem.positives;
+  std::vector<float> logits(positives.columns.size());
+  std::vector<double> losses(problem.height());
+  tiles::log_sums(problem, statistics, logits.data());
+  for (int64_t i = 0; i < problem.height(); ++i) {
+    const simd::LogSum<float> sum = statistics.rows.log_sum(i);
+    double total = 0.0, slope = 0.0;
+    for (int64_t k = positives.first[i]; k < positives.first[i + 1]; ++k) {
+      total += problem.focal.loss(sum.log_probability(logits[k]));
+      slope += problem.focal.slope(sum.log_probability(logits[k]));
+    }
+    const auto targets = static_cast<double>(positives.count(i));
+    losses[i] = problem.share() * total / targets;
+    statistics.rows.slope[i] = static_cast<float>(slope / targets);
+  }
+  if (problem.both) finish_columns(problem, statistics.columns, logits.data(), losses.data());
+  std::copy(losses.begin(), losses.end(), loss.mutable_data_ptr<float>());
 }
 
 template <typename acc_t>
@@ -230,7 +174,8 @@ void forward_kernel(const Problem& problem, at::Tensor& loss, const at::Tensor& 
     });
   });
   if (problem.both) {
-    finish_columns(problem, statistics.columns, sums.data(), logits.data(), losses.data());
+    for (int64_t j = 0; j < width; ++j) statistics.columns.rest[j] = std::log(sums[j]);
+    finish_columns(problem, statistics.columns, logits.data(), losses.data());
   }
   std::copy(losses.begin(), losses.end(), loss.mutable_data_ptr<acc_t>());
 }
@@ -256,12 +201,7 @@ void block_gradient(const Problem& problem, const Statistics<acc_t>& statistics,
       for (int64_t k = positives.first[sample]; k < positives.first[sample + 1]; ++k) {
         const int64_t j = positives.columns[k];
         const acc_t z = scale * row[j];
-        double gradient =
-            weight / double(positives.count(sample)) * problem.focal.slope(sum.log_probability(z));
-        if (problem.both) {
-          gradient += share * grad[j] / double(positives.count(j)) *
-                      problem.focal.slope(statistics.columns.log_sum(j).log_probability(z));
-        }
+        const double gradient = target_gradient(problem, statistics, grad, sample, j, z);
         targets.emplace_back(row[j], static_cast<acc_t>(gradient));
       }
       simd::run<RowGradient>(
@@ -309,6 +249,9 @@ std::tuple<at::Tensor, at::Tensor> contrastive(const at::Tensor& rows, const at:
   at::Tensor loss = at::empty({rows.size(0)}, problem.rows.options()), memory = at::Tensor();
   AT_DISPATCH_FLOATING_TYPES(problem.rows.scalar_type(), "contrastive", [&] {
     memory = Statistics<scalar_t>::empty(problem);
+    if constexpr (std::is_same_v<scalar_t, float>) {
+      if (tiles::are_worth_it(problem)) return tiled_forward(problem, loss, memory);
+    }
     forward_kernel<scalar_t>(problem, loss, memory);
   });
   return {loss, memory};
@@ -324,8 +267,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> contrastive_backward(
       problem.height() > 0 ? at::empty_like(problem.columns) : at::zeros_like(problem.columns);
   double at_scale = 0.0;
   AT_DISPATCH_FLOATING_TYPES(problem.rows.scalar_type(), "contrastive_backward", [&] {
-    at_scale =
-        backward_kernel<scalar_t>(problem, grad.contiguous(), statistics, rows_grad, columns_grad);
+    const at::Tensor upstream = grad.contiguous();
+    if constexpr (std::is_same_v<scalar_t, float>) {
+      if (tiles::are_worth_it(problem)) {
+        at_scale = tiles::gradients(problem, Statistics<float>(statistics),
+                                    upstream.const_data_ptr<float>(), rows_grad, columns_grad);
+        return;
+      }
+    }
+    at_scale = backward_kernel<scalar_t>(problem, upstream, statistics, rows_grad, columns_grad);
   });
   return {rows_grad.to(rows.scalar_type()), columns_grad.to(columns.scalar_type()),
           at::scalar_tensor(at_scale, scale.options())};

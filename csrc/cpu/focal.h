@@ -71,6 +71,7 @@ struct Focal {
     return std::max(-std::expm1(log_p), std::numeric_limits<double>::min());
   }
   double loss(double log_p) const {
+    log_p = std::min(log_p, 0.0);
     return gamma == 0.0 ? -log_p : -std::pow(miss(log_p), gamma) * log_p;
   }
   double slope(double log_p) const {

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "focal.h"
+#include "products.h"
 #include "simd.h"
 
 namespace softmask {
@@ -258,12 +259,96 @@ double focal_row(const Problem& problem, const Row<acc_t>& row, int64_t sample) 
   return loss;
 }
 
+// Products with the keys of one part, by torch's BLAS or, where they are ours (products.h), a few
+// keys at a time.
+class KeyProducts {
+ public:
+  explicit KeyProducts(const at::Tensor& keys)
+      : keys_(keys), ours_(products::are_ours(keys.scalar_type())) {}
+
+  // Numbers from one row of logits to the next: no power of two, at which they would share a few
+  // places in the cache.
+  int64_t pitch() const { return ours_ ? products::padded(size()) + products::kPanel : size(); }
+  int64_t size() const { return keys_.size(0); }
+
+  // logits [rows, size] = rows [rows, D] keys^T
+  void logits(const at::Tensor& rows, at::Tensor logits) const {
+    if (!ours_) {
+      at::mm_out(logits, rows, keys_.t());
+      return;
+    }
+    for_each_tile(1, [&](int64_t, const Tile& tile) {
+      simd::run<products::Pack>(tile.keys, keys_.stride(0), keys_.stride(1), tile.count, depth(),
+                                tile.panels);
+      simd::run<products::Multiply>(
+          products::Product{logits.mutable_data_ptr<float>() + tile.first, logits.stride(0),
+                            /*add=*/false, 1.0f, rows.const_data_ptr<float>(), rows.stride(0), 1,
+                            tile.panels, rows.size(0), tile.count, depth()});
+    });
+  }
+
+  // to [rows, D] += at_logits [rows, size] keys
+  void add_gradient(const at::Tensor& at_logits, at::Tensor to) const {
+    if (!ours_) {
+      to.addmm_(at_logits, keys_);
+      return;
+    }
+    const at::Tensor sums = at::zeros({kSums, to.size(0), depth()}, to.options());
+    auto* data = sums.mutable_data_ptr<float>();
+    for_each_tile(kSums, [&](int64_t sum, const Tile& tile) {
+      simd::run<products::Pack>(tile.keys, keys_.stride(1), keys_.stride(0), depth(), tile.count,
+                                tile.panels);
+      simd::run<products::Multiply>(
+          products::Product{data + sum * to.numel(), depth(), /*add=*/true, 1.0f,
+                            at_logits.const_data_ptr<float>() + tile.first, at_logits.stride(0), 1,
+                            tile.panels, to.size(0), depth(), tile.count});
+    });
+    to.add_(sums.sum(0));
+  }
+
+ private:
+  static constexpr int64_t kTile = 192;  // keys
+  static constexpr int64_t kSums = 16;   // each by one thread, whatever their number
+
+  struct Tile {
+    int64_t first, count;
+    const float* keys;
+    float* panels;  // room for them
+  };
+
+  int64_t depth() const { return keys_.size(1); }
+
+  // work(task, tile) on all tiles, in `tasks` tasks of which one thread does each, or one by one.
+  template <typename Work>
+  void for_each_tile(int64_t tasks, const Work& work) const {
+    const int64_t tiles = (size() + kTile - 1) / kTile, room = kTile * products::padded(depth());
+    if (tasks == 1) tasks = tiles;
+    const at::Tensor memory = at::empty({at::get_num_threads(), room}, keys_.options());
+    const auto* keys = keys_.const_data_ptr<float>();
+    auto* rooms = memory.mutable_data_ptr<float>();
+    at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        for (int64_t at = task * tiles / tasks; at < (task + 1) * tiles / tasks; ++at) {
+          const int64_t first = at * kTile;
+          work(task, Tile{first, std::min(kTile, size() - first), keys + first * keys_.stride(0),
+                          rooms + at::get_thread_num() * room});
+        }
+      }
+    });
+  }
+
+  at::Tensor keys_;
+  bool ours_;
+};
+
 // Losses [B] and, where there is memory for them, d loss_i / d (logit_scale * query_i) [B, D].
 template <typename acc_t>
 void kernel(const Problem& problem, at::Tensor& losses, const OptionalTensor& gradients) {
   const int64_t count = problem.block_rows();
+  const std::array<KeyProducts, 2> keys{KeyProducts(problem.keys[0]), KeyProducts(problem.keys[1])};
   const at::Tensor rows = at::empty({2 * count, problem.query.size(1)}, problem.query.options());
-  const at::Tensor memory = at::empty({2 * count * problem.width()}, problem.query.options());
+  const at::Tensor memory =
+      at::empty({2 * count * (keys[0].pitch() + keys[1].pitch())}, problem.query.options());
   auto* loss = losses.mutable_data_ptr<acc_t>();
   for (int64_t first = 0; first < problem.height(); first += count) {
     const int64_t n = std::min(count, problem.height() - first),
@@ -274,19 +359,20 @@ void kernel(const Problem& problem, at::Tensor& losses, const OptionalTensor& gr
     std::array<at::Tensor, 2> logits;  // [2n, keys]: the student's rows, then the teacher's
     int64_t used = 0;
     for (int part = 0; part < 2; ++part) {
-      const int64_t size = problem.keys[part].size(0);
-      logits[part] = memory.narrow(0, used, 2 * n * size).view({2 * n, size});
-      at::Tensor products = logits[part].narrow(0, 0, streams * n);
-      at::mm_out(products, rows.narrow(0, 0, streams * n), problem.keys[part].t());
-      used += 2 * n * size;
+      const int64_t size = 2 * n * keys[part].pitch();
+      logits[part] = memory.narrow(0, used, size)
+                         .view({2 * n, keys[part].pitch()})
+                         .narrow(1, 0, keys[part].size());
+      keys[part].logits(rows.narrow(0, 0, streams * n), logits[part].narrow(0, 0, streams * n));
+      used += size;
     }
     at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         Row<acc_t> row;
         for (int part = 0; part < 2; ++part) {
-          const int64_t size = logits[part].size(1);
+          const int64_t pitch = keys[part].pitch();
           auto* data = logits[part].template mutable_data_ptr<acc_t>();
-          row[part] = {{data + i * size, data + (n + i) * size}, size};
+          row[part] = {{data + i * pitch, data + (n + i) * pitch}, keys[part].size()};
         }
         const double row_loss = problem.focal.gamma == 0.0
                                     ? cross_entropy_row(problem, row, first + i)
@@ -295,9 +381,10 @@ void kernel(const Problem& problem, at::Tensor& losses, const OptionalTensor& gr
       }
     });
     if (!gradients.has_value()) continue;
-    at::Tensor gradient = gradients->narrow(0, first, n);
-    at::mm_out(gradient, logits[0].narrow(0, 0, n), problem.keys[0]);
-    if (problem.keys[1].size(0) > 0) gradient.addmm_(logits[1].narrow(0, 0, n), problem.keys[1]);
+    const at::Tensor gradient = gradients->narrow(0, first, n).zero_();
+    for (int part = 0; part < 2; ++part) {
+      if (keys[part].size() > 0) keys[part].add_gradient(logits[part].narrow(0, 0, n), gradient);
+    }
   }
 }
 

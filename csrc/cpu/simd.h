@@ -75,17 +75,31 @@ inline int vector_bytes() {
 template <typename T>
 constexpr T kLowest = -std::numeric_limits<T>::infinity();
 
-// to[i] = <left, row i of right>, rows `stride` apart, for i < count; sums in acc_t.
+// to[i] = <left, row i of right>, rows `stride` apart, for i < count; sums in acc_t. Row after row:
+// memory that is read at several places at once comes slower.
+template <int Bytes, typename acc_t, typename scalar_t, typename Side>
+SOFTMASK_INLINE void dots_of(acc_t* to, const Side& left, const scalar_t* right, int64_t stride,
+                             int64_t count) {
+  constexpr int kLanes = kLanesOf<acc_t, Bytes>;
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    Vector<acc_t, Bytes> sums[kLanes];
+    for (int k = 0; k < kLanes; ++k) sums[k] = left.products(right + (i + k) * stride);
+    store(to + i, sums_of_lanes<kLanes>(sums));
+  }
+  for (; i < count; ++i) to[i] = sum_lanes(left.products(right + i * stride));
+}
+
 template <int Bytes, typename acc_t, typename scalar_t>
 SOFTMASK_INLINE void dots(acc_t* to, const acc_t* left, const scalar_t* right, int64_t stride,
                           int64_t count, int64_t size) {
-  constexpr int kLanes = Bytes / sizeof(acc_t);
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    store(to + i, partial_sums<Bytes, kLanes>(left, right + i * stride, stride, size));
-  }
-  for (; i < count; ++i) {
-    to[i] = sum_lanes(partial_sums<Bytes, 1>(left, right + i * stride, stride, size));
+  constexpr int kLanes = kLanesOf<acc_t, Bytes>;
+  if (size == 8 * kLanes) {
+    dots_of<Bytes>(to, LeftInRegisters<acc_t, Bytes, 8>(left), right, stride, count);
+  } else if (size == 4 * kLanes) {
+    dots_of<Bytes>(to, LeftInRegisters<acc_t, Bytes, 4>(left), right, stride, count);
+  } else {
+    dots_of<Bytes>(to, Left<acc_t, Bytes>{left, size}, right, stride, count);
   }
 }
 

@@ -12,6 +12,13 @@
 
 #define SOFTMASK_INLINE inline __attribute__((always_inline))
 
+// Small loops over what is in registers.
+#if defined(__clang__)
+#define SOFTMASK_UNROLL _Pragma("unroll")
+#else
+#define SOFTMASK_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed between inlined functions only
 #endif
@@ -86,6 +93,14 @@ SOFTMASK_INLINE void store_some(T* to, const V& from, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = from[i];
 }
 
+// Zeros in the lanes after the first `count`.
+template <typename V>
+SOFTMASK_INLINE V first_lanes(const V& vector, int64_t count) {
+  V some{};
+  for (int64_t i = 0; i < count; ++i) some[i] = vector[i];
+  return some;
+}
+
 template <typename V>
 SOFTMASK_INLINE auto sum_lanes(const V& vector) {
   auto total = vector[0];
@@ -124,15 +139,33 @@ SOFTMASK_INLINE V half_of_rows(const V& a, const V& b, std::integer_sequence<int
       std::integer_sequence<int, lane / kSums * 2 * kSums + lane % kSums + second * kSums...>{});
 }
 
+// Lane j of row i becomes lane i of row j: blocks of `size` lanes change places between rows `size`
+// apart.
+template <int size, typename V, int lanes, int... lane>
+SOFTMASK_INLINE void transpose(V (&rows)[lanes], std::integer_sequence<int, lane...> all) {
+  for (int i = 0; i < lanes; ++i) {
+    if (i & size) continue;
+    const V a = rows[i], b = rows[i + size];
+    rows[i] =
+        shuffle(a, b, std::integer_sequence<int, (lane & size ? lanes + lane - size : lane)...>{});
+    rows[i + size] =
+        shuffle(a, b, std::integer_sequence<int, (lane & size ? lanes + lane : lane + size)...>{});
+  }
+  if constexpr (2 * size < lanes) transpose<2 * size>(rows, all);
+}
+
 constexpr int64_t kTogether = 16;  // terms of a sum before it is added to the next one
 
-// Sums of products of left with `rows` consecutive rows, row by row, kLanes / rows partial sums for
-// each.
-template <int Bytes, int rows, typename acc_t, typename scalar_t>
-SOFTMASK_INLINE Vector<acc_t, Bytes> partial_sums(const acc_t* left, const scalar_t* right,
-                                                  int64_t stride, int64_t size) {
-  constexpr int kLanes = kLanesOf<acc_t, Bytes>;
-  if constexpr (rows == 1) {
+// Sums of products of left with a row of any size, kLanes partial sums.
+template <typename acc_t, int Bytes>
+struct Left {
+  static constexpr int kLanes = kLanesOf<acc_t, Bytes>;
+
+  const acc_t* left;
+  int64_t size;
+
+  template <typename scalar_t>
+  SOFTMASK_INLINE Vector<acc_t, Bytes> products(const scalar_t* right) const {
     Vector<acc_t, Bytes> total{};
     int64_t i = 0;
     while (i + kLanes <= size) {  // a few together: long sums in one variable lose digits
@@ -144,9 +177,36 @@ SOFTMASK_INLINE Vector<acc_t, Bytes> partial_sums(const acc_t* left, const scala
     }
     for (; i < size; ++i) total[0] += left[i] * static_cast<acc_t>(right[i]);
     return total;
+  }
+};
+
+// The same, the left side in registers: attention heads are few vectors wide.
+template <typename acc_t, int Bytes, int vectors>
+struct LeftInRegisters {
+  static constexpr int kLanes = kLanesOf<acc_t, Bytes>;
+
+  Vector<acc_t, Bytes> of[vectors];
+
+  SOFTMASK_INLINE explicit LeftInRegisters(const acc_t* left) {
+    for (int i = 0; i < vectors; ++i) of[i] = load<Bytes, acc_t>(left + i * kLanes);
+  }
+  template <typename scalar_t>
+  SOFTMASK_INLINE Vector<acc_t, Bytes> products(const scalar_t* right) const {
+    Vector<acc_t, Bytes> sums = of[0] * load<Bytes, acc_t>(right);
+    SOFTMASK_UNROLL
+    for (int i = 1; i < vectors; ++i) sums += of[i] * load<Bytes, acc_t>(right + i * kLanes);
+    return sums;
+  }
+};
+
+// The sums of the lanes of each of `rows` vectors, kLanes / rows partial sums for each.
+template <int rows, typename V>
+SOFTMASK_INLINE V sums_of_lanes(const V* vectors) {
+  if constexpr (rows == 1) {
+    return vectors[0];
   } else {
-    const auto a = partial_sums<Bytes, rows / 2>(left, right, stride, size);
-    const auto b = partial_sums<Bytes, rows / 2>(left, right + rows / 2 * stride, stride, size);
+    const V a = sums_of_lanes<rows / 2>(vectors), b = sums_of_lanes<rows / 2>(vectors + rows / 2);
+    constexpr int kLanes = static_cast<int>(sizeof(V) / sizeof(a[0]));
     constexpr auto kAll = std::make_integer_sequence<int, kLanes>{};
     return half_of_rows<rows, 0>(a, b, kAll) + half_of_rows<rows, 1>(a, b, kAll);
   }

@@ -121,10 +121,8 @@ struct AddMaps {
         const int64_t token = problem.index[b * problem.words * problem.subtokens + row];
         if (token < 0 || !load_row<Bytes>(problem, scratch, b, h, token)) continue;
         acc_t* map = maps + (row / problem.subtokens - first) * size;
-        if (problem.gradcam) {  // !(g < 0) lets a NaN through
-          for (int64_t p = 0; p < size; ++p) {
-            map[p] += gradient[p] < 0 ? acc_t(0) : attention[p] * gradient[p];
-          }
+        if (problem.gradcam) {
+          add_gradcam<Bytes>(map, attention, gradient, size);
         } else {
           for (int64_t p = 0; p < size; ++p) map[p] += attention[p];
         }
@@ -134,6 +132,20 @@ struct AddMaps {
       const int64_t rows = problem.heads * std::max<int64_t>(1, problem.subtokens_of(b, w));
       acc_t* map = maps + (w - first) * size;
       for (int64_t p = 0; p < size; ++p) map[p] /= static_cast<acc_t>(rows);
+    }
+  }
+
+ private:
+  // In vectors, since signs are not to be foreseen; !(g < 0) lets a NaN through.
+  template <int Bytes, typename acc_t>
+  static SOFTMASK_INLINE void add_gradcam(acc_t* map, const acc_t* attention, const acc_t* gradient,
+                                          int64_t size) {
+    for (int64_t p = 0; p < size; p += simd::kLanesOf<acc_t, Bytes>) {
+      const int64_t left = size - p;
+      const auto a = simd::load_some<Bytes>(attention + p, left, acc_t(0));
+      const auto g = simd::load_some<Bytes>(gradient + p, left, acc_t(0));
+      const auto before = simd::load_some<Bytes>(map + p, left, acc_t(0)), product = a * g;
+      simd::store_some(map + p, before + (g < 0 ? simd::Vector<acc_t, Bytes>{} : product), left);
     }
   }
 };

@@ -1,0 +1,114 @@
+// What the ways to compute the contrastive loss share: the problem, what is kept of it for the
+// backward pass, and the gradient at logits.
+
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "focal.h"
+#include "simd.h"
+#include "types.h"
+
+namespace softmask {
+
+// loss_i of `both`: half of row i's and of column i's, which are then the same samples.
+struct Problem {
+  at::Tensor rows, columns;  // [B, D], [G, D]
+  double scale;
+  Focal focal;
+  Positives positives;
+  bool both;
+
+  Problem(const at::Tensor& rows, const at::Tensor& columns, const at::Tensor& scale,
+          const at::Tensor& gamma, const OptionalTensor& row_ids, const OptionalTensor& column_ids,
+          int64_t first_row, bool both)
+      : rows(rows.to(compute_type(rows)).contiguous()),
+        columns(columns.to(compute_type(rows)).contiguous()),
+        scale(scale.item<double>()),
+        focal{gamma.item<double>()},
+        positives(rows.size(0), columns.size(0), first_row, row_ids, column_ids),
+        both(both) {
+    TORCH_CHECK_VALUE(!both || rows.size(0) == columns.size(0),
+                      "columns: expected as many as rows, ", rows.size(0), ", got ",
+                      columns.size(0));
+  }
+
+  int64_t height() const { return rows.size(0); }
+  int64_t width() const { return columns.size(0); }
+  double share() const { return both ? 0.5 : 1.0; }  // of a direction in the loss
+};
+
+// Of every row, or every column: the log-sum-exp of its logits, and the sum of y h(p) over its
+// positives, which is 1 for gamma = 0.
+template <typename acc_t>
+struct Side {
+  acc_t *highest, *rest, *slope;
+
+  simd::LogSum<acc_t> log_sum(int64_t i) const { return {highest[i], rest[i]}; }
+  double probability(int64_t i, double logit) const {
+    return std::exp(logit - highest[i] - rest[i]);
+  }
+  Side from(int64_t i) const { return {highest + i, rest + i, slope + i}; }
+};
+
+template <typename acc_t>
+struct Statistics {
+  Side<acc_t> rows, columns;  // columns only where there are both directions
+
+  static at::Tensor empty(const Problem& problem) {
+    return at::empty({problem.both ? 6 : 3, problem.height()}, problem.rows.options());
+  }
+  explicit Statistics(const at::Tensor& memory)
+      : rows(side(memory, 0)), columns(memory.size(0) > 3 ? side(memory, 3) : Side<acc_t>{}) {}
+
+ private:
+  static Side<acc_t> side(const at::Tensor& memory, int64_t first) {
+    acc_t* data = memory.mutable_data_ptr<acc_t>() + first * memory.size(1);
+    return {data, data + memory.size(1), data + 2 * memory.size(1)};
+  }
+};
+
+// A row of products becomes the gradient at the logits, positives aside; returns its product with
+// the products.
+struct RowGradient {
+  template <int Bytes, typename acc_t>
+  static SOFTMASK_INLINE void run(acc_t* row, int64_t size, acc_t scale, acc_t weight,
+                                  const simd::LogSum<acc_t>& sum, const acc_t* column_weight,
+                                  const Side<acc_t>& columns, acc_t* at_scale) {
+    constexpr int kLanes = simd::kLanesOf<acc_t, Bytes>;
+    simd::Vector<acc_t, Bytes> total{};
+    for (int64_t j = 0; j < size; j += kLanes) {
+      const auto product = simd::load_some<Bytes>(row + j, size - j, acc_t(0));
+      const auto z = product * scale;
+      auto gradient = simd::exp_nonpositive(z - sum.highest - sum.rest) * weight;
+      if (column_weight != nullptr) {
+        const auto highest = simd::load_some<Bytes>(columns.highest + j, size - j, acc_t(0));
+        const auto rest = simd::load_some<Bytes>(columns.rest + j, size - j, acc_t(0));
+        const auto by_column = simd::load_some<Bytes>(column_weight + j, size - j, acc_t(0));
+        gradient += simd::exp_nonpositive(z - highest - rest) * by_column;
+      }
+      total += gradient * product;
+      simd::store_some(row + j, gradient, size - j);
+    }
+    *at_scale = simd::sum_lanes(total);
+  }
+};
+
+// What the positives add to the gradient at one logit of theirs, with the sign turned.
+template <typename acc_t>
+double target_gradient(const Problem& problem, const Statistics<acc_t>& statistics,
+                       const acc_t* grad, int64_t row, int64_t column, acc_t logit) {
+  const auto of = [&](const Side<acc_t>& side, int64_t i) {
+    const double log_p = side.log_sum(i).log_probability(logit);
+    return problem.share() * grad[i] / double(problem.positives.count(i)) *
+           problem.focal.slope(log_p);
+  };
+  const double gradient = of(statistics.rows, row);
+  return problem.both ? gradient + of(statistics.columns, column) : gradient;
+}
+
+}  // namespace softmask
