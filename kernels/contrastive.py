@@ -184,10 +184,13 @@ def _finish(
         tl.store(shares + i, 1.0 / count, mask=i < height)
 
 
-def _config(table: Configs, rows: Tensor) -> dict[str, Any]:
-    """BLOCK_K of the table is that of two-byte types."""
-    options = config(table, rows)
-    return options | dots(rows) | {"BLOCK_K": options["BLOCK_K"] * 2 // rows.element_size()}
+def _config(table: Configs, rows: Tensor, width: int, *, with_ids: bool) -> dict[str, Any]:
+    """In fp32 logits are summed up in the backward's blocks of features, for it must find the same: where a row is
+    right, a rounding of its largest logit is much of its gradient."""
+    options = config(table, rows) | dots(rows)
+    if rows.dtype == torch.float32:
+        options["BLOCK_K"] = backward_config(rows, width, with_ids=with_ids, atomics=ATOMICS)["BLOCK_K"]
+    return options
 
 
 def forward(
@@ -205,7 +208,7 @@ def forward(
     statistic, one over the number of positives."""
     sides = as_read(rows, columns, row_ids, column_ids)
     (height, depth), width = rows.shape, len(columns)
-    options = _config(TILES, rows)
+    options = _config(TILES, rows, width, with_ids=row_ids is not None)
     row_tiles, column_tiles = triton.cdiv(height, options["BLOCK_M"]), triton.cdiv(width, options["BLOCK_N"])
     per_sample = rows.new_empty((height,), dtype=torch.float32)
     positives = torch.empty_like(per_sample) if row_ids is None else None
@@ -219,7 +222,7 @@ def forward(
     )  # fmt: skip
     loss = torch.empty_like(per_sample)
     statistics = per_sample.new_empty(((6 if both else 3) + (row_ids is not None), height))
-    options = _config(FINISH, rows)
+    options = _config(FINISH, rows, width, with_ids=row_ids is not None)
     launch(
         _finish, (triton.cdiv(height, options["BLOCK_M"]),),
         *sides, scale, gamma, row_sums, column_sums, positives, loss, statistics,

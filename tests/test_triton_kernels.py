@@ -34,13 +34,42 @@ def test_soft_mask(size: int, dtype: torch.dtype) -> None:
     check_errors("triton", dtype, cases.soft_mask(size, words=3, prefix=0))
 
 
+def on_gpu_tiles(name: str, dtype: torch.dtype) -> list[Case]:
+    """Of the contrastive losses every kind of gradient, logits in several blocks of features, and texts alike to their
+    images where they have ids, at sizes of several tiles; in fp32, whose errors are least, at two scales."""
+    if name not in ("contrastive", "momentum_contrastive"):
+        return [cases.ALL[name]]
+    make = (
+        partial(cases.contrastive, 40) if name == "contrastive" else partial(cases.momentum_contrastive, 35, queue=40)
+    )
+    every = [(gamma, with_ids) for gamma in (0.0, 0.5, 2.0) for with_ids in FLAGS]
+    scales = (14.0, 100.0) if dtype == torch.float32 else (100.0,)
+    return [
+        make(width=72, gamma=gamma, with_ids=with_ids, scale=scale, alike=with_ids)
+        for gamma, with_ids in every
+        for scale in scales
+    ]
+
+
 @pytest.mark.parametrize("name", cases.ALL)
-def test_tiles_of_a_gpu(name: str) -> None:
+@pytest.mark.parametrize(("architecture", "dtype"), [(80, torch.float32), (90, torch.bfloat16)])
+def test_tiles_of_a_gpu(name: str, architecture: int, dtype: torch.dtype) -> None:
     """The interpreter has larger tiles of its own; with those of a GPU all loops go round several times."""
     from softmask.kernels._launch import hooked
 
-    with hooked(lambda one: one.run(), architecture=80):
-        check_errors("triton", torch.float32, cases.ALL[name])
+    with hooked(lambda one: one.run(), architecture=architecture):
+        check_errors("triton", dtype, *on_gpu_tiles(name, dtype))
+
+
+def test_tiles_of_a_gpu_for_many_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backward of many samples has other tiles, and must have the forward's logits."""
+    from softmask.kernels import contrastive_backward
+    from softmask.kernels._launch import hooked
+
+    monkeypatch.setattr(contrastive_backward, "MANY", 0)
+    given = [cases.contrastive(40, width=72, gamma=gamma, scale=100.0) for gamma in (0.0, 2.0)]
+    with hooked(lambda one: one.run(), architecture=100):
+        check_errors("triton", torch.float32, *given)
 
 
 @pytest.mark.parametrize(("name", "atomics"), [*((name, False) for name in cases.ALL), ("contrastive", True)])
