@@ -21,7 +21,7 @@ PIP := $(IN_VENV) python -m pip install -q --disable-pip-version-check -c constr
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null | sort)
 READY := $(VENV)/.extension
 
-.PHONY: help env pretrain ablation test bench gpu-report sanitize lint format clean
+.PHONY: help env pretrain ablation test bench gpu-report gpu-budgets gpu-matrix sanitize lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -86,6 +86,12 @@ $(VENV)/.peers: setup.py constraints.txt | $(READY)
 
 gpu-report: $(READY)  ## what is known of the Triton kernels without a GPU: registers, tensor cores, bytes moved
 	@$(IN_VENV) python benchmarks/gpu_report.py
+
+gpu-budgets: $(READY)  ## every variant of the Triton kernels against the limits of six processors; ARGS="attention"
+	@$(IN_VENV) python benchmarks/gpu_budgets.py $(ARGS)
+
+gpu-matrix: $(READY)  ## which Triton, 3.2 to 3.8, compiles which kernels; installs each into build/; ARGS="3.3.1"
+	@$(IN_VENV) python benchmarks/gpu_matrix.py $(ARGS)
 
 # The interpreter is not instrumented, so its leaks are not ours, and the sanitizers' libraries come first.
 sanitize: $(READY)  ## tests of the C++ kernels under the address and undefined-behaviour sanitizers

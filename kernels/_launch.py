@@ -19,10 +19,13 @@ AUTOTUNE = os.environ.get("SOFTMASK_AUTOTUNE", "0") not in ("", "0")
 WARP_FACTORS = (0.5, 1, 2)  # what tuning tries, times the table's number of warps
 OLDEST = 80  # the first compute capability in every table
 
+SMALL = (86, 87, 89, 120, 121)  # 99 KiB of shared memory a block, products as on 80
+
 Configs = Mapping[int, Mapping[str, int]]
 """Compute capability (80, 90, 100) -> block sizes, num_warps, num_stages and maxnreg. A newer one takes the nearest
-below; 0 is the interpreter, whose time is the number of programs. maxnreg, registers a thread: by itself the assembler
-spills a few to let one block more in; at a limit that lets in as many, it does not."""
+below of its kind: the small ones (86, 89, 120) take each other's and 80's, the others never theirs. 0 is the
+interpreter, whose time is the number of programs. maxnreg, registers a thread: by itself the assembler spills a few to
+let one block more in; at a limit that lets in as many, it does not."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,13 @@ def config(table: Configs, tensor: Tensor) -> dict[str, int]:
     if _architecture is None and tensor.is_cuda:
         major, minor = torch.cuda.get_device_capability(tensor.device)
         capability = 10 * major + minor
-    return dict(table[max(known for known in table if OLDEST <= known <= capability)])
+    return dict(table[_nearest(table, capability)])
+
+
+def _nearest(table: Configs, capability: int) -> int:
+    """The entry for a processor: the newest of its kind that is not newer, else the oldest."""
+    alike = [known for known in table if (known in SMALL) == (capability in SMALL) and OLDEST <= known <= capability]
+    return max(alike, default=OLDEST)
 
 
 def dots(*tensors: Tensor) -> dict[str, Any]:

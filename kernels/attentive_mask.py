@@ -1,7 +1,7 @@
 """attentive_mask: the patches of an image that are most, or least, relevant to its caption.
 
 The first launch gives every patch a score. A program holds the cosines of a tile of patches with all tokens (beyond 128
-tokens with a block of them after the other) and streams both by chunks of the width: patches are read once, the few
+tokens with 64 of them after the others) and streams both by chunks of the width: patches are read once, the few
 tokens by every tile of their image. Norms are summed up beside the products, which are divided by them at the end. The
 second launch ranks: a patch is selected if fewer than `count` patches of its image come before it. Comparing all pairs
 takes some hundred comparisons per patch, without a sort and without knowing on the host what was chosen.
@@ -112,7 +112,10 @@ def forward(patches: Tensor, tokens: Tensor, token_padding_mask: Tensor | None, 
     selected = patches.new_empty((batch, num_patches), dtype=torch.bool)
     options = config(SCORE, patches)
     row_bytes = options.pop("ROW_BYTES")
-    block_tokens = min(max(triton.next_power_of_2(num_tokens), MIN_BLOCK_TOKENS), MAX_BLOCK_TOKENS)
+    block_tokens = max(triton.next_power_of_2(num_tokens), MIN_BLOCK_TOKENS)
+    if block_tokens > MAX_BLOCK_TOKENS:  # smaller tiles: the best of earlier blocks takes registers too
+        block_tokens = MAX_BLOCK_TOKENS // 2
+        options["BLOCK_PATCHES"] //= 2
     launch(
         _score, (batch * triton.cdiv(num_patches, options["BLOCK_PATCHES"]),),
         patches, tokens, token_padding_mask, score,

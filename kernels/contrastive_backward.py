@@ -26,7 +26,8 @@ CONFIGS: dict[int, Configs] = {
         90: {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64, "RESIDENT": True, "num_warps": 8, "num_stages": 2},
     },
     512: {
-        80: {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 64, "RESIDENT": True, "num_warps": 8, "num_stages": 2},
+        80: {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 64, "RESIDENT": True, "num_warps": 8, "num_stages": 2},
+        90: {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 64, "RESIDENT": True, "num_warps": 8, "num_stages": 2},
         100: {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 64, "RESIDENT": True, "num_warps": 8, "num_stages": 2},
     },
     1024: {80: {"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_K": 64, "RESIDENT": False, "num_warps": 8, "num_stages": 3}},
@@ -41,7 +42,11 @@ FP32: dict[int, Configs] = {
     1024: {80: {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "RESIDENT": False, "num_warps": 8, "num_stages": 2}},
 }
 # Where ids take registers too, or where few samples want many programs.
-NARROW = {512: CONFIGS[512], 2048: CONFIGS[2048]}
+NARROW: dict[int, Configs] = {
+    32: {80: {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32, "RESIDENT": True, "num_warps": 4, "num_stages": 2}},
+    512: CONFIGS[512],
+    2048: CONFIGS[2048],
+}
 NARROW_FP32: dict[int, Configs] = FP32 | {
     256: {80: {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32, "RESIDENT": False, "num_warps": 8, "num_stages": 2}},
 }

@@ -38,7 +38,7 @@ FORWARD: Configs = {
     0: {"BLOCK_KEYS": 512, "TILE_BYTES": 1 << 20},
     80: {"BLOCK_KEYS": 64, "TILE_BYTES": 1 << 14, "num_warps": 4, "num_stages": 1},
 }
-# ELEMENTS: of the heads that a program adds to its map at once, at least one head.
+# ELEMENTS: of the heads that a program adds to its map at once, of one kind of rows or of two; at least one head.
 COMBINE: Configs = {0: {"ELEMENTS": 1 << 16}, 80: {"ELEMENTS": 1 << 13, "num_warps": 16, "num_stages": 1}}
 
 
@@ -188,7 +188,7 @@ def forward(
         BLOCK_ROWS=1 if one_row else BLOCK_ROWS, **chosen,
     )  # fmt: skip
     combine, block_tiles = config(COMBINE, key), triton.next_power_of_2(tiles)
-    at_once = max(1, combine.pop("ELEMENTS") // (block_tiles * block_keys))
+    at_once = max(1, combine.pop("ELEMENTS") // (block_tiles * block_keys * len(by_row)))
     launch(
         _combine, (batch * words,),
         *rows_of, tops, totals, index, maps, raw if raw.numel() else None,

@@ -35,6 +35,8 @@ KEYS_BACKWARD: Configs = {
     0: {"BLOCK_KEYS": 512, "TILE_BYTES": 1 << 20},
     80: {"BLOCK_KEYS": 64, "TILE_BYTES": 1 << 13, "num_warps": 4, "num_stages": 1},
 }
+# Where the loop over rows is one: what it keeps takes registers.
+KEYS_BACKWARD_OF_MANY: Configs = {0: KEYS_BACKWARD[0], 80: KEYS_BACKWARD[80] | {"BLOCK_KEYS": 32}}
 ADD_UP: Configs = {0: {"BLOCK_PARTS": 64}, 80: {"BLOCK_PARTS": 16, "num_warps": 4, "num_stages": 1}}
 
 
@@ -220,8 +222,9 @@ def backward(
     at_map, means = _through_maps(grad.contiguous(), raw, kept[0], index, num_prefix_tokens, normalize)
     query, key, value, grad_output, ignore = readable(query, key, value, grad_output, key_padding_mask)
     bias = None if value_bias is None else value_bias.contiguous()
+    table = KEYS_BACKWARD_OF_MANY if rows > 1 else KEYS_BACKWARD
     pair = None if value is None else (grad_output, value)
-    chosen = options(KEYS_BACKWARD, key, value) | types(factor_dots, (query, key), pair)
+    chosen = options(table, key, value) | types(factor_dots, (query, key), pair)
     tiles = triton.cdiv(keys, chosen["BLOCK_KEYS"])
     query_parts = means.new_empty((batch, heads, rows, tiles, width))
     grad_parts = None if value is None else means.new_empty((batch, heads, rows, tiles, value.shape[3]))

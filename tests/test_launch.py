@@ -11,7 +11,7 @@ import torch
 from softmask import kernels
 
 pytestmark = cases.needs_triton
-TABLE = {0: {"BLOCK": 256}, 80: {"BLOCK": 32}, 90: {"BLOCK": 64}}
+TABLE = {0: {"BLOCK": 256}, 80: {"BLOCK": 32}, 86: {"BLOCK": 16}, 90: {"BLOCK": 64}}
 
 
 @pytest.fixture
@@ -21,11 +21,21 @@ def launcher():
     return _launch
 
 
-@pytest.mark.parametrize(("architecture", "block"), [(80, 32), (86, 32), (90, 64), (120, 64)])
+@pytest.mark.parametrize(
+    ("architecture", "block"), [(80, 32), (86, 16), (89, 16), (90, 64), (100, 64), (103, 64), (120, 16)]
+)
 def test_config_of_the_nearest_architecture_below(launcher, architecture: int, block: int) -> None:
+    """Of its kind: 120 has the shared memory of 86, not of 90."""
     with launcher.hooked(lambda one: None, architecture=architecture):
         assert launcher.config(TABLE, torch.ones(1)) == {"BLOCK": block}
     assert launcher.config(TABLE, torch.ones(1)) == {"BLOCK": 256 if launcher.INTERPRETED else 32}
+
+
+def test_small_processors_without_a_row_take_that_of_80(launcher) -> None:
+    table = {80: {"BLOCK": 32}, 90: {"BLOCK": 64}, 100: {"BLOCK": 128}}
+    for architecture, block in ((86, 32), (120, 32), (110, 128)):
+        with launcher.hooked(lambda one: None, architecture=architecture):
+            assert launcher.config(table, torch.ones(1)) == {"BLOCK": block}
 
 
 class Kernel:
