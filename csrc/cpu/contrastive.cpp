@@ -3,7 +3,8 @@
 // Logits exist one block of rows at a time, made by torch's BLAS and consumed in the cache: one
 // product forward, and three backward (the block again, and its product with either side). Between
 // them live a few numbers per row. One thread works on a row, or a column, block after block: the
-// number of threads changes bits only through the BLAS, which splits its sums by it.
+// number of threads changes bits only through the BLAS, which splits its sums by it. Where products
+// are ours (products.h) and there are tiles for all threads, contrastive_tiles.h does the same.
 
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
