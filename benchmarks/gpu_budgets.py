@@ -28,6 +28,7 @@ NEAR_LIMITS = (
     "word_attention backward keys_backward: bias=True padding=True P=257 subtokens=3",
     "focal_contrastive_loss backward backward_kernel: D=32 ids=True",
     "focal_contrastive_loss backward backward_kernel: D=257 N=4096",
+    "focal_contrastive_loss backward backward_kernel: D=257 ids=True",
     "attentive_mask forward score: T=130 padding=True",
 )
 

@@ -44,7 +44,8 @@ FP32: dict[int, Configs] = {
 # Where ids take registers too, or where few samples want many programs.
 NARROW: dict[int, Configs] = {
     32: {80: {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32, "RESIDENT": True, "num_warps": 4, "num_stages": 2}},
-    512: CONFIGS[512],
+    256: CONFIGS[512],
+    512: {**CONFIGS[512], 80: {**CONFIGS[512][80], "num_stages": 1}},
     2048: CONFIGS[2048],
 }
 NARROW_FP32: dict[int, Configs] = FP32 | {
