@@ -24,6 +24,7 @@ from softmask.kernels.contrastive_backward import backward_config, backward_kern
 ATOMICS = os.environ.get("SOFTMASK_ATOMICS", "0") not in ("", "0")  # a product less, bits that do not repeat
 GROUP: tl.constexpr = tl.constexpr(8)  # row tiles whose programs are neighbours and share columns in the cache
 JOINED: tl.constexpr = tl.constexpr(32)  # tiles whose sums are joined at a time
+REGISTERS = 128  # of a thread in fp32: with one more, a block less fits
 LOWEST: tl.constexpr = tl.constexpr(-1e30)  # a maximum of nothing, from which infinity can be subtracted
 
 TILES: Configs = {
@@ -209,6 +210,8 @@ def forward(
     sides = as_read(rows, columns, row_ids, column_ids)
     (height, depth), width = rows.shape, len(columns)
     options = _config(TILES, rows, width, with_ids=row_ids is not None)
+    if rows.dtype == torch.float32 and options["PRECISION"] == "ieee":
+        options["maxnreg"] = REGISTERS
     row_tiles, column_tiles = triton.cdiv(height, options["BLOCK_M"]), triton.cdiv(width, options["BLOCK_N"])
     per_sample = rows.new_empty((height,), dtype=torch.float32)
     positives = torch.empty_like(per_sample) if row_ids is None else None
