@@ -95,6 +95,9 @@ def _keys_backward(
         ignore += batch * ignore_batch
     kept = kept_keys(ignore, position, keys)
     k, v = load_keys(key, value, position, kept, key_token, value_token, WIDTH, VALUE_WIDTH, BLOCK_WIDTH, BLOCK_VALUE)
+    in_map = position >= prefix  # the columns of prefix tokens are dropped, and so is a NaN of their values
+    if value is not None:
+        v = tl.where(in_map[:, None], v, 0.0)
     k_grad = tl.zeros([BLOCK_KEYS, BLOCK_WIDTH], tl.float32)
     v_grad = tl.zeros([BLOCK_KEYS, BLOCK_VALUE], tl.float32)
     for first in range(0, rows, BLOCK_ROWS):
@@ -109,8 +112,9 @@ def _keys_backward(
         a = c
         if value is not None:
             a = tl.load(attention + place[:, None] * pitch + position[None, :], mask=mask, other=0.0)
+            c = tl.where(in_map[None, :], c, 0.0)
         of_map = (row // subtokens)[:, None] * (keys - prefix) + (position - prefix)[None, :]
-        g = tl.load(at_map + of_map, mask=mask & (position >= prefix)[None, :], other=0.0)
+        g = tl.load(at_map + of_map, mask=mask & in_map[None, :], other=0.0)
         at_logit = ((c * g - a * mean[:, None]) * scale).to(DOT)  # [BLOCK_ROWS, BLOCK_KEYS]
         q = load_rows(query, token, query_token, read, WIDTH, BLOCK_WIDTH)
         k_grad = tl.dot(tl.trans(at_logit), q.to(DOT), k_grad, input_precision=PRECISION)
