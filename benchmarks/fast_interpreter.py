@@ -61,47 +61,21 @@ def product(left: np.ndarray, right: np.ndarray, accumulator: np.ndarray, precis
 
     One rounding a product, accumulator included: GPUs differ in the order and the rounding of the sums within one, and
     none does much better. Chains of products are rounded in every link. So a kernel whose passes chain in different
-    ways has different logits here, as it may on a GPU. fp32 takes tf32 as the GPU has it: the multiplier leaves out the
-    last bits ("tf32"), or Triton splits each number into two that are rounded to tf32, multiplies three times from
-    zero, and then adds up ("tf32x3").
+    ways has different logits here, as it may on a GPU. With "tf32" the multiplier leaves out the last bits of fp32.
+
+    Sums are in fp64: exact for two numbers, and off by far less than the rounding that follows. By einsum, whose loops
+    do with every element the same wherever it lies, so that equal rows have equal products: BLAS has other orders for
+    the rows at the edges of its tiles.
     """
+    if precision not in ("ieee", "tf32"):
+        raise ValueError(f"precision: expected 'ieee' or 'tf32', got {precision!r}")
+    given = (_cut(left), _cut(right)) if precision == "tf32" else (left, right)
     with np.errstate(all="ignore"):  # NaN and infinity are values like others
-        if precision == "tf32":
-            return _rounded(_sum(_cut(left), _cut(right)) + accumulator, accumulator)
-        if precision == "tf32x3":
-            (big_left, small_left), (big_right, small_right) = _split(left), _split(right)
-            small = _rounded(_sum(small_left, big_right) + _sum(big_left, small_right), accumulator)
-            small[np.isnan(small)] = 0.0  # infinity less infinity: the large parts say what is right
-            return _rounded(_sum(big_left, big_right) + small, accumulator) + accumulator
-        return _rounded(_sum(left, right) + accumulator, accumulator)
-
-
-def _sum(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """The product in fp64: exact for two numbers, and sums are off by far less than the roundings that follow.
-
-    By einsum, whose loops do with every element the same wherever it lies: equal rows have equal products. BLAS has
-    other orders for the rows at the edges of its tiles.
-    """
-    one, two = (np.ascontiguousarray(each, dtype=np.float64) for each in (left, right))
-    return np.einsum("...mk,...kn->...mn", one, two, optimize=False)
-
-
-def _rounded(total: np.ndarray, like: np.ndarray) -> np.ndarray:
-    return total.astype(like.dtype, copy=False)
+        one, two = (np.ascontiguousarray(each, dtype=np.float64) for each in given)
+        total = np.einsum("...mk,...kn->...mn", one, two, optimize=False)
+        return (total + accumulator).astype(accumulator.dtype, copy=False)
 
 
 def _cut(values: np.ndarray) -> np.ndarray:
     """fp32 without the bits that tf32 has not."""
     return (np.ascontiguousarray(values).view(np.uint32) >> TF32_DROPPED << TF32_DROPPED).view(np.float32)
-
-
-def _nearest(values: np.ndarray) -> np.ndarray:
-    """fp32 rounded to tf32, halves away from zero, as cvt.rna does; NaN and infinity stay."""
-    half = np.uint32(1 << (TF32_DROPPED - 1))
-    rounded = _cut((np.ascontiguousarray(values).view(np.uint32) + half).view(np.float32))
-    return np.where(np.isfinite(values), rounded, values)
-
-
-def _split(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    big = _nearest(values)
-    return big, _nearest(values - big)

@@ -283,6 +283,8 @@ def _key_backward(
             following = tl.min(tl.where(ours & (every > pair), every, pairs), 0)
             pair = tl.where(first < tokens, pair, following)
             first = tl.where(first < tokens, first, 0)
+    # Zeros at ignored keys, also of a query that is NaN.
+    d_k, d_v = tl.where(kept[:, None], d_k, 0.0), tl.where(kept[:, None], d_v, 0.0)
     row = (image * keys + first_key) * heads + head
     _store_rows(key_grad + row * WIDTH, heads * WIDTH, d_k * scale, live, WIDTH, BLOCK_WIDTH)
     _store_rows(value_grad + row * VALUE_WIDTH, heads * VALUE_WIDTH, d_v, live, VALUE_WIDTH, BLOCK_VALUE)

@@ -347,7 +347,7 @@ def _attention(
     query: Tensor, key: Tensor, value: Tensor, ignore: Tensor | None, scale: float, autocast: bool
 ) -> Tensor:
     """Any finite values in a row without keys. Autocast reaches products in the gradient of PyTorch's attention."""
-    if autocast:
+    if autocast and torch.is_grad_enabled() and any(one.requires_grad for one in (query, key, value)):
         return _product(_masked_softmax(_product(query, key.mT, True) * scale, ignore), value, True)
     # No row of SDPA is ever empty: what it gives there differs by its backend.
     keep = None if ignore is None else ~ignore | ignore.all(-1, keepdim=True)

@@ -62,26 +62,26 @@ def outcome(backend: str, case: Case, upstreams: int = 1) -> dict[str, Tensor]:
     return {"out": out.detach(), **found[0], **several}
 
 
-def check_errors(backend: str, dtype: torch.dtype, *given: Case) -> None:
+def check_errors(backend: str, dtype: torch.dtype, *given: Case, upstreams: int = NUMBERS) -> None:
     """At most twice the error of the same computation in PyTorch, and one rounding unit, against fp64.
 
     Errors are root mean squares over all elements of the given cases, each case's relative to its truth's: the largest
-    error of a few hundred is luck. So is that of one number: PyTorch's error at numbers is that of NUMBERS upstreams,
-    the kernel's of as many as NUMBERS takes over all cases.
+    error of a few hundred is luck. So is that of one number: PyTorch's error at numbers is that of several upstreams,
+    the kernel's of as many over all cases.
     """
     errors: dict[str, list[Tensor]] = {}
     in_torch: dict[str, list[Tensor]] = {}
     units = {}
     for case in (case.cast(dtype) for case in given):
-        truth = outcome("reference", case.cast(torch.float64), NUMBERS)
-        plain, kernel = outcome("reference", case, NUMBERS), outcome(backend, case, -(-NUMBERS // len(given)))
+        truth = outcome("reference", case.cast(torch.float64), upstreams)
+        plain, kernel = outcome("reference", case, upstreams), outcome(backend, case, -(-upstreams // len(given)))
         for name, exact in truth.items():
             got, expected = kernel[name], plain[name]
             size = exact.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
             in_torch.setdefault(name, []).append(((expected.double() - exact) / size).flatten())
             if case.leaves.get(name, exact).dim() == 0:
                 got = got.reshape(-1)
-                exact, expected = exact[: len(got)], expected[: len(got)]
+                exact, expected = (one.reshape(-1)[: len(got)] for one in (exact, expected))
             assert got.dtype == expected.dtype and got.shape == expected.shape
             errors.setdefault(name, []).append(((got.double() - exact) / size).flatten())
             units[name] = torch.finfo(got.dtype).eps

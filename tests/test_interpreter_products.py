@@ -16,7 +16,7 @@ from fast_interpreter import product  # noqa: E402
 from softmask.kernels._similarity import load_features  # noqa: E402
 
 pytestmark = [cases.needs_triton, pytest.mark.usefixtures("fast_interpreter")]
-PRECISIONS = ("ieee", "tf32", "tf32x3")
+PRECISIONS = ("ieee", "tf32")
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
@@ -68,14 +68,14 @@ def test_equal_rows_have_equal_products(shape: tuple[int, int, int], precision: 
     assert (got == got[0, 0]).all()
 
 
-def test_tf32_drops_bits_and_three_of_its_products_keep_them() -> None:
+def test_tf32_drops_bits() -> None:
     left, right, out = (normal(*shape, seed=i) for i, shape in enumerate(((32, 64), (16, 64), (32, 16))))
     exact = left.astype(np.float64) @ right.T.astype(np.float64) + out
     errors = {
         precision: np.abs(by_triton(left, right, out, precision, torch.float32).numpy() - exact).max()
         for precision in PRECISIONS
     }
-    assert errors["ieee"] < 1e-6 and errors["tf32x3"] < 4e-6 and 1e-3 < errors["tf32"] < 5e-2
+    assert errors["ieee"] < 1e-6 and 1e-3 < errors["tf32"] < 5e-2
     cut = [(each.view(np.uint32) & 0xFFFFE000).view(np.float32) for each in (left, right)]
     of_cut = product(cut[0], cut[1].T, out)
     np.testing.assert_array_equal(product(left, right.T, out, "tf32"), of_cut)
