@@ -34,7 +34,7 @@ PRECISIONS = {
     "bf16": (torch.bfloat16, "highest"),
 }
 FORBIDDEN = {"local": "bytes of local memory", "races": "copies that may overtake products"}
-CHECKED = [(90, "bf16")]  # by --check
+CHECKED = [(80, "fp32"), (90, "bf16")]  # by --check
 COUNTED = {"fp32": 80, "fp16": 90}  # traffic: type -> architecture whose configurations count
 
 
