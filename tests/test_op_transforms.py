@@ -108,23 +108,19 @@ def test_transforms_compile_whole(name: str) -> None:
 @of_each_op
 @pytest.mark.parametrize("backend", ["reference", *KERNELS])
 def test_inputs_made_in_inference_mode_are_constants(name: str, backend: str) -> None:
+    """Of one input the gradient, all others made in inference mode: autograd keeps none of those as they are."""
     case = SMALL[name].cast(torch.float32)
     plain = outcome(backend, case)
-    for chosen in (*case.leaves, *case.fixed):
-        others = [leaf for leaf in case.leaves if leaf != chosen and leaf not in case.constants]
-        if not others:
-            continue
-        with torch.inference_mode():
-            made = {chosen: (case.leaves | case.fixed)[chosen].clone()}
-        leaves = {leaf: tensor.detach().requires_grad_(leaf in others) for leaf, tensor in case.leaves.items()}
+    with torch.inference_mode():
+        made = {key: tensor.clone() for key, tensor in (case.leaves | case.fixed).items()}
+    wanted = [leaf for leaf in case.leaves if leaf not in case.constants]
+    for leaf in wanted[:1] if backend == "triton" else wanted:  # the interpreter takes its time
+        own = case.leaves[leaf].detach().requires_grad_()
         with softmask.backend(backend):
-            out = case.call(**(leaves | case.fixed | made))
+            out = case.call(**made | {leaf: own})
         upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-        got = torch.autograd.grad(out, [leaves[leaf] for leaf in others], upstream.to(out))
-        for leaf, gradient in zip(others, got, strict=True):
-            torch.testing.assert_close(
-                gradient, plain[leaf], msg=f"{chosen} made in inference mode, gradient of {leaf}"
-            )
+        (gradient,) = torch.autograd.grad(out, own, upstream.to(out))
+        torch.testing.assert_close(gradient, plain[leaf], msg=leaf)
 
 
 @of_each_op
