@@ -192,27 +192,27 @@ void block_gradient(const Problem& problem, const Statistics<acc_t>& statistics,
   const double share = problem.share();
   const auto scale = static_cast<acc_t>(problem.scale);
   at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    std::vector<std::pair<acc_t, acc_t>> targets;  // product and gradient of a row's positives
+    std::vector<std::pair<acc_t, double>> targets;  // product and gradient of a row's positives
     for (int64_t i = begin; i < end; ++i) {
       acc_t *row = block + i * width, total;
       const int64_t sample = first + i;
-      const simd::LogSum<acc_t> sum = statistics.rows.log_sum(sample);
-      const double weight = share * grad[sample];
+      const auto weight = static_cast<acc_t>(share * grad[sample] * statistics.rows.slope[sample]);
       targets.clear();
       for (int64_t k = positives.first[sample]; k < positives.first[sample + 1]; ++k) {
         const int64_t j = positives.columns[k];
-        const acc_t z = scale * row[j];
-        const double gradient = target_gradient(problem, statistics, grad, sample, j, z);
-        targets.emplace_back(row[j], static_cast<acc_t>(gradient));
+        const acc_t product = std::exchange(row[j], kNowhere);
+        targets.emplace_back(
+            product, gradient_of_positive(problem, statistics, grad, weight, column_weight.data(),
+                                          sample, j, scale * product));
       }
-      simd::run<RowGradient>(
-          row, width, scale, static_cast<acc_t>(weight * statistics.rows.slope[sample]), sum,
-          problem.both ? column_weight.data() : nullptr, statistics.columns, &total);
+      simd::run<RowGradient>(row, width, scale, weight, statistics.rows.log_sum(sample),
+                             problem.both ? column_weight.data() : nullptr, statistics.columns,
+                             &total);
       at_scale[sample] = total;
       for (size_t k = 0; k < targets.size(); ++k) {
         const auto [product, gradient] = targets[k];
-        row[positives.columns[positives.first[sample] + k]] -= gradient;
-        at_scale[sample] -= gradient * product;
+        row[positives.columns[positives.first[sample] + k]] = static_cast<acc_t>(gradient);
+        at_scale[sample] += gradient * product;
       }
     }
   });

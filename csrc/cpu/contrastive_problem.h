@@ -49,9 +49,6 @@ struct Side {
   acc_t *highest, *rest, *slope;
 
   simd::LogSum<acc_t> log_sum(int64_t i) const { return {highest[i], rest[i]}; }
-  double probability(int64_t i, double logit) const {
-    return std::exp(logit - highest[i] - rest[i]);
-  }
   Side from(int64_t i) const { return {highest + i, rest + i, slope + i}; }
 };
 
@@ -72,6 +69,9 @@ struct Statistics {
   }
 };
 
+// In the place of a positive's product with its column: RowGradient leaves it out.
+constexpr float kNowhere = -1e30f;
+
 // A row of products becomes the gradient at the logits, positives aside; returns its product with
 // the products.
 struct RowGradient {
@@ -91,6 +91,8 @@ struct RowGradient {
         const auto by_column = simd::load_some<Bytes>(column_weight + j, size - j, acc_t(0));
         gradient += simd::exp_nonpositive(z - highest - rest) * by_column;
       }
+      const auto nowhere = simd::Vector<acc_t, Bytes>{} + acc_t(kNowhere);
+      gradient = product == nowhere ? simd::Vector<acc_t, Bytes>{} : gradient;
       total += gradient * product;
       simd::store_some(row + j, gradient, size - j);
     }
@@ -98,17 +100,20 @@ struct RowGradient {
   }
 };
 
-// What the positives add to the gradient at one logit of theirs, with the sign turned.
+// The gradient at a positive's logit: a difference that may cancel, so it is taken by itself, in
+// double. by_row and by_column are d loss / d log-sum-exp.
 template <typename acc_t>
-double target_gradient(const Problem& problem, const Statistics<acc_t>& statistics,
-                       const acc_t* grad, int64_t row, int64_t column, acc_t logit) {
-  const auto of = [&](const Side<acc_t>& side, int64_t i) {
+double gradient_of_positive(const Problem& problem, const Statistics<acc_t>& statistics,
+                            const acc_t* grad, double by_row, const acc_t* by_column, int64_t row,
+                            int64_t column, acc_t logit) {
+  const auto of = [&](const Side<acc_t>& side, int64_t i, double weight) {
     const double log_p = side.log_sum(i).log_probability(logit);
-    return problem.share() * grad[i] / double(problem.positives.count(i)) *
-           problem.focal.slope(log_p);
+    const double target =
+        problem.share() * grad[i] / double(problem.positives.count(i)) * problem.focal.slope(log_p);
+    return weight * std::exp(log_p) - target;
   };
-  const double gradient = of(statistics.rows, row);
-  return problem.both ? gradient + of(statistics.columns, column) : gradient;
+  const double gradient = of(statistics.rows, row, by_row);
+  return problem.both ? gradient + of(statistics.columns, column, by_column[column]) : gradient;
 }
 
 }  // namespace softmask

@@ -80,15 +80,12 @@ struct Room {
         highest_columns(highest_rows + kLargest) {}
 };
 
-// A positive: where its logit is, the logit, and the gradient there. That is a difference which may
-// cancel, so it is taken by itself, in double.
+// A positive: where its logit is, the logit, and the gradient there.
 struct Target {
   float *place, logit;
   double gradient;
   int64_t sample;
 };
-
-constexpr float kNowhere = -1e30f;  // in the place of a positive's logit: without a probability
 
 // work(tile, room) on every tile, room.tile holding its logits, rounded once: what is not the same
 // number everywhere does not cancel where a probability is 1.
@@ -308,13 +305,9 @@ inline double gradients(const Problem& problem, const Statistics<float>& statist
       const int64_t sample = tile.row + i;
       for_each_positive(problem.positives, tile, sample, [&](int64_t, int64_t j) {
         float* place = room.tile + i * kPitch + j;
-        const double logit = *place;
-        double gradient = row_weight[sample] * rows.probability(sample, logit);
-        if (problem.both) {
-          const int64_t column = tile.column + j;
-          gradient += column_weight[column] * columns.probability(column, logit);
-        }
-        gradient -= target_gradient(problem, statistics, grad, sample, tile.column + j, *place);
+        const double gradient =
+            gradient_of_positive(problem, statistics, grad, row_weight[sample],
+                                 column_weight.data(), sample, tile.column + j, *place);
         targets.push_back({place, *place, gradient, sample});
         *place = kNowhere;
       });
