@@ -12,12 +12,14 @@ else into runs of letters and digits. The result names which.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import re
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from random import Random
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,6 +28,9 @@ from tqdm import tqdm
 from softmask.data import DataError
 from softmask.models.generation import generate_captions, search_captions
 from softmask.train.scoring import Reader, Sample, Scorer, batches, each_picture_once, pixels
+
+if TYPE_CHECKING:
+    from pycocoevalcap.meteor.meteor import Meteor
 
 Words = dict[int, list[str]]
 """Number of a picture -> its captions, words separated by blanks."""
@@ -157,10 +162,16 @@ def score(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> dic
             "rouge_l": Rouge().compute_score(given, written)[0],
         }
         if has_java():
-            from pycocoevalcap.meteor.meteor import Meteor
-
-            result["meteor"] = Meteor().compute_score(given, written)[0]
+            result["meteor"] = meteor().compute_score(given, written)[0]
     return {name: float(value) for name, value in result.items()}
+
+
+@functools.cache
+def meteor() -> Meteor:
+    """One for all scores: its Java process reads a table of paraphrases for seconds, and ends with this process."""
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    return Meteor()
 
 
 def tokenized(captions: Sequence[Sequence[str]]) -> Words:
