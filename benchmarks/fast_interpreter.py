@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+OPERATIONS = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 TF32_DROPPED = 13  # bits of fp32 that tf32 has not
 
 
@@ -16,14 +17,19 @@ TF32_DROPPED = 13  # bits of fp32 that tf32 has not
 def fast_interpreter() -> Iterator[None]:
     """Within it, Triton's helper functions are set up once a launch, and products are those of `product`.
 
-    The interpreter patches triton.language anew in every call of a helper function: once per launch will do.
+    The interpreter patches triton.language anew in every call of a helper function: once per launch will do. It writes
+    a table of types anew in every operation, and adds integers by a dozen operations to see that they fit their type.
     """
     import triton.language as tl
+    from triton.language import semantic
     from triton.runtime import interpreter
 
     patch, active = interpreter._patch_lang, []
     builder = interpreter.InterpreterBuilder
-    create_dot = builder.create_dot
+    create_dot, numpy_type = builder.create_dot, interpreter._get_np_dtype
+    types: dict[str, np.dtype] = {}
+    adder = getattr(semantic, "TritonSemantic", None)  # no class before Triton 3.4
+    check = adder and adder.binary_op_sanitize_overflow_impl
 
     def restore() -> None:
         while active:
@@ -42,11 +48,30 @@ def fast_interpreter() -> Iterator[None]:
         precision = input_precision.name.lower() if of_fp32 else "ieee"
         return interpreter.TensorHandle(product(left, right, d.data, precision), d.dtype.scalar)
 
-    interpreter._patch_lang, builder.create_dot = patch_once, dot
+    def known_type(of: Any) -> np.dtype:
+        if of.name not in types:
+            types[of.name] = numpy_type(of)
+        return types[of.name]
+
+    interpreter._patch_lang, builder.create_dot, interpreter._get_np_dtype = patch_once, dot, known_type
+    if adder:
+        adder.binary_op_sanitize_overflow_impl = _check_integers
     try:
         yield
     finally:
-        interpreter._patch_lang, builder.create_dot = patch, create_dot
+        interpreter._patch_lang, builder.create_dot, interpreter._get_np_dtype = patch, create_dot, numpy_type
+        if adder:
+            adder.binary_op_sanitize_overflow_impl = check
+
+
+def _check_integers(self: Any, left: Any, right: Any, operation: Any) -> None:
+    """As Triton's: an integer that its type does not hold is an error."""
+    kind = left.type.scalar
+    if kind.int_bitwidth >= 64 or not self.builder.options.sanitize_overflow:
+        return
+    exact = OPERATIONS[operation.__name__](*(each.handle.data.astype(np.int64) for each in (left, right)))
+    lowest, highest = kind.get_int_min_value(), kind.get_int_max_value()
+    assert lowest <= exact.min() and exact.max() <= highest, f"{kind} overflow in {operation.__name__}"
 
 
 def _values(handle: Any, tl: Any) -> np.ndarray | None:

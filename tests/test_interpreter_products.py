@@ -40,6 +40,19 @@ def by_triton(left: np.ndarray, right: np.ndarray, out: np.ndarray, precision: s
     return result
 
 
+@triton.jit
+def _add_integers(place, other):
+    tl.store(place, tl.load(place) + tl.load(other))
+
+
+def test_integers_that_overflow_are_told() -> None:
+    number, most = torch.tensor([2]), torch.tensor([2**31 - 1], dtype=torch.int32)
+    _add_integers[(1,)](most - 2, number.int())
+    _add_integers[(1,)](most.long(), number)
+    with pytest.raises(Exception, match="overflow"):
+        _add_integers[(1,)](most, number.int())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_one_rounding_a_product(dtype: torch.dtype) -> None:
     """The sum over k and what it is added to, rounded to nearest: exactly representable sums are exact."""

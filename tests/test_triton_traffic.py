@@ -74,8 +74,8 @@ def test_four_with_atomics(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_momentum_loss_streams_keys_twice_at_most() -> None:
     """At gamma 0, for 64 rows in two tiles: what more keys add to the loads, beside each program's rows and sums."""
     name = "momentum_contrastive_loss forward"
-    loaded = [sum(one.loaded for one in count(name, K=queue)) for queue in (4096, 8192)]
-    stream = 2 * 4096 * call_of(name).small["D"] * torch.float16.itemsize  # of both sides
+    loaded = [sum(one.loaded for one in count(name, K=queue, D=64)) for queue in (4096, 8192)]
+    stream = 2 * 4096 * 64 * torch.float16.itemsize  # of both sides
     assert loaded[1] - loaded[0] <= 2.05 * stream
 
 
@@ -83,4 +83,5 @@ def test_no_op_takes_more_than_three_launches() -> None:
     from gpu_cases import CALLS
 
     for call in CALLS:
-        assert len(launches(call.name)) <= 3, call.name
+        fewer = {"K": 1024} if "K" in call.small else {}  # keys, which no number of launches depends on
+        assert len(launches(call.name, **fewer)) <= 3, call.name
