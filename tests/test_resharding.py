@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_fixtures import assert_rows_close, launch, make_config, rows
+from train_fixtures import assert_rows_close, make_config, rows, run_on_two_ranks
 
 from softmask.data import open_source
 from softmask.train.checkpoint import CheckpointError, check_resumable, find_checkpoint, load_model
@@ -65,9 +65,7 @@ def folder(tmp_path_factory) -> Path:
     run(config, "one-0", stage=0)
     run(config, "one-1", stage=1, stop_at=2)
     (folder / "worker.py").write_text(f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n{WORKER}")
-    process = launch(folder / "worker.py", str(folder / "config.yaml"))
-    output, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, output
+    run_on_two_ranks(folder / "worker.py", str(folder / "config.yaml"))
     run(config, "two-1-on-one", stage=0, source="two-1")
     run(config, "two-3-on-one", stage=2, source="two-3")
     return folder

@@ -1,4 +1,4 @@
-"""ZeRO 0 to 3 train alike; two processes under the `deepspeed` launcher resume exactly and stop together."""
+"""ZeRO 0 to 3 train alike and resume exactly on two ranks, which stop together under the `deepspeed` launcher."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from train_fixtures import (
     make_trainer,
     rows,
     run_here,
+    run_on_two_ranks,
     saved_state,
 )
 
@@ -32,49 +33,43 @@ NOTHING_KEPT = (  # of the parameters that a module has fetched
     "stage3_prefetch_bucket_size: 0}"
 )
 CROSSED = {0: 3, 3: 1, 2: 0}  # from stage to stage, 1 and 2 being alike
-# Both ranks run this: every stage once to the end, once stopped at step 2 and resumed, and resumed in another stage.
+# Both ranks run this: every stage to the end, and from its checkpoint of step 2 on in the same and in another stage.
 WORKER = """
 import dataclasses, sys
 from softmask.train.checkpoint import find_checkpoint
 from softmask.train.config import load_config
-from softmask.train.trainer import Trainer, train
-
-def stop_at_two(self, batches):
-    outputs, stop = step(self, batches)
-    return outputs, stop or self.progress.step == 2
+from softmask.train.trainer import train
 
 base = load_config(sys.argv[-1])
+
+def run(stage, name, source=None):
+    zero = {"zero_optimization": {"stage": stage}}
+    config = dataclasses.replace(base, deepspeed=zero, output=f"{base.output}-{name}")
+    train(config, checkpoint=source and find_checkpoint(f"{base.output}-{source}-whole/checkpoints/step_00000002"))
+
 for stage in (0, 1, 2, 3):
-    config = dataclasses.replace(base, deepspeed={"zero_optimization": {"stage": stage}})
-    train(dataclasses.replace(config, output=f"{base.output}-{stage}-whole"))
-    halves = dataclasses.replace(config, output=f"{base.output}-{stage}-halves")
-    step, Trainer._step = Trainer._step, stop_at_two
-    train(halves)
-    Trainer._step = step
-    train(halves, checkpoint=find_checkpoint(halves.output))
+    run(stage, f"{stage}-whole")
+    run(stage, f"{stage}-resumed", source=str(stage))
 for stage, other in {0: 3, 3: 1, 2: 0}.items():
-    config = dataclasses.replace(base, deepspeed={"zero_optimization": {"stage": other}})
-    checkpoint = find_checkpoint(f"{base.output}-{stage}-halves/checkpoints/step_00000002")
-    train(dataclasses.replace(config, output=f"{base.output}-{stage}-crossed"), checkpoint=checkpoint)
+    run(other, f"{stage}-crossed", source=str(stage))
 """
 
 
 def test_all_stages_train_alike_and_resume_exactly(tmp_path) -> None:
     overrides = ["train.steps=4", "train.batch_size=4", "train.accumulation=2", "train.clip_grad=1"]
+    overrides += ["train.checkpoint_every=2", "model.vision.conv_vit.depth=1"]
     # The first step has no gradient for the fusion layers, the second resumes with one.
     config = make_config(tmp_path, *overrides, "model.contrast_steps=1")
     save_config(config, tmp_path / "config.yaml")
     (tmp_path / "worker.py").write_text(WORKER)
-    process = launch(tmp_path / "worker.py", str(tmp_path / "config.yaml"))
-    output, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, output
+    run_on_two_ranks(tmp_path / "worker.py", str(tmp_path / "config.yaml"))
 
     reference = rows(f"{config.output}-0-whole")
     assert len(reference) == 4 and reference[-1]["epoch"] == 1.0
     assert "itm" not in reference[0] and "itm" in reference[1]
     for stage in STAGES:
-        whole, halves = saved_state(f"{config.output}-{stage}-whole"), saved_state(f"{config.output}-{stage}-halves")
-        assert different(whole, halves) == []
+        whole, resumed = (saved_state(f"{config.output}-{stage}-{name}") for name in ("whole", "resumed"))
+        assert different(whole, resumed) == []
         assert any("optim_states" in name for name in whole) == (stage > 0)
         # The stages add up the same gradients in another order: what differs is rounding.
         assert_rows_close(rows(f"{config.output}-{stage}-whole"), reference)

@@ -3,29 +3,61 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import multiprocessing
 from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
+import softmask
 from softmask.data import Batch
+from softmask.ops import _backend
 
 WORLD = 2
 
 
 def run_on_two_ranks(function: Callable[[int], object], folder: Path) -> list:
-    """``[function(0), function(1)]``, each called in a process of its own inside one gloo world."""
-    mp.spawn(_worker, (function, str(folder)), nprocs=WORLD)
+    """``[function(0), function(1)]``, each called in a process of its own inside one gloo world, by this one's backend.
+
+    The processes stay for the next call: most of their time is the import of torch. Where one fails they end.
+    """
+    calls = [
+        pool.submit(_call, rank, function, str(folder), _backend.named()) for rank, pool in enumerate(_processes())
+    ]
+    done, _ = wait(calls, return_when=FIRST_EXCEPTION)
+    failed = [error for call in done if (error := call.exception())]
+    if failed:
+        _end()
+        raise failed[0]
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(WORLD)]
 
 
-def _worker(rank: int, function: Callable[[int], object], folder: str) -> None:
+@functools.cache
+def _processes() -> list[ProcessPoolExecutor]:
+    context = multiprocessing.get_context("spawn")
+    return [ProcessPoolExecutor(1, mp_context=context) for _ in range(WORLD)]
+
+
+def _end() -> None:
+    """The other rank may wait for the one that failed: it is killed."""
+    for pool in _processes():
+        for process in pool._processes.values():
+            process.kill()
+        pool.shutdown()
+    _processes.cache_clear()
+
+
+def _call(rank: int, function: Callable[[int], object], folder: str, backend: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
-    torch.save(function(rank), f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
+    try:
+        with softmask.backend(backend):
+            torch.save(function(rank), f"{folder}/rank{rank}.pt")
+    finally:
+        dist.destroy_process_group()
 
 
 def average_gradients(parameters: list[torch.Tensor]) -> list[torch.Tensor]:
