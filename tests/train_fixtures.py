@@ -17,7 +17,7 @@ from PIL import Image
 
 from softmask.train.checkpoint import find_checkpoint
 from softmask.train.config import Config, load_config, save_config
-from softmask.train.engine import free_port
+from softmask.train.launchers import free_port
 from softmask.train.trainer import Trainer, prepare_run, train
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -24,8 +24,8 @@ from softmask.train.ablation_rows import STUDIES, AblationError, Row, Study
 from softmask.train.captioning import CaptionOptions
 from softmask.train.checkpoint import CheckpointError, read_json
 from softmask.train.config import Config, ConfigError, flatten, load_config
-from softmask.train.engine import free_port
 from softmask.train.evaluate import positive, write_atomically
+from softmask.train.launchers import free_port
 from softmask.train.logs import say
 
 SCRIPTS = Path(__file__).resolve().parent

@@ -10,38 +10,20 @@ import contextlib
 import dataclasses
 import difflib
 import json
+import os
 import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from softmask.data import DataConfig
 from softmask.models import SoftMaskPPConfig, SyCoCaConfig
+from softmask.train.config_files import ConfigError, describe, dump, override, read_mapping
+from softmask.train.deepspeed_section import check_deepspeed
 
-# DeepSpeed keys that follow from keys of ours: set in two places, they could disagree.
-OWNED_DEEPSPEED_KEYS = {
-    "train_batch_size": "train.batch_size and train.accumulation",
-    "train_micro_batch_size_per_gpu": "train.batch_size",
-    "gradient_accumulation_steps": "train.accumulation",
-    "managed_gradient_accumulation": "train.accumulation",
-    "gradient_clipping": "train.clip_grad",
-    "optimizer": "optimizer",
-    "scheduler": "optimizer.lr, optimizer.min_lr and optimizer.warmup_steps",
-    "fp16": "train.precision=fp16",
-    "bf16": "train.precision=bf16",
-    "torch_autocast": "train.precision",
-    "activation_checkpointing": "train.activation_checkpointing",
-    "tensorboard": "output (a run's folder always holds tensorboard/)",
-}
 MODEL_CONFIGS = {"softmask_pp": SoftMaskPPConfig, "sycoca": SyCoCaConfig}  # by method
 ZERO_STAGES = (0, 1, 2, 3)
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the key."""
 
 
 @dataclass
@@ -113,9 +95,8 @@ class Config:
     def __post_init__(self) -> None:
         _require(bool(self.output), "output", "the folder of the run", self.output)
         _require(self.seed >= 0, "seed", "an integer >= 0", self.seed)
-        for key in self.deepspeed:
-            if key in OWNED_DEEPSPEED_KEYS:
-                raise ValueError(f"deepspeed.{key}: set by this configuration, use {OWNED_DEEPSPEED_KEYS[key]} instead")
+        check_deepspeed(self.deepspeed)
+        self.output, self.init = os.path.expanduser(self.output), os.path.expanduser(self.init)
         _require(self.zero_stage in ZERO_STAGES, "deepspeed.zero_optimization.stage", "0, 1, 2 or 3", self.zero_stage)
         if self.data.image_size != self.model.vision.image_size:
             raise ValueError(
@@ -137,12 +118,11 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
     Raises:
         ConfigError: no such file, no YAML, an unknown or ill-typed key, a value out of range.
     """
-    path = Path(path)
-    tree = _read_mapping(path, "configuration")
-    for override in overrides:
-        _override(tree, override)
+    path = Path(path).expanduser()
+    tree = read_mapping(path, "configuration")
+    override(tree, list(overrides))
     if isinstance(tree.get("deepspeed"), str):
-        tree["deepspeed"] = _read_mapping(_beside(path, tree["deepspeed"]), "deepspeed")
+        tree["deepspeed"] = read_mapping(_beside(path, tree["deepspeed"]), "deepspeed")
     tree["model"] = tree.get("model") or {}
     of_method = {"model": MODEL_CONFIGS.get(tree.get("method", "softmask_pp"), SoftMaskPPConfig)}
     return _build(Config, tree, "", types=of_method)
@@ -151,7 +131,7 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
 def save_config(config: Config, path: str | Path) -> None:
     """Write a YAML file from which `load_config` reads an equal configuration."""
     tree = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists
-    Path(path).write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+    Path(path).write_text(dump(tree), encoding="utf-8")
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -170,45 +150,15 @@ def _require(condition: bool, key: str, expected: str, value: Any) -> None:
 
 def _beside(path: Path, name: str) -> Path:
     """`name` as given, or beside the file that mentions it."""
-    return Path(name) if Path(name).is_absolute() or Path(name).exists() else path.parent / name
-
-
-def _read_mapping(path: Path, what: str) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
-    except OSError as error:
-        raise ConfigError(f"{what}: cannot read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{what}: {path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{what}: expected keys and values in {path}, got {_describe(tree)}")
-    return tree
-
-
-def _override(tree: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"override: expected key=value such as train.steps=100, got {override!r}")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{key}: the value {text!r} of the override is not YAML") from error
-    *parents, last = key.split(".")
-    node = tree
-    for name in parents:
-        if node.get(name) is None:
-            node[name] = {}
-        node = node[name]
-        if not isinstance(node, dict):
-            raise ConfigError(f"{key}: {name} is {_describe(node)}, it has no keys to override")
-    node[last] = "" if value is None else value
+    given = Path(name).expanduser()
+    return given if given.is_absolute() or given.exists() else path.parent / given
 
 
 def _build(cls: type, tree: Any, prefix: str, *, types: dict[str, type] | None = None) -> Any:
     """A dataclass from a mapping; `prefix` is the dotted key of the mapping, with its dot, `types` those of fields that
     may be of several."""
     if not isinstance(tree, dict):
-        raise ConfigError(f"{prefix[:-1]}: expected a mapping, got {_describe(tree)}")
+        raise ConfigError(f"{prefix[:-1]}: expected a mapping, got {describe(tree)}")
     hints = typing.get_type_hints(cls) | (types or {})
     names = [item.name for item in dataclasses.fields(cls)]
     for key in tree:
@@ -246,13 +196,13 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     if origin is Literal:
         if value in arguments and type(value) in {type(choice) for choice in arguments}:
             return value
-        raise ConfigError(f"{key}: expected {' or '.join(map(str, arguments))}, got {_describe(value)}")
+        raise ConfigError(f"{key}: expected {' or '.join(map(str, arguments))}, got {describe(value)}")
     if origin in (tuple, list):
         return _convert_sequence(origin, arguments, value, key)
     if origin is dict:
         if isinstance(value, dict):
             return {name: _convert(arguments[1], entry, f"{key}.{name}") for name, entry in value.items()}
-        raise ConfigError(f"{key}: expected a mapping, got {_describe(value)}")
+        raise ConfigError(f"{key}: expected a mapping, got {describe(value)}")
     return _convert_scalar(hint, value, key)
 
 
@@ -271,10 +221,10 @@ def _convert_union(choices: tuple[Any, ...], value: Any, key: str) -> Any:
 
 def _convert_sequence(origin: type, arguments: tuple[Any, ...], value: Any, key: str) -> Any:
     if not isinstance(value, (list, tuple)):
-        raise ConfigError(f"{key}: expected a list, got {_describe(value)}")
+        raise ConfigError(f"{key}: expected a list, got {describe(value)}")
     if origin is tuple and arguments[-1] is not Ellipsis:
         if len(value) != len(arguments):
-            raise ConfigError(f"{key}: expected a list of {len(arguments)}, got {_describe(value)}")
+            raise ConfigError(f"{key}: expected a list of {len(arguments)}, got {describe(value)}")
     else:
         arguments = (arguments[0],) * len(value)
     pairs = zip(arguments, value, strict=True)
@@ -284,11 +234,9 @@ def _convert_sequence(origin: type, arguments: tuple[Any, ...], value: Any, key:
 def _convert_scalar(hint: type, value: Any, key: str) -> Any:
     if hint is float and type(value) in (int, float, str):
         with contextlib.suppress(ValueError):
-            return float(value)  # YAML 1.1 reads 1e-4 as a string
+            return float(value)
+    elif hint is int and type(value) is float and value.is_integer():  # 1e3
+        return int(value)
     elif type(value) is hint:
         return value
-    raise ConfigError(f"{key}: expected {hint.__name__}, got {_describe(value)}")
-
-
-def _describe(value: Any) -> str:
-    return "nothing" if value is None else f"{type(value).__name__} {value!r}"
+    raise ConfigError(f"{key}: expected {hint.__name__}, got {describe(value)}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,21 +14,19 @@ import torch.distributed as dist
 from torch import nn
 
 from softmask.train.config import Config
+from softmask.train.launchers import complete_environment
 from softmask.train.schedule import group_options, parameter_groups, scheduler_factory
 
 AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}
 
 
 def start_distributed() -> None:
-    """Choose the accelerator, complete the environment of a single process and join the process group.
+    """Choose the accelerator, complete the environment and join the process group.
 
     Called before anything imports DeepSpeed.
     """
     choose_accelerator()
-    if "RANK" not in os.environ:
-        single = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_SIZE": 1}
-        single |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-        os.environ.update({key: str(value) for key, value in single.items()})
+    complete_environment()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     import deepspeed
@@ -45,13 +42,6 @@ def choose_accelerator() -> None:
     """Spare DeepSpeed, which chooses its accelerator on import, the search for one."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class GradientGuard:

@@ -12,12 +12,14 @@ from softmask.train.resharding import read_weights
 
 POSITIONS = "vision.vit.pos_embed"
 QUEUE = "contrast."
+QUEUE_IDS = "contrast.queue_ids"
 
 
 def start_from(model: nn.Module, path: str | Path) -> None:
     """Copy the weights of a run or checkpoint, momentum twin and queue included, into a new model.
 
-    Position embeddings of another grid are interpolated; a queue of another length is left as it is.
+    Position embeddings of another grid are interpolated; a queue of another length is left as it is. The queue's ids
+    are forgotten: they number the pictures of that run's data, and the same numbers stand for others in this one's.
 
     Raises:
         CheckpointError: no checkpoint there, or one of another model.
@@ -28,7 +30,8 @@ def start_from(model: nn.Module, path: str | Path) -> None:
     for name, tensor in own.items():
         if name.endswith(POSITIONS) and name in given and given[name].shape != tensor.shape:
             given[name] = resample_abs_pos_embed(given[name], **options)
-        if name.startswith(QUEUE) and (name not in given or given[name].shape != tensor.shape):
+        foreign = name not in given or given[name].shape != tensor.shape or name == QUEUE_IDS
+        if name.startswith(QUEUE) and foreign:
             given[name] = tensor
     problems = [_difference(name, own.get(name), given.get(name)) for name in sorted(own.keys() | given.keys())]
     if found := [problem for problem in problems if problem]:

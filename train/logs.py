@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-SHOWN_TERMS = ("itc", "itm", "itm_soft", "mlm")
+NOT_SHOWN = ("step", "epoch", "lr", "temperature", "samples_per_second", "seconds")  # on the console, beside the losses
 
 
 class RunLog:
@@ -43,7 +43,7 @@ class RunLog:
         for name, value in row.items():
             if name not in ("step", "seconds"):
                 self._board.add_scalar(f"train/{name}", value, row["step"])
-        shown = {name: f"{row[name]:.3f}" for name in ("loss", *SHOWN_TERMS) if name in row}
+        shown = {name: f"{value:.3f}" for name, value in row.items() if name not in NOT_SHOWN}
         rate = f"{row['samples_per_second']:.0f}"
         if self._bar is not None:
             self._bar.set_postfix(shown | {"samples/s": rate})

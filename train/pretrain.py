@@ -28,6 +28,7 @@ from softmask.train.checkpoint import (
     step_of,
 )
 from softmask.train.config import Config, ConfigError, load_config
+from softmask.train.launchers import complete_environment
 from softmask.train.logs import say
 from softmask.train.trainer import TrainingError, train
 
@@ -89,6 +90,7 @@ def already_done(config: Config) -> str | None:
 
 def run(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
+    complete_environment()
     config = load_config(options.config, options.overrides)
     if options.resume == "auto" and (message := already_done(config)):
         if is_first_rank():

@@ -51,6 +51,7 @@ class DataConfig:
     max_bad_share: float = 0.01  # a larger share of unreadable samples, once 100 were read, is a DataError
 
     def __post_init__(self) -> None:
+        self.image_root, self.tokenizer = os.path.expanduser(self.image_root), os.path.expanduser(self.tokenizer)
         expected = {
             "vocab_size": (self.vocab_size >= 7, "at least 7"),
             "max_length": (self.max_length >= 3, "at least 3"),

@@ -1,0 +1,138 @@
+"""Which rank of how many this process is, by the variables of whatever launched it.
+
+`deepspeed`, torchrun and accelerate set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. `srun` and `mpirun`
+set their own, from which those five follow. A process that was launched by none is rank 0 of 1.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from softmask.train.config_files import ConfigError
+
+PORT = 29500  # torchrun's
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """Names of a launcher's variables; of several, the first that is set counts."""
+
+    name: str
+    rank: tuple[str, ...]
+    world_size: tuple[str, ...]
+    local_rank: tuple[str, ...]
+    local_size: tuple[str, ...] = ()
+
+
+LAUNCHERS = (
+    Launcher("torchrun or deepspeed", ("RANK",), ("WORLD_SIZE",), ("LOCAL_RANK",), ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")),
+    Launcher(
+        "mpirun",
+        ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK"),
+        ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"),
+        ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "MV2_COMM_WORLD_LOCAL_RANK"),
+        ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "MV2_COMM_WORLD_LOCAL_SIZE"),
+    ),
+    Launcher("srun", ("SLURM_PROCID",), ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS"), ("SLURM_LOCALID",)),
+)
+
+
+def complete_environment() -> None:
+    """Set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT where they follow from other variables.
+
+    Raises:
+        ConfigError: variables that lack, are no numbers or contradict each other.
+    """
+    os.environ.update(rank_variables(os.environ))
+
+
+def rank_variables(given: Mapping[str, str]) -> dict[str, str]:
+    """What `complete_environment` sets, by the variables `given`."""
+    launcher = next((one for one in LAUNCHERS if _first(given, one.rank)), None)
+    world = _number(given, launcher.world_size, 1) if launcher else 1
+    if launcher is None or (launcher.name != LAUNCHERS[0].name and world == 1):
+        _refuse_stray(given)
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        return {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"} | address
+    if not _first(given, launcher.world_size):
+        raise ConfigError(
+            f"environment: {_first(given, launcher.rank)} is set without {launcher.world_size[0]}: expected both, or "
+            "neither for a single process"
+        )
+    rank = _number(given, launcher.rank, 0)
+    if not rank < world:
+        names = f"{_first(given, launcher.rank)} and {_first(given, launcher.world_size)}"
+        raise ConfigError(f"environment: {names}: expected a rank below the number of ranks, got {rank} of {world}")
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_RANK": str(_local_rank(given, launcher, rank, world)),
+        "MASTER_ADDR": given.get("MASTER_ADDR") or _address(given, launcher, world),
+        "MASTER_PORT": str(_number(given, ("MASTER_PORT",), _port(given))),
+    }
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _first(given: Mapping[str, str], names: tuple[str, ...]) -> str | None:
+    return next((name for name in names if given.get(name)), None)
+
+
+def _number(given: Mapping[str, str], names: tuple[str, ...], default: int) -> int:
+    name = _first(given, names)
+    if name is None:
+        return default
+    if not re.fullmatch(r"\d{1,9}", given[name]):
+        raise ConfigError(f"environment: {name}: expected a number that is not negative, got {given[name]!r}")
+    return int(given[name])
+
+
+def _refuse_stray(given: Mapping[str, str]) -> None:
+    """WORLD_SIZE above 1 without a rank: every process would be rank 0 and write into one folder."""
+    if _number(given, ("WORLD_SIZE",), 1) > 1:
+        raise ConfigError(f"environment: WORLD_SIZE is {given['WORLD_SIZE']} and RANK is not set: expected both")
+
+
+def _local_rank(given: Mapping[str, str], launcher: Launcher, rank: int, world: int) -> int:
+    others = tuple(name for one in LAUNCHERS for name in one.local_rank)
+    if _first(given, launcher.local_rank + others):
+        return _number(given, launcher.local_rank + others, 0)
+    if _number(given, launcher.local_size, 0) == world or world == 1:
+        return rank
+    raise ConfigError(f"environment: {_first(given, launcher.rank)} is set without {launcher.local_rank[0]}: expected "
+                      "the number of this process on its machine, which says which GPU it takes")  # fmt: skip
+
+
+def _address(given: Mapping[str, str], launcher: Launcher, world: int) -> str:
+    """Of rank 0: this machine where all ranks are on it, else the first of SLURM's."""
+    nodes = given.get("SLURM_STEP_NODELIST") or given.get("SLURM_JOB_NODELIST") or given.get("SLURM_NODELIST")
+    if nodes and launcher.name == "srun":
+        return first_node(nodes)
+    if world == 1 or _number(given, launcher.local_size, 0) == world:
+        return "127.0.0.1"
+    raise ConfigError(f"environment: {_first(given, launcher.rank)} is set without MASTER_ADDR: expected the host name "
+                      "or address of rank 0's machine, alike on all ranks")  # fmt: skip
+
+
+def first_node(nodes: str) -> str:
+    """The first of SLURM's list of nodes: gpu03 of "gpu[03-06,09],cpu1"."""
+    match = re.fullmatch(r"([^\[\],]+)(?:\[([^\],-]+)[^\]]*\]([^,]*))?(?:,.*)?", nodes)
+    if match is None:
+        raise ConfigError(f"environment: SLURM's list of nodes: expected one such as gpu[01-04], got {nodes!r}")
+    prefix, number, suffix = match.groups()
+    return prefix + (number or "") + (suffix or "")
+
+
+def _port(given: Mapping[str, str]) -> int:
+    """Alike on all ranks, and another one for another job on the same machine."""
+    job = given.get("SLURM_JOB_ID", "")
+    return 15000 + int(job) % 20000 if job.isdigit() else PORT
