@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import sys
 import tempfile
@@ -30,6 +31,10 @@ def _isolate_cache(config: pytest.Config) -> None:
     folder = tempfile.TemporaryDirectory(prefix="softmask-cache-", ignore_cleanup_errors=True)
     config.add_cleanup(folder.cleanup)
     os.environ["XDG_CACHE_HOME"] = folder.name
+    # Inductor finds again what it compiled for other vector instructions, and its sums are wrong then (torch 2.14).
+    instructions = os.environ.get("ATEN_CPU_CAPABILITY") or "native"
+    compiled = Path(tempfile.gettempdir()) / f"softmask-inductor-{getpass.getuser()}-{instructions}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
