@@ -79,6 +79,9 @@ def test_overrides(write) -> None:
         ("output=", ["output", "the folder of the run"]),
         ("deepspeed.zero_optimization.stage=4", ["deepspeed.zero_optimization.stage", "0, 1, 2 or 3", "got 4"]),
         ("deepspeed.zero_optimization=2", ["deepspeed.zero_optimization", "expected a mapping", "got 2"]),
+        ("deepspeed.zero_optimisation.stage=2", ["zero_optimisation", "did you mean deepspeed.zero_optimization?"]),
+        ("deepspeed.flops_profiler.enabld=true", ["deepspeed.flops_profiler.enabld", "flops_profiler.enabled?"]),
+        ("deepspeed.aio=3", ["deepspeed.aio: expected a mapping, got 3"]),
         ("train.steps", ["override", "key=value", "'train.steps'"]),
         ("seed.x=1", ["seed.x", "has no keys to override"]),
     ],
@@ -115,10 +118,49 @@ def test_files_that_cannot_be_used(write, tmp_path) -> None:
         load_config(write("output: x\n"))
 
 
+def test_numbers_as_people_write_them(write, tmp_path) -> None:
+    """YAML 1.1 takes 5e8 and 1e-4 for texts."""
+    text = "output: x\ntrain: {steps: 1e3}\noptimizer: {lr: 5e-4, min_lr: 1.e-5}\ndeepspeed: {zero_optimization: %s}"
+    for section in ("{stage: 2, reduce_bucket_size: 5e8}", '{"stage": 2, "reduce_bucket_size": 500_000_000}'):
+        config = load_config(write(text % section))
+        assert (config.train.steps, config.optimizer.lr, config.optimizer.min_lr) == (1000, 5e-4, 1e-5)
+        assert config.deepspeed["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 5e8}
+    (tmp_path / "zero.json").write_text('{\n\t"zero_optimization": {\n\t\t"stage": 1, "reduce_bucket_size": 5E+8}}')
+    assert load_config(write(MINIMAL + "deepspeed: zero.json\n")).deepspeed["zero_optimization"]["stage"] == 1
+
+
+def test_what_is_given_twice_is_refused(write, tmp_path) -> None:
+    with pytest.raises(ConfigError, match="'train' is given twice.* line 3"):
+        load_config(write(MINIMAL + "train: {steps: 20}\n"))
+    (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 1, "stage": 2}}')
+    with pytest.raises(ConfigError, match="zero.json is not JSON: the key 'stage' is given twice"):
+        load_config(write(MINIMAL + "deepspeed: zero.json\n"))
+    with pytest.raises(ConfigError, match=r"data.train: given twice, as 'a0.tar' and 'a1.tar'; the shell expands"):
+        load_config(write(MINIMAL), ["data.train=a0.tar", "data.train=a1.tar"])
+
+
+def test_home_is_expanded(write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/of/me")
+    paths = ["output=~/run", "init=~/first", "data.tokenizer=~/words", "data.image_root=~/pictures"]
+    config = load_config(write(MINIMAL), [*paths, "model.text.checkpoint=~/bert", "model.vision.checkpoint=~/vit"])
+    assert (config.output, config.init, config.data.tokenizer) == ("/of/me/run", "/of/me/first", "/of/me/words")
+    assert (config.model.text.checkpoint, config.model.vision.checkpoint) == ("/of/me/bert", "/of/me/vit")
+    assert config.data.image_root == "/of/me/pictures"
+
+
+def test_a_pointer_of_git_lfs_is_named(write) -> None:
+    with pytest.raises(ConfigError, match=r"config.yaml is a pointer of git-lfs, not the file: git lfs pull"):
+        load_config(write("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"))
+
+
 def test_saved_configuration_reads_equal(tmp_path) -> None:
     config = make_config(
         tmp_path, "deepspeed.zero_optimization.stage=1", "optimizer.eps=1e-10", "optimizer.lr_scales={a.b: 2}"
     )
+    config = dataclasses.replace(config, init="'5e8'")
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+    config = dataclasses.replace(config, init="5e8")
     save_config(config, tmp_path / "saved.yaml")
     assert load_config(tmp_path / "saved.yaml") == config
 

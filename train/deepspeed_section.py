@@ -6,7 +6,10 @@ DeepSpeed reads the keys that it knows and passes over all others without a word
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from typing import Any
+
+from pydantic import ValidationError
 
 # Set in two places, they could disagree.
 OWNED_DEEPSPEED_KEYS = {
@@ -35,6 +38,13 @@ vocabulary_size wall_clock_breakdown wandb weight_quantization zero_allow_untest
 zero_optimization
 """
 FREE_DEEPSPEED_KEYS = frozenset(_FREE.split())  # of DeepSpeed 0.19
+# Of the sections that DeepSpeed does not check itself.
+KEYS_OF_SECTIONS = {
+    "aio": "block_size queue_depth intra_op_parallelism single_submit overlap_events use_gds",
+    "checkpoint": "tag_validation load_universal use_node_local_storage parallel_write",
+    "data_types": "grad_accum_dtype",
+    "flops_profiler": "enabled recompute_fwd_factor profile_step module_depth top_modules detailed output_file",
+}
 
 
 def check_deepspeed(section: dict[str, Any]) -> None:
@@ -42,7 +52,27 @@ def check_deepspeed(section: dict[str, Any]) -> None:
     for key in section:
         if key in OWNED_DEEPSPEED_KEYS:
             raise ValueError(f"deepspeed.{key}: set by this configuration, use {OWNED_DEEPSPEED_KEYS[key]} instead")
-        if key not in FREE_DEEPSPEED_KEYS:
-            near = difflib.get_close_matches(str(key), FREE_DEEPSPEED_KEYS, n=1)
-            hint = f"; did you mean deepspeed.{near[0]}?" if near else ""
-            raise ValueError(f"deepspeed.{key}: DeepSpeed knows no such key and would pass over it{hint}")
+        _known("deepspeed.", key, FREE_DEEPSPEED_KEYS)
+    for key, known in KEYS_OF_SECTIONS.items():
+        section_of_key = section.get(key, {})
+        if not isinstance(section_of_key, dict):
+            raise ValueError(f"deepspeed.{key}: expected a mapping, got {section_of_key!r}")
+        for name in section_of_key:
+            _known(f"deepspeed.{key}.", name, known.split())
+
+
+def _known(prefix: str, key: str, known: Iterable[str]) -> None:
+    if key not in known:
+        near = difflib.get_close_matches(str(key), known, n=1)
+        hint = f"; did you mean {prefix}{near[0]}?" if near else ""
+        raise ValueError(f"{prefix}{key}: DeepSpeed knows no such key and would pass over it{hint}")
+
+
+def why_refused(error: Exception, section: dict[str, Any]) -> str:
+    """One line on what DeepSpeed, or pydantic for it, has against a section that it refuses."""
+    if not isinstance(error, ValidationError):
+        return f"deepspeed: {' '.join(str(error).split()) or type(error).__name__}"
+    first = error.errors()[0]
+    names = [name for name, value in section.items() if isinstance(value, dict) and first["loc"][0] in value]
+    key = ".".join(map(str, ["deepspeed", *names[:1], *first["loc"]]))
+    return f"{key}: {first['msg']}, got {first['input']!r}"

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from softmask.train.config import Config
+from softmask.train.config import Config, ConfigError
+from softmask.train.deepspeed_section import why_refused
 from softmask.train.launchers import complete_environment
 from softmask.train.schedule import group_options, parameter_groups, scheduler_factory
 
@@ -152,6 +153,10 @@ def create_engine(model: nn.Module, config: Config, *, steps: int) -> tuple[Any,
     # DeepSpeed prepares its backward in hooks on the output's tensors, and looks for them in tuples, not dataclasses.
     model.register_forward_hook(lambda _module, _inputs, output: (output.loss, output))
     section = deepspeed_config(config, parameters=parameters)
+    try:
+        deepspeed.DeepSpeedConfig(section)
+    except Exception as error:  # it raises whatever a wrong value runs into
+        raise ConfigError(why_refused(error, section)) from error
     with _scalars_kept_from_broadcast(model):
         if config.zero_stage == 3:
             _partition(model, section)

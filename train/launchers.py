@@ -53,8 +53,10 @@ def complete_environment() -> None:
 def rank_variables(given: Mapping[str, str]) -> dict[str, str]:
     """What `complete_environment` sets, by the variables `given`."""
     launcher = next((one for one in LAUNCHERS if _first(given, one.rank)), None)
+    rank = _number(given, launcher.rank, 0) if launcher else 0
     world = _number(given, launcher.world_size, 1) if launcher else 1
-    if launcher is None or (launcher.name != LAUNCHERS[0].name and world == 1):
+    # A batch script is rank 0 of one as srun's tasks count.
+    if launcher is None or (launcher.name != LAUNCHERS[0].name and rank == 0 and world == 1):
         _refuse_stray(given)
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         return {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"} | address
@@ -63,7 +65,6 @@ def rank_variables(given: Mapping[str, str]) -> dict[str, str]:
             f"environment: {_first(given, launcher.rank)} is set without {launcher.world_size[0]}: expected both, or "
             "neither for a single process"
         )
-    rank = _number(given, launcher.rank, 0)
     if not rank < world:
         names = f"{_first(given, launcher.rank)} and {_first(given, launcher.world_size)}"
         raise ConfigError(f"environment: {names}: expected a rank below the number of ranks, got {rank} of {world}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 
 from .attention import check_library
@@ -63,6 +64,7 @@ class VisionConfig:
     conv_vit: ConvViTConfig = field(default_factory=ConvViTConfig)
 
     def __post_init__(self) -> None:
+        self.checkpoint = os.path.expanduser(self.checkpoint)
         _check_pool("vision.pool", self.pool)
         if self.patch_size and self.name == CONV_VIT:
             own = f"{CONV_VIT} has vision.conv_vit.patch_size"
@@ -96,6 +98,7 @@ class TextConfig:
     checkpoint: str = ""  # folder of a Hugging Face BERT, such as bert-base-uncased
 
     def __post_init__(self) -> None:
+        self.checkpoint = os.path.expanduser(self.checkpoint)
         _check_pool("text.pool", self.pool)
         check_library(self.attention)
         check_heads(self.width, self.heads)

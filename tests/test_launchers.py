@@ -1,0 +1,70 @@
+"""Ranks by the variables of torchrun, srun and mpirun; what is half set is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from softmask.train.config import ConfigError
+from softmask.train.launchers import first_node, rank_variables
+
+SLURM = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "77"}
+OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1234"}
+
+
+def test_a_process_that_nobody_launched_is_rank_0_of_1() -> None:
+    for given in ({}, {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"}):
+        found = rank_variables(given)
+        assert (found["RANK"], found["LOCAL_RANK"], found["WORLD_SIZE"]) == ("0", "0", "1")
+        assert found["MASTER_ADDR"] == "127.0.0.1" and int(found["MASTER_PORT"]) > 1024
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (TORCHRUN, ("3", "4", "1", "a", "1234")),
+        (TORCHRUN | SLURM, ("3", "4", "1", "a", "1234")),  # inside srun, launched by torchrun
+        (SLURM | {"SLURM_STEP_NODELIST": "gpu[03-06]"}, ("5", "8", "1", "gpu03", "15077")),
+        (SLURM | {"SLURM_JOB_NODELIST": "a1,a2", "SLURM_STEP_NUM_TASKS": "6"}, ("5", "6", "1", "a1", "15077")),
+        (SLURM | {"MASTER_ADDR": "b", "MASTER_PORT": "9"}, ("5", "8", "1", "b", "9")),
+        (OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, ("1", "2", "1", "127.0.0.1", "29500")),
+        (
+            {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0", "MASTER_ADDR": "c"},
+            ("1", "2", "0", "c", "29500"),
+        ),
+        ({"RANK": "1", "WORLD_SIZE": "2", "SLURM_LOCALID": "0", "MASTER_ADDR": "d"}, ("1", "2", "0", "d", "29500")),
+    ],
+)
+def test_ranks(given: dict[str, str], expected: tuple[str, ...]) -> None:
+    found = rank_variables(given)
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    assert tuple(found[name] for name in names) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"RANK": "0"}, "RANK is set without WORLD_SIZE"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2 and RANK is not set"),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, "RANK is set without LOCAL_RANK"),
+        ({"RANK": "one", "WORLD_SIZE": "2"}, "RANK: expected a number that is not negative, got 'one'"),
+        ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "expected a rank below the number of ranks, got 2 of 2"),
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, "RANK is set without MASTER_ADDR"),
+        (TORCHRUN | {"MASTER_PORT": "-1"}, "MASTER_PORT: expected a number that is not negative, got '-1'"),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, "SLURM_PROCID is set without SLURM_LOCALID"),
+        ({"SLURM_PROCID": "1"}, "SLURM_PROCID is set without SLURM_STEP_NUM_TASKS"),
+        (OPEN_MPI, "OMPI_COMM_WORLD_RANK is set without MASTER_ADDR"),
+    ],
+)
+def test_what_is_half_set_is_refused(given: dict[str, str], said: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        rank_variables(given)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("a", "a"), ("a,b", "a"), ("gpu[03-06,09],cpu1", "gpu03"), ("n[7]-ib", "n7-ib"), ("x-y[1,4-5],z", "x-y1")],
+)
+def test_the_first_node_of_a_list(nodes: str, first: str) -> None:
+    assert first_node(nodes) == first
