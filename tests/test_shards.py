@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import pickle
@@ -12,8 +13,9 @@ import pytest
 import webdataset
 from data_files import CAPTION, picture, sample, write_shards, write_tar
 
-from softmask.data import DataError, SampleError, open_source
-from softmask.data import shards as shards_module
+from softmask.data import DataError, SampleError, open_source, shard_index, shards
+from softmask.data.tar import tar_members
+from softmask.data.transforms import decode_image
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +50,7 @@ def test_agrees_with_tarfile_on_every_tar_format(tmp_path, form, mtime):
     with tarfile.open(path) as tar:
         expected = [(m.name.encode(), m.offset_data, m.size) for m in tar]
     with open(path, "rb") as file:
-        assert list(shards_module.tar_members(file)) == expected
+        assert list(tar_members(file)) == expected
 
 
 def test_groups_members_as_webdataset_does(tmp_path):
@@ -125,7 +127,78 @@ def test_picture_without_caption_is_left_out_and_told(tmp_path):
         str(write_tar(tmp_path / "a.tar", [*sample(0), ("x.png", picture(1)), ("y.txt", b"only text")]))
     )
     assert len(source) == 1
-    assert source.problems == [f"{tmp_path}/a.tar has 1 pictures without .txt or .json, left out; the first is 'x'"]
+    assert source.problems == [
+        f"{tmp_path}/a.tar has 1 pictures without .txt or .json, left out; the first is 'x'",
+        f"{tmp_path}/a.tar has 1 captions without a picture, left out; the first is 'y'",
+    ]
+
+
+def test_pictures_first_and_captions_after_is_told(tmp_path):
+    members = sorted([*sample(0), *sample(1)], key=lambda member: not member[0].endswith(".png"))
+    with pytest.raises(DataError, match="must follow each other, as tar --sort=name packs them"):
+        open_source(str(write_tar(tmp_path / "a.tar", members)))
+
+
+@pytest.mark.parametrize("form", ["BMP", "GIF", "TIFF", "AVIF", "PPM"])
+def test_reads_what_pillow_reads(tmp_path, form):
+    name = {"PPM": "a.ppm", "TIFF": "a.tif"}.get(form, f"a.{form}")
+    content = picture(3, form=form)
+    record = open_source(str(write_tar(tmp_path / "a.tar", [(name, content), ("a.txt", b"one")]))).read(0)
+    assert record.image_bytes == content and decode_image(content).size == decode_image(picture(3)).size
+
+
+def test_members_that_nobody_reads_are_counted(tmp_path):
+    """Links, attributes that macOS keeps, dotted names, other files and second pictures of a sample."""
+    path = write_tar(tmp_path / "a.tar", [*sample(0), ("._000001.png", b"x"), ("._000001.txt", b"y"), *sample(1)])
+    with tarfile.open(path, "a") as tar:
+        link = tarfile.TarInfo("000002.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "000001.png"
+        tar.addfile(link)
+        for name in ("b.v2.png", "notes.md", "b.npy"):
+            tar.addfile(tarfile.TarInfo(name))
+    other = write_tar(tmp_path / "b.tar", [("k.png", picture(5)), ("k.jpg", picture(6, form="JPEG")), ("k.txt", b"k")])
+    source = open_source([str(path), str(other)])
+    assert [source.read(i).name for i in range(len(source))] == ["a.tar:000000", "a.tar:000001", "b.tar:k"]
+    (problem,) = source.problems
+    assert problem.startswith("7 members of 2 shards are not read") and problem.endswith(f"'._000001.png' of {path}")
+
+
+def test_lines_are_captions_of_one_picture(tmp_path):
+    """So are copies of a picture: COCO's, say, once per caption. Other pictures of the same size are others."""
+    members = [
+        ("a.png", picture(1)),
+        ("a.txt", b"one\n\n two \r\nthree\n"),
+        ("b.png", picture(1)),
+        ("b.txt", b"four\n"),
+    ]
+    members += [("c.json", json.dumps({"caption": ["five", "six"]}).encode()), ("c.png", picture(2))]
+    members += [
+        ("d.bmp", picture(3, form="BMP")),
+        ("d.txt", b"seven"),
+        ("e.bmp", picture(4, form="BMP")),
+        ("e.txt", b"eight"),
+    ]
+    members += [("f.json", b'{"caption": ["only"]}'), ("f.png", picture(2))]
+    other = write_tar(tmp_path / "b.tar", [("z.jpg", picture(1)), ("z.txt", b"again")])
+    source = open_source([str(write_tar(tmp_path / "a.tar", members)), str(other)])
+    records = [source.read(i) for i in range(len(source))]
+    assert " ".join(record.caption for record in records) == "one two three four five six seven eight only again"
+    assert [record.image_id for record in records] == [0, 0, 0, 0, 4, 4, 6, 7, 4, 0]
+    assert (source.group_sizes.tolist(), source.pictures) == ([9, 1], 4)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "is a pointer of git-lfs"),
+        (gzip.compress(b"0" * 1024), "packed by gzip: unpack it first"),
+        (b"a,b\n" * 200, "is no uncompressed tar"),
+    ],
+)
+def test_what_is_no_tar_is_named(tmp_path, content, said):
+    (tmp_path / "a.tar").write_bytes(content)
+    with pytest.raises(DataError, match=said):
+        open_source(str(tmp_path / "a.tar"))
 
 
 def test_shard_that_shrank_after_indexing(tmp_path):
@@ -177,8 +250,8 @@ def test_no_data_is_an_error(data):
 def test_index_cache(tmp_path, cache, monkeypatch, caplog):
     path = write_tar(tmp_path / "a.tar", sample(0) + sample(1))
     scanned = []
-    scan = shards_module.scan_shard
-    monkeypatch.setattr(shards_module, "scan_shard", lambda p: scanned.append(p) or scan(p))
+    scan = shard_index.scan_shard
+    monkeypatch.setattr(shard_index, "scan_shard", lambda p: scanned.append(p) or scan(p))
 
     open_source(str(path))
     assert len(scanned) == 1 and len(list(cache.iterdir())) == 1
@@ -222,13 +295,13 @@ def test_cache_folder_that_cannot_be_written(tmp_path, monkeypatch, caplog):
 def test_source_is_small_and_picklable(tmp_path):
     source = open_source(write_shards(tmp_path, 2, 2))
     source.read(3)
-    assert shards_module.SAMPLE.itemsize == 24
+    assert source._samples.itemsize + source._image_ids.itemsize == 30
     copy = pickle.loads(pickle.dumps(source))
     assert copy.read(3) == source.read(3)
 
 
 def test_open_files_are_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards_module, "OPEN_FILES", 2)
+    monkeypatch.setattr(shards, "OPEN_FILES", 2)
     source = open_source(write_shards(tmp_path, 4, 1))
     before = len(os.listdir("/proc/self/fd"))
     assert [source.read(i % 4).image_bytes for i in range(8)] == [picture(i % 4) for i in range(8)]
@@ -250,7 +323,7 @@ def test_json_list(tmp_path):
     entries = [
         {"image": "images/0.png", "caption": [" one ", "two"]},
         {"image": "images/1.png", "caption": "three", "image_id": "x"},
-        {"image": "images/0.png", "caption": "four"},
+        {"image": "./images/../images/0.png", "caption": "four"},
     ]
     source = open_source(write_list(tmp_path, entries))
     records = [source.read(i, extra=True) for i in range(4)]
@@ -282,16 +355,62 @@ def test_json_entry_without_its_picture(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("entries", "reason"),
-    [({"image": "a"}, "expected a list"), ([{"image": "a", "caption": "b"}, 3], "entry 1: expected an object"),
-     ([{"caption": "b"}], 'entry 0: "image"'), ([{"image": "a", "caption": []}], 'entry 0: "caption"'),
-     ([{"image": "a", "caption": [1]}], 'entry 0: "caption"'), ([{"image": "a"}], 'entry 0: "caption"'),
-     ([], "no captioned pictures")],
-)  # fmt: skip
-def test_malformed_json_list(tmp_path, entries, reason):
-    with pytest.raises(DataError, match=reason) as error:
-        open_source(write_list(tmp_path, entries))
+    ("entry", "reason"),
+    [
+        (3, "expected an object, got int"),
+        ({"caption": "b"}, '"image" must be a path, got None'),
+        ({"image": "", "caption": "b"}, '"image" must be a path'),
+        ({"image": "a", "caption": []}, '"caption" must be a text'),
+        ({"image": "a", "caption": [None]}, '"caption" must be a text'),
+        ({"image": "a", "caption": None}, '"caption" must be a text'),
+        ({"image": "a"}, '"caption" must be a text'),
+    ],
+)
+def test_a_bad_entry_is_left_out_and_named(tmp_path, entry, reason, caplog):
+    (tmp_path / "a.png").write_bytes(picture(0))
+    good = {"image": "a.png", "caption": "one"}
+    source = open_source(write_list(tmp_path, [good, entry, entry, good]))
+    assert [source.read(i).caption for i in range(len(source))] == ["one", "one"]
+    (problem,) = source.problems
+    assert "list.json has 2 entries that cannot be used, left out; the first is 'entry 1: " in problem
+    assert reason in problem and [r.getMessage() for r in caplog.records] == [problem]
+    with pytest.raises(DataError, match="no captioned pictures in .*list.json .*entry 0"):
+        open_source(write_list(tmp_path, [entry]))
+
+
+def test_the_other_captions_of_an_entry_stay(tmp_path):
+    source = open_source(write_list(tmp_path, [{"image": "a.png", "caption": ["one", None, "two"]}]))
+    assert list(source.captions()) == ["one", "two"] and "entry 0: " in source.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"image": "a"}, "expected a list of entries, got dict$"),
+        ({"images": [{"sentences": []}], "dataset": "coco"}, "as Karpathy's splits: write one entry"),
+        ({"images": [], "annotations": []}, "as COCO's: write one entry"),
+        ([], "no captioned pictures"),
+    ],
+)
+def test_what_is_no_list_is_named(tmp_path, content, said):
+    with pytest.raises(DataError, match=said) as error:
+        open_source(write_list(tmp_path, content))
     assert "list.json" in str(error.value)
+
+
+def test_a_list_may_have_a_byte_order_mark(tmp_path):
+    (tmp_path / "a.json").write_text('[{"image": "a.png", "caption": "one"}]', encoding="utf-8-sig")
+    assert list(open_source(str(tmp_path / "a.json")).captions()) == ["one"]
+    (tmp_path / "a.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(DataError, match="a.json is a pointer of git-lfs"):
+        open_source(str(tmp_path / "a.json"))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.json.gz", "a.parquet", "a.tar.gz", "a.TSV"])
+def test_files_of_other_kinds_are_named(tmp_path, name):
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(DataError, match=rf"{name}: expected a tar shard or a .json list, got "):
+        open_source(str(tmp_path / name))
 
 
 def test_unreadable_json_list(tmp_path):

@@ -6,6 +6,7 @@ import io
 import random
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -37,6 +38,50 @@ def test_decode_modes():
     assert decode_image(encoded(red.convert("CMYK"), "TIFF")).getpixel((0, 0)) == (255, 0, 0)
     deep = Image.fromarray(np.full((3, 4), 0x4080, np.uint16))
     assert decode_image(encoded(deep)).getpixel((0, 0)) == (0x40, 0x40, 0x40), "16 bits are scaled, not clipped"
+
+
+def test_decode_is_upright():
+    """Orientation 6: the camera was turned, what is on the left belongs on top."""
+    image = Image.new("RGB", (6, 4), "blue")
+    image.paste("red", (0, 0, 3, 4))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for form in ("PNG", "WEBP", "TIFF"):
+        file = io.BytesIO()
+        image.save(file, form, exif=exif, lossless=True)
+        upright = decode_image(file.getvalue())
+        assert upright.size == (4, 6)
+        assert (upright.getpixel((1, 0)), upright.getpixel((1, 5))) == ((255, 0, 0), (0, 0, 255)), form
+
+
+@pytest.mark.parametrize(
+    ("levels", "expected"),
+    [
+        (np.array([[0, 0x4000, 0xFFFF]], np.uint16), [0, 0x40, 255]),
+        (np.array([[0, 100, 255]], np.int32), [0, 100, 255]),
+        (np.array([[0, 0x4000, 0xFFFF]], np.int32), [0, 0x40, 255]),
+        (np.array([[0, 0x40000000, -1]], np.int32), [0, 0x40, 255]),  # unsigned 32 bits, as PIL reads them
+        (np.array([[0.0, 0.5, 1.0]], np.float32), [0, 127, 255]),
+        (np.array([[-3.0, 64.0, 255.0]], np.float32), [0, 64, 255]),
+    ],
+)
+def test_decode_of_many_bits(levels, expected):
+    picture = decode_image(encoded(Image.fromarray(levels), "TIFF"))
+    assert [picture.getpixel((x, 0)) for x in range(3)] == [(level,) * 3 for level in expected]
+
+
+def test_decode_of_sixteen_bits_with_a_transparent_level():
+    file = io.BytesIO()
+    Image.fromarray(np.array([[0, 0x4000, 0x8000]], np.uint16)).save(file, "PNG")
+    data, chunk = file.getvalue(), b"tRNS" + (0x4000).to_bytes(2, "big")
+    place = data.index(b"IDAT") - 4
+    data = data[:place] + (2).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big") + data[place:]
+    assert [decode_image(data).getpixel((x, 0))[0] for x in range(3)] == [0, 255, 0x80]
+
+
+def test_decode_of_levels_that_are_no_numbers():
+    with pytest.raises(ValueError, match="levels that are not finite"):
+        decode_image(encoded(Image.fromarray(np.array([[0.0, np.nan]], np.float32)), "TIFF"))
 
 
 def test_transparent_parts_are_white():

@@ -26,6 +26,22 @@ class SampleError(DataError):
 
 
 @dataclass
+class LeftOut:
+    """How many, and the name of the first."""
+
+    count: int = 0
+    first: str = ""
+
+    def add(self, name: bytes | str, count: int = 1) -> None:
+        if not self.count:
+            self.first = name if isinstance(name, str) else name.decode("utf-8", "replace")
+        self.count += count
+
+    def __str__(self) -> str:
+        return f"left out; the first is {self.first!r}"
+
+
+@dataclass
 class Record:
     """One caption and its picture, still encoded.
 

@@ -11,8 +11,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from braceexpand import UnbalancedBracesError, braceexpand
 
-from softmask.data.records import DataError, Record, SampleError, Source, clean_caption
+from softmask.data.records import DataError, LeftOut, Record, SampleError, Source, clean_caption
 from softmask.data.shards import ShardSource
+from softmask.data.tar import LFS_POINTER
 
 logger = logging.getLogger("softmask.data")
 
@@ -29,10 +30,33 @@ def open_source(data: str | Sequence[str], *, image_root: str = "") -> Source:
     if not patterns or not all(map(os.fspath, patterns)):
         raise DataError("no data: expected shards (a path, glob or brace pattern) or a .json list, got nothing")
     paths = [path for pattern in patterns for path in expand_pattern(os.fspath(pattern))]
+    for path in paths:
+        _refuse_other_kinds(path)
     lists = [path for path in paths if path.endswith(".json")]
     if lists and len(lists) != len(paths):
         raise DataError(f"shards and JSON lists cannot be mixed: {lists[0]} beside {len(paths) - len(lists)} others")
     return JsonSource(lists, image_root=image_root) if lists else ShardSource(paths)
+
+
+OTHER_KINDS = {
+    ".jsonl": "a JSON list holds all entries in one [...]: jq -s . FILE.jsonl > FILE.json makes one",
+    ".ndjson": "a JSON list holds all entries in one [...]: jq -s . FILE.ndjson > FILE.json makes one",
+    ".csv": "write a JSON list of {image, caption}, or shards (img2dataset reads CSV)",
+    ".tsv": "write a JSON list of {image, caption}, or shards (img2dataset reads TSV)",
+    ".txt": "write a JSON list of {image, caption}, or shards",
+    ".parquet": "img2dataset makes shards of it",
+    ".json.gz": "unpack it first: gunzip",
+    ".tar.gz": "unpack it first: gunzip",
+    ".tgz": "unpack it first: gunzip",
+    ".tar.zst": "unpack it first: zstd -d",
+    ".zip": "pack its files by tar --sort=name instead",
+}
+
+
+def _refuse_other_kinds(path: str) -> None:
+    for ending, advice in OTHER_KINDS.items():
+        if path.lower().endswith(ending):
+            raise DataError(f"{path}: expected a tar shard or a .json list, got {ending}; {advice}")
 
 
 def expand_pattern(pattern: str) -> list[str]:
@@ -79,15 +103,22 @@ class JsonSource:
         images: dict[str, int] = {}
         captions: list[str] = []
         ids: list[int] = []
+        self.problems: list[str] = []
         for path in paths:
             folder = os.path.expanduser(image_root) or os.path.dirname(os.path.abspath(path))
-            for image, texts in _entries(path):
-                image_id = images.setdefault(os.path.join(folder, image), len(images))
+            left_out = LeftOut()
+            for image, texts in _entries(path, left_out):
+                image_id = images.setdefault(os.path.normpath(os.path.join(folder, image)), len(images))
                 captions += texts
                 ids += [image_id] * len(texts)
+            if left_out.count:
+                self.problems.append(f"{path} has {left_out.count} entries that cannot be used, {left_out}")
+        for line in self.problems:
+            logger.warning("%s", line)
         if not captions:
-            raise DataError(f"no captioned pictures in {', '.join(paths)}")
-        self.problems: list[str] = []
+            detail = f" ({self.problems[0]})" if self.problems else ""
+            raise DataError(f"no captioned pictures in {', '.join(paths)}{detail}")
+        self.pictures = len(images)
         self.group_sizes = np.array([len(captions)], np.int64)
         self._captions, self._images = _Texts(captions), _Texts(list(images))
         self._image_ids = np.array(ids, np.int64)
@@ -120,24 +151,56 @@ class JsonSource:
                 continue  # named when the sample itself is read
 
 
-def _entries(path: str) -> Iterator[tuple[str, list[str]]]:
-    """Image path and captions of every entry. Raises DataError naming file and entry where it is malformed."""
+def _entries(path: str, left_out: LeftOut) -> Iterator[tuple[str, list[str]]]:
+    """Image path and captions of every entry; the others are counted. Raises DataError where the file is no list."""
     try:
-        with open(path, encoding="utf-8") as file:
-            entries = json.load(file)
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read()
+        if text.startswith(LFS_POINTER.decode()):
+            raise DataError(f"{path} is a pointer of git-lfs, not the list: git lfs pull fetches that")
+        entries = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON: {' '.join(str(error).split())}") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
     if not isinstance(entries, list):
-        raise DataError(f"{path}: expected a list of entries, got {type(entries).__name__}")
+        raise DataError(f"{path}: expected a list of entries, got {type(entries).__name__}{_layout(entries)}")
     for number, entry in enumerate(entries):
-        if not isinstance(entry, dict):
-            raise DataError(f"{path}: entry {number}: expected an object, got {type(entry).__name__}")
-        image, caption = entry.get("image"), entry.get("caption")
-        captions = [caption] if isinstance(caption, str) else caption
-        if not isinstance(image, str) or not image:
-            raise DataError(f'{path}: entry {number}: "image" must be a path, got {image!r}')
-        if not isinstance(captions, list) or not captions or not all(isinstance(text, str) for text in captions):
-            raise DataError(f'{path}: entry {number}: "caption" must be a text or a list of texts, got {caption!r:.80}')
-        yield image, captions
+        try:
+            image, captions = _entry(entry)
+        except ValueError as error:
+            left_out.add(f"entry {number}: {error}")
+            continue
+        texts = [text for text in captions if isinstance(text, str)]
+        if len(texts) < len(captions):
+            left_out.add(f'entry {number}: "caption" must be a text or a list of texts, got {captions!r:.80}')
+        if texts:
+            yield image, texts
+
+
+def _entry(entry: object) -> tuple[str, list]:
+    """Image path and captions, not all of which may be texts. Raises ValueError saying what is wrong with it."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"expected an object, got {type(entry).__name__}")
+    image, caption = entry.get("image"), entry.get("caption")
+    captions = [caption] if isinstance(caption, str) else caption
+    if not isinstance(image, str) or not image:
+        raise ValueError(f'"image" must be a path, got {image!r:.80}')
+    if not isinstance(captions, list) or not captions:
+        raise ValueError(f'"caption" must be a text or a list of texts, got {caption!r:.80}')
+    return image, captions
+
+
+def _layout(tree: object) -> str:
+    """What to do with the known kinds of objects that stand where the list should."""
+    if not isinstance(tree, dict) or not isinstance(tree.get("images"), list):
+        return ""
+    if isinstance(tree.get("annotations"), list):
+        return (
+            ' with "images" and "annotations", as COCO\'s: write one entry {"image": file_name, "caption": caption} '
+            "for every annotation, with the file_name of its image_id"
+        )
+    return (
+        ' with "images", as Karpathy\'s splits: write one entry {"image": filepath/filename, "caption": [raw, ...]} '
+        "for every image of the split, from its sentences"
+    )

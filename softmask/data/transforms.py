@@ -28,18 +28,45 @@ RAND_AUGMENT_OPS = (
 
 
 def decode_image(data: bytes) -> Image.Image:
-    """The picture as RGB, transparent parts on white. Raises ValueError where the bytes are no complete picture."""
+    """The picture as RGB, upright as its EXIF orientation says, transparent parts on white, of an animation the first
+    frame. Raises ValueError where the bytes are no complete picture."""
     try:
         image = Image.open(io.BytesIO(data))
         image.load()
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I") or image.mode == "F":
+            return _eight_bits(image).convert("RGB")
         if image.has_transparency_data:
             image = image.convert("RGBA")
             return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-        if image.mode.startswith("I;16"):  # PIL would clip 16 bits at 255
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         return image.convert("RGB")
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error, ... on foreign bytes
         raise ValueError(f"picture cannot be decoded ({type(error).__name__}: {error})") from error
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Gray levels of 16 or 32 bits to 8, where PIL would clip them at 255.
+
+    16 bits are divided by 256. 32 bits have no agreed white: the least of 255, 2^16 - 1 and 2^32 - 1 that holds all
+    levels is taken for it, and 1 for fractions that do not exceed it.
+    """
+    levels = np.asarray(image)
+    clear = image.info.get("transparency")
+    clear = levels == clear if isinstance(clear, int) else None  # the level that is transparent
+    if levels.dtype.kind == "f":
+        levels = levels.astype(np.float64)
+        if not np.isfinite(levels).all():
+            raise ValueError("levels that are not finite")
+        levels = levels * 255 if levels.max() <= 1 else levels
+    else:
+        levels = levels.astype(np.int64) & 0xFFFFFFFF  # PIL reads unsigned levels of 32 bits as signed ones
+    white = (
+        1 << 16 if image.mode.startswith("I;16") else next(n for n in (1 << 8, 1 << 16, 1 << 32) if levels.max() < n)
+    )
+    levels = (levels * 256 // white if white > 256 else levels).clip(0, 255).astype(np.uint8)
+    if clear is not None:
+        levels[clear] = 255
+    return Image.fromarray(levels)
 
 
 def normalize_images(pictures: Sequence[np.ndarray], mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -1,0 +1,219 @@
+"""The samples of a tar shard: where their parts lie, which pictures are the same, and what was left out.
+
+Members that follow each other and share the name up to the first dot of the file name are one sample (webdataset's
+rule): a picture with KEY.txt, of which every line is a caption, or with KEY.json, whose "caption" is a text or a list
+of texts; .txt wins. A shard is gone through once; what was found is kept in a cache file named by its path, size and
+time.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import json
+import logging
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from softmask.data.records import DataError, LeftOut
+from softmask.data.tar import BLOCK, BrokenTarError, tar_members
+
+logger = logging.getLogger("softmask.data")
+
+COMPRESSED = b"jpg jpeg jpe jfif png apng webp avif avifs jp2 j2k gif qoi".split()
+PLAIN = b"bmp dib tif tiff ppm pgm pbm pnm tga".split()
+PARTS = {name: "image" for name in COMPRESSED + PLAIN} | {b"txt": "txt", b"json": "json"}
+PIECE = 1024  # bytes, from the middle and from the end of a compressed picture, that tell it from others of its size
+# Positions count blocks of 512 bytes, so that 32 bits reach 2 TiB; position 0 (always a header) means "no such member".
+# A sample is one caption: number `line`, from 1, of several, or 0 for the only one. Equal `digest`: the same picture.
+SAMPLE = np.dtype(
+    [(part + of, "<u4") for part in ("image", "txt", "json") for of in ("_block", "_size")]
+    + [("line", "<u2"), ("digest", "<u8")]
+)
+SORT = "; picture and caption of a sample must follow each other, as tar --sort=name packs them"
+MOST_CAPTIONS = 65_535  # of one picture
+CACHE_VERSION = 2
+
+
+@dataclass
+class ShardIndex:
+    """One shard: its samples [n] (dtype SAMPLE), what is wrong with it, and what of it has no use."""
+
+    samples: np.ndarray
+    broken: str = ""  # where and how the archive breaks off
+    pictures: LeftOut = field(default_factory=LeftOut)  # without a caption
+    captions: LeftOut = field(default_factory=LeftOut)  # without a picture
+    others: LeftOut = field(default_factory=LeftOut)  # members: neither, or links, or a second picture
+
+    def problems(self) -> list[str]:
+        """A line, without the shard's name, for everything that is wrong."""
+        found = [f"{self.broken}: the {len(self.samples)} samples before are used"] if self.broken else []
+        if self.pictures.count:
+            found.append(f"has {self.pictures.count} pictures without .txt or .json, {self.pictures}")
+        if self.captions.count:
+            line = (
+                f"has {self.captions.count} captions without a picture, left out; the first is {self.captions.first!r}"
+            )
+            apart = self.pictures.count and not len(self.samples)
+            found.append(line + SORT * bool(apart))
+        return found
+
+
+def split_name(name: bytes) -> tuple[bytes, bytes]:
+    """A member's sample and its extension: everything after the first dot of the file name."""
+    folder, slash, base = name.rpartition(b"/")
+    stem, _, extension = base.partition(b".")
+    return folder + slash + stem, extension.lower()
+
+
+def scan_shard(path: str) -> ShardIndex:
+    """Goes through the shard's members."""
+    with open(path, "rb") as file:
+        return _Scan(file).index()
+
+
+class _Scan:
+    """One passage through a shard."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.rows: list[tuple[int, ...]] = []
+        self.found = ShardIndex(np.empty(0, SAMPLE))
+        self.key: bytes | None = None
+        self.parts: dict[str, tuple[int, int]] = {}
+        self.plain = False  # the picture's bytes are not compressed
+
+    def index(self) -> ShardIndex:
+        try:
+            for name, start, size in tar_members(self.file):
+                self._member(name, start, size)
+        except BrokenTarError as error:
+            self.found.broken = str(error)
+        if not self.found.broken or len(self.parts) > 1:  # a caption beyond the break is no fault of its picture
+            self._close_sample()
+        self.found.samples = np.array(self.rows, SAMPLE)
+        return self.found
+
+    def _member(self, name: bytes, start: int, size: int) -> None:
+        base = name.rpartition(b"/")[2]
+        if base.startswith(b"._") or not base:  # macOS keeps a file's attributes beside it
+            return self.found.others.add(name)
+        key, extension = split_name(name)
+        if key != self.key:
+            self._close_sample()
+            self.key, self.parts = key, {}
+        part = PARTS.get(extension)
+        if part is None or start == 0 or part in self.parts:
+            return self.found.others.add(name)
+        self.parts[part] = (start, size)
+        if part == "image":
+            self.plain = extension in PLAIN
+
+    def _close_sample(self) -> None:
+        parts = self.parts
+        if "image" not in parts:
+            if "txt" in parts:
+                self.found.captions.add(self.key)
+            return
+        if "txt" not in parts and "json" not in parts:
+            return self.found.pictures.add(self.key)
+        places = [n for part in ("image", "txt", "json") for n in self._place(part)]
+        digest = self._digest(*parts["image"])
+        self.rows += [(*places, line, digest) for line in self._lines()]
+
+    def _place(self, part: str) -> tuple[int, int]:
+        start, size = self.parts.get(part, (0, 0))
+        return start // BLOCK, size
+
+    def _lines(self) -> list[int]:
+        """Numbers of the captions: [0] for a single one, and for one that is to be refused when it is read."""
+        if "txt" in self.parts:
+            lines = [n for n, line in enumerate(self._read("txt").split(b"\n"), start=1) if line.strip()]
+        else:
+            try:
+                caption = json.loads(self._read("json"))["caption"]
+            except (ValueError, RecursionError, KeyError, TypeError):
+                return [0]
+            lines = list(range(1, len(caption) + 1)) if isinstance(caption, list) else []
+        return lines[:MOST_CAPTIONS] if len(lines) > 1 else [0]
+
+    def _read(self, part: str) -> bytes:
+        start, size = self.parts[part]
+        return os.pread(self.file.fileno(), size, start)
+
+    def _digest(self, start: int, size: int) -> int:
+        """Of all bytes of a small or plain picture, else of its size and of two pieces of its compressed bytes."""
+        digest = hashlib.blake2b(size.to_bytes(8, "little"), digest_size=8)
+        if self.plain or size <= 2 * PIECE:
+            pieces = [(start, size)]
+        else:
+            pieces = [(start + size // 2, PIECE), (start + size - PIECE, PIECE)]
+        for at, length in pieces:
+            digest.update(os.pread(self.file.fileno(), length, at))
+        return int.from_bytes(digest.digest(), "little")
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "softmask" / "shard-index"
+
+
+def _cache_file(path: str) -> Path:
+    stat = os.stat(path)
+    identity = f"{CACHE_VERSION}|{os.path.abspath(path)}|{stat.st_size}|{stat.st_mtime_ns}"
+    return cache_folder() / f"{hashlib.sha256(identity.encode('utf-8', 'surrogateescape')).hexdigest()[:40]}.npz"
+
+
+LEFT_OUT = ("pictures", "captions", "others")
+
+
+def _load_cache(file: Path) -> ShardIndex | None:
+    """A cache file is the SHA-256 of what follows it, then an .npz."""
+    try:
+        stored = file.read_bytes()
+    except OSError:  # most often there is none yet; where the folder is out of reach, `_store_cache` says so
+        return None
+    digest, content = stored[:32], stored[32:]
+    if hashlib.sha256(content).digest() != digest:
+        logger.warning("the index cache %s is damaged and is built anew", file)
+        return None
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        left_out = {name: LeftOut(int(arrays[name][0]), str(arrays[name][1])) for name in LEFT_OUT}
+        return ShardIndex(arrays["samples"], str(arrays["broken"]), **left_out)
+
+
+def _store_cache(file: Path, index: ShardIndex) -> None:
+    content = io.BytesIO()
+    left_out = {name: (getattr(index, name).count, getattr(index, name).first) for name in LEFT_OUT}
+    texts = {name: np.array([str(count), first], dtype=np.str_) for name, (count, first) in left_out.items()}
+    np.savez(content, samples=index.samples, broken=np.array(index.broken, dtype=np.str_), **texts)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".tmp", delete=False) as temporary:
+            temporary.write(hashlib.sha256(content.getvalue()).digest() + content.getvalue())
+        os.replace(temporary.name, file)  # atomic: ranks index the same shards at the same time
+    except OSError as error:
+        _warn_once(f"the shard index cannot be kept in {file.parent} ({error.strerror})")
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning("%s", message)
+
+
+def index_shard(path: str) -> ShardIndex:
+    """`scan_shard` through the cache. Raises DataError when the shard cannot be opened."""
+    try:
+        file = _cache_file(path)
+        found = _load_cache(file)
+        if found is None:
+            found = scan_shard(path)
+            _store_cache(file, found)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    return found
