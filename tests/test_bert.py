@@ -100,6 +100,48 @@ def test_timm_vit_loads_a_file_and_resizes_its_positions(tmp_path):
     assert larger(torch.randn(1, 3, 256, 256)).shape == (1, 257, 192)
 
 
+def test_a_file_that_does_not_fill_the_encoder_is_refused(tmp_path):
+    """timm itself would load what fits and train the rest from random weights."""
+    file = tmp_path / "vit.pth"
+    config = VisionConfig(name="vit_tiny_patch16_224", image_size=32, checkpoint=str(file))
+    own = timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict()
+    without = {name: tensor for name, tensor in own.items() if not name.startswith("blocks.11.")}
+    foreign = {f"vit.encoder.{name}": tensor for name, tensor in own.items()}
+    wider = own | {"norm.weight": torch.ones(193)}
+    for content, said in (
+        (without, "fills 138 of 150 tensors of the encoder; it lacks 'blocks.11.norm1.weight'"),
+        (foreign, "fills 0 of 150 tensors .* holds 'vit.encoder.cls_token': expected timm's names"),
+        (wider, r"expected norm.weight of shape \(192,\), got \(193,\)"),
+        ({"step": 3}, "vit.pth holds no weights"),
+        ([1, 2], "vit.pth holds no weights"),
+    ):
+        torch.save(content, file)
+        with pytest.raises(ValueError, match=said) as error:
+            VisionEncoder(config)
+        assert "\n" not in str(error.value)
+    for content, said in (
+        (b"nonsense", "vit.pth holds no weights"),
+        (b"", "vit.pth holds no weights"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of git-lfs"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=said):
+            VisionEncoder(config)
+    file.unlink()
+    with pytest.raises(ValueError, match="vit.pth: no such file"):
+        VisionEncoder(config)
+
+
+def test_loading_says_what_was_filled(tmp_path, hugging_face):
+    torch.save({"model": timm.create_model("vit_tiny_patch16_224", num_classes=3).state_dict()}, tmp_path / "vit.pth")
+    options = {"name": "vit_tiny_patch16_224", "image_size": 32}
+    encoder = VisionEncoder(VisionConfig(**options, checkpoint=str(tmp_path / "vit.pth")))
+    assert encoder.weights_from == f"150 tensors of {tmp_path}/vit.pth, 2 left over (head.weight ...)"
+    assert VisionEncoder(VisionConfig(**options)).weights_from == "random"
+    _, folder = hugging_face
+    assert f" tensors of {folder}, " in Backbone(small_config(text={"checkpoint": str(folder)})).text_from
+
+
 def test_a_timm_model_without_a_class_token_is_pooled_or_refused():
     name = "vit_medium_patch16_gap_240"
     with pytest.raises(ValueError, match="class token"):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
 from data_files import write_tar
 from evaluation_files import PAIRS, Oracle, Words, scene, small_config, write_plain, write_run, write_scenes
 
-from softmask.data import DataError, open_source
+from softmask.data import open_source
 from softmask.train import evaluate, scoring
 from softmask.train.scoring import Reader, Scorer
 
@@ -112,8 +113,9 @@ def test_malformed_objects_name_sample_and_entry(tmp_path, change, message):
     change(content["objects"][1])
     write_tar(tmp_path / "test.tar", [*members[:2], (members[2][0], json.dumps(content).encode())])
     (sample,) = Reader(open_source(str(tmp_path / "test.tar"))).all()
-    with pytest.raises(DataError, match=f"test.tar:0000: .*{message}"):
-        scoring.phrases(sample, Words()([sample.caption], max_length=16).offsets[0])
+    words = scoring.phrases(sample, Words()([sample.caption], max_length=16).offsets[0])
+    ((where, reason),) = sample.bad_objects.items()
+    assert len(words) == 1 and re.match(f"test.tar:0000: .*{message}", f"{where}: {reason}")
 
 
 @pytest.fixture(scope="module")
@@ -165,14 +167,10 @@ def test_failures_end_in_one_line_and_leave_the_old_file(run, tmp_path, capsys):
     data = str(run.parent / "test.tar")
     output = tmp_path / "metrics.json"
     output.write_text("old", encoding="utf-8")
-    broken = json.loads(scene(0)[2][1]) | {"objects": [{"phrase": "red box"}]}
-    members = [*scene(0)[:2], ("0000.json", json.dumps(broken).encode())]
-    malformed = str(write_tar(tmp_path / "malformed.tar", members))
     unreadable = write_scenes(tmp_path / "unreadable.tar", (0, 1), broken=(0, 1))
     cases = {
         (str(tmp_path / "nowhere"), data): "nowhere: expected a step_... checkpoint",
         (str(run), str(tmp_path / "no-*.tar")): "no file matches",
-        (str(run), malformed): "objects[0]",
         (str(run), unreadable): "no readable sample",
     }
     for (checkpoint, shards), message in cases.items():
@@ -184,7 +182,7 @@ def test_failures_end_in_one_line_and_leave_the_old_file(run, tmp_path, capsys):
     assert output.read_text(encoding="utf-8") == "old"
     assert evaluate.main([str(run), "--data", data, "--output", str(tmp_path / "no" / "metrics.json")]) == 1
     assert "--output: no folder" in capsys.readouterr().err
-    assert {path.name for path in tmp_path.iterdir()} == {"metrics.json", "malformed.tar", "unreadable.tar"}
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.json", "unreadable.tar"}
 
 
 def test_unreadable_samples_are_named_on_stderr(run, tmp_path, capsys):
@@ -192,6 +190,19 @@ def test_unreadable_samples_are_named_on_stderr(run, tmp_path, capsys):
     assert evaluate.main([str(run), "--data", data, "--output", str(tmp_path / "metrics.json")]) == 0
     assert capsys.readouterr().err.startswith("left out: test.tar:0003: picture cannot be decoded")
     assert json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))["retrieval"]["samples"] == 11
+
+
+@pytest.mark.parametrize("objects", [[{"phrase": "red box"}], [3], "red box", {"phrase": "red box"}])
+def test_objects_that_cannot_be_used_stop_nothing(run, tmp_path, capsys, objects):
+    broken = json.loads(scene(0)[2][1]) | {"objects": objects}
+    members = [*scene(0)[:2], ("0000.json", json.dumps(broken).encode()), *scene(1)]
+    data = str(write_tar(tmp_path / "test.tar", members))
+    assert evaluate.main([str(run), "--data", data, "--output", str(tmp_path / "metrics.json")]) == 0
+    result = json.loads((tmp_path / "metrics.json").read_text())
+    assert result["retrieval"]["samples"] == 2 and result["grounding"]["samples"] == 1
+    said = "left out: 1 objects that cannot be used, the first: test.tar:0000: objects"
+    assert said in capsys.readouterr().err
+    )
 
 
 def test_captions_without_objects_have_no_grounding(run, tmp_path, capsys):

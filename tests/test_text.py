@@ -178,3 +178,20 @@ def test_training_needs_words_and_room(tmp_path):
         train_wordpiece([" ", ""], tmp_path)
     with pytest.raises(ValueError, match="vocab_size"):
         train_wordpiece(["a b"], tmp_path, vocab_size=6)
+
+
+def test_a_folder_without_its_vocabulary_is_refused(tmp_path) -> None:
+    """transformers reads it as a tokenizer that knows its special tokens alone."""
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    with pytest.raises(ValueError, match=r"knows no word, only \d special tokens|cannot be loaded"):
+        CaptionTokenizer.load(tmp_path)
+    (tmp_path / "vocab.txt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 2\n")
+    with pytest.raises(ValueError, match=r"vocab.txt is a pointer of git-lfs"):
+        CaptionTokenizer.load(tmp_path)
+
+
+def test_the_share_of_unknown_tokens(tmp_path) -> None:
+    tokenizer = train_wordpiece(["red green red"], tmp_path)
+    assert tokenizer.unknown(["red green"]) == 0.0
+    assert tokenizer.unknown(["red \u4e00", "\u4e00 \u4e01"]) == 0.75
+    assert tokenizer.unknown([]) == 0.0

@@ -314,7 +314,7 @@ def test_files_of_a_run(tmp_path, capfd) -> None:
     state = json.loads((find_checkpoint(run) / "trainer.json").read_text())
     assert (state["step"], state["micro_batches"], state["world_size"]) == (6, 12, 1)
     output = capfd.readouterr().err
-    assert "64 captions, batch 16 = 8 x 2 accumulated x 1 ranks" in output
+    assert "64 captions of 64 pictures, batch 16 = 8 x 2 accumulated x 1 ranks" in output
     assert "step 4/6  loss " in output and "done: 6 steps" in output
     model, tokenizer, loaded = load_model(run)
     assert loaded == config and not model.training

@@ -189,6 +189,9 @@ def check_output(path: Path) -> None:
 def name_skipped(reader: Reader) -> None:
     for line in reader.skipped.values():
         print(f"left out: {line}", file=sys.stderr)
+    for where, reason in list(reader.bad_objects.items())[:1]:
+        count = len(reader.bad_objects)
+        print(f"left out: {count} objects that cannot be used, the first: {where}: {reason}", file=sys.stderr)
 
 
 def summary(result: dict) -> str:

@@ -1,4 +1,5 @@
-"""Weights to begin a new run with: those of another run, whose pictures may have had another size."""
+"""Where a run's weights and vocabulary come from: another run, whose pictures may have had another size, files, or
+nowhere; and the words that say so."""
 
 from __future__ import annotations
 
@@ -7,7 +8,9 @@ from pathlib import Path
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
+from softmask.data import CaptionTokenizer
 from softmask.train.checkpoint import CheckpointError, find_checkpoint
+from softmask.train.config import Config
 from softmask.train.resharding import read_weights
 
 POSITIONS = "vision.vit.pos_embed"
@@ -15,28 +18,57 @@ QUEUE = "contrast."
 QUEUE_IDS = "contrast.queue_ids"
 
 
-def start_from(model: nn.Module, path: str | Path) -> None:
+def weights_from(model: nn.Module, config: Config, checkpoint: Path | None) -> str:
+    """Fill a new model from `config.init`, where there is one; what its weights are, in words.
+
+    Raises:
+        CheckpointError: as `start_from`.
+    """
+    if checkpoint is not None:
+        return f"of {checkpoint}"
+    if config.init:
+        return start_from(model, config.init)
+    parts = {"vision": "weights_from", "text": "text_from"}
+    found = {part: getattr(m, name) for part, name in parts.items() for m in model.modules() if hasattr(m, name)}
+    if set(found.values()) == {"random"}:
+        return "random"
+    return "; ".join([*(f"{part}: {origin}" for part, origin in found.items()), "all others random"])
+
+
+def words_from(tokenizer: CaptionTokenizer, config: Config, checkpoint: Path | None) -> str:
+    """The size of the vocabulary and where it comes from, in words."""
+    trained = "a WordPiece trained on the captions"
+    origin = "the checkpoint" if checkpoint is not None else config.data.tokenizer or config.init or trained
+    return f"{tokenizer.vocab_size:,} tokens of {origin}"
+
+
+def start_from(model: nn.Module, path: str | Path) -> str:
     """Copy the weights of a run or checkpoint, momentum twin and queue included, into a new model.
 
     Position embeddings of another grid are interpolated; a queue of another length is left as it is. The queue's ids
     are forgotten: they number the pictures of that run's data, and the same numbers stand for others in this one's.
+    Returns what was done, in words.
 
     Raises:
         CheckpointError: no checkpoint there, or one of another model.
     """
     checkpoint = find_checkpoint(path)
     own, given = model.state_dict(), read_weights(checkpoint)
+    changed: list[str] = []
     options = {"new_size": list(model.patch_grid), "num_prefix_tokens": model.num_prefix_tokens}
     for name, tensor in own.items():
         if name.endswith(POSITIONS) and name in given and given[name].shape != tensor.shape:
             given[name] = resample_abs_pos_embed(given[name], **options)
+            changed.append(f"{name} interpolated")
         foreign = name not in given or given[name].shape != tensor.shape or name == QUEUE_IDS
         if name.startswith(QUEUE) and foreign:
             given[name] = tensor
+            changed.append(f"{name} new")
     problems = [_difference(name, own.get(name), given.get(name)) for name in sorted(own.keys() | given.keys())]
     if found := [problem for problem in problems if problem]:
         raise CheckpointError(f"{checkpoint}: not the model of this configuration, {len(found)} differ: {found[0]}")
     model.load_state_dict(given)
+    return ", ".join([f"{len(given)} tensors of {checkpoint}", *changed])
 
 
 def _difference(name: str, own: Tensor | None, given: Tensor | None) -> str | None:

@@ -73,15 +73,18 @@ class Sample:
     picture: Image.Image
     caption: str
     image_id: int
-    objects: list[dict] | None
+    objects: list | None
+    bad_objects: dict[str, str] = field(default_factory=dict)  # of all the reader's samples: where -> what is wrong
 
 
 @dataclass
 class Reader:
-    """Samples of a source in order; `skipped` collects one line for each that cannot be read."""
+    """Samples of a source in order; `skipped` collects one line for each that cannot be read, `bad_objects` the objects
+    that cannot be used."""
 
     source: Any
     skipped: dict[int, str] = field(default_factory=dict)
+    bad_objects: dict[str, str] = field(default_factory=dict)
 
     def read(self, indices: Iterable[int]) -> Iterator[Sample]:
         for index in indices:
@@ -97,7 +100,10 @@ class Reader:
                 self.skipped[index] = f"{record.name}: {error}"
                 continue
             objects = (record.extra or {}).get("objects")
-            yield Sample(index, record.name, picture, record.caption, record.image_id, objects)
+            if objects is not None and not isinstance(objects, list):
+                self.bad_objects[f"{record.name}: objects"] = f"expected a list, got {type(objects).__name__}"
+                objects = None
+            yield Sample(index, record.name, picture, record.caption, record.image_id, objects, self.bad_objects)
 
     def all(self) -> Iterator[Sample]:
         return self.read(range(len(self.source)))
@@ -274,27 +280,32 @@ class Word:
 def phrases(sample: Sample, offsets: Tensor) -> list[Word]:
     """The sample's object phrases; `tokens` is empty for those that the caption's truncation cut off.
 
-    Raises:
-        DataError: an entry does not follow the documented format; names the sample, the entry and what is wrong.
+    Entries that do not follow the documented format are counted in `bad_objects`.
     """
-    words, (width, height) = [], sample.picture.size
+    words = []
     for number, entry in enumerate(sample.objects or []):
-        where = f"{sample.name}: objects[{number}]"
         try:
-            text, (start, end) = entry["phrase"], entry["span"]
-            mask = torch.as_tensor(rle.decode(entry["mask"])).bool()
-        except (KeyError, TypeError, ValueError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise DataError(
-                f"{where}: expected phrase, span [start, end] and mask {{size, counts}}: {reason}"
-            ) from error
-        if sample.caption[start:end] != text:
-            found = sample.caption[start:end]
-            raise DataError(f"{where}: span [{start}, {end}] of the caption is {found!r}, expected the phrase {text!r}")
-        if mask.shape != (height, width):
-            raise DataError(f"{where}: mask size {list(mask.shape)}, expected the picture's {[height, width]}")
-        words.append(Word(text, (start, end), metrics.tokens_of_span(offsets, (start, end)), mask))
+            words.append(_word(sample, entry, offsets))
+        except ValueError as error:
+            sample.bad_objects[f"{sample.name}: objects[{number}]"] = str(error)
     return words
+
+
+def _word(sample: Sample, entry: Any, offsets: Tensor) -> Word:
+    """Raises ValueError that says what is wrong with the entry."""
+    try:
+        text, (start, end) = entry["phrase"], entry["span"]
+        mask = torch.as_tensor(rle.decode(entry["mask"])).bool()
+        found = sample.caption[start:end]
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"expected phrase, span [start, end] and mask {{size, counts}}: {reason}") from error
+    if found != text:
+        raise ValueError(f"span [{start}, {end}] of the caption is {found!r}, expected the phrase {text!r}")
+    if mask.shape != (sample.picture.height, sample.picture.width):
+        size = [sample.picture.height, sample.picture.width]
+        raise ValueError(f"mask size {list(mask.shape)}, expected the picture's {size}")
+    return Word(text, (start, end), metrics.tokens_of_span(offsets, (start, end)), mask)
 
 
 @torch.no_grad()

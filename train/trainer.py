@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,13 @@ from softmask.train.checkpoint import (
 )
 from softmask.train.config import Config, ConfigError, save_config
 from softmask.train.engine import apply_hyperparameters, create_engine, full_size, start_distributed
-from softmask.train.initial import start_from
+from softmask.train.initial import weights_from, words_from
 from softmask.train.logs import RunLog, clock, say
 from softmask.train.methods import step_options
 from softmask.train.schedule import lr_factor, seed_everything
 
+SAMPLED_CAPTIONS = 1000
+MOST_UNKNOWN = 0.5  # share of [UNK] among their tokens
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 Output = SoftMaskPPOutput | SyCoCaOutput
 
@@ -77,9 +80,21 @@ def prepare_run(config: Config, source: Source, checkpoint: Path | None) -> Capt
                 _write_tokenizer(config, source, checkpoint)
             save_config(config, run / "config.yaml")
         dist.barrier()
-        return CaptionTokenizer.load(run / "tokenizer")
+        tokenizer = CaptionTokenizer.load(run / "tokenizer")
+        check_vocabulary(tokenizer, source)
+        return tokenizer
     except ValueError as error:
         raise ConfigError(f"data.{error}") from error
+
+
+def check_vocabulary(tokenizer: CaptionTokenizer, source: Source) -> None:
+    """ValueError where the tokenizer does not know the words of the data."""
+    captions = list(islice(source.captions(), SAMPLED_CAPTIONS))
+    if (share := tokenizer.unknown(captions)) > MOST_UNKNOWN:
+        raise ValueError(
+            f"tokenizer: {share:.0%} of the tokens in the first {len(captions)} captions are [UNK], expected at most "
+            f"{MOST_UNKNOWN:.0%}: is it the tokenizer for captions such as {captions[0]!r:.60}?"
+        )
 
 
 def _write_tokenizer(config: Config, source: Source, checkpoint: Path | None) -> None:
@@ -112,8 +127,10 @@ class Trainer:
             torch.utils.deterministic.fill_uninitialized_memory = False  # finds bugs, costs a pass over every buffer
         torch.manual_seed(config.seed)  # the same weights on every rank
         model = build_model(config, tokenizer)
-        if config.init and checkpoint is None:
-            start_from(model, config.init)
+        self._origins = {
+            "weights": weights_from(model, config, checkpoint),
+            "words": words_from(tokenizer, config, checkpoint),
+        }
         model.set_activation_checkpointing(config.train.activation_checkpointing)
         options = {"batch_size": config.train.batch_size, "rank": self.rank, "world_size": self.world_size}
         self._loader = lambda start: Loader(
@@ -159,7 +176,9 @@ class Trainer:
         steps_per_epoch = self.batches_per_epoch / options.accumulation
         say(f"run    {self.config.output}: step {self.progress.step} to {self.steps}, {steps_per_epoch:.4g} per epoch")
         say(f"model  {trained:,} trained parameters, {options.precision}")
-        say(f"data   {len(self._source):,} captions, batch {batch} = {parts}")
+        for what, origin in self._origins.items():
+            say(f"{what:6s} {origin}")
+        say(f"data   {len(self._source):,} captions of {self._source.pictures:,} pictures, batch {batch} = {parts}")
         say(f"engine DeepSpeed on {self.device}, ZeRO stage {self.config.zero_stage}")
 
     # -- the loop -----------------------------------------------------------------------------------------------------

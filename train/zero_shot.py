@@ -61,16 +61,13 @@ def zero_shot(scorer: Scorer, samples: Iterable[Sample], classes: Sequence[Class
 
 
 def only_class(sample: Sample, number: dict[str, int]) -> int | None:
-    """The class of the one object in the picture; None where there are others, several of it, or none.
-
-    Raises:
-        DataError: what stands for the object is not an object of JSON.
-    """
+    """The class of the one object in the picture; None where there are others, several of it, or none."""
     if not sample.objects or len(sample.objects) > 1:
         return None
     (entry,) = sample.objects
     if not isinstance(entry, dict):
-        raise DataError(f"{sample.name}: objects[0]: expected phrase, span, mask and concept, got {entry!r}")
+        sample.bad_objects[f"{sample.name}: objects[0]"] = f"expected phrase, span, mask and concept, got {entry!r}"
+        return None
     name, one = entry.get("concept"), entry.get("count", 1) == 1
     return number.get(name) if isinstance(name, str) and entry.get("phrase") == name and one else None
 

@@ -13,6 +13,8 @@ import torch
 from tokenizers import Encoding, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 
+from softmask.data.tar import LFS_POINTER
+
 SPECIAL_TOKENS = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
 SPECIAL_TOKENS |= {"mask_token": "[MASK]"}
 _PRIVATE_USE = 0xF0000
@@ -55,6 +57,7 @@ class CaptionTokenizer:
         path = os.fspath(path)
         if not os.path.isdir(path):
             raise ValueError(f"tokenizer: {path} is not a folder")
+        _refuse_pointers(path)
         try:
             loaded = AutoTokenizer.from_pretrained(path, local_files_only=True)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -71,8 +74,20 @@ class CaptionTokenizer:
         lacking = [token for token, value in ids.items() if value is None]
         if lacking:
             raise ValueError(f"tokenizer: {name} lacks the special tokens {', '.join(lacking)}")
+        special = {token.content for token in loaded.added_tokens_decoder.values()} | set(loaded.all_special_tokens)
+        if not set(backend.get_vocab(with_added_tokens=True)) - special:
+            raise ValueError(
+                f"tokenizer: {name} knows no word, only {len(special)} special tokens: is vocab.txt missing?"
+            )
         tokens = {key: getattr(loaded, key) for key in SPECIAL_TOKENS if getattr(loaded, key) is not None}
         return cls(backend, tokens=tokens, **{f"{token}_id": value for token, value in ids.items()})
+
+    def unknown(self, captions: Iterable[str]) -> float:
+        """The share of [UNK] among the tokens of captions, special tokens left out."""
+        texts = list(captions)
+        counts = Counter(i for one in self._tokenizer.encode_batch(texts, add_special_tokens=False) for i in one.ids)
+        unknown = self._tokenizer.token_to_id(self._tokens.get("unk_token", ""))
+        return counts[unknown] / max(1, sum(counts.values()))
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes a directory that `load` and transformers' AutoTokenizer read."""
@@ -123,6 +138,17 @@ class CaptionTokenizer:
             spans.append((start, end))
             words.append(-1 if _is_punctuation(caption[start:end]) else numbers.setdefault(word, len(numbers)))
         return [self.cls_id, *encoding.ids[:keep], self.sep_id], [*words, -1], [*spans, (0, 0)]
+
+
+def _refuse_pointers(folder: str) -> None:
+    for name in sorted(os.listdir(folder)):
+        path = os.path.join(folder, name)
+        if os.path.isfile(path):
+            with open(path, "rb") as file:
+                if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                    raise ValueError(
+                        f"tokenizer: {path} is a pointer of git-lfs, not the file: git lfs pull fetches that"
+                    )
 
 
 def _is_punctuation(text: str) -> bool:

@@ -36,8 +36,7 @@ class Backbone(nn.Module):
         self.text_projection = nn.Linear(config.text.width, config.embed_dim)
         for part in (self.text, self.fusion, self.mlm_head, self.image_projection, self.text_projection):
             initialize(part, std=config.text.initializer_range)
-        if config.text.checkpoint:
-            load_bert(self, config.text.checkpoint)
+        self.text_from = load_bert(self, config.text.checkpoint) if config.text.checkpoint else "random"
 
     def encode_image(self, images: Tensor) -> Encoded:
         tokens = self.vision(images)

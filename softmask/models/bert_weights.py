@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .vision_weights import refuse_pointer
+
 EMBEDDINGS = {
     "embeddings.word_embeddings.weight": "text.embeddings.word.weight",
     "embeddings.position_embeddings.weight": "text.embeddings.position.weight",
@@ -40,15 +42,33 @@ MLM_HEAD = {
 def read_state(folder: str | Path) -> dict[str, Tensor]:
     """The tensors of a Hugging Face checkpoint folder: model.safetensors or pytorch_model.bin."""
     folder = Path(folder)
-    if (folder / "model.safetensors").is_file():
-        from safetensors.torch import load_file
-
-        return load_file(folder / "model.safetensors")
-    if (folder / "pytorch_model.bin").is_file():
-        return torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
+    for name, read in {"model.safetensors": _read_safetensors, "pytorch_model.bin": _read_pickle}.items():
+        file = folder / name
+        if not file.is_file():
+            continue
+        try:
+            refuse_pointer(file, "text.checkpoint")
+            return read(file)
+        except OSError as error:
+            raise ValueError(f"text.checkpoint: {file} cannot be read: {error.strerror}") from error
+        except ValueError:
+            raise
+        except Exception as error:  # whatever unpickling foreign bytes runs into
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+            raise ValueError(f"text.checkpoint: {file} holds no weights ({reason})") from error
     raise FileNotFoundError(
         f"text.checkpoint: expected model.safetensors or pytorch_model.bin in {folder}, found neither"
     )
+
+
+def _read_safetensors(file: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(file)
+
+
+def _read_pickle(file: Path) -> dict[str, Tensor]:
+    return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def convert(state: dict[str, Tensor], *, text_layers: int, fusion_layers: int) -> dict[str, Tensor]:
@@ -75,8 +95,11 @@ def _modern(name: str) -> str:
     return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
 
-def load_bert(backbone: nn.Module, folder: str | Path) -> None:
-    """Copy a Hugging Face BERT into `backbone` (its .text, .fusion and .mlm_head). Sizes that differ are an error."""
+def load_bert(backbone: nn.Module, folder: str | Path) -> str:
+    """Copy a Hugging Face BERT into `backbone` (its .text, .fusion and .mlm_head). Sizes that differ are an error.
+
+    Returns how many tensors were filled and what stays random, in words.
+    """
     text_layers, fusion_layers = len(backbone.text.layers), len(backbone.fusion.layers)
     ours = convert(read_state(folder), text_layers=text_layers, fusion_layers=fusion_layers)
     expected = dict(backbone.named_parameters())
@@ -87,3 +110,6 @@ def load_bert(backbone: nn.Module, folder: str | Path) -> None:
             )
         with torch.no_grad():
             expected[name].copy_(tensor)
+    parts = [(name, part) for name, part in backbone.named_parameters() if name.startswith(("text.", "fusion.", "mlm"))]
+    rest = [name for name, _ in parts if name not in ours]
+    return f"{len(ours)} tensors of {folder}" + (f", {len(rest)} random ({rest[0]} ...)" if rest else "")

@@ -17,6 +17,7 @@ from torch.distributed.nn.functional import all_reduce
 
 from .bert import at_least_fp32
 from .config import CONV_VIT, ConvViTConfig, VisionConfig
+from .vision_weights import load_vit
 
 LAYER_SCALE = 0.1  # the transformer's blocks start as a small change to what the convolutions see
 
@@ -138,9 +139,6 @@ def _timm_vit(config: VisionConfig) -> nn.Module:
     options = {"img_size": config.image_size, "drop_path_rate": config.drop_path, "num_classes": 0}
     if config.patch_size:
         options["patch_size"] = config.patch_size
-    if config.checkpoint:
-        # timm's own path for weights from a file: drops the head, resizes patch projection and position embeddings
-        options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": config.checkpoint}}
     return timm.create_model(config.name, **options)
 
 
@@ -154,6 +152,7 @@ class VisionEncoder(nn.Module):
             self.vit = _conv_vit(config.conv_vit, **options)
         else:
             self.vit = _timm_vit(config)
+        self.weights_from = load_vit(self.vit, config.checkpoint) if config.checkpoint else "random"
         self.pooling = config.pool
         self.num_prefix_tokens: int = getattr(self.vit, "num_prefix_tokens", 0)
         if config.pool == "cls" and self.num_prefix_tokens < 1:
