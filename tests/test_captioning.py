@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -51,11 +52,40 @@ def test_scores_of_equal_like_and_foreign_captions(java: bool, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("java", [False, JAVA])
-def test_a_break_inside_a_caption_shifts_no_other(java: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(captioning, "has_java", lambda: java)
+def test_a_break_inside_a_caption_shifts_no_other(java: bool) -> None:
     texts = ["a red box", "a blue owl\rbeside\u2028a cat", "a green box"]
-    words = captioning.tokenized([[text] for text in texts])
+    words = captioning.tokenized([[text] for text in texts], java=java)
     assert words == {0: ["a red box"], 1: ["a blue owl beside a cat"], 2: ["a green box"]}
+
+
+JAVAS = {
+    "is none": "exit 1",
+    "cannot start its classes": 'test "$1" = -version',
+    "hangs": 'test "$1" = -version || sleep 60',
+    "loses lines": 'test "$1" = -version || echo a',
+    "fails after the tokenizer": 'case "$1" in -version) ;; -cp) cat ;; *) exit 3 ;; esac',
+    "hangs after the tokenizer": 'case "$1" in -version) ;; -cp) cat ;; *) exec sleep 60 ;; esac',
+}
+
+
+@pytest.mark.parametrize("script", JAVAS.values(), ids=JAVAS)
+def test_a_java_that_fails_costs_its_scores_alone(tmp_path: Path, monkeypatch, capsys, script: str) -> None:
+    (tmp_path / "java").write_text(f"#!/bin/sh\n{script}\n")
+    (tmp_path / "java").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(captioning, "JAVA_SECONDS", 0.5)
+    captioning.has_java.cache_clear()
+    captioning.meteor.cache_clear()
+    try:
+        given = [["a red box"], ["a blue box"]]
+        tokenizer, scores = captioning.score_all({"one": ["a red box", "a blue box"], "two": ["a", "b"]}, given)
+    finally:
+        captioning.has_java.cache_clear()
+        captioning.meteor.cache_clear()
+    assert tokenizer == "words" and scores["one"]["bleu4"] > scores["two"]["bleu4"]
+    assert all(set(one) == {"cider", "bleu4", "rouge_l"} for one in scores.values())
+    said = capsys.readouterr().err
+    assert said.startswith("captions are scored without Java: ") or script == "exit 1"
 
 
 def test_rouge_is_the_longest_common_subsequence(monkeypatch: pytest.MonkeyPatch) -> None:

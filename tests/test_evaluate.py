@@ -202,7 +202,6 @@ def test_objects_that_cannot_be_used_stop_nothing(run, tmp_path, capsys, objects
     assert result["retrieval"]["samples"] == 2 and result["grounding"]["samples"] == 1
     said = "left out: 1 objects that cannot be used, the first: test.tar:0000: objects"
     assert said in capsys.readouterr().err
-    )
 
 
 def test_captions_without_objects_have_no_grounding(run, tmp_path, capsys):

@@ -11,7 +11,7 @@ import torch
 from deepspeed import zero
 from train_fixtures import make_config, make_trainer, rows, run_here, saved_state, write_shard
 
-from softmask.data import Loader, open_source
+from softmask.data import DataError, Loader, open_source
 from softmask.models import SoftMaskPP
 from softmask.train.checkpoint import CheckpointError, build_model, find_checkpoint, load_model
 from softmask.train.config import Config, ConfigError, OptimizerConfig, save_config
@@ -294,6 +294,22 @@ def test_unreadable_samples_are_named(tmp_path) -> None:
     assert trainer.progress.step == 8 and trainer.progress.skipped_samples >= 2
     text = " ".join(event["sample"] for event in rows(config.output, "events.jsonl"))
     assert "000005" in text and "000009" in text and "broken.tar" in text
+
+
+def test_too_many_unreadable_samples_end_the_run_over_resumes(tmp_path, monkeypatch) -> None:
+    """A tenth is bad and 3 % are allowed: ten steps show it, whether in one run or in two."""
+    data = write_shard(tmp_path / "broken.tar", broken=tuple(range(0, 64, 10)))
+    options = ["train.steps=40", "train.checkpoint_every=4", "data.max_bad_share=0.03"]
+    with pytest.raises(DataError, match=r"samples are unreadable, more than data.max_bad_share=0.03; .*broken.tar"):
+        run_here(make_config(tmp_path, *options, f"output={tmp_path / 'whole'}", data=data))
+    ended = rows(tmp_path / "whole")[-1]["step"]
+    halves = make_config(tmp_path, *options, data=data)
+    with monkeypatch.context() as patch:
+        patch.setattr("softmask.train.trainer.check_bad_share", lambda *_, **__: None)
+        run_here(dataclasses.replace(halves, train=dataclasses.replace(halves.train, steps=ended - 1)))
+    with pytest.raises(DataError, match="samples are unreadable"):
+        run_here(halves, checkpoint=find_checkpoint(halves.output))
+    assert rows(halves.output)[-1]["step"] == ended
 
 
 # -- what a run leaves behind -----------------------------------------------------------------------------------------

@@ -16,8 +16,12 @@ import functools
 import io
 import re
 import shutil
+import subprocess
+import sys
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -31,6 +35,8 @@ from softmask.train.scoring import Reader, Sample, Scorer, batches, each_picture
 
 if TYPE_CHECKING:
     from pycocoevalcap.meteor.meteor import Meteor
+
+JAVA_SECONDS = 600.0  # for one answer
 
 Words = dict[int, list[str]]
 """Number of a picture -> its captions, words separated by blanks."""
@@ -58,18 +64,15 @@ def captioning(scorer: Scorer, samples: Iterable[Sample], training: Reader | Non
     references: dict[int, list[str]] = {}
     written, features = describe(scorer, each_picture_once(samples, references), beams=options.beams)
     given = list(references.values())
-    result = {"samples": len(given), "beams": options.beams, "tokenizer": "ptb" if has_java() else "words"}
-    result |= score(written.chosen, given)
-    if options.beams > 1:
-        result["beams_alone"] = score(written.beams_alone, given)
+    result = {"samples": len(given), "beams": options.beams}
+    texts = {"beams_alone": written.beams_alone} if options.beams > 1 else {}
     if training is not None:
         numbers = chosen_numbers(len(training.source), options.neighbours)
         nearest, captions = nearest_captions(scorer, features, training, numbers)
         result["neighbours"] = len(captions)
-        drawn = Random(options.seed).choices(captions, k=len(given))
-        result["random"] = score(drawn, given)
-        result["nearest"] = score(nearest, given)
-    return result
+        texts |= {"random": Random(options.seed).choices(captions, k=len(given)), "nearest": nearest}
+    tokenizer, scores = score_all({"chosen": written.chosen, **texts}, given)
+    return result | {"tokenizer": tokenizer} | scores.pop("chosen") | scores
 
 
 @torch.no_grad()
@@ -143,27 +146,73 @@ def nearest_captions(
 # -- scores ----------------------------------------------------------------------------------------
 
 
+class JavaError(RuntimeError):
+    """Java is there and failed, or took too long."""
+
+
+@functools.cache
 def has_java() -> bool:
-    return shutil.which("java") is not None
+    """Whether there is a Java that runs."""
+    if shutil.which("java") is None:
+        return False
+    try:
+        return subprocess.run(["java", "-version"], capture_output=True, timeout=JAVA_SECONDS).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
 
 
-def score(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """candidates[i] against all references[i]: cider (1.0 is 100 in papers), bleu4, rouge_l and, with Java, meteor."""
+def score_all(
+    candidates: dict[str, Sequence[str]], references: Sequence[Sequence[str]]
+) -> tuple[str, dict[str, dict[str, float]]]:
+    """The tokenizer ("ptb" or "words") and the scores of several candidates by it; where Java fails, those without."""
+    if has_java():
+        try:
+            return "ptb", {name: score(texts, references) for name, texts in candidates.items()}
+        except JavaError as error:
+            print(f"captions are scored without Java: {error}", file=sys.stderr)
+    return "words", {name: score(texts, references, java=False) for name, texts in candidates.items()}
+
+
+def score(
+    candidates: Sequence[str], references: Sequence[Sequence[str]], *, java: bool | None = None
+) -> dict[str, float]:
+    """candidates[i] against all references[i]: cider (1.0 is 100 in papers), bleu4, rouge_l and, with Java, meteor.
+
+    Raises:
+        JavaError: it fails, or takes longer than JAVA_SECONDS.
+    """
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
 
-    written = tokenized([[candidate] for candidate in candidates])
-    given = tokenized(references)
+    java = has_java() if java is None else java
+    written = tokenized([[candidate] for candidate in candidates], java=java)
+    given = tokenized(references, java=java)
     with contextlib.redirect_stdout(io.StringIO()):  # they report lengths and file names
         result = {
             "cider": Cider().compute_score(given, written)[0],
             "bleu4": Bleu(4).compute_score(given, written, verbose=0)[0][3],
             "rouge_l": Rouge().compute_score(given, written)[0],
         }
-        if has_java():
-            result["meteor"] = meteor().compute_score(given, written)[0]
+    if java:
+        result["meteor"] = _meteor_score(given, written)
     return {name: float(value) for name, value in result.items()}
+
+
+def _meteor_score(given: Words, written: Words) -> float:
+    process = meteor()
+    watch = threading.Timer(JAVA_SECONDS, process.meteor_p.kill)
+    watch.start()
+    try:
+        return process.compute_score(given, written)[0]
+    except (OSError, ValueError, AssertionError) as error:  # no answer, or none that is a number
+        meteor.cache_clear()
+        process.meteor_p.kill()
+        if process.lock.locked():  # its destructor waits for that
+            process.lock.release()
+        raise JavaError(f"METEOR failed ({type(error).__name__}: {error})") from error
+    finally:
+        watch.cancel()
 
 
 @functools.cache
@@ -174,11 +223,27 @@ def meteor() -> Meteor:
     return Meteor()
 
 
-def tokenized(captions: Sequence[Sequence[str]]) -> Words:
-    """Words without punctuation, by PTB where there is Java, which takes a line for a caption."""
-    if not has_java():
-        return {i: [" ".join(re.findall(r"\w+", text.lower())) for text in row] for i, row in enumerate(captions)}
-    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+def tokenized(captions: Sequence[Sequence[str]], *, java: bool) -> Words:
+    """Words without punctuation, by PTB, which takes a line for a caption, or else runs of letters and digits."""
+    rows = [[" ".join(text.split()) for text in row] for row in captions]
+    if not java:
+        return {i: [" ".join(re.findall(r"\w+", text.lower())) for text in row] for i, row in enumerate(rows)}
+    lines = iter(_by_ptb([text for row in rows for text in row]))
+    return {i: [next(lines) for _ in row] for i, row in enumerate(rows)}
 
-    rows = {i: [{"caption": " ".join(text.split())} for text in row] for i, row in enumerate(captions)}
-    return PTBTokenizer().tokenize(rows)
+
+def _by_ptb(texts: Sequence[str]) -> list[str]:
+    """The Stanford tokenizer that comes with pycocoevalcap, called with a time limit, which its own call lacks."""
+    from pycocoevalcap.tokenizer import ptbtokenizer as ptb
+
+    jar = Path(ptb.__file__).with_name(ptb.STANFORD_CORENLP_3_4_1_JAR)
+    command = ["java", "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
+    try:
+        done = subprocess.run(command, input="\n".join(texts).encode(), capture_output=True, timeout=JAVA_SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise JavaError(f"its tokenizer failed ({type(error).__name__}: {error})") from error
+    lines = done.stdout.decode("utf-8", "replace").removesuffix("\n").split("\n")
+    if done.returncode != 0 or len(lines) != len(texts):
+        said = " ".join(done.stderr.decode("utf-8", "replace").split())[-200:]
+        raise JavaError(f"its tokenizer ended with {done.returncode} after {len(lines)} of {len(texts)} lines: {said}")
+    return [" ".join(word for word in line.split() if word not in ptb.PUNCTUATIONS) for line in lines]

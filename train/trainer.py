@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from softmask.data import Batch, CaptionTokenizer, Loader, Source, open_source, train_wordpiece
+from softmask.data.loader import check_bad_share
 from softmask.models import SoftMaskPPOutput, SyCoCaOutput
 from softmask.train.checkpoint import (
     Progress,
@@ -174,12 +175,14 @@ class Trainer:
         batch = options.batch_size * options.accumulation * self.world_size
         parts = f"{options.batch_size} x {options.accumulation} accumulated x {self.world_size} ranks"
         steps_per_epoch = self.batches_per_epoch / options.accumulation
-        say(f"run    {self.config.output}: step {self.progress.step} to {self.steps}, {steps_per_epoch:.4g} per epoch")
-        say(f"model  {trained:,} trained parameters, {options.precision}")
+        say(
+            f"run      {self.config.output}: step {self.progress.step} to {self.steps}, {steps_per_epoch:.4g} per epoch"
+        )
+        say(f"model    {trained:,} trained parameters, {options.precision}")
         for what, origin in self._origins.items():
-            say(f"{what:6s} {origin}")
-        say(f"data   {len(self._source):,} captions of {self._source.pictures:,} pictures, batch {batch} = {parts}")
-        say(f"engine DeepSpeed on {self.device}, ZeRO stage {self.config.zero_stage}")
+            say(f"{what:8s} {origin}")
+        say(f"data     {len(self._source):,} captions of {self._source.pictures:,} pictures, batch {batch} = {parts}")
+        say(f"engine   DeepSpeed on {self.device}, ZeRO stage {self.config.zero_stage}")
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
@@ -316,7 +319,7 @@ class Trainer:
         )
 
     def _report_skipped(self) -> None:
-        """Name the unreadable samples of all ranks since the last time."""
+        """Name the unreadable samples of all ranks since the last time; all ranks end where the run has too many."""
         gathered: list[Any] = [self._skipped]
         if self.world_size > 1:
             gathered = [None] * self.world_size
@@ -327,6 +330,9 @@ class Trainer:
         if self._log is not None:
             for line in lines:
                 self._log.event("skipped", line, step=self.progress.step, sample=line)
+        bad, options = self.progress.skipped_samples, self.config
+        read = self.progress.micro_batches * options.train.batch_size * self.world_size + bad
+        check_bad_share(bad, read, allowed=options.data.max_bad_share, names=lines[-3:])
 
     def _save(self) -> None:
         self._report_skipped()

@@ -6,10 +6,10 @@ that two ranks with B/2 read what one rank with B reads, and a run resumes at an
 
 from __future__ import annotations
 
+import math
 import os
 import random
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 
 import numpy as np
@@ -23,7 +23,7 @@ from softmask.data.transforms import TrainTransform, decode_image, normalize_ima
 
 SHUFFLE_WINDOW = 65_536
 ATTEMPTS = 32
-FIRST_JUDGEMENT = 100
+DOUBT = 20.0
 
 
 @dataclass
@@ -48,7 +48,7 @@ class DataConfig:
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     workers: int = 0
-    max_bad_share: float = 0.01  # a larger share of unreadable samples, once 100 were read, is a DataError
+    max_bad_share: float = 0.01  # a run whose share of unreadable samples is larger, beyond doubt, ends
 
     def __post_init__(self) -> None:
         self.image_root, self.tokenizer = os.path.expanduser(self.image_root), os.path.expanduser(self.tokenizer)
@@ -190,8 +190,8 @@ class _BatchReader:
 class Loader:
     """Endless micro-batches of one rank, from micro-batch `start_batch` of its run on; every `iter` starts there.
 
-    Raises DataError when there are fewer samples than one batch over all ranks, and while iterating when more than
-    `config.max_bad_share` of the samples are unreadable. The global random generators are not touched.
+    Raises DataError when there are fewer samples than one batch over all ranks, and while iterating when ATTEMPTS
+    samples in a row are unreadable. The global random generators are not touched.
     """
 
     def __init__(
@@ -231,17 +231,30 @@ class Loader:
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # DataLoader draws a number; not from the global generator
         )
-        read, bad, names = 0, 0, deque(maxlen=3)
         for batch in batches:
             if isinstance(batch, DataError):
                 raise batch
-            bad += len(batch.skipped)
-            read += len(batch.images) + len(batch.skipped)
-            names.extend(batch.skipped)
-            if read >= FIRST_JUDGEMENT and bad > self.config.max_bad_share * read:
-                share = f"{bad} of {read} samples are unreadable, more than max_bad_share={self.config.max_bad_share}"
-                raise DataError(f"{share}; the last: {'; '.join(names)}")
             yield batch
+
+
+def check_bad_share(bad: int, read: int, *, allowed: float, names: Sequence[str]) -> None:
+    """Whether `bad` of `read` samples are so many that their true share is above `allowed` beyond doubt: were it not,
+    Chernoff's bound gives as many a chance of e^-DOUBT at most.
+
+    Raises:
+        DataError: they are; it ends with `names`, some of the bad ones.
+    """
+    share = bad / max(read, 1)
+    if share <= allowed:
+        return
+    information = math.log(share / allowed) * share if allowed else math.inf
+    if share < 1 and allowed < 1:
+        information += (1 - share) * math.log((1 - share) / (1 - allowed))
+    if read * information > DOUBT:
+        raise DataError(
+            f"{bad} of {read} samples are unreadable, more than data.max_bad_share={allowed:g}; the last: "
+            f"{'; '.join(names)}"
+        )
 
 
 def _unchanged(batch):
