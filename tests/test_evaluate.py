@@ -204,6 +204,29 @@ def test_objects_that_cannot_be_used_stop_nothing(run, tmp_path, capsys, objects
     assert said in capsys.readouterr().err
 
 
+def test_a_list_elsewhere_at_other_sizes(run, tmp_path, capsys):
+    """Pictures in a folder of their own, larger pictures and shorter captions than training's."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.png").write_bytes(scene(number)[0][1])
+    entries = [{"image": f"{number}.png", "caption": f"a red box number {number}"} for number in range(3)]
+    (tmp_path / "list.json").write_text(json.dumps(entries), encoding="utf-8")
+    command = [str(run), "--data", str(tmp_path / "list.json"), "--output", str(tmp_path / "metrics.json")]
+    assert evaluate.main(command) == 1 and "no readable sample" in capsys.readouterr().err
+    sizes = ["--image-root", str(folder), "--image-size", "64", "--text-length", "5"]
+    assert evaluate.main([*command, *sizes]) == 0
+    assert json.loads((tmp_path / "metrics.json").read_text())["retrieval"]["samples"] == 3
+    for wrong, said in (
+        ("--text-length=2000", "--text-length: expected 3 to"),
+        ("--image-size=33", "vision.image_size"),
+    ):
+        capsys.readouterr()
+        assert evaluate.main([*command, wrong]) == 1
+        error = capsys.readouterr().err
+        assert said in error and len(error.splitlines()) == 1
+
+
 def test_captions_without_objects_have_no_grounding(run, tmp_path, capsys):
     data = write_plain(tmp_path / "plain.tar", ["a red box", "a green box"])
     assert evaluate.main([str(run), "--data", data, "--output", str(tmp_path / "metrics.json")]) == 0

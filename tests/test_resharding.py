@@ -16,8 +16,9 @@ from softmask.train.checkpoint import CheckpointError, check_resumable, find_che
 from softmask.train.config import Config, load_config, save_config
 from softmask.train.engine import start_distributed
 from softmask.train.resharding import MOMENTS, SavedState
+from softmask.train.run_folder import prepare_run
 from softmask.train.schedule import parameter_groups
-from softmask.train.trainer import Trainer, prepare_run
+from softmask.train.trainer import Trainer
 
 # The terms that no rank's random numbers enter: two ranks of 4 do as one of 8.
 OVERRIDES = ["train.steps=4", "train.accumulation=2", "train.clip_grad=1", "model.contrast_steps=100"]

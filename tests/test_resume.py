@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_fixtures import different, make_config, run_cli, run_here, saved_state, start_cli
+from train_fixtures import different, make_config, run_cli, run_here, saved_state, start_cli, write_shard
 
 from softmask.train.checkpoint import CheckpointError, complete_checkpoints, find_checkpoint
 from softmask.train.config import Config, save_config
@@ -183,6 +183,62 @@ def test_a_longer_run_goes_on_with_new_hyperparameters(tmp_path) -> None:
     peak = [group["initial_lr"] for group in groups]
     assert peak == trainer.engine.lr_scheduler.base_lrs == [1e-3, 1e-3, 5e-4, 5e-4]
     assert (trainer.finished, trainer.engine.lr_scheduler.last_epoch) == (True, 4)
+
+
+def test_what_the_data_is_decides_not_where_it_lies(tmp_path) -> None:
+    """The shards moved: the run goes on. Others in their place: it does not, by whatever name."""
+    config = make_config(tmp_path, "train.steps=2", "train.checkpoint_every=1", "data.max_bad_share=1")
+    run_here(config)
+    first = find_checkpoint(config.output).with_name("step_00000001")
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "train.tar").rename(tmp_path / "moved" / "t.tar")
+    write_shard(tmp_path / "train.tar", count=63)
+    write_shard(tmp_path / "other.tar", broken=(3,))
+    for train, said in (
+        ("train.tar", "was 64 captions of 64 pictures, now 63 captions of 63 pictures"),
+        ("other.tar", "was 64 captions of 64 pictures, now 64 captions of 64 pictures with other bytes"),
+    ):
+        other = make_config(tmp_path, "train.steps=3", "data.max_bad_share=1", data=tmp_path / train)
+        with pytest.raises(CheckpointError, match=f"made with other data .{said}"):
+            run_here(other, checkpoint=first)
+    moved = make_config(tmp_path, "train.steps=3", "data.max_bad_share=1", data=tmp_path / "moved" / "t.tar")
+    assert run_here(moved, checkpoint=find_checkpoint(config.output)).finished
+
+
+def test_a_folder_that_another_process_writes_is_refused(tmp_path) -> None:
+    config = make_config(tmp_path, "train.steps=10000", "data.workers=1")
+    process = start_cli(config)
+    wait_for_step(process, config, 1)
+    second = run_cli("--config", str(Path(config.output).with_suffix(".yaml")), "--resume", "auto")
+    said = f"error: output: {config.output} is written by another process (process {process.pid} of "
+    assert second.returncode == 2 and second.stderr.startswith(said) and len(second.stderr.splitlines()) == 1
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=120) == 0
+
+
+def test_a_disk_that_refuses_is_one_line(tmp_path, monkeypatch) -> None:
+    """Where torch's writer says: unexpected pos 128 vs 0."""
+    config = make_config(tmp_path, "train.steps=1")
+
+    def fails(*_, **__):
+        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 128 vs 0")
+
+    monkeypatch.setattr(torch, "save", fails)
+    with pytest.raises(
+        CheckpointError, match=r"step_00000001.tmp: cannot be written \(.*pos 128.*; [\d,]+ MiB are free"
+    ):
+        run_here(config)
+
+
+def test_a_line_of_zeros_in_the_log_stops_no_resume(tmp_path) -> None:
+    """As a file system leaves it after the power went."""
+    config = make_config(tmp_path, "train.steps=2")
+    run_here(config)
+    log = Path(config.output) / "log.jsonl"
+    log.write_bytes(log.read_bytes() + b"\0" * 64 + b"\n")
+    longer = make_config(tmp_path, "train.steps=3")
+    run_here(longer, checkpoint=find_checkpoint(config.output))
+    assert logged_steps(longer) == [1, 2, 3]
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,9 @@ from softmask.train.config import Config, ConfigError, OptimizerConfig, save_con
 from softmask.train.engine import GradientGuard, deepspeed_config
 from softmask.train.logs import cut_back
 from softmask.train.pretrain import choose_checkpoint, main
+from softmask.train.run_folder import prepare_run
 from softmask.train.schedule import alpha_at, lr_factor, parameter_groups, seed_everything
-from softmask.train.trainer import TrainingError, prepare_run
+from softmask.train.trainer import TrainingError
 
 ZERO = [0, 1, 2, 3]
 pytestmark = pytest.mark.usefixtures("plain_linear")

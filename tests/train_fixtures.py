@@ -18,7 +18,8 @@ from PIL import Image
 from softmask.train.checkpoint import find_checkpoint
 from softmask.train.config import Config, load_config, save_config
 from softmask.train.launchers import free_port
-from softmask.train.trainer import Trainer, prepare_run, train
+from softmask.train.run_folder import prepare_run
+from softmask.train.trainer import Trainer, train
 
 ROOT = Path(__file__).resolve().parent.parent
 PRETRAIN = ROOT / "train" / "pretrain.py"

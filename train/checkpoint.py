@@ -19,17 +19,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
 
-from softmask.data import CaptionTokenizer
+from softmask.data import CaptionTokenizer, Source
 from softmask.models import SpecialIds
 from softmask.train.config import Config, ConfigError, flatten, load_config, save_config
 from softmask.train.methods import build
 from softmask.train.resharding import load_resharded, read_weights
 
+POSITIONS = "vision.vit.pos_embed"
 COMPLETE = re.compile(r"step_\d{8,}")
 # Keys that may change when a run goes on; all others of `model` and `data` must stay as they were.
 FREE_KEYS = (
+    "data.train",  # what the data is must stay, where it lies may change
+    "data.image_root",
     "data.workers",
     "data.max_bad_share",
     "data.tokenizer",  # the run has its copy
@@ -114,7 +118,11 @@ def save_checkpoint(engine: Any, config: Config, progress: Progress, extra: dict
         for leftover in folder.glob("step_*.tmp"):
             shutil.rmtree(leftover)
     dist.barrier()
-    engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False)
+    try:
+        engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False)
+    except (OSError, RuntimeError) as error:  # torch's writer knows positions, not reasons
+        free = shutil.disk_usage(folder).free >> 20
+        raise CheckpointError(f"{partial}: cannot be written ({_first_line(error)}); {free:,} MiB are free") from error
     dist.barrier()
     if dist.get_rank() == 0:
         save_config(config, partial / "config.yaml")
@@ -159,6 +167,24 @@ def _same_layout(checkpoint: Path, state: dict[str, Any], config: Config) -> boo
     saved = load_config(checkpoint / "config.yaml")
     kinds = [min(stage, 1) + (stage == 3) for stage in (saved.zero_stage, config.zero_stage)]
     return kinds[0] == kinds[1] and state["world_size"] == dist.get_world_size()
+
+
+def data_facts(source: Source) -> dict[str, Any]:
+    """What a checkpoint says of the data it was trained on."""
+    return {"captions": len(source), "pictures": source.pictures, "digest": source.digest}
+
+
+def check_data(checkpoint: Path, source: Source) -> None:
+    """Refuse a checkpoint that was trained on other data, wherever either lies.
+
+    Raises:
+        CheckpointError: with the numbers of both.
+    """
+    was, now = read_json(checkpoint / "trainer.json").get("data"), data_facts(source)
+    if was is not None and was != now:
+        texts = [f"{one['captions']:,} captions of {one['pictures']:,} pictures" for one in (was, now)]
+        other = " with other bytes" if texts[0] == texts[1] else ""
+        raise CheckpointError(f"{checkpoint}: made with other data (was {texts[0]}, now {texts[1]}{other})")
 
 
 def check_resumable(checkpoint: Path, config: Config, *, world_size: int) -> None:
@@ -217,8 +243,23 @@ def build_model(config: Config, tokenizer: CaptionTokenizer) -> nn.Module:
         raise ConfigError(f"model: {_first_line(error)}") from error
 
 
-def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Module, CaptionTokenizer, Config]:
+def fit_positions(model: nn.Module, state: dict[str, Tensor]) -> list[str]:
+    """Interpolate the position embeddings of another grid to the model's; returns their names."""
+    options = {"new_size": list(model.patch_grid), "num_prefix_tokens": model.num_prefix_tokens}
+    fitted = []
+    for name, tensor in model.state_dict().items():
+        if name.endswith(POSITIONS) and name in state and state[name].shape != tensor.shape:
+            state[name] = resample_abs_pos_embed(state[name], **options)
+            fitted.append(name)
+    return fitted
+
+
+def load_model(
+    path: str | Path, device: str | torch.device = "cpu", *, image_size: int = 0
+) -> tuple[nn.Module, CaptionTokenizer, Config]:
     """Model (evaluation mode), tokenizer and configuration of a checkpoint or of a run's newest one.
+
+    `image_size`: of the pictures that it will see, 0 for those of training.
 
     Its weights are fp32, which flash-attn does not take, and neither that nor xformers need be installed here: torch
     computes its attention.
@@ -227,7 +268,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[nn
         CheckpointError: no checkpoint there, or one that cannot be read.
     """
     checkpoint = find_checkpoint(path)
-    config = load_config(checkpoint / "config.yaml", ["model.text.attention=sdpa"])
+    sizes = [f"{section}.image_size={image_size}" for section in ("model.vision", "data") if image_size]
+    config = load_config(checkpoint / "config.yaml", ["model.text.attention=sdpa", *sizes])
     bare = config.model  # its weights come from the checkpoint, not from the files it once started from
     for part in ("vision", "text"):
         section = getattr(bare, part)
@@ -239,6 +281,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[nn
     except (OSError, EOFError, ValueError, RuntimeError, pickle.UnpicklingError, KeyError) as error:
         raise CheckpointError(f"{checkpoint}: cannot be read: {_first_line(error)}") from error
     model = build_model(dataclasses.replace(config, model=bare), tokenizer)
+    fit_positions(model, state)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import json
+import math
 import os
 import types
 import typing
@@ -124,7 +125,7 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
     if isinstance(tree.get("deepspeed"), str):
         tree["deepspeed"] = read_mapping(_beside(path, tree["deepspeed"]), "deepspeed")
     tree["model"] = tree.get("model") or {}
-    of_method = {"model": MODEL_CONFIGS.get(tree.get("method", "softmask_pp"), SoftMaskPPConfig)}
+    of_method = {"model": MODEL_CONFIGS.get(str(tree.get("method", "softmask_pp")), SoftMaskPPConfig)}
     return _build(Config, tree, "", types=of_method)
 
 
@@ -233,10 +234,12 @@ def _convert_sequence(origin: type, arguments: tuple[Any, ...], value: Any, key:
 
 def _convert_scalar(hint: type, value: Any, key: str) -> Any:
     if hint is float and type(value) in (int, float, str):
-        with contextlib.suppress(ValueError):
-            return float(value)
-    elif hint is int and type(value) is float and value.is_integer():  # 1e3
+        with contextlib.suppress(ValueError, OverflowError):
+            if math.isfinite(float(value)):
+                return float(value)
+        raise ConfigError(f"{key}: expected a finite float, got {describe(value)}")
+    if hint is int and type(value) is float and value.is_integer():  # 1e3
         return int(value)
-    elif type(value) is hint:
+    if type(value) is hint:
         return value
     raise ConfigError(f"{key}: expected {hint.__name__}, got {describe(value)}")

@@ -150,16 +150,39 @@ def known_classes(data: str, file: Path | None) -> list[Class]:
     return read_classes(files[0]) if files else []
 
 
-def load_scorer(checkpoint: Path, *, batch_size: int) -> Scorer:
-    """The checkpoint's model on the GPU where there is one, else on the CPU."""
+def load_scorer(checkpoint: Path, *, batch_size: int, text_length: int = 0, image_size: int = 0) -> Scorer:
+    """The checkpoint's model on the GPU where there is one, else on the CPU; 0: as in training."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer, config = load_model(checkpoint, device=device)
+    model, tokenizer, config = load_model(checkpoint, device=device, image_size=image_size)
+    longest = config.model.text.max_positions
+    if not 3 <= (length := text_length or config.data.max_length) <= longest:
+        raise ConfigError(f"--text-length: expected 3 to {longest} (model.text.max_positions), got {length}")
+    config.data.max_length = length
     return Scorer(model, tokenizer, config, device=device, batch_size=batch_size)
 
 
-def open_reader(scorer: Scorer, data: str) -> Reader:
-    """Shards, or a JSON list, whose pictures lie where those of training did."""
-    return Reader(open_source(data, image_root=scorer.config.data.image_root))
+def sizes(options: argparse.Namespace) -> dict[str, int]:
+    """The options of `load_scorer`."""
+    return {name: getattr(options, name) for name in ("batch_size", "text_length", "image_size")}
+
+
+def open_reader(scorer: Scorer, data: str, image_root: str | None = None) -> Reader:
+    """Shards, or a JSON list, whose pictures lie in `image_root`; None: where those of training did."""
+    root = scorer.config.data.image_root if image_root is None else image_root
+    return Reader(open_source(data, image_root=root))
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """What evaluation and report may read otherwise than training did."""
+    parser.add_argument("--data", required=True, help="glob or brace pattern of shards, or a JSON list")
+    parser.add_argument(
+        "--image-root", help="folder of a JSON list's pictures; '': the list's own (default: training's)"
+    )
+    parser.add_argument("--text-length", type=count, default=0, help="tokens of a caption; 0: training's (default)")
+    parser.add_argument("--image-size", type=count, default=0, help="side of a picture; 0: training's (default)")
+    parser.add_argument(
+        "--batch-size", type=positive, default=64, help="pictures, captions, beams or pairs at a time (default 64)"
+    )
 
 
 def training_facts(checkpoint: Path) -> dict:
@@ -247,11 +270,12 @@ def positive(text: str) -> int:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Retrieval and word grounding of a checkpoint on captioned shards.")
     parser.add_argument("checkpoint", type=Path, help="a run's folder or one of its step_... folders")
-    parser.add_argument("--data", required=True, help="glob or brace pattern of shards, or a JSON list")
+    add_data_options(parser)
     parser.add_argument("--output", type=Path, help="default: metrics.json in CHECKPOINT")
     parser.add_argument("--pairs", type=count, default=256, help="size of the retrieval gallery; 0: all (default 256)")
     parser.add_argument("--rerank", type=positive, default=16, help="candidates that ITM re-ranks (default 16)")
     parser.add_argument("--training", help="shards of training captions that generated ones are compared with")
+    parser.add_argument("--training-image-root", help="as --image-root, of --training (default: training's)")
     parser.add_argument(
         "--neighbours", type=count, default=0, help="how many of them may be the nearest; 0: all (default)"
     )
@@ -259,9 +283,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--beams", type=positive, default=CaptionOptions.beams, help="of the search for captions (default %(default)s)"
     )
     parser.add_argument("--classes", type=Path, help="JSON list for zero-shot classification")
-    parser.add_argument(
-        "--batch-size", type=positive, default=64, help="pictures, captions, beams or pairs at a time (default 64)"
-    )
     return parser.parse_args(argv)
 
 
@@ -271,9 +292,9 @@ def run(options: argparse.Namespace) -> dict:
     checkpoint = find_checkpoint(options.checkpoint)
     check_output(output)
     classes = known_classes(options.data, options.classes)
-    scorer = load_scorer(checkpoint, batch_size=options.batch_size)
-    reader = open_reader(scorer, options.data)
-    training = open_reader(scorer, options.training) if options.training else None
+    scorer = load_scorer(checkpoint, **sizes(options))
+    reader = open_reader(scorer, options.data, options.image_root)
+    training = open_reader(scorer, options.training, options.training_image_root) if options.training else None
     try:
         result = evaluate(scorer, reader, pairs=options.pairs, rerank=options.rerank)
         captions = CaptionOptions(beams=options.beams, neighbours=options.neighbours)

@@ -5,15 +5,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from softmask.data import CaptionTokenizer
-from softmask.train.checkpoint import CheckpointError, find_checkpoint
+from softmask.train.checkpoint import CheckpointError, find_checkpoint, fit_positions
 from softmask.train.config import Config
 from softmask.train.resharding import read_weights
 
-POSITIONS = "vision.vit.pos_embed"
 QUEUE = "contrast."
 QUEUE_IDS = "contrast.queue_ids"
 
@@ -54,12 +52,8 @@ def start_from(model: nn.Module, path: str | Path) -> str:
     """
     checkpoint = find_checkpoint(path)
     own, given = model.state_dict(), read_weights(checkpoint)
-    changed: list[str] = []
-    options = {"new_size": list(model.patch_grid), "num_prefix_tokens": model.num_prefix_tokens}
+    changed = [f"{name} interpolated" for name in fit_positions(model, given)]
     for name, tensor in own.items():
-        if name.endswith(POSITIONS) and name in given and given[name].shape != tensor.shape:
-            given[name] = resample_abs_pos_embed(given[name], **options)
-            changed.append(f"{name} interpolated")
         foreign = name not in given or given[name].shape != tensor.shape or name == QUEUE_IDS
         if name.startswith(QUEUE) and foreign:
             given[name] = tensor

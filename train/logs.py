@@ -87,15 +87,24 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
+def read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Every whole line of JSON objects with its object; what a kill or a full disk left in between is passed over."""
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            content = json.loads(line)
+        except ValueError:
+            continue
+        if line.endswith("\n") and isinstance(content, dict) and isinstance(content.get("step"), int):
+            found.append((line, content))
+    return found
+
+
 def cut_back(path: Path, step: int) -> None:
-    """Keep the JSON lines of `path` up to `step`, in one step; a last line torn by a kill goes too."""
+    """Keep the JSON lines of `path` up to `step`, in one step; lines torn by a kill go too."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n") or json.loads(line)["step"] > step:
-            break
-        kept.append(line)
+    kept = [line for line, content in read_lines(path) if content["step"] <= step]
     partial = path.with_name(f"{path.name}.tmp")
     partial.write_text("".join(kept), encoding="utf-8")
     os.replace(partial, path)

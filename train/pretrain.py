@@ -104,13 +104,17 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, nothing a user can act on
     try:
-        run()
+        run(arguments)
     except (ConfigError, DataError, CheckpointError, TrainingError) as error:
         where = "" if is_first_rank() else f" (rank {os.environ['RANK']})"
         say(f"error{where}: {error}")
+        return 2
+    except OSError as error:  # a disk that is full or read-only, a file that went away
+        where = f"{error.filename}: " if error.filename else ""
+        say(f"error: {where}{error.strerror or error}")
         return 2
     except KeyboardInterrupt:
         say("interrupted")

@@ -12,7 +12,6 @@ into the footer. Unreadable samples are left out and named on stderr; on any fai
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from itertools import islice
@@ -26,7 +25,17 @@ from softmask.data.sources import expand_pattern
 from softmask.train import metrics, scoring
 from softmask.train.checkpoint import CheckpointError, find_checkpoint, read_json
 from softmask.train.config import ConfigError
-from softmask.train.evaluate import check_output, load_scorer, name_skipped, open_reader, positive, write_atomically
+from softmask.train.evaluate import (
+    add_data_options,
+    check_output,
+    load_scorer,
+    name_skipped,
+    open_reader,
+    positive,
+    sizes,
+    write_atomically,
+)
+from softmask.train.logs import read_lines
 from softmask.train.report_facts import facts, lead, title
 from softmask.train.report_generation import generated
 from softmask.train.report_page import Candidate, Page, Query, SceneView, WordView, render
@@ -66,11 +75,7 @@ NO_CURVE = ("step", "epoch", "seconds", "samples_per_second")
 
 def read_log(path: Path) -> list[dict]:
     """The rows of log.jsonl; a last line without its end is still being written and left out."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    try:
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-    except ValueError as error:
-        raise CheckpointError(f"{path}: expected one JSON object per line: {error}") from error
+    return [row for _, row in read_lines(path)]
 
 
 def curves(rows: list[dict]) -> list[Series]:
@@ -200,12 +205,13 @@ def scene_views(scorer: Scorer, samples: list[Sample]) -> list[SceneView]:
 # -- command line ----------------------------------------------------------------------------------
 
 
-def build_page(run: Path, data: str, *, scenes: int, batch_size: int) -> Page:
+def build_page(options: argparse.Namespace) -> Page:
+    run, data, scenes = options.run, options.data, options.scenes
     checkpoint = find_checkpoint(run)
     result = read_json(run / "metrics.json")
     rows = read_log(run / "log.jsonl")
-    scorer = load_scorer(checkpoint, batch_size=batch_size)
-    reader = open_reader(scorer, data)
+    scorer = load_scorer(checkpoint, **sizes(options))
+    reader = open_reader(scorer, data, options.image_root)
     try:
         examples = result["retrieval"]
         reranked = {"samples": examples["samples"], "rerank": examples.get("rerank")}
@@ -233,10 +239,9 @@ def build_page(run: Path, data: str, *, scenes: int, batch_size: int) -> Page:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="One self-contained report.html of a run.")
     parser.add_argument("run", type=Path, help="a run's folder")
-    parser.add_argument("--data", required=True, help="glob or brace pattern of shards, or a JSON list")
+    add_data_options(parser)
     parser.add_argument("--output", type=Path, help="default: report.html in RUN")
     parser.add_argument("--scenes", type=positive, default=12, help="pictures with their words' maps (default 12)")
-    parser.add_argument("--batch-size", type=positive, default=64)
     return parser.parse_args(argv)
 
 
@@ -245,7 +250,7 @@ def main(argv: list[str] | None = None) -> int:
     output = options.output or options.run / "report.html"
     try:
         check_output(output)
-        page = build_page(options.run, options.data, scenes=options.scenes, batch_size=options.batch_size)
+        page = build_page(options)
         write_atomically(output, render(page))
     except (DataError, CheckpointError, ConfigError, OSError) as error:
         print(f"report: {error}", file=sys.stderr)

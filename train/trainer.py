@@ -8,12 +8,10 @@ micro-step (`seed_everything`).
 from __future__ import annotations
 
 import math
-import shutil
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +19,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from softmask.data import Batch, CaptionTokenizer, Loader, Source, open_source, train_wordpiece
+from softmask.data import Batch, CaptionTokenizer, Loader, Source, open_source
 from softmask.data.loader import check_bad_share
 from softmask.models import SoftMaskPPOutput, SyCoCaOutput
 from softmask.train.checkpoint import (
     Progress,
     build_model,
+    check_data,
     check_resumable,
-    find_checkpoint,
+    data_facts,
     load_checkpoint,
     save_checkpoint,
     write_json,
 )
-from softmask.train.config import Config, ConfigError, save_config
+from softmask.train.config import Config, ConfigError
 from softmask.train.engine import apply_hyperparameters, create_engine, full_size, start_distributed
 from softmask.train.initial import weights_from, words_from
 from softmask.train.logs import RunLog, clock, say
 from softmask.train.methods import step_options
+from softmask.train.run_folder import prepare_run
 from softmask.train.schedule import lr_factor, seed_everything
 
-SAMPLED_CAPTIONS = 1000
-MOST_UNKNOWN = 0.5  # share of [UNK] among their tokens
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 Output = SoftMaskPPOutput | SyCoCaOutput
 
@@ -59,60 +57,11 @@ def train(config: Config, *, checkpoint: Path | None = None) -> Trainer:
     start_distributed()
     if checkpoint is not None:
         check_resumable(checkpoint, config, world_size=dist.get_world_size())
+        check_data(checkpoint, source)
     tokenizer = prepare_run(config, source, checkpoint)
     trainer = Trainer(config, source, tokenizer, checkpoint=checkpoint)
     trainer.run()
     return trainer
-
-
-def prepare_run(config: Config, source: Source, checkpoint: Path | None) -> CaptionTokenizer:
-    """Make the run's folder with config.yaml and tokenizer/ (rank 0), and load the tokenizer (all ranks).
-
-    Raises:
-        ConfigError: a tokenizer that cannot be used.
-    """
-    run = Path(config.output)
-    try:
-        if dist.get_rank() == 0:
-            run.mkdir(parents=True, exist_ok=True)
-            (run / "done.json").unlink(missing_ok=True)  # of a shorter run that goes on now
-            own = checkpoint is not None and checkpoint.resolve().parents[1] == run.resolve()
-            if not own or not (run / "tokenizer").exists():
-                _write_tokenizer(config, source, checkpoint)
-            save_config(config, run / "config.yaml")
-        dist.barrier()
-        tokenizer = CaptionTokenizer.load(run / "tokenizer")
-        check_vocabulary(tokenizer, source)
-        return tokenizer
-    except ValueError as error:
-        raise ConfigError(f"data.{error}") from error
-
-
-def check_vocabulary(tokenizer: CaptionTokenizer, source: Source) -> None:
-    """ValueError where the tokenizer does not know the words of the data."""
-    captions = list(islice(source.captions(), SAMPLED_CAPTIONS))
-    if (share := tokenizer.unknown(captions)) > MOST_UNKNOWN:
-        raise ValueError(
-            f"tokenizer: {share:.0%} of the tokens in the first {len(captions)} captions are [UNK], expected at most "
-            f"{MOST_UNKNOWN:.0%}: is it the tokenizer for captions such as {captions[0]!r:.60}?"
-        )
-
-
-def _write_tokenizer(config: Config, source: Source, checkpoint: Path | None) -> None:
-    """The checkpoint's, the configured or one trained on the captions, into the run's folder; whole or not at all."""
-    final = Path(config.output) / "tokenizer"
-    partial = final.with_name("tokenizer.tmp")
-    given = checkpoint / "tokenizer" if checkpoint is not None else config.data.tokenizer
-    if not given and config.init:
-        given = find_checkpoint(config.init) / "tokenizer"
-    for folder in (partial, final):
-        if folder.exists():
-            shutil.rmtree(folder)
-    if given:
-        CaptionTokenizer.load(given).save(partial)
-    else:
-        train_wordpiece(source.captions(), partial, vocab_size=config.data.vocab_size)
-    partial.rename(final)
 
 
 class Trainer:
@@ -336,7 +285,8 @@ class Trainer:
 
     def _save(self) -> None:
         self._report_skipped()
-        save_checkpoint(self.engine, self.config, self.progress, {"loss_scale": self.guard.state_dict()})
+        extra = {"loss_scale": self.guard.state_dict(), "data": data_facts(self._source)}
+        save_checkpoint(self.engine, self.config, self.progress, extra)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

@@ -30,7 +30,7 @@ DOUBT = 20.0
 class DataConfig:
     """The `data:` section of a run's configuration."""
 
-    train: str = ""  # glob or brace pattern of shards, or a JSON list
+    train: str | tuple[str, ...] = ""  # glob or brace pattern of shards, or a JSON list; or several of these
     image_root: str = ""  # for JSON lists; empty: the list's folder
     tokenizer: str = ""  # Hugging Face tokenizer directory; empty: a WordPiece is trained on the captions of `train`
     vocab_size: int = 4096  # of that WordPiece

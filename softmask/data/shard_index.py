@@ -47,6 +47,7 @@ class ShardIndex:
 
     samples: np.ndarray
     broken: str = ""  # where and how the archive breaks off
+    digest: str = ""  # of the samples, the bytes of their captions included
     pictures: LeftOut = field(default_factory=LeftOut)  # without a caption
     captions: LeftOut = field(default_factory=LeftOut)  # without a picture
     others: LeftOut = field(default_factory=LeftOut)  # members: neither, or links, or a second picture
@@ -88,6 +89,7 @@ class _Scan:
         self.key: bytes | None = None
         self.parts: dict[str, tuple[int, int]] = {}
         self.plain = False  # the picture's bytes are not compressed
+        self.content = hashlib.blake2b(digest_size=16)
 
     def index(self) -> ShardIndex:
         try:
@@ -98,6 +100,8 @@ class _Scan:
         if not self.found.broken or len(self.parts) > 1:  # a caption beyond the break is no fault of its picture
             self._close_sample()
         self.found.samples = np.array(self.rows, SAMPLE)
+        self.content.update(self.found.samples["digest"].tobytes())
+        self.found.digest = self.content.hexdigest()
         return self.found
 
     def _member(self, name: bytes, start: int, size: int) -> None:
@@ -133,11 +137,13 @@ class _Scan:
 
     def _lines(self) -> list[int]:
         """Numbers of the captions: [0] for a single one, and for one that is to be refused when it is read."""
+        text = self._read("txt" if "txt" in self.parts else "json")
+        self.content.update(len(text).to_bytes(8, "little") + text)
         if "txt" in self.parts:
-            lines = [n for n, line in enumerate(self._read("txt").split(b"\n"), start=1) if line.strip()]
+            lines = [n for n, line in enumerate(text.split(b"\n"), start=1) if line.strip()]
         else:
             try:
-                caption = json.loads(self._read("json"))["caption"]
+                caption = json.loads(text)["caption"]
             except (ValueError, RecursionError, KeyError, TypeError):
                 return [0]
             lines = list(range(1, len(caption) + 1)) if isinstance(caption, list) else []
@@ -184,14 +190,15 @@ def _load_cache(file: Path) -> ShardIndex | None:
         return None
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
         left_out = {name: LeftOut(int(arrays[name][0]), str(arrays[name][1])) for name in LEFT_OUT}
-        return ShardIndex(arrays["samples"], str(arrays["broken"]), **left_out)
+        return ShardIndex(arrays["samples"], str(arrays["broken"]), str(arrays["digest"]), **left_out)
 
 
 def _store_cache(file: Path, index: ShardIndex) -> None:
     content = io.BytesIO()
     left_out = {name: (getattr(index, name).count, getattr(index, name).first) for name in LEFT_OUT}
     texts = {name: np.array([str(count), first], dtype=np.str_) for name, (count, first) in left_out.items()}
-    np.savez(content, samples=index.samples, broken=np.array(index.broken, dtype=np.str_), **texts)
+    texts |= {name: np.array(getattr(index, name), dtype=np.str_) for name in ("broken", "digest")}
+    np.savez(content, samples=index.samples, **texts)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".tmp", delete=False) as temporary:

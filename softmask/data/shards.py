@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -68,6 +69,7 @@ class ShardSource:
         self._image_ids = first[of_sample].astype(np.uint32)  # [n]
         self._samples = repack_fields(samples[[name for name in SAMPLE.names if name != "digest"]])
         self.pictures = len(first)
+        self.digest = hashlib.sha256("".join(index.digest for index in found).encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self._samples)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import logging
 import os
@@ -101,6 +102,7 @@ class JsonSource:
 
     def __init__(self, paths: Sequence[str], *, image_root: str = ""):
         images: dict[str, int] = {}
+        content = hashlib.sha256()
         captions: list[str] = []
         ids: list[int] = []
         self.problems: list[str] = []
@@ -109,6 +111,7 @@ class JsonSource:
             left_out = LeftOut()
             for image, texts in _entries(path, left_out):
                 image_id = images.setdefault(os.path.normpath(os.path.join(folder, image)), len(images))
+                content.update(json.dumps([os.path.normpath(image), texts]).encode())
                 captions += texts
                 ids += [image_id] * len(texts)
             if left_out.count:
@@ -119,6 +122,7 @@ class JsonSource:
             detail = f" ({self.problems[0]})" if self.problems else ""
             raise DataError(f"no captioned pictures in {', '.join(paths)}{detail}")
         self.pictures = len(images)
+        self.digest = content.hexdigest()
         self.group_sizes = np.array([len(captions)], np.int64)
         self._captions, self._images = _Texts(captions), _Texts(list(images))
         self._image_ids = np.array(ids, np.int64)

@@ -29,6 +29,11 @@ def check(config: object, expected: dict[str, tuple[bool, str]]) -> None:
             raise ValueError(f"{name}: expected {description}, got {getattr(config, name)!r}")
 
 
+def at_least_one(config: object, *names: str) -> dict[str, tuple[bool, str]]:
+    """What `check` expects of sizes and numbers."""
+    return {name: (getattr(config, name) >= 1, "at least 1") for name in names}
+
+
 def check_heads(width: int, heads: int) -> None:
     if width % heads:
         raise ValueError(f"text.width: expected a multiple of text.heads ({heads}), got {width}")
@@ -50,6 +55,12 @@ class ConvViTConfig:
     mlp_ratio: float = 4.0
     stem_width: int = 32
 
+    def __post_init__(self) -> None:
+        check(self, at_least_one(self, "patch_size", "width", "depth", "heads", "stem_width"))
+        check(self, {"mlp_ratio": (self.mlp_ratio > 0, "a number > 0")})
+        if self.width % self.heads:
+            raise ValueError(f"width: expected a multiple of heads ({self.heads}), got {self.width}")
+
 
 @dataclass
 class VisionConfig:
@@ -65,6 +76,8 @@ class VisionConfig:
 
     def __post_init__(self) -> None:
         self.checkpoint = os.path.expanduser(self.checkpoint)
+        check(self, at_least_one(self, "image_size"))
+        check(self, {"drop_path": (0 <= self.drop_path < 1, "a number in [0, 1)")})
         _check_pool("vision.pool", self.pool)
         if self.patch_size and self.name == CONV_VIT:
             own = f"{CONV_VIT} has vision.conv_vit.patch_size"
@@ -101,9 +114,16 @@ class TextConfig:
         self.checkpoint = os.path.expanduser(self.checkpoint)
         _check_pool("text.pool", self.pool)
         check_library(self.attention)
+        sizes = ("width", "heads", "intermediate_size", "text_layers", "fusion_layers", "max_positions")
+        shares = {name: getattr(self, name) for name in ("dropout", "attention_dropout")}
+        expected = {name: (0 <= share < 1, "a number in [0, 1)") for name, share in shares.items()}
+        expected |= {
+            "vocab_size": (self.vocab_size >= 0, "at least 0"),
+            "layer_norm_eps": (self.layer_norm_eps > 0, "a number > 0"),
+            "initializer_range": (self.initializer_range > 0, "a number > 0"),
+        }
+        check(self, at_least_one(self, *sizes) | expected)
         check_heads(self.width, self.heads)
-        if self.fusion_layers < 1:
-            raise ValueError(f"text.fusion_layers: expected at least 1, got {self.fusion_layers}")
 
 
 @dataclass
@@ -114,6 +134,9 @@ class LossWeights:
     itm: float = 1.0
     itm_soft: float = 1.0
     mlm: float = 1.0
+
+    def __post_init__(self) -> None:
+        check(self, {name: (weight >= 0, "a number >= 0") for name, weight in vars(self).items()})
 
 
 @dataclass
@@ -152,7 +175,7 @@ class SoftMaskPPConfig:
     normalize: str = "minmax"
 
     def __post_init__(self) -> None:
-        expected = {
+        expected = at_least_one(self, "embed_dim") | {
             "temperature": (
                 MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE,
                 f"a number in [{MIN_TEMPERATURE}, {MAX_TEMPERATURE}]",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from .attention import check_library
-from .config import MAX_TEMPERATURE, VisionConfig, check, check_heads
+from .config import MAX_TEMPERATURE, VisionConfig, at_least_one, check, check_heads
 
 MAX_LOGIT_SCALE = 100.0
 
@@ -25,8 +25,12 @@ class CausalTextConfig:
 
     def __post_init__(self) -> None:
         check_library(self.attention)
+        expected = at_least_one(self, "width", "heads", "layers", "decoder_layers", "max_positions") | {
+            "vocab_size": (self.vocab_size >= 0, "at least 0"),
+            "initializer_range": (self.initializer_range > 0, "a number > 0"),
+        }
+        check(self, expected)
         check_heads(self.width, self.heads)
-        check(self, {name: (getattr(self, name) >= 1, "at least 1") for name in ("layers", "decoder_layers")})
 
 
 @dataclass
@@ -76,7 +80,7 @@ class SyCoCaConfig:
     image_decoder_heads: int = 12
 
     def __post_init__(self) -> None:
-        expected = {
+        expected = at_least_one(self, "embed_dim", "image_decoder_heads") | {
             "temperature": (
                 1 / MAX_LOGIT_SCALE <= self.temperature <= MAX_TEMPERATURE,
                 f"a number in [{1 / MAX_LOGIT_SCALE}, {MAX_TEMPERATURE}]",

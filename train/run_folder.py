@@ -1,0 +1,95 @@
+"""A run's folder before training: locked, with its configuration and its tokenizer."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import socket
+from itertools import islice
+from pathlib import Path
+from typing import TextIO
+
+import torch.distributed as dist
+
+from softmask.data import CaptionTokenizer, Source, train_wordpiece
+from softmask.train.checkpoint import find_checkpoint
+from softmask.train.config import Config, ConfigError, save_config
+
+SAMPLED_CAPTIONS = 1000
+MOST_UNKNOWN = 0.5  # share of [UNK] among their tokens
+_lock: TextIO | None = None  # of the folder that this process writes; open as long as it lives
+
+
+def prepare_run(config: Config, source: Source, checkpoint: Path | None) -> CaptionTokenizer:
+    """Make the run's folder with config.yaml and tokenizer/ (rank 0), and load the tokenizer (all ranks).
+
+    Raises:
+        ConfigError: a tokenizer that cannot be used.
+    """
+    run = Path(config.output)
+    try:
+        if dist.get_rank() == 0:
+            run.mkdir(parents=True, exist_ok=True)
+            lock(run)
+            (run / "done.json").unlink(missing_ok=True)  # of a shorter run that goes on now
+            own = checkpoint is not None and checkpoint.resolve().parents[1] == run.resolve()
+            if not own or not (run / "tokenizer").exists():
+                _write_tokenizer(config, source, checkpoint)
+            save_config(config, run / "config.yaml")
+        dist.barrier()
+        tokenizer = CaptionTokenizer.load(run / "tokenizer")
+        check_vocabulary(tokenizer, source)
+        return tokenizer
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"data.{error}") from error
+
+
+def lock(run: Path) -> None:
+    """Keep the run's folder for this process until it ends.
+
+    Raises:
+        ConfigError: another one has it.
+    """
+    global _lock
+    if _lock is not None:
+        _lock.close()
+    _lock = (run / ".lock").open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        _lock.seek(0)
+        raise ConfigError(f"output: {run} is written by another process ({_lock.read().strip()})") from None
+    except OSError:  # a file system without locks
+        return
+    _lock.truncate(0)
+    print(f"process {os.getpid()} of {socket.gethostname()}", file=_lock, flush=True)
+
+
+def check_vocabulary(tokenizer: CaptionTokenizer, source: Source) -> None:
+    """ValueError where the tokenizer does not know the words of the data."""
+    captions = list(islice(source.captions(), SAMPLED_CAPTIONS))
+    if (share := tokenizer.unknown(captions)) > MOST_UNKNOWN:
+        raise ValueError(
+            f"tokenizer: {share:.0%} of the tokens in the first {len(captions)} captions are [UNK], expected at most "
+            f"{MOST_UNKNOWN:.0%}: is it the tokenizer for captions such as {captions[0]!r:.60}?"
+        )
+
+
+def _write_tokenizer(config: Config, source: Source, checkpoint: Path | None) -> None:
+    """The checkpoint's, the configured or one trained on the captions, into the run's folder; whole or not at all."""
+    final = Path(config.output) / "tokenizer"
+    partial = final.with_name("tokenizer.tmp")
+    given = checkpoint / "tokenizer" if checkpoint is not None else config.data.tokenizer
+    if not given and config.init:
+        given = find_checkpoint(config.init) / "tokenizer"
+    for folder in (partial, final):
+        if folder.exists():
+            shutil.rmtree(folder)
+    if given:
+        CaptionTokenizer.load(given).save(partial)
+    else:
+        train_wordpiece(source.captions(), partial, vocab_size=config.data.vocab_size)
+    partial.rename(final)
