@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from data_files import picture
-from train_fixtures import SYCOCA_YAML, YAML, make_config, make_sycoca_config
+from train_fixtures import DISTRIBUTED, PRETRAIN, SYCOCA_YAML, YAML, make_config, make_sycoca_config
 
 from softmask.train import pretrain
 from softmask.train.config import ConfigError, flatten, load_config
@@ -133,3 +135,26 @@ def test_every_variable_of_a_launcher_set_wrong_is_refused_by_name() -> None:
                 with pytest.raises(ConfigError, match=f"environment: .*{name}") as error:
                     rank_variables(good | {name: value})
                 assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("SOFTMASK_BACKEND", "fast", "environment: SOFTMASK_BACKEND: expected one of 'auto'"),
+        ("SOFTMASK_BACKEND", "cuda", "backend 'cuda' cannot run"),
+        ("DS_ACCELERATOR", "tpu", "environment: DS_ACCELERATOR: expected cpu"),
+        ("WORLD_SIZE", "two", "environment: WORLD_SIZE: expected a number"),
+        ("RANK", "0", "environment: RANK is set without WORLD_SIZE"),
+        ("SLURM_PROCID", "3", "environment: SLURM_PROCID is set without SLURM_STEP_NUM_TASKS"),
+    ],
+)
+def test_a_variable_set_wrong_is_one_line(tmp_path: Path, variable: str, value: str, said: str) -> None:
+    """By the command line, in a process that nothing prepared."""
+    make_config(tmp_path, "train.steps=1")
+    environment = {name: text for name, text in os.environ.items() if name not in DISTRIBUTED} | {variable: value}
+    if variable != "DS_ACCELERATOR":
+        environment.pop("DS_ACCELERATOR", None)
+    command = [sys.executable, str(PRETRAIN), "--config", str(tmp_path / "base.yaml"), "train.steps=1"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"error: {said}"), done.stderr

@@ -40,9 +40,16 @@ def start_distributed() -> None:
 
 
 def choose_accelerator() -> None:
-    """Spare DeepSpeed, which chooses its accelerator on import, the search for one."""
+    """Spare DeepSpeed, which chooses its accelerator on import, the search for one.
+
+    Raises:
+        ConfigError: DS_ACCELERATOR names one that is not here.
+    """
+    present = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if (chosen := os.environ.get("DS_ACCELERATOR") or present[0]) not in present:
+        raise ConfigError(f"environment: DS_ACCELERATOR: expected {' or '.join(present)} here, got {chosen!r}")
 
 
 class GradientGuard:

@@ -41,12 +41,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from softmask import BackendError
 from softmask.data import DataError, open_source
 from softmask.data.sources import expand_pattern
 from softmask.train import metrics, scoring
 from softmask.train.captioning import CaptionOptions, captioning
 from softmask.train.checkpoint import CheckpointError, find_checkpoint, load_model, read_json
 from softmask.train.config import ConfigError
+from softmask.train.launchers import check_environment
 from softmask.train.reconstruction import reconstruction
 from softmask.train.scoring import Reader, Sample, Scorer, Word
 from softmask.train.zero_shot import Class, read_classes, zero_shot
@@ -313,8 +315,10 @@ def run(options: argparse.Namespace) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     try:
-        result = run(parse(argv))
-    except (DataError, CheckpointError, ConfigError, OSError) as error:
+        options = parse(argv)
+        check_environment()
+        result = run(options)
+    except (DataError, CheckpointError, ConfigError, BackendError, OSError) as error:
         print(f"evaluate: {error}", file=sys.stderr)
         return 1
     print(summary(result))

@@ -12,6 +12,7 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from softmask.ops import _backend
 from softmask.train.config_files import ConfigError
 
 PORT = 29500  # torchrun's
@@ -48,6 +49,14 @@ def complete_environment() -> None:
         ConfigError: variables that lack, are no numbers or contradict each other.
     """
     os.environ.update(rank_variables(os.environ))
+
+
+def check_environment() -> None:
+    """ConfigError where a variable that is read later has a value that nobody knows."""
+    try:
+        _backend.named()
+    except ValueError as error:
+        raise ConfigError(f"environment: {error}") from error
 
 
 def rank_variables(given: Mapping[str, str]) -> dict[str, str]:

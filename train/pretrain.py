@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from softmask import BackendError
 from softmask.data import DataError
 from softmask.train.checkpoint import (
     CheckpointError,
@@ -28,7 +29,7 @@ from softmask.train.checkpoint import (
     step_of,
 )
 from softmask.train.config import Config, ConfigError, load_config
-from softmask.train.launchers import complete_environment
+from softmask.train.launchers import check_environment, complete_environment
 from softmask.train.logs import say
 from softmask.train.trainer import TrainingError, train
 
@@ -90,6 +91,7 @@ def already_done(config: Config) -> str | None:
 
 def run(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
+    check_environment()
     complete_environment()
     config = load_config(options.config, options.overrides)
     if options.resume == "auto" and (message := already_done(config)):
@@ -108,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, nothing a user can act on
     try:
         run(arguments)
-    except (ConfigError, DataError, CheckpointError, TrainingError) as error:
+    except (ConfigError, DataError, CheckpointError, TrainingError, BackendError) as error:
         where = "" if is_first_rank() else f" (rank {os.environ['RANK']})"
         say(f"error{where}: {error}")
         return 2

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from softmask import BackendError
 from softmask.data import DataError, TokenBatch
 from softmask.data.sources import expand_pattern
 from softmask.train import metrics, scoring
@@ -35,6 +36,7 @@ from softmask.train.evaluate import (
     sizes,
     write_atomically,
 )
+from softmask.train.launchers import check_environment
 from softmask.train.logs import read_lines
 from softmask.train.report_facts import facts, lead, title
 from softmask.train.report_generation import generated
@@ -249,10 +251,11 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     output = options.output or options.run / "report.html"
     try:
+        check_environment()
         check_output(output)
         page = build_page(options)
         write_atomically(output, render(page))
-    except (DataError, CheckpointError, ConfigError, OSError) as error:
+    except (DataError, CheckpointError, ConfigError, BackendError, OSError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 1
     print(f"written: {output} ({math.ceil(output.stat().st_size / 1e6)} MB)")

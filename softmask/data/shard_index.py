@@ -38,7 +38,7 @@ SAMPLE = np.dtype(
 )
 SORT = "; picture and caption of a sample must follow each other, as tar --sort=name packs them"
 MOST_CAPTIONS = 65_535  # of one picture
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 
 
 @dataclass

@@ -41,7 +41,7 @@ class _OfThread(threading.local):
 
 # For compiled functions, which torch.compile guards on: it could not on the environment, nor before torch 2.12 on a
 # context variable.
-_AT_IMPORT = _from_environment()
+_AT_IMPORT = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"  # checked where it is used: an import must not fail
 _of_thread = _OfThread()
 _chosen: ContextVar[str | None] = ContextVar("softmask_backend", default=None)
 
@@ -115,7 +115,9 @@ def resolve(op: str, *tensors: Tensor | None, kernel_pays: bool = True, acting: 
 def named() -> str:
     """The backend that is asked for here: a name, or "auto"."""
     if torch.compiler.is_compiling():
-        return _of_thread.name or _AT_IMPORT
+        name = _of_thread.name or _AT_IMPORT
+        _checks.one_of(ENVIRONMENT_VARIABLE, name, BACKENDS)
+        return name
     return _chosen.get() or _from_environment()
 
 
