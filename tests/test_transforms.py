@@ -79,6 +79,11 @@ def test_decode_of_sixteen_bits_with_a_transparent_level():
     assert [decode_image(data).getpixel((x, 0))[0] for x in range(3)] == [0, 255, 0x80]
 
 
+def test_a_pointer_of_git_lfs_is_no_picture():
+    with pytest.raises(ValueError, match="picture is a pointer of git-lfs, not the file: git lfs pull"):
+        decode_image(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+
+
 def test_decode_of_levels_that_are_no_numbers():
     with pytest.raises(ValueError, match="levels that are not finite"):
         decode_image(encoded(Image.fromarray(np.array([[0.0, np.nan]], np.float32)), "TIFF"))

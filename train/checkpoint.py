@@ -156,7 +156,7 @@ def load_checkpoint(engine: Any, checkpoint: Path, config: Config) -> tuple[Prog
             load_resharded(engine, checkpoint, config.optimizer)
         elif engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)[0] is None:
             raise FileNotFoundError("DeepSpeed found no state in it")
-    except (OSError, EOFError, pickle.UnpicklingError, RuntimeError, KeyError) as error:
+    except (OSError, EOFError, pickle.UnpicklingError, RuntimeError, KeyError, ValueError) as error:
         raise CheckpointError(f"{checkpoint}: cannot be loaded: {_first_line(error)}") from error
     names = [item.name for item in dataclasses.fields(Progress)]
     return Progress(**{name: state[name] for name in names}), state

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-LFS_POINTER = "version https://git-lfs.github.com/spec/"
+from softmask.data.lfs import NOT_THE_FILE, is_pointer
 
 
 class ConfigError(ValueError):
@@ -70,8 +70,8 @@ def read_mapping(path: Path, what: str) -> dict[str, Any]:
     kind = "JSON" if path.suffix == ".json" else "YAML"
     try:
         text = path.read_text(encoding="utf-8-sig")
-        if text.startswith(LFS_POINTER):
-            raise ConfigError(f"{what}: {path} is a pointer of git-lfs, not the file: git lfs pull fetches that")
+        if is_pointer(text[:100].encode()):
+            raise ConfigError(f"{what}: {path} {NOT_THE_FILE}")
         tree = json.loads(text, object_pairs_hook=_unique) if kind == "JSON" else parse(text)
     except OSError as error:
         raise ConfigError(f"{what}: cannot read {path}: {error.strerror}") from error

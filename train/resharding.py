@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softmask.data.lfs import refuse_pointer
 from softmask.train.config import OptimizerConfig
 from softmask.train.engine import choose_accelerator, own_range
 from softmask.train.schedule import parameter_groups
@@ -126,6 +127,7 @@ def _world_size(checkpoint: Path) -> int:
 
 
 def _open(file: Path) -> dict[str, Any]:
+    refuse_pointer(file, "weights")
     return torch.load(file, map_location="cpu", weights_only=False, mmap=True)
 
 

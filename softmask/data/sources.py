@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from braceexpand import UnbalancedBracesError, braceexpand
 
+from softmask.data.lfs import NOT_THE_FILE, is_pointer
 from softmask.data.records import DataError, LeftOut, Record, SampleError, Source, clean_caption
 from softmask.data.shards import ShardSource
-from softmask.data.tar import LFS_POINTER
 
 logger = logging.getLogger("softmask.data")
 
@@ -160,8 +160,8 @@ def _entries(path: str, left_out: LeftOut) -> Iterator[tuple[str, list[str]]]:
     try:
         with open(path, encoding="utf-8-sig") as file:
             text = file.read()
-        if text.startswith(LFS_POINTER.decode()):
-            raise DataError(f"{path} is a pointer of git-lfs, not the list: git lfs pull fetches that")
+        if is_pointer(text[:100].encode("utf-8", "surrogatepass")):
+            raise DataError(f"{path} {NOT_THE_FILE}")
         entries = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON: {' '.join(str(error).split())}") from None

@@ -7,10 +7,11 @@ import re
 from collections.abc import Iterator
 from typing import BinaryIO
 
+from softmask.data.lfs import NOT_THE_FILE, is_pointer
+
 BLOCK = 512
 PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
 NO_TAR = "is no uncompressed tar"
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 class BrokenTarError(Exception):
@@ -38,8 +39,8 @@ def header_name(header: bytes) -> bytes:
 
 
 def _what_it_is(header: bytes) -> str:
-    if header.startswith(LFS_POINTER):
-        return "is a pointer of git-lfs, not the shard: git lfs pull fetches that"
+    if is_pointer(header):
+        return NOT_THE_FILE
     packed = next((name for start, name in PACKED.items() if header.startswith(start)), "")
     return f"{NO_TAR} but packed by {packed}: unpack it first" if packed else NO_TAR
 

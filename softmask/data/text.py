@@ -13,7 +13,7 @@ import torch
 from tokenizers import Encoding, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 
-from softmask.data.tar import LFS_POINTER
+from softmask.data.lfs import refuse_pointer
 
 SPECIAL_TOKENS = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
 SPECIAL_TOKENS |= {"mask_token": "[MASK]"}
@@ -142,13 +142,8 @@ class CaptionTokenizer:
 
 def _refuse_pointers(folder: str) -> None:
     for name in sorted(os.listdir(folder)):
-        path = os.path.join(folder, name)
-        if os.path.isfile(path):
-            with open(path, "rb") as file:
-                if file.read(len(LFS_POINTER)) == LFS_POINTER:
-                    raise ValueError(
-                        f"tokenizer: {path} is a pointer of git-lfs, not the file: git lfs pull fetches that"
-                    )
+        if os.path.isfile(path := os.path.join(folder, name)):
+            refuse_pointer(path, "tokenizer")
 
 
 def _is_punctuation(text: str) -> bool:

@@ -18,6 +18,8 @@ import torch
 from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 
+from softmask.data.lfs import NOT_THE_FILE, is_pointer
+
 if TYPE_CHECKING:
     from softmask.data.loader import DataConfig
 
@@ -30,6 +32,8 @@ RAND_AUGMENT_OPS = (
 def decode_image(data: bytes) -> Image.Image:
     """The picture as RGB, upright as its EXIF orientation says, transparent parts on white, of an animation the first
     frame. Raises ValueError where the bytes are no complete picture."""
+    if is_pointer(data):
+        raise ValueError(f"picture {NOT_THE_FILE}")
     try:
         image = Image.open(io.BytesIO(data))
         image.load()

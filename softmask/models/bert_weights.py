@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .vision_weights import refuse_pointer
+from softmask.data.lfs import refuse_pointer
 
 EMBEDDINGS = {
     "embeddings.word_embeddings.weight": "text.embeddings.word.weight",

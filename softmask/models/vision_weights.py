@@ -9,7 +9,7 @@ from typing import Any
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+from softmask.data.lfs import refuse_pointer
 
 
 def load_vit(vit: nn.Module, file: str) -> str:
@@ -41,13 +41,6 @@ def load_vit(vit: nn.Module, file: str) -> str:
     vit.load_state_dict({name: fitted[name] for name in own})
     left = [name for name in fitted if name not in own]
     return f"{len(own)} tensors of {file}" + (f", {len(left)} left over ({left[0]} ...)" if left else "")
-
-
-def refuse_pointer(file: str | os.PathLike, key: str) -> None:
-    """ValueError where git-lfs left its pointer in the place of a file."""
-    with open(file, "rb") as content:
-        if content.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise ValueError(f"{key}: {file} is a pointer of git-lfs, not the file: git lfs pull fetches that")
 
 
 def _read(file: str) -> dict[str, Tensor]:
