@@ -129,6 +129,15 @@ def test_numbers_as_people_write_them(write, tmp_path) -> None:
     assert load_config(write(MINIMAL + "deepspeed: zero.json\n")).deepspeed["zero_optimization"]["stage"] == 1
 
 
+def test_several_places_of_data(write, tmp_path) -> None:
+    config = load_config(write(MINIMAL), ["data.train=[a.tar, b-*.tar]"])
+    assert config.data.train == ("a.tar", "b-*.tar")
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+    with pytest.raises(ConfigError, match="data.train: expected str"):
+        load_config(write(MINIMAL), ["data.train={a: b}"])
+
+
 def test_what_is_given_twice_is_refused(write, tmp_path) -> None:
     with pytest.raises(ConfigError, match="'train' is given twice.* line 3"):
         load_config(write(MINIMAL + "train: {steps: 20}\n"))

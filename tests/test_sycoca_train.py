@@ -22,10 +22,14 @@ from softmask.train.trainer import Trainer
 
 
 @pytest.mark.parametrize(("stage", "queue"), [(0, 0), (2, 0), (3, 0), (0, 32), (3, 32)])
-def test_a_stopped_run_goes_on_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int, queue: int) -> None:
+def test_a_stopped_run_goes_on_exactly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture, stage: int, queue: int
+) -> None:
     options = (f"deepspeed.zero_optimization.stage={stage}", f"model.queue_size={queue}", "model.momentum=0.9")
     whole = make_sycoca_config(tmp_path, "whole", *options)
     run_here(whole)
+    (last,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("step 4/4")]
+    assert all(f"  {term} " in last for term in ("loss", "itc", "caption", "tgmim"))
     halves = make_sycoca_config(tmp_path, "halves", *options)
     step = Trainer._step
 

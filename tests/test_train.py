@@ -331,7 +331,15 @@ def test_files_of_a_run(tmp_path, capfd) -> None:
     state = json.loads((find_checkpoint(run) / "trainer.json").read_text())
     assert (state["step"], state["micro_batches"], state["world_size"]) == (6, 12, 1)
     output = capfd.readouterr().err
-    assert "64 captions of 64 pictures, batch 16 = 8 x 2 accumulated x 1 ranks" in output
+    for line in (
+        "data     64 captions of 64 pictures in 1 files",
+        "batch    16 = 8 x 2 accumulated x 1 ranks",
+        "weights  random",
+        "words    45 tokens of a WordPiece trained on the captions",
+    ):
+        assert line in output.splitlines()
+    (options,) = [line for line in output.splitlines() if line.startswith("options  ")]
+    assert " train.accumulation=2 " in options and " model.queue_size=32 " in options and "gamma" not in options
     assert "step 4/6  loss " in output and "done: 6 steps" in output
     model, tokenizer, loaded = load_model(run)
     assert loaded == config and not model.training

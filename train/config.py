@@ -144,6 +144,16 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
+def chosen(config: Config) -> dict[str, Any]:
+    """Dotted key -> value of what differs from the defaults of the method, the run's place, length and data aside."""
+    plain = Config(output=config.output, train=TrainConfig(steps=1), method=config.method, model=type(config.model)())
+    defaults, aside = (
+        flatten(plain),
+        ("output", "method", "train.steps", "train.epochs", "data.train", "data.image_size"),
+    )
+    return {key: value for key, value in flatten(config).items() if key not in aside and value != defaults[key]}
+
+
 def _require(condition: bool, key: str, expected: str, value: Any) -> None:
     if not condition:
         raise ValueError(f"{key}: expected {expected}, got {value!r}")

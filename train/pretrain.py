@@ -11,6 +11,7 @@ does; it gives the ranks 30 seconds and exits with 1 itself. Runs on several mac
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import warnings
@@ -93,6 +94,10 @@ def run(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
     check_environment()
     complete_environment()
+    if not is_first_rank():
+        logging.getLogger("softmask.data").setLevel(
+            logging.ERROR
+        )  # all ranks open the same data; one says what it lacks
     config = load_config(options.config, options.overrides)
     if options.resume == "auto" and (message := already_done(config)):
         if is_first_rank():

@@ -32,7 +32,7 @@ from softmask.train.checkpoint import (
     save_checkpoint,
     write_json,
 )
-from softmask.train.config import Config, ConfigError
+from softmask.train.config import Config, ConfigError, chosen
 from softmask.train.engine import apply_hyperparameters, create_engine, full_size, start_distributed
 from softmask.train.initial import weights_from, words_from
 from softmask.train.logs import RunLog, clock, say
@@ -130,7 +130,11 @@ class Trainer:
         say(f"model    {trained:,} trained parameters, {options.precision}")
         for what, origin in self._origins.items():
             say(f"{what:8s} {origin}")
-        say(f"data     {len(self._source):,} captions of {self._source.pictures:,} pictures, batch {batch} = {parts}")
+        source = self._source
+        say(f"data     {len(source):,} captions of {source.pictures:,} pictures in {len(source.paths):,} files")
+        say(f"batch    {batch} = {parts}")
+        options = [f"{key}={value}" for key, value in chosen(self.config).items()]
+        say(f"options  {' '.join(options) or 'none but the defaults'}")
         say(f"engine   DeepSpeed on {self.device}, ZeRO stage {self.config.zero_stage}")
 
     # -- the loop -----------------------------------------------------------------------------------------------------

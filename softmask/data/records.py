@@ -61,9 +61,10 @@ class Source(Protocol):
 
     `group_sizes` [groups] int64: sizes of the consecutive runs of samples that lie together on disk (shards).
     `problems`: one line per thing that was wrong but left the rest usable. `pictures`: their number, each counted once.
-    `digest`: of what the data is, wherever it lies.
+    `digest`: of what the data is, wherever it lies. `paths`: of its shards or lists.
     """
 
+    paths: list[str]
     group_sizes: np.ndarray
     problems: list[str]
     pictures: int

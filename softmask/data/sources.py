@@ -121,7 +121,7 @@ class JsonSource:
         if not captions:
             detail = f" ({self.problems[0]})" if self.problems else ""
             raise DataError(f"no captioned pictures in {', '.join(paths)}{detail}")
-        self.pictures = len(images)
+        self.paths, self.pictures = list(paths), len(images)
         self.digest = content.hexdigest()
         self.group_sizes = np.array([len(captions)], np.int64)
         self._captions, self._images = _Texts(captions), _Texts(list(images))
