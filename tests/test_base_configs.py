@@ -68,7 +68,9 @@ def test_what_the_papers_add_and_leave() -> None:
     for config in (albef, softmask):
         optimizer = config.optimizer
         assert (optimizer.lr, optimizer.min_lr, optimizer.warmup_steps) == (1e-4, 1e-5, 2000)
+        assert (config.model.alpha, config.model.alpha_warmup_epochs) == (0.4, 1.0)
         assert (optimizer.weight_decay, config.train.batch_size, config.train.epochs) == (0.02, 64, 30)
+    assert retrieval.model.alpha_warmup_epochs == 1.0
     assert retrieval.init == softmask.output and retrieval.model.share_positives
     assert retrieval.model.weights.mlm == 0.0 and retrieval.optimizer.lr == 1e-5
 

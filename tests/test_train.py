@@ -12,11 +12,12 @@ from deepspeed import zero
 from train_fixtures import make_config, make_trainer, rows, run_here, saved_state, write_shard
 
 from softmask.data import DataError, Loader, open_source
-from softmask.models import SoftMaskPP
+from softmask.models import SoftMaskPP, SoftMaskPPConfig
 from softmask.train.checkpoint import CheckpointError, build_model, find_checkpoint, load_model
 from softmask.train.config import Config, ConfigError, OptimizerConfig, save_config
 from softmask.train.engine import GradientGuard, deepspeed_config
 from softmask.train.logs import cut_back
+from softmask.train.methods import step_options
 from softmask.train.pretrain import choose_checkpoint, main
 from softmask.train.run_folder import prepare_run
 from softmask.train.schedule import alpha_at, lr_factor, parameter_groups, seed_everything
@@ -101,6 +102,17 @@ def test_random_state_follows_from_its_arguments() -> None:
 
     drawn = [draw(0, 0, 0), draw(1, 0, 0), draw(0, 1, 0), draw(0, 0, 1)]
     assert len(set(drawn)) == 4 and draw(0, 0, 0) == drawn[0]
+
+
+def test_alpha_rises_over_steps_or_epochs() -> None:
+    def alpha(step: int, **options) -> float:
+        return step_options(SoftMaskPPConfig(alpha=0.4, **options), step, steps_per_epoch=10.5)["alpha"]
+
+    assert [alpha(step, alpha_warmup_steps=8) for step in (0, 2, 8, 99)] == pytest.approx([0, 0.1, 0.4, 0.4])
+    assert [alpha(step, alpha_warmup_epochs=2) for step in (0, 7, 21, 99)] == pytest.approx([0, 0.4 / 3, 0.4, 0.4])
+    assert alpha(0) == 0.4
+    with pytest.raises(ValueError, match="alpha_warmup_epochs: expected at least 0, and 0 beside alpha_warmup_steps"):
+        SoftMaskPPConfig(alpha_warmup_steps=1, alpha_warmup_epochs=1)
 
 
 def test_weight_decay_spares_vectors_and_biases(tmp_path) -> None:

@@ -18,9 +18,10 @@ def build(config: SoftMaskPPConfig | SyCoCaConfig, special_ids: SpecialIds) -> n
     return MODELS[type(config)](config, special_ids=special_ids)
 
 
-def step_options(config: SoftMaskPPConfig | SyCoCaConfig, step: int) -> dict[str, Any]:
+def step_options(config: SoftMaskPPConfig | SyCoCaConfig, step: int, *, steps_per_epoch: float) -> dict[str, Any]:
     """What of a forward pass follows from the number of the optimizer step."""
     if isinstance(config, SyCoCaConfig):
         return {}
-    alpha = alpha_at(step, alpha=config.alpha, warmup_steps=config.alpha_warmup_steps)
+    warmup_steps = config.alpha_warmup_steps or config.alpha_warmup_epochs * steps_per_epoch
+    alpha = alpha_at(step, alpha=config.alpha, warmup_steps=warmup_steps)
     return {"alpha": alpha, "fuse": step >= config.contrast_steps}

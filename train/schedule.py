@@ -32,7 +32,7 @@ def scheduler_factory(config: OptimizerConfig, *, steps: int) -> Callable[[torch
     return lambda optimizer: LambdaLR(optimizer, lambda step: lr_factor(step, config, steps=steps))
 
 
-def alpha_at(step: int, *, alpha: float, warmup_steps: int) -> float:
+def alpha_at(step: int, *, alpha: float, warmup_steps: float) -> float:
     """Weight of the momentum model's targets: linear from 0 to `alpha` over the first `warmup_steps` steps."""
     return alpha * min(step / warmup_steps, 1.0) if warmup_steps else alpha
 

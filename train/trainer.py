@@ -218,7 +218,8 @@ class Trainer:
         seed_everything(self.config.seed, self.progress.micro_batches, self.rank)
         self.progress.micro_batches += 1
         statistics = [(buffer, buffer.clone()) for buffer in self._statistics]
-        options = step_options(self.config.model, self.progress.step)
+        steps_per_epoch = self.batches_per_epoch / self.config.train.accumulation
+        options = step_options(self.config.model, self.progress.step, steps_per_epoch=steps_per_epoch)
         loss, output = self.engine(batch.to(self.device), **options)
         flags = torch.stack([~loss.detach().isfinite(), torch.tensor(self._stop_requested, device=self.device)]).float()
         if self.world_size > 1:

@@ -142,7 +142,7 @@ class LossWeights:
 @dataclass
 class SoftMaskPPConfig:
     """SoftMask++ on ALBEF. With `soft_mask: false`, `gamma: 0` and `mask_text: mlm` the losses are ALBEF's; its recipe
-    also has `data.distort: false`, `data.rand_augment: true` and an `alpha_warmup_steps` of one epoch.
+    also has `data.distort: false`, `data.rand_augment: true` and an `alpha_warmup_epochs` of one.
 
     What the paper does not state is an option here.
     """
@@ -157,7 +157,8 @@ class SoftMaskPPConfig:
     queue_size: int = 65536
     momentum: float = 0.995
     alpha: float = 0.4
-    alpha_warmup_steps: int = 0  # 0: alpha from the first step on
+    alpha_warmup_steps: int = 0  # alpha rises to its value over these; or
+    alpha_warmup_epochs: float = 0.0  # over these passes over the captions; both 0: alpha from the first step on
     contrast_steps: int = 0  # first steps with the contrastive loss alone
     gamma: float = 2.0
     negative_temperature: float = 0.0  # of the draw of hard negatives: large is uniform; 0: the contrastive loss's
@@ -184,6 +185,10 @@ class SoftMaskPPConfig:
             "momentum": (0 <= self.momentum <= 1, "a number in [0, 1]"),
             "alpha": (0 <= self.alpha <= 1, "a number in [0, 1]"),
             "alpha_warmup_steps": (self.alpha_warmup_steps >= 0, "at least 0"),
+            "alpha_warmup_epochs": (
+                self.alpha_warmup_epochs >= 0 and not (self.alpha_warmup_steps and self.alpha_warmup_epochs),
+                "at least 0, and 0 beside alpha_warmup_steps",
+            ),
             "contrast_steps": (self.contrast_steps >= 0, "at least 0"),
             "negative_temperature": (self.negative_temperature >= 0, "a number >= 0"),
             "gamma": (self.gamma >= 0, "a number >= 0"),
