@@ -129,6 +129,12 @@ def test_numbers_as_people_write_them(write, tmp_path) -> None:
     assert load_config(write(MINIMAL + "deepspeed: zero.json\n")).deepspeed["zero_optimization"]["stage"] == 1
 
 
+def test_what_only_yaml_1_1_takes_for_numbers_is_none(write) -> None:
+    for text in ("010", "1:30", "0b1", "08"):
+        with pytest.raises(ConfigError, match=f"train.steps: expected int, got str '{text}'"):
+            load_config(write(MINIMAL), [f"train.steps={text}"])
+
+
 def test_several_places_of_data(write, tmp_path) -> None:
     config = load_config(write(MINIMAL), ["data.train=[a.tar, b-*.tar]"])
     assert config.data.train == ("a.tar", "b-*.tar")

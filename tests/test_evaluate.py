@@ -102,6 +102,8 @@ def test_truncated_phrases_and_hidden_objects_are_counted_not_played(tmp_path):
     ("change", "message"),
     [
         (lambda entry: entry.update(span=[3, 10]), r"objects\[1\]: span \[3, 10\].*expected the phrase 'green one'"),
+        (lambda entry: entry.update(span=[3, None]), r"objects\[1\]: expected .*span \[3, None\] of a caption"),
+        (lambda entry: entry.update(span=[-9, 10]), r"objects\[1\]: expected .*span \[-9, 10\] of a caption"),
         (lambda entry: entry.pop("mask"), r"objects\[1\]: expected phrase, span .* KeyError: 'mask'"),
         (lambda entry: entry["mask"].update(counts=[5]), r"objects\[1\]: expected .*1024"),
         (lambda entry: entry["mask"].update(size=[16, 64]), r"mask size \[16, 64\], expected the picture's \[32, 32\]"),

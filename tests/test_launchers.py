@@ -7,13 +7,14 @@ import pytest
 from softmask.train.config import ConfigError
 from softmask.train.launchers import first_node, rank_variables
 
-SLURM = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "77"}
+SLURM = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "77"}
 OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1234"}
 
 
 def test_a_process_that_nobody_launched_is_rank_0_of_1() -> None:
-    for given in ({}, {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"}):
+    batch_script = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0"}
+    for given in ({}, batch_script, batch_script | {"SLURM_STEP_NUM_TASKS": "1"}):
         found = rank_variables(given)
         assert (found["RANK"], found["LOCAL_RANK"], found["WORLD_SIZE"]) == ("0", "0", "1")
         assert found["MASTER_ADDR"] == "127.0.0.1" and int(found["MASTER_PORT"]) > 1024
@@ -26,6 +27,7 @@ def test_a_process_that_nobody_launched_is_rank_0_of_1() -> None:
         (TORCHRUN | SLURM, ("3", "4", "1", "a", "1234")),  # inside srun, launched by torchrun
         (SLURM | {"SLURM_STEP_NODELIST": "gpu[03-06]"}, ("5", "8", "1", "gpu03", "15077")),
         (SLURM | {"SLURM_JOB_NODELIST": "a1,a2", "SLURM_STEP_NUM_TASKS": "6"}, ("5", "6", "1", "a1", "15077")),
+        (SLURM | {"SLURM_NODELIST": "a1", "PMIX_RANK": "5", "PMI_RANK": "5"}, ("5", "8", "1", "a1", "15077")),
         (SLURM | {"MASTER_ADDR": "b", "MASTER_PORT": "9"}, ("5", "8", "1", "b", "9")),
         (OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, ("1", "2", "1", "127.0.0.1", "29500")),
         (
@@ -51,7 +53,9 @@ def test_ranks(given: dict[str, str], expected: tuple[str, ...]) -> None:
         ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "expected a rank below the number of ranks, got 2 of 2"),
         ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, "RANK is set without MASTER_ADDR"),
         (TORCHRUN | {"MASTER_PORT": "-1"}, "MASTER_PORT: expected a number that is not negative, got '-1'"),
-        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, "SLURM_PROCID is set without SLURM_LOCALID"),
+        ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}, "SLURM_PROCID is set without SLURM_LOCALID"),
+        (TORCHRUN | {"MASTER_PORT": "99999"}, "MASTER_PORT: expected 1 to 65535, got 99999"),
+        (SLURM | {"SLURM_NODELIST": "rack[0-1]n[0-3]"}, "is not understood: set MASTER_ADDR"),
         ({"SLURM_PROCID": "1"}, "SLURM_PROCID is set without SLURM_STEP_NUM_TASKS"),
         (OPEN_MPI, "OMPI_COMM_WORLD_RANK is set without MASTER_ADDR"),
     ],

@@ -158,3 +158,20 @@ def test_a_variable_set_wrong_is_one_line(tmp_path: Path, variable: str, value: 
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert done.stderr.splitlines()[-1].startswith(f"error: {said}"), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ("{stge: 1}", "deepspeed.zero_optimization.stge: "),
+        ("{stage: 1, reduce_bucket_size: many}", "deepspeed.zero_optimization.reduce_bucket_size: "),
+        ("{stage: 2, offload_optimizer: {device: cpu, ratio: 0.5}}", "deepspeed"),
+        ("{stage: 2, offload_optimizer: {device: cpu}}", "deepspeed.zero_optimization.offload_optimizer: "),
+        ("{stage: 1, offload_optimizer: {device: disk}}", "deepspeed.zero_optimization.offload_optimizer.device: "),
+    ],
+)
+def test_what_deepspeed_refuses_is_one_line(tmp_path: Path, capfd, section: str, said: str) -> None:
+    make_config(tmp_path, "train.steps=1")
+    arguments = ["--config", str(tmp_path / "base.yaml"), "train.steps=1", f"deepspeed.zero_optimization={section}"]
+    assert pretrain.main(arguments) == 2
+    assert capfd.readouterr().err.splitlines()[-1].startswith(f"error: {said}")

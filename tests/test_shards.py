@@ -139,6 +139,27 @@ def test_pictures_first_and_captions_after_is_told(tmp_path):
         open_source(str(write_tar(tmp_path / "a.tar", members)))
 
 
+@pytest.mark.parametrize("kind", [".txt", ".json"])
+def test_captions_without_pictures_are_counted(tmp_path, kind):
+    members = [member for member in sample(1) if member[0].endswith(kind)]
+    source = open_source(str(write_tar(tmp_path / "a.tar", [*sample(0), *members])))
+    (problem,) = source.problems
+    assert problem.endswith("a.tar has 1 captions without a picture, left out; the first is '000001'")
+
+
+def test_shards_that_cat_joined_are_told(tmp_path):
+    one, two = (write_tar(tmp_path / f"{n}.tar", sample(n)).read_bytes() for n in range(2))
+    (tmp_path / "both.tar").write_bytes(one + two)
+    source = open_source(str(tmp_path / "both.tar"))
+    assert len(source) == 1 and "has more behind its end at byte" in source.problems[0]
+
+
+def test_files_named_twice_are_told(tmp_path, caplog):
+    path = str(write_tar(tmp_path / "a.tar", sample(0)))
+    assert len(open_source([path, str(tmp_path / "*.tar")])) == 2
+    assert "1 files are named more than once and count as often" in caplog.text
+
+
 @pytest.mark.parametrize("form", ["BMP", "GIF", "TIFF", "AVIF", "PPM"])
 def test_reads_what_pillow_reads(tmp_path, form):
     name = {"PPM": "a.ppm", "TIFF": "a.tif"}.get(form, f"a.{form}")
@@ -295,7 +316,7 @@ def test_cache_folder_that_cannot_be_written(tmp_path, monkeypatch, caplog):
 def test_source_is_small_and_picklable(tmp_path):
     source = open_source(write_shards(tmp_path, 2, 2))
     source.read(3)
-    assert source._samples.itemsize + source._image_ids.itemsize == 30
+    assert source._samples.itemsize + source._image_ids.itemsize == 32
     copy = pickle.loads(pickle.dumps(source))
     assert copy.read(3) == source.read(3)
 

@@ -29,6 +29,7 @@ from softmask.train.methods import build
 from softmask.train.resharding import load_resharded, read_weights
 
 POSITIONS = "vision.vit.pos_embed"
+UNREADABLE = (OSError, EOFError, ValueError, RuntimeError, pickle.UnpicklingError, KeyError)  # of torch.load
 COMPLETE = re.compile(r"step_\d{8,}")
 # Keys that may change when a run goes on; all others of `model` and `data` must stay as they were.
 FREE_KEYS = (
@@ -156,7 +157,7 @@ def load_checkpoint(engine: Any, checkpoint: Path, config: Config) -> tuple[Prog
             load_resharded(engine, checkpoint, config.optimizer)
         elif engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)[0] is None:
             raise FileNotFoundError("DeepSpeed found no state in it")
-    except (OSError, EOFError, pickle.UnpicklingError, RuntimeError, KeyError, ValueError) as error:
+    except UNREADABLE as error:
         raise CheckpointError(f"{checkpoint}: cannot be loaded: {_first_line(error)}") from error
     names = [item.name for item in dataclasses.fields(Progress)]
     return Progress(**{name: state[name] for name in names}), state
@@ -239,8 +240,18 @@ def build_model(config: Config, tokenizer: CaptionTokenizer) -> nn.Module:
     ids = SpecialIds(pad=tokenizer.pad_id, cls=tokenizer.cls_id, sep=tokenizer.sep_id, mask=tokenizer.mask_id)
     try:
         return build(model, ids)
-    except (ValueError, FileNotFoundError, RuntimeError) as error:  # RuntimeError: timm knows no such model
+    except (ValueError, FileNotFoundError, RuntimeError, TypeError) as error:  # the last two: timm has no such ViT
         raise ConfigError(f"model: {_first_line(error)}") from error
+
+
+def without_files(config: Config) -> Config:
+    """For a model whose weights come from a checkpoint: not from the files that its training once started from."""
+    bare = config.model
+    for part in ("vision", "text"):
+        section = getattr(bare, part)
+        if getattr(section, "checkpoint", ""):
+            bare = dataclasses.replace(bare, **{part: dataclasses.replace(section, checkpoint="")})
+    return dataclasses.replace(config, model=bare)
 
 
 def fit_positions(model: nn.Module, state: dict[str, Tensor]) -> list[str]:
@@ -270,17 +281,12 @@ def load_model(
     checkpoint = find_checkpoint(path)
     sizes = [f"{section}.image_size={image_size}" for section in ("model.vision", "data") if image_size]
     config = load_config(checkpoint / "config.yaml", ["model.text.attention=sdpa", *sizes])
-    bare = config.model  # its weights come from the checkpoint, not from the files it once started from
-    for part in ("vision", "text"):
-        section = getattr(bare, part)
-        if getattr(section, "checkpoint", ""):
-            bare = dataclasses.replace(bare, **{part: dataclasses.replace(section, checkpoint="")})
     try:
         tokenizer = CaptionTokenizer.load(checkpoint / "tokenizer")
         state = read_weights(checkpoint)
-    except (OSError, EOFError, ValueError, RuntimeError, pickle.UnpicklingError, KeyError) as error:
+    except UNREADABLE as error:
         raise CheckpointError(f"{checkpoint}: cannot be read: {_first_line(error)}") from error
-    model = build_model(dataclasses.replace(config, model=bare), tokenizer)
+    model = build_model(without_files(config), tokenizer)
     fit_positions(model, state)
     try:
         model.load_state_dict(state)

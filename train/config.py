@@ -95,7 +95,7 @@ class Config:
 
     def __post_init__(self) -> None:
         _require(bool(self.output), "output", "the folder of the run", self.output)
-        _require(self.seed >= 0, "seed", "an integer >= 0", self.seed)
+        _require(0 <= self.seed < 1 << 63, "seed", "an integer >= 0, below 2^63", self.seed)
         check_deepspeed(self.deepspeed)
         self.output, self.init = os.path.expanduser(self.output), os.path.expanduser(self.init)
         _require(self.zero_stage in ZERO_STAGES, "deepspeed.zero_optimization.stage", "0, 1, 2 or 3", self.zero_stage)
@@ -119,7 +119,7 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
     Raises:
         ConfigError: no such file, no YAML, an unknown or ill-typed key, a value out of range.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     tree = read_mapping(path, "configuration")
     override(tree, list(overrides))
     if isinstance(tree.get("deepspeed"), str):
@@ -161,7 +161,7 @@ def _require(condition: bool, key: str, expected: str, value: Any) -> None:
 
 def _beside(path: Path, name: str) -> Path:
     """`name` as given, or beside the file that mentions it."""
-    given = Path(name).expanduser()
+    given = Path(os.path.expanduser(name))
     return given if given.is_absolute() or given.exists() else path.parent / given
 
 

@@ -1,7 +1,7 @@
 """Mappings read from YAML and JSON files, and from overrides, as people write them.
 
-YAML as its version 1.2 reads numbers: 1e-4 and 5e8 are numbers. A key that stands twice in a mapping is an error, in
-JSON too; so is a file of another kind.
+YAML as its version 1.2 reads numbers: 1e-4 and 5e8 are numbers, 1:30 and 010 are none. A key that stands twice in a
+mapping is an error, in JSON too; so is a file of another kind.
 """
 
 from __future__ import annotations
@@ -38,14 +38,15 @@ class _Dumper(yaml.SafeDumper):
     """SafeDumper that quotes what `_Loader` would read as a number."""
 
 
-FLOAT = "tag:yaml.org,2002:float"
-_NUMBER = r"[-+]?(\.\d+|\d[\d_]*(\.[\d_]*)?)([eE][-+]?\d+)?"
+FLOAT, INT = "tag:yaml.org,2002:float", "tag:yaml.org,2002:int"
+_NUMBER = r"[-+]?(\.\d+|(0|[1-9][\d_]*)(\.[\d_]*)?)([eE][-+]?\d+)?"
 _RESOLVERS = {
-    first: [pair for pair in resolvers if pair[0] != FLOAT]
+    first: [pair for pair in resolvers if pair[0] not in (FLOAT, INT)]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 for _one in (_Loader, _Dumper):
     _one.yaml_implicit_resolvers = {first: list(resolvers) for first, resolvers in _RESOLVERS.items()}
+    _one.add_implicit_resolver(INT, re.compile(r"[-+]?(0|[1-9][\d_]*|0x[\da-fA-F]+)$"), list("-+0123456789"))
     _one.add_implicit_resolver(
         FLOAT, re.compile(rf"(?:{_NUMBER}|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"), list("-+0123456789.")
     )

@@ -73,6 +73,7 @@ def why_refused(error: Exception, section: dict[str, Any]) -> str:
     if not isinstance(error, ValidationError):
         return f"deepspeed: {' '.join(str(error).split()) or type(error).__name__}"
     first = error.errors()[0]
-    names = [name for name, value in section.items() if isinstance(value, dict) and first["loc"][0] in value]
+    holds = [name for name, value in section.items() if isinstance(value, dict)]
+    names = [name for name in holds if first["loc"] and first["loc"][0] in section[name]]
     key = ".".join(map(str, ["deepspeed", *names[:1], *first["loc"]]))
     return f"{key}: {first['msg']}, got {first['input']!r}"

@@ -164,6 +164,11 @@ def create_engine(model: nn.Module, config: Config, *, steps: int) -> tuple[Any,
         deepspeed.DeepSpeedConfig(section)
     except Exception as error:  # it raises whatever a wrong value runs into
         raise ConfigError(why_refused(error, section)) from error
+    if "offload_optimizer" in section.get("zero_optimization", {}) and section.get("zero_force_ds_cpu_optimizer", True):
+        raise ConfigError(
+            "deepspeed.zero_optimization.offload_optimizer: DeepSpeed refuses it beside an optimizer that is not its "
+            "own; expected deepspeed.zero_force_ds_cpu_optimizer=false too"
+        )
     with _scalars_kept_from_broadcast(model):
         if config.zero_stage == 3:
             _partition(model, section)

@@ -207,6 +207,8 @@ def check_output(path: Path) -> None:
     """Before the work, not after it: can the file be written at all?"""
     if not path.parent.is_dir():
         raise FileNotFoundError(f"--output: no folder {str(path.parent)!r}")
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"--output: cannot write into {str(path.parent)!r}")
     if path.is_dir():
         raise IsADirectoryError(f"--output: expected a file, got the folder {str(path)!r}")
 

@@ -33,12 +33,15 @@ LAUNCHERS = (
     Launcher("torchrun or deepspeed", ("RANK",), ("WORLD_SIZE",), ("LOCAL_RANK",), ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")),
     Launcher(
         "mpirun",
-        ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK"),
-        ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"),
-        ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "MV2_COMM_WORLD_LOCAL_RANK"),
-        ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "MV2_COMM_WORLD_LOCAL_SIZE"),
+        ("OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"),
+        ("OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"),
+        ("OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK"),
+        ("OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE"),
     ),
-    Launcher("srun", ("SLURM_PROCID",), ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS"), ("SLURM_LOCALID",)),
+    # Before mpiexec's: srun sets PMI variables of its own. In a batch script, which is one process, the number of the
+    # step's tasks is not set.
+    Launcher("srun", ("SLURM_PROCID",), ("SLURM_STEP_NUM_TASKS",), ("SLURM_LOCALID",)),
+    Launcher("mpiexec", ("PMI_RANK",), ("PMI_SIZE",), ("MPI_LOCALRANKID",), ("MPI_LOCALNRANKS",)),
 )
 
 
@@ -61,10 +64,9 @@ def check_environment() -> None:
 
 def rank_variables(given: Mapping[str, str]) -> dict[str, str]:
     """What `complete_environment` sets, by the variables `given`."""
-    launcher = next((one for one in LAUNCHERS if _first(given, one.rank)), None)
+    launcher = next((one for one in LAUNCHERS if _launched_by(one, given)), None)
     rank = _number(given, launcher.rank, 0) if launcher else 0
     world = _number(given, launcher.world_size, 1) if launcher else 1
-    # A batch script is rank 0 of one as srun's tasks count.
     if launcher is None or (launcher.name != LAUNCHERS[0].name and rank == 0 and world == 1):
         _refuse_stray(given)
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -82,8 +84,15 @@ def rank_variables(given: Mapping[str, str]) -> dict[str, str]:
         "WORLD_SIZE": str(world),
         "LOCAL_RANK": str(_local_rank(given, launcher, rank, world)),
         "MASTER_ADDR": given.get("MASTER_ADDR") or _address(given, launcher, world),
-        "MASTER_PORT": str(_number(given, ("MASTER_PORT",), _port(given))),
+        "MASTER_PORT": str(_master_port(given)),
     }
+
+
+def _launched_by(launcher: Launcher, given: Mapping[str, str]) -> bool:
+    """By its rank, and where that is 0 of srun also by the step's number of tasks."""
+    if launcher.name == "srun" and given.get("SLURM_PROCID", "0") == "0":
+        return bool(_first(given, launcher.world_size))
+    return bool(_first(given, launcher.rank))
 
 
 def free_port() -> int:
@@ -139,10 +148,15 @@ def first_node(nodes: str) -> str:
     if match is None:
         raise ConfigError(f"environment: SLURM's list of nodes: expected one such as gpu[01-04], got {nodes!r}")
     prefix, number, suffix = match.groups()
+    if suffix and "[" in suffix:
+        raise ConfigError(f"environment: SLURM's list of nodes {nodes!r} is not understood: set MASTER_ADDR")
     return prefix + (number or "") + (suffix or "")
 
 
-def _port(given: Mapping[str, str]) -> int:
-    """Alike on all ranks, and another one for another job on the same machine."""
+def _master_port(given: Mapping[str, str]) -> int:
+    """The given one, or one that is alike on all ranks and another one for another job on the same machine."""
     job = given.get("SLURM_JOB_ID", "")
-    return 15000 + int(job) % 20000 if job.isdigit() else PORT
+    port = _number(given, ("MASTER_PORT",), 15000 + int(job) % 20000 if job.isdigit() else PORT)
+    if not 0 < port < 1 << 16:
+        raise ConfigError(f"environment: MASTER_PORT: expected 1 to 65535, got {port}")
+    return port

@@ -32,6 +32,7 @@ from softmask.train.checkpoint import (
 from softmask.train.config import Config, ConfigError, load_config
 from softmask.train.launchers import check_environment, complete_environment
 from softmask.train.logs import say
+from softmask.train.run_folder import FirstRankError
 from softmask.train.trainer import TrainingError, train
 
 
@@ -118,6 +119,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConfigError, DataError, CheckpointError, TrainingError, BackendError) as error:
         where = "" if is_first_rank() else f" (rank {os.environ['RANK']})"
         say(f"error{where}: {error}")
+        return 2
+    except FirstRankError:
         return 2
     except OSError as error:  # a disk that is full or read-only, a file that went away
         where = f"{error.filename}: " if error.filename else ""

@@ -96,7 +96,7 @@ def attribution(data: str) -> str:
     """The ATTRIBUTION.txt files that lie beside the data, each once."""
     folders = dict.fromkeys(Path(path).parent for path in expand_pattern(data))
     files = [folder / "ATTRIBUTION.txt" for folder in folders]
-    return "\n\n".join(file.read_text(encoding="utf-8").strip() for file in files if file.is_file())
+    return "\n\n".join(file.read_text(encoding="utf-8", errors="replace").strip() for file in files if file.is_file())
 
 
 # -- retrieval -------------------------------------------------------------------------------------

@@ -12,13 +12,17 @@ from typing import TextIO
 
 import torch.distributed as dist
 
-from softmask.data import CaptionTokenizer, Source, train_wordpiece
-from softmask.train.checkpoint import find_checkpoint
+from softmask.data import CaptionTokenizer, DataError, Source, train_wordpiece
+from softmask.train.checkpoint import CheckpointError, find_checkpoint
 from softmask.train.config import Config, ConfigError, save_config
 
 SAMPLED_CAPTIONS = 1000
 MOST_UNKNOWN = 0.5  # share of [UNK] among their tokens
 _lock: TextIO | None = None  # of the folder that this process writes; open as long as it lives
+
+
+class FirstRankError(RuntimeError):
+    """Rank 0 failed, and has said why."""
 
 
 def prepare_run(config: Config, source: Source, checkpoint: Path | None) -> CaptionTokenizer:
@@ -27,24 +31,37 @@ def prepare_run(config: Config, source: Source, checkpoint: Path | None) -> Capt
     Raises:
         ConfigError: a tokenizer that cannot be used.
     """
-    run = Path(config.output)
+    failed: list[Exception | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            _prepare(config, source, checkpoint)
+        except (ValueError, OSError, DataError, CheckpointError) as error:
+            failed = [error]
+    dist.broadcast_object_list(failed)
+    if failed[0] is not None:
+        if dist.get_rank():
+            raise FirstRankError("rank 0 could not prepare the run")
+        raise failed[0]
     try:
-        if dist.get_rank() == 0:
-            run.mkdir(parents=True, exist_ok=True)
-            lock(run)
-            (run / "done.json").unlink(missing_ok=True)  # of a shorter run that goes on now
-            own = checkpoint is not None and checkpoint.resolve().parents[1] == run.resolve()
-            if not own or not (run / "tokenizer").exists():
-                _write_tokenizer(config, source, checkpoint)
-            save_config(config, run / "config.yaml")
-        dist.barrier()
-        tokenizer = CaptionTokenizer.load(run / "tokenizer")
-        check_vocabulary(tokenizer, source)
-        return tokenizer
-    except ConfigError:
-        raise
+        tokenizer = CaptionTokenizer.load(Path(config.output) / "tokenizer")
     except ValueError as error:
         raise ConfigError(f"data.{error}") from error
+    return tokenizer
+
+
+def _prepare(config: Config, source: Source, checkpoint: Path | None) -> None:
+    run = Path(config.output)
+    run.mkdir(parents=True, exist_ok=True)
+    lock(run)
+    (run / "done.json").unlink(missing_ok=True)  # of a shorter run that goes on now
+    own = checkpoint is not None and checkpoint.resolve().parents[1] == run.resolve()
+    try:
+        if not own or not (run / "tokenizer").exists():
+            _write_tokenizer(config, source, checkpoint)
+        check_vocabulary(CaptionTokenizer.load(run / "tokenizer"), source)
+    except ValueError as error:
+        raise ConfigError(f"data.{error}") from error
+    save_config(config, run / "config.yaml")
 
 
 def lock(run: Path) -> None:
@@ -58,10 +75,11 @@ def lock(run: Path) -> None:
         _lock.close()
     _lock = (run / ".lock").open("a+", encoding="utf-8")
     try:
-        fcntl.flock(_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        fcntl.lockf(_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which the loader's workers would hold too
+    except (BlockingIOError, PermissionError):
         _lock.seek(0)
-        raise ConfigError(f"output: {run} is written by another process ({_lock.read().strip()})") from None
+        holder = _lock.read().strip() or "that has not said which"
+        raise ConfigError(f"output: {run} is written by another process ({holder})") from None
     except OSError:  # a file system without locks
         return
     _lock.truncate(0)

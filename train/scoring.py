@@ -295,6 +295,8 @@ def _word(sample: Sample, entry: Any, offsets: Tensor) -> Word:
     """Raises ValueError that says what is wrong with the entry."""
     try:
         text, (start, end) = entry["phrase"], entry["span"]
+        if not (type(start) is type(end) is int and 0 <= start < end <= len(sample.caption)):
+            raise ValueError(f"span {entry['span']} of a caption of {len(sample.caption)} characters")
         mask = torch.as_tensor(rle.decode(entry["mask"])).bool()
         found = sample.caption[start:end]
     except (KeyError, TypeError, ValueError) as error:

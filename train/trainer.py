@@ -30,6 +30,7 @@ from softmask.train.checkpoint import (
     data_facts,
     load_checkpoint,
     save_checkpoint,
+    without_files,
     write_json,
 )
 from softmask.train.config import Config, ConfigError, chosen
@@ -76,7 +77,8 @@ class Trainer:
             torch.use_deterministic_algorithms(True, warn_only=True)
             torch.utils.deterministic.fill_uninitialized_memory = False  # finds bugs, costs a pass over every buffer
         torch.manual_seed(config.seed)  # the same weights on every rank
-        model = build_model(config, tokenizer)
+        fresh = checkpoint is None and not config.init
+        model = build_model(config if fresh else without_files(config), tokenizer)
         self._origins = {
             "weights": weights_from(model, config, checkpoint),
             "words": words_from(tokenizer, config, checkpoint),

@@ -34,6 +34,8 @@ def read_classes(path: Path) -> list[Class]:
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
         classes = [Class(entry["name"], entry["phrase"]) for entry in entries]
+        if not all(isinstance(text, str) for one in classes for text in (one.name, one.phrase)):
+            raise TypeError("a name or a phrase is no text")
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise DataError(f"{path}: expected a JSON list of classes with name and phrase: {reason}") from error

@@ -34,11 +34,10 @@ PIECE = 1024  # bytes, from the middle and from the end of a compressed picture,
 # A sample is one caption: number `line`, from 1, of several, or 0 for the only one. Equal `digest`: the same picture.
 SAMPLE = np.dtype(
     [(part + of, "<u4") for part in ("image", "txt", "json") for of in ("_block", "_size")]
-    + [("line", "<u2"), ("digest", "<u8")]
+    + [("line", "<u4"), ("digest", "<u8")]
 )
 SORT = "; picture and caption of a sample must follow each other, as tar --sort=name packs them"
-MOST_CAPTIONS = 65_535  # of one picture
-CACHE_VERSION = 3
+CACHE_VERSION = 4
 
 
 @dataclass
@@ -49,7 +48,7 @@ class ShardIndex:
     broken: str = ""  # where and how the archive breaks off
     digest: str = ""  # of the samples, the bytes of their captions included
     pictures: LeftOut = field(default_factory=LeftOut)  # without a caption
-    captions: LeftOut = field(default_factory=LeftOut)  # without a picture
+    captions: LeftOut = field(default_factory=LeftOut)  # .txt or .json without a picture
     others: LeftOut = field(default_factory=LeftOut)  # members: neither, or links, or a second picture
 
     def problems(self) -> list[str]:
@@ -122,7 +121,7 @@ class _Scan:
     def _close_sample(self) -> None:
         parts = self.parts
         if "image" not in parts:
-            if "txt" in parts:
+            if "txt" in parts or "json" in parts:
                 self.found.captions.add(self.key)
             return
         if "txt" not in parts and "json" not in parts:
@@ -147,7 +146,7 @@ class _Scan:
             except (ValueError, RecursionError, KeyError, TypeError):
                 return [0]
             lines = list(range(1, len(caption) + 1)) if isinstance(caption, list) else []
-        return lines[:MOST_CAPTIONS] if len(lines) > 1 else [0]
+        return lines if len(lines) > 1 else [0]
 
     def _read(self, part: str) -> bytes:
         start, size = self.parts[part]

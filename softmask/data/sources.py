@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -33,6 +34,8 @@ def open_source(data: str | Sequence[str], *, image_root: str = "") -> Source:
     paths = [path for pattern in patterns for path in expand_pattern(os.fspath(pattern))]
     for path in paths:
         _refuse_other_kinds(path)
+    if repeated := [path for path, count in Counter(map(os.path.realpath, paths)).items() if count > 1]:
+        logger.warning("%d files are named more than once and count as often, such as %s", len(repeated), repeated[0])
     lists = [path for path in paths if path.endswith(".json")]
     if lists and len(lists) != len(paths):
         raise DataError(f"shards and JSON lists cannot be mixed: {lists[0]} beside {len(paths) - len(lists)} others")

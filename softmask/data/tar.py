@@ -10,6 +10,7 @@ from typing import BinaryIO
 from softmask.data.lfs import NOT_THE_FILE, is_pointer
 
 BLOCK = 512
+RECORD = 20 * BLOCK  # tar fills its archives up to a multiple of it
 PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
 NO_TAR = "is no uncompressed tar"
 
@@ -78,6 +79,10 @@ def tar_members(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
     while True:
         header = os.pread(file.fileno(), BLOCK, offset)
         if len(header) == BLOCK and not any(header):
+            if any(os.pread(file.fileno(), 2 * RECORD, offset)):
+                raise BrokenTarError(
+                    f"has more behind its end at byte {offset}, as cat leaves it (tar -A joins shards)"
+                )
             return
         _check_header(header, offset)
         kind = header[156:157]

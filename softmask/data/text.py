@@ -60,8 +60,9 @@ class CaptionTokenizer:
         _refuse_pointers(path)
         try:
             loaded = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"tokenizer: {path} cannot be loaded: {str(error).splitlines()[0]}") from error
+        except Exception as error:  # tokenizers raises just that
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise ValueError(f"tokenizer: {path} cannot be loaded ({reason})") from error
         return cls.from_hugging_face(loaded, name=path)
 
     @classmethod
@@ -163,7 +164,7 @@ def train_wordpiece(captions: Iterable[str], path: str | os.PathLike, *, vocab_s
         for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(chunk)):
             counts[word] += n
     if not counts:
-        raise ValueError("captions: no words to train a WordPiece on")
+        raise ValueError("train: its captions hold no words to train a WordPiece on")
     if vocab_size < len(SPECIAL_TOKENS) + 2:
         raise ValueError(f"vocab_size: expected at least {len(SPECIAL_TOKENS) + 2}, got {vocab_size}")
     tokens = [*SPECIAL_TOKENS.values(), *_learn_pieces(counts, vocab_size - len(SPECIAL_TOKENS))]
