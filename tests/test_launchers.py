@@ -13,7 +13,7 @@ TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a
 
 
 def test_a_process_that_nobody_launched_is_rank_0_of_1() -> None:
-    batch_script = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0"}
+    batch_script = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
     for given in ({}, batch_script, batch_script | {"SLURM_STEP_NUM_TASKS": "1"}):
         found = rank_variables(given)
         assert (found["RANK"], found["LOCAL_RANK"], found["WORLD_SIZE"]) == ("0", "0", "1")
@@ -56,6 +56,8 @@ def test_ranks(given: dict[str, str], expected: tuple[str, ...]) -> None:
         ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}, "SLURM_PROCID is set without SLURM_LOCALID"),
         (TORCHRUN | {"MASTER_PORT": "99999"}, "MASTER_PORT: expected 1 to 65535, got 99999"),
         (SLURM | {"SLURM_NODELIST": "rack[0-1]n[0-3]"}, "is not understood: set MASTER_ADDR"),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0"}, "SLURM has 8 tasks and srun did not start"),
+        ({"SLURM_NTASKS": "8"}, "SLURM has 8 tasks and srun did not start"),
         ({"SLURM_PROCID": "1"}, "SLURM_PROCID is set without SLURM_STEP_NUM_TASKS"),
         (OPEN_MPI, "OMPI_COMM_WORLD_RANK is set without MASTER_ADDR"),
     ],

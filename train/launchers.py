@@ -38,8 +38,7 @@ LAUNCHERS = (
         ("OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK"),
         ("OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE"),
     ),
-    # Before mpiexec's: srun sets PMI variables of its own. In a batch script, which is one process, the number of the
-    # step's tasks is not set.
+    # Before mpiexec's: srun sets PMI variables of its own.
     Launcher("srun", ("SLURM_PROCID",), ("SLURM_STEP_NUM_TASKS",), ("SLURM_LOCALID",)),
     Launcher("mpiexec", ("PMI_RANK",), ("PMI_SIZE",), ("MPI_LOCALRANKID",), ("MPI_LOCALNRANKS",)),
 )
@@ -116,7 +115,13 @@ def _number(given: Mapping[str, str], names: tuple[str, ...], default: int) -> i
 
 
 def _refuse_stray(given: Mapping[str, str]) -> None:
-    """WORLD_SIZE above 1 without a rank: every process would be rank 0 and write into one folder."""
+    """Several processes announced, and no rank: every one would be rank 0 and write into one folder."""
+    tasks = _number(given, ("SLURM_NTASKS", "SLURM_NPROCS"), 1)
+    if tasks > 1 and not given.get("SLURM_STEP_NUM_TASKS"):  # in the batch script itself, srun forgotten
+        raise ConfigError(
+            f"environment: SLURM has {tasks} tasks and srun did not start this process: start it by srun, or set "
+            "SLURM_NTASKS=1 for a single process"
+        )
     if _number(given, ("WORLD_SIZE",), 1) > 1:
         raise ConfigError(f"environment: WORLD_SIZE is {given['WORLD_SIZE']} and RANK is not set: expected both")
 
