@@ -9,7 +9,7 @@ import torch
 from train_fixtures import ROOT, make_config, make_trainer, run_here, write_shard
 
 from softmask.models import SoftMaskPP, SpecialIds, SyCoCa
-from softmask.train.checkpoint import CheckpointError
+from softmask.train.checkpoint import CheckpointError, find_checkpoint
 from softmask.train.config import Config, load_config
 from softmask.train.initial import start_from
 
@@ -109,3 +109,7 @@ def test_a_run_begins_with_the_weights_of_another(tmp_path: Path) -> None:
         start_from(other.model, tmp_path / "first")
     with pytest.raises(CheckpointError, match="no such folder"):
         start_from(other.model, tmp_path / "nowhere")
+    for damaged in (b"version https://git-lfs.github.com/spec/v1\n", b"nonsense" * 99, b""):
+        (find_checkpoint(tmp_path / "first") / "mp_rank_00_model_states.pt").write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"^init: .*step_00000001 cannot be read: .+"):
+            start_from(other.model, tmp_path / "first")

@@ -123,7 +123,7 @@ def save_checkpoint(engine: Any, config: Config, progress: Progress, extra: dict
         engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False)
     except (OSError, RuntimeError) as error:  # torch's writer knows positions, not reasons
         free = shutil.disk_usage(folder).free >> 20
-        raise CheckpointError(f"{partial}: cannot be written ({_first_line(error)}); {free:,} MiB are free") from error
+        raise CheckpointError(f"{partial}: cannot be written ({first_line(error)}); {free:,} MiB are free") from error
     dist.barrier()
     if dist.get_rank() == 0:
         save_config(config, partial / "config.yaml")
@@ -158,7 +158,7 @@ def load_checkpoint(engine: Any, checkpoint: Path, config: Config) -> tuple[Prog
         elif engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)[0] is None:
             raise FileNotFoundError("DeepSpeed found no state in it")
     except UNREADABLE as error:
-        raise CheckpointError(f"{checkpoint}: cannot be loaded: {_first_line(error)}") from error
+        raise CheckpointError(f"{checkpoint}: cannot be loaded: {first_line(error)}") from error
     names = [item.name for item in dataclasses.fields(Progress)]
     return Progress(**{name: state[name] for name in names}), state
 
@@ -241,7 +241,7 @@ def build_model(config: Config, tokenizer: CaptionTokenizer) -> nn.Module:
     try:
         return build(model, ids)
     except (ValueError, FileNotFoundError, RuntimeError, TypeError) as error:  # the last two: timm has no such ViT
-        raise ConfigError(f"model: {_first_line(error)}") from error
+        raise ConfigError(f"model: {first_line(error)}") from error
 
 
 def without_files(config: Config) -> Config:
@@ -285,16 +285,16 @@ def load_model(
         tokenizer = CaptionTokenizer.load(checkpoint / "tokenizer")
         state = read_weights(checkpoint)
     except UNREADABLE as error:
-        raise CheckpointError(f"{checkpoint}: cannot be read: {_first_line(error)}") from error
+        raise CheckpointError(f"{checkpoint}: cannot be read: {first_line(error)}") from error
     model = build_model(without_files(config), tokenizer)
     fit_positions(model, state)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise CheckpointError(f"{checkpoint}: does not fit its config.yaml: {_first_line(error)}") from error
+        raise CheckpointError(f"{checkpoint}: does not fit its config.yaml: {first_line(error)}") from error
     return model.to(device).eval(), tokenizer, config
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     text = str(error).strip() or type(error).__name__
     return " ".join(text.splitlines()[:2])

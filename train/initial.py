@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from softmask.data import CaptionTokenizer
-from softmask.train.checkpoint import UNREADABLE, CheckpointError, find_checkpoint, fit_positions
+from softmask.train.checkpoint import UNREADABLE, CheckpointError, find_checkpoint, first_line, fit_positions
 from softmask.train.config import Config
 from softmask.train.resharding import read_weights
 
@@ -54,8 +54,7 @@ def start_from(model: nn.Module, path: str | Path) -> str:
     try:
         own, given = model.state_dict(), read_weights(checkpoint)
     except UNREADABLE as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise CheckpointError(f"init: {checkpoint} cannot be read: {reason}") from error
+        raise CheckpointError(f"init: {checkpoint} cannot be read: {first_line(error)}") from error
     changed = [f"{name} interpolated" for name in fit_positions(model, given)]
     for name, tensor in own.items():
         foreign = name not in given or given[name].shape != tensor.shape or name == QUEUE_IDS

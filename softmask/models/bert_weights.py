@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from softmask.data.lfs import refuse_pointer
+from .weight_files import read_tensors
 
 EMBEDDINGS = {
     "embeddings.word_embeddings.weight": "text.embeddings.word.weight",
@@ -42,33 +42,12 @@ MLM_HEAD = {
 def read_state(folder: str | Path) -> dict[str, Tensor]:
     """The tensors of a Hugging Face checkpoint folder: model.safetensors or pytorch_model.bin."""
     folder = Path(folder)
-    for name, read in {"model.safetensors": _read_safetensors, "pytorch_model.bin": _read_pickle}.items():
-        file = folder / name
-        if not file.is_file():
-            continue
-        try:
-            refuse_pointer(file, "text.checkpoint")
-            return read(file)
-        except OSError as error:
-            raise ValueError(f"text.checkpoint: {file} cannot be read: {error.strerror}") from error
-        except ValueError:
-            raise
-        except Exception as error:  # whatever unpickling foreign bytes runs into
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-            raise ValueError(f"text.checkpoint: {file} holds no weights ({reason})") from error
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return read_tensors(folder / name, "text.checkpoint")
     raise FileNotFoundError(
         f"text.checkpoint: expected model.safetensors or pytorch_model.bin in {folder}, found neither"
     )
-
-
-def _read_safetensors(file: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(file)
-
-
-def _read_pickle(file: Path) -> dict[str, Tensor]:
-    return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def convert(state: dict[str, Tensor], *, text_layers: int, fusion_layers: int) -> dict[str, Tensor]:

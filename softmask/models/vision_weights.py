@@ -6,10 +6,9 @@ import os
 import sys
 from typing import Any
 
-from timm.models import load_state_dict
 from torch import Tensor, nn
 
-from softmask.data.lfs import refuse_pointer
+from .weight_files import read_tensors
 
 
 def load_vit(vit: nn.Module, file: str) -> str:
@@ -47,17 +46,4 @@ def _read(file: str) -> dict[str, Tensor]:
     if not os.path.isfile(file):
         what = "got a folder" if os.path.isdir(file) else "no such file"
         raise ValueError(f"vision.checkpoint: expected a file of weights, {file}: {what}")
-    try:
-        refuse_pointer(file, "vision.checkpoint")
-        state = load_state_dict(file)
-    except OSError as error:
-        raise ValueError(f"vision.checkpoint: {file} cannot be read: {error.strerror}") from error
-    except ValueError:
-        raise
-    except Exception as error:  # whatever unpickling foreign bytes runs into
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-        raise ValueError(f"vision.checkpoint: {file} holds no weights ({reason})") from error
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    if not tensors:
-        raise ValueError(f"vision.checkpoint: {file} holds no weights")
-    return tensors
+    return read_tensors(file, "vision.checkpoint")

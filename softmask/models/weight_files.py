@@ -1,0 +1,28 @@
+"""Tensors from a file of weights: safetensors or torch's own, read without running what is in it."""
+
+from __future__ import annotations
+
+import os
+
+from timm.models import load_state_dict
+from torch import Tensor
+
+from softmask.data.lfs import refuse_pointer
+
+
+def read_tensors(file: str | os.PathLike, key: str) -> dict[str, Tensor]:
+    """Name -> tensor. ValueError, which begins with the configuration's `key`, where the file holds none."""
+    try:
+        refuse_pointer(file, key)
+        state = load_state_dict(os.fspath(file))
+    except OSError as error:
+        raise ValueError(f"{key}: {file} cannot be read: {error.strerror}") from error
+    except ValueError:
+        raise
+    except Exception as error:  # whatever unpickling foreign bytes runs into
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        raise ValueError(f"{key}: {file} holds no weights ({reason})") from error
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise ValueError(f"{key}: {file} holds no weights")
+    return tensors
