@@ -11,7 +11,7 @@ from softmask.models.masking import IGNORE, mask_tokens, pick_words, sample_nega
 def test_masking_rates_and_exclusions():
     torch.manual_seed(0)
     ids = torch.randint(4, VOCABULARY, (400, 100))
-    ids[:, 0], ids[:, -10:] = SPECIAL.cls, SPECIAL.pad
+    ids[:, 0], ids[:, -10], ids[:, -9:] = SPECIAL.cls, SPECIAL.sep, SPECIAL.pad
     masked = mask_tokens(ids, SPECIAL, vocab_size=VOCABULARY, probability=0.15)
     chosen = masked.labels != IGNORE
     assert not chosen[:, 0].any() and not chosen[:, -10:].any()

@@ -115,13 +115,18 @@ def test_alpha_rises_over_steps_or_epochs() -> None:
         SoftMaskPPConfig(alpha_warmup_steps=1, alpha_warmup_epochs=1)
 
 
-def test_weight_decay_spares_vectors_and_biases(tmp_path) -> None:
+def test_weight_decay_spares_vectors_positions_and_class_tokens(tmp_path) -> None:
     trainer = make_trainer(make_config(tmp_path))
     decayed, plain = parameter_groups(trainer.model, OptimizerConfig(weight_decay=0.3))
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
     names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    spared = {
+        "backbone.vision.vit.cls_token",
+        "backbone.vision.vit.pos_embed",
+        "backbone.text.embeddings.position.weight",
+    }
     assert all(p.ndim >= 2 and not names[id(p)].endswith("bias") for p in decayed["params"])
-    assert all(p.ndim < 2 or names[id(p)].endswith("bias") for p in plain["params"])
+    assert {names[id(p)] for p in plain["params"] if p.ndim >= 2 and not names[id(p)].endswith("bias")} == spared
     trained = sum(p.requires_grad for p in trainer.model.parameters())
     assert len(decayed["params"]) + len(plain["params"]) == trained
     assert any(names[id(p)] == "temperature" for p in plain["params"])

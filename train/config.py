@@ -36,7 +36,7 @@ class OptimizerConfig:
     # Start of parameter names -> factor on both rates, such as {backbone.vision: 0.1}; the longest that fits counts.
     lr_scales: dict[str, float] = field(default_factory=dict)
     warmup_steps: int = 2000
-    weight_decay: float = 0.02  # on matrices and kernels only
+    weight_decay: float = 0.02  # on matrices and kernels, but for position embeddings and class tokens
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
 

@@ -39,7 +39,8 @@ def alpha_at(step: int, *, alpha: float, warmup_steps: float) -> float:
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
     """Trainable parameters, one group for every `lr_scale` and, in it, for those with weight decay (matrices and
-    kernels) and those without (all others).
+    kernels) and those without: biases, norms and all other vectors, and what modules name in `no_weight_decay`, as
+    timm's do: embeddings of positions, class tokens.
 
     Raises:
         ConfigError: a key of `config.lr_scales` at which no parameter's name starts.
@@ -52,12 +53,20 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
                 f"optimizer.lr_scales: no trained parameter's name starts with {part!r}, but with {', '.join(known)}"
             )
     groups: dict[tuple[float, bool], dict] = {}
+    spared = _spared(model)
     for name, parameter in trained.items():
         shape = getattr(parameter, "ds_shape", parameter.shape)  # at ZeRO stage 3 the parameter itself is empty
-        scale, decayed = _lr_scale(name, config.lr_scales), len(shape) >= 2 and not name.endswith("bias")
+        scale = _lr_scale(name, config.lr_scales)
+        decayed = len(shape) >= 2 and not name.endswith("bias") and name not in spared
         group = {"params": [], **group_options(config, lr_scale=scale, decayed=decayed)}
         groups.setdefault((scale, decayed), group)["params"].append(parameter)
     return [groups[key] for key in sorted(groups, reverse=True)]
+
+
+def _spared(model: nn.Module) -> set[str]:
+    """Names of the parameters that modules ask not to decay."""
+    asking = ((prefix, getattr(module, "no_weight_decay", None)) for prefix, module in model.named_modules())
+    return {f"{prefix}.{name}".lstrip(".") for prefix, names in asking if callable(names) for name in names()}
 
 
 def group_options(config: OptimizerConfig, *, lr_scale: float, decayed: bool) -> dict[str, float | bool]:

@@ -33,6 +33,9 @@ class Embeddings(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
+    def no_weight_decay(self) -> set[str]:
+        return {"position.weight"}
+
     def forward(self, input_ids: Tensor, packing: Packing) -> Tensor:
         length = input_ids.shape[1]
         if length > self.position.num_embeddings:

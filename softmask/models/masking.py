@@ -21,10 +21,11 @@ class MaskedText:
 def mask_tokens(input_ids: Tensor, special: SpecialIds, *, vocab_size: int, probability: float) -> MaskedText:
     """BERT's masking as ALBEF does it: of the chosen tokens 80 % become MASK, 10 % a random token, 10 % stay.
 
-    PAD and CLS are never chosen. input_ids [B, T] int64.
+    PAD, CLS and SEP are never chosen: ALBEF's captions have no SEP. input_ids [B, T] int64.
     """
     chosen = torch.rand(input_ids.shape, device=input_ids.device) < probability
-    chosen &= (input_ids != special.pad) & (input_ids != special.cls)
+    for token in (special.pad, special.cls, special.sep):
+        chosen &= input_ids != token
     labels = input_ids.masked_fill(~chosen, IGNORE)
     how = torch.rand(input_ids.shape, device=input_ids.device)
     masked = input_ids.masked_fill(chosen & (how < 0.8), special.mask)

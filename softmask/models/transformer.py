@@ -133,6 +133,9 @@ class CausalTextEncoder(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.activation_checkpointing = False
 
+    def no_weight_decay(self) -> set[str]:
+        return {"position.weight"}
+
     def forward(self, input_ids: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
         rows, length = input_ids.shape
         most = self.position.num_embeddings - 1
