@@ -4,8 +4,8 @@ Captions padded to `max_positions`, attention materialized with additive masks, 
 kept and sorted, the whole picture projected in every cross-attention whatever the caption may see of it, logits over
 the vocabulary at every position, the error of all patches, of which the masked ones count.
 
-It reads the weights of a SyCoCa and shares its image encoder and feed-forwards, nothing else. CLS has the position
-behind the caption's last token, as in the engine; in open_clip, that behind the padding.
+It reads the weights of a SyCoCa and shares its image encoder and feed-forwards, nothing else. By
+`text.style: own`, CLS has the position behind the caption's last token; in open_clip, that behind the padding.
 """
 
 from __future__ import annotations
@@ -69,6 +69,10 @@ class PlainSyCoCa:
         options = {name: (getattr(self.config, name) == value, repr(value)) for name, value in PUBLISHED.items()}
         check(self.config, options)
 
+    @property
+    def open_clip(self) -> bool:
+        return self.config.text.style == "open_clip"
+
     # -- networks -----------------------------------------------------------------------------------------------------
 
     def causal(self, length: int, like: Tensor) -> Tensor:
@@ -80,14 +84,16 @@ class PlainSyCoCa:
         part = self.model.text
         words = part.word(ids)
         position = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        position = torch.cat([position, real.sum(1, keepdim=True)], dim=1)
+        last = (
+            torch.full_like(ids[:, :1], self.config.text.max_positions) if self.open_clip else real.sum(1, keepdim=True)
+        )
+        position = torch.cat([position, last], dim=1)
         x = torch.cat([words, part.cls.expand(len(ids), 1, -1)], dim=1) + part.position(position)
         seen = additive(F.pad(real, (0, 1), value=True), x.dtype)[:, None, None]
         mask = self.causal(x.shape[1], x) + seen  # [B, 1, T + 1, T + 1]
         for block in part.blocks:
             x = block.feed_forward(attention(block.attention, x, mask=mask))
-        x = part.norm(x)
-        return x[:, :-1], x[:, -1]
+        return x[:, :-1] if self.open_clip else part.norm(x[:, :-1]), part.norm(x[:, -1])
 
     def decode(self, decoder: CrossDecoder, x: Tensor, source: Tensor, *, own: Tensor | None, seen: Tensor) -> Tensor:
         """x [B, T, D] of itself by the mask `own` [T, T], of source [B, P, D'] what is `seen` [B, P] -> [B, T, D]."""
@@ -133,6 +139,7 @@ class PlainSyCoCa:
     def spoken_patches(self, image: Tensor, tokens: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
         """[B, patches] bool each: those most like one of the caption's tokens, as many as either head wants."""
         patches = self.feature(self.model.image_projection, image[:, self.model.vision.num_prefix_tokens :])
+        tokens = self.model.text.norm(tokens) if self.open_clip else tokens
         similarity = patches @ self.feature(self.model.text_projection, tokens).transpose(-1, -2)  # [B, patches, T]
         relevance = similarity.masked_fill(~real[:, None], float("-inf")).amax(dim=-1)
         order = relevance.argsort(dim=1, descending=True)

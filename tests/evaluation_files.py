@@ -101,7 +101,7 @@ class Words:
 
     vocabulary = ("[PAD]", "[CLS]", "[SEP]", "a", "box", "beside", "one", *COLOURS)
 
-    def __call__(self, captions, *, max_length: int) -> TokenBatch:
+    def __call__(self, captions, *, max_length: int, append_sep: bool = True, clean: bool = False) -> TokenBatch:
         rows = []
         for caption in captions:
             position, row = 0, [(1, 0, 0, -1)]
@@ -112,7 +112,8 @@ class Words:
             rows.append([*row, (2, 0, 0, -1)])
         width = max(map(len, rows))
         table = torch.tensor([row + [(0, 0, 0, -1)] * (width - len(row)) for row in rows])
-        return TokenBatch(table[..., 0], table[..., 0] > 0, table[..., 3], table[..., 1:3])
+        cut = torch.tensor([len(caption.split()) > max_length - 2 for caption in captions])
+        return TokenBatch(table[..., 0], table[..., 0] > 0, table[..., 3], table[..., 1:3], cut)
 
 
 class Oracle:

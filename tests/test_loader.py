@@ -12,7 +12,8 @@ import torch
 from data_files import CAPTION, picture, sample, write_shards, write_tar
 
 from softmask.data import Batch, DataConfig, DataError, Loader, open_source, train_wordpiece
-from softmask.data.loader import check_bad_share, epoch_order
+from softmask.data.loader import check_bad_share
+from softmask.data.order import epoch_order
 
 SMALL = {"image_size": 16}
 

@@ -316,7 +316,7 @@ def test_cache_folder_that_cannot_be_written(tmp_path, monkeypatch, caplog):
 def test_source_is_small_and_picklable(tmp_path):
     source = open_source(write_shards(tmp_path, 2, 2))
     source.read(3)
-    assert source._samples.itemsize + source._image_ids.itemsize == 32
+    assert source._samples.itemsize + source.image_ids.itemsize == 32
     copy = pickle.loads(pickle.dumps(source))
     assert copy.read(3) == source.read(3)
 

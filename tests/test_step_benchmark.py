@@ -12,15 +12,16 @@ from train_fixtures import make_config
 from softmask.models import CausalTextConfig, ConvViTConfig, SyCoCaConfig, VisionConfig
 
 OVERRIDES = ["model.text.vocab_size=200", "model.text.fusion_layers=3", "model.cam_layer=1", "model.gamma=2"]
-METHODS = ["softmask_pp", "sycoca"]
+METHODS = ["softmask_pp", "sycoca", "open_clip"]
 
 
-def small_sycoca() -> SyCoCaConfig:
+def small_sycoca(style: str = "own") -> SyCoCaConfig:
     """Weights larger than at full size, so that attention is far from uniform."""
     conv_vit = ConvViTConfig(patch_size=8, width=24, depth=2, heads=2, stem_width=4)
     text = CausalTextConfig(
-        vocab_size=200, width=32, heads=4, layers=2, decoder_layers=2, max_positions=30, initializer_range=0.1
-    )
+        vocab_size=200, width=32, heads=4, layers=2, decoder_layers=2, max_positions=30, initializer_range=0.1,
+        style=style,
+    )  # fmt: skip
     return SyCoCaConfig(
         vision=VisionConfig(name="conv_vit", image_size=32, conv_vit=conv_vit),
         text=text,
@@ -36,6 +37,8 @@ def case(request: pytest.FixtureRequest, tmp_path: Path):
 
     if request.param == "sycoca":
         return make_case(small_sycoca(), 6)
+    if request.param == "open_clip":
+        return make_case(small_sycoca("open_clip"), 8)
     (tmp_path / "none.tar").touch()
     return make_case(make_config(tmp_path, *OVERRIDES, data=tmp_path / "none.tar").model, 6)
 

@@ -36,6 +36,7 @@ FREE_KEYS = (
     "data.train",  # what the data is must stay, where it lies may change
     "data.image_root",
     "data.workers",
+    "data.eval_resize",
     "data.max_bad_share",
     "data.tokenizer",  # the run has its copy
     "model.text.checkpoint",  # only for fresh weights
@@ -86,11 +87,11 @@ def find_checkpoint(path: str | Path) -> Path:
     return found[-1]
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, *needed: str) -> dict[str, Any]:
     """The object in a JSON file of a run.
 
     Raises:
-        CheckpointError: unreadable or no JSON object.
+        CheckpointError: unreadable, no JSON object, or one that lacks a needed key.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -98,6 +99,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    if lacking := [key for key in needed if key not in content]:
+        raise CheckpointError(f"{path}: lacks {', '.join(lacking)}: another program's, or an older one's")
     return content
 
 

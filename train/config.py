@@ -24,6 +24,7 @@ from softmask.train.config_files import ConfigError, describe, dump, override, r
 from softmask.train.deepspeed_section import check_deepspeed
 
 MODEL_CONFIGS = {"softmask_pp": SoftMaskPPConfig, "sycoca": SyCoCaConfig}  # by method
+EVAL_RESIZE = {"softmask_pp": "squash", "sycoca": "crop"}  # ALBEF's and open_clip's
 ZERO_STAGES = (0, 1, 2, 3)
 
 
@@ -104,6 +105,13 @@ class Config:
                 f"data.image_size: expected model.vision.image_size = {self.model.vision.image_size}, "
                 f"got {self.data.image_size}"
             )
+
+        if self.data.eval_resize == "auto":
+            self.data.eval_resize = EVAL_RESIZE[self.method]
+        _require(
+            self.data.append_sep or self.method != "sycoca", "data.append_sep",
+            "true with method: sycoca, whose decoder ends captions by [SEP]", self.data.append_sep,
+        )  # fmt: skip
 
     @property
     def zero_stage(self) -> int:

@@ -1,6 +1,7 @@
 """Retrieval, word grounding and, of SyCoCa, captions of a checkpoint on captioned shards, as one metrics.json.
 
     python train/evaluate.py CHECKPOINT --data 'data/test-*.tar' [--output metrics.json] [--pairs 256] [--rerank 16]
+                             [--rerank-by match|difference|match+itc] [--resize squash|crop]
                              [--training 'data/train-*.tar'] [--neighbours 0] [--beams 24] [--classes FILE]
 
 CHECKPOINT is a run's folder (its newest complete checkpoint) or one step_... folder. `--data` is a glob or brace
@@ -37,6 +38,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any, get_args
 
 import torch
 from tqdm import tqdm
@@ -50,24 +52,25 @@ from softmask.train.checkpoint import CheckpointError, find_checkpoint, load_mod
 from softmask.train.config import ConfigError
 from softmask.train.launchers import check_environment
 from softmask.train.reconstruction import reconstruction
-from softmask.train.scoring import Reader, Sample, Scorer, Word
+from softmask.train.scoring import Reader, RerankBy, Sample, Scorer, Word
 from softmask.train.zero_shot import Class, read_classes, zero_shot
 
 MAP_KINDS = {"pointing": "gradcam", "attention": "attention"}  # key of metrics.json -> kind of map
 
 
-def retrieval(scorer: Scorer, samples: Iterable[Sample], *, rerank: int) -> dict:
+def retrieval(scorer: Scorer, samples: Iterable[Sample], *, rerank: int, by: RerankBy = "match") -> dict:
     """R@1/5/10 both ways by ITC and by ITM re-ranking, with the gallery's size and the chance level."""
     gallery = scoring.build_gallery(scorer, samples)
-    ranking = scoring.rank_both_ways(scorer, gallery, rerank=rerank)
+    ranking = scoring.rank_both_ways(scorer, gallery, rerank=rerank, by=by)
     result = {
         "samples": len(gallery.captions),
         "images": len(gallery.pictures),
+        "cut": gallery.cut,
         "itc": {way: metrics.recall(rank.itc, rank.relevant) for way, rank in ranking.items()},
         "chance": {way: metrics.chance_recall(rank.relevant) for way, rank in ranking.items()},
     }
     if all(rank.itm is not None for rank in ranking.values()):
-        result["rerank"] = rerank
+        result |= {"rerank": rerank, "rerank_by": by}
         result["itm"] = {way: metrics.recall(rank.itm, rank.relevant) for way, rank in ranking.items()}
     return result
 
@@ -123,10 +126,10 @@ def grounding(scorer: Scorer, samples: Iterable[Sample]) -> dict | None:
     return tally.result() if tally.words else None
 
 
-def evaluate(scorer: Scorer, reader: Reader, *, pairs: int, rerank: int) -> dict:
+def evaluate(scorer: Scorer, reader: Reader, *, pairs: int, rerank: int, by: RerankBy = "match") -> dict:
     """The "retrieval" and "grounding" sections; the latter is absent where the data has no objects or the model no
     maps."""
-    result = {"retrieval": retrieval(scorer, islice(reader.all(), pairs or None), rerank=rerank)}
+    result = {"retrieval": retrieval(scorer, islice(reader.all(), pairs or None), rerank=rerank, by=by)}
     words = grounding(scorer, reader.all()) if hasattr(scorer.model, "word_maps") else None
     return result | ({"grounding": words} if words else {})
 
@@ -152,26 +155,29 @@ def known_classes(data: str, file: Path | None) -> list[Class]:
     return read_classes(files[0]) if files else []
 
 
-def load_scorer(checkpoint: Path, *, batch_size: int, text_length: int = 0, image_size: int = 0) -> Scorer:
-    """The checkpoint's model on the GPU where there is one, else on the CPU; 0: as in training."""
+def load_scorer(
+    checkpoint: Path, *, batch_size: int, text_length: int = 0, image_size: int = 0, resize: str = ""
+) -> Scorer:
+    """The checkpoint's model on the GPU where there is one, else on the CPU; 0 and "": as in training."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer, config = load_model(checkpoint, device=device, image_size=image_size)
     longest = config.model.text.max_positions
     if not 3 <= (length := text_length or config.data.max_length) <= longest:
         raise ConfigError(f"--text-length: expected 3 to {longest} (model.text.max_positions), got {length}")
     config.data.max_length = length
+    config.data.eval_resize = resize or config.data.eval_resize
     return Scorer(model, tokenizer, config, device=device, batch_size=batch_size)
 
 
-def sizes(options: argparse.Namespace) -> dict[str, int]:
+def sizes(options: argparse.Namespace) -> dict[str, Any]:
     """The options of `load_scorer`."""
-    return {name: getattr(options, name) for name in ("batch_size", "text_length", "image_size")}
+    return {name: getattr(options, name) for name in ("batch_size", "text_length", "image_size", "resize")}
 
 
 def open_reader(scorer: Scorer, data: str, image_root: str | None = None) -> Reader:
     """Shards, or a JSON list, whose pictures lie in `image_root`; None: where those of training did."""
     root = scorer.config.data.image_root if image_root is None else image_root
-    return Reader(open_source(data, image_root=root))
+    return Reader(open_source(data, image_root=root), scorer.config.data)
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
@@ -183,13 +189,26 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text-length", type=count, default=0, help="tokens of a caption; 0: training's (default)")
     parser.add_argument("--image-size", type=count, default=0, help="side of a picture; 0: training's (default)")
     parser.add_argument(
+        "--resize",
+        choices=("squash", "crop"),
+        default="",
+        help="whole pictures made square, or the middle of them (default: data.eval_resize, by the method's base)",
+    )
+    parser.add_argument(
         "--batch-size", type=positive, default=64, help="pictures, captions, beams or pairs at a time (default 64)"
     )
 
 
+def evaluation_facts(scorer: Scorer, reader: Reader, checkpoint: Path) -> dict:
+    """What was evaluated, and how it was read: a report of the same says so."""
+    data = scorer.config.data
+    read = {"text_length": data.max_length, "image_size": data.image_size, "resize": data.eval_resize}
+    return {"checkpoint": checkpoint.name, "digest": reader.source.digest, **read}
+
+
 def training_facts(checkpoint: Path) -> dict:
     """Seconds and steps of training behind a step_... folder, from its trainer.json."""
-    state = read_json(checkpoint / "trainer.json")
+    state = read_json(checkpoint / "trainer.json", "seconds", "step")
     return {"seconds": state["seconds"], "steps": state["step"]}
 
 
@@ -225,6 +244,9 @@ def summary(result: dict) -> str:
     """The numbers in a few lines for the terminal."""
     section = result["retrieval"]
     lines = [f"retrieval among {section['images']} pictures and {section['samples']} captions, R@1 / R@5 / R@10:"]
+    if section["cut"]:
+        length = result["evaluation"]["text_length"]
+        lines.append(f"  {section['cut']} captions have more than the {length} tokens that are read of them")
     for stage in [name for name in ("itc", "itm", "chance") if name in section]:
         for way in ("i2t", "t2i"):
             shares = " / ".join(f"{100 * value:5.1f}" for value in section[stage][way].values())
@@ -278,6 +300,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="default: metrics.json in CHECKPOINT")
     parser.add_argument("--pairs", type=count, default=256, help="size of the retrieval gallery; 0: all (default 256)")
     parser.add_argument("--rerank", type=positive, default=16, help="candidates that ITM re-ranks (default 16)")
+    parser.add_argument(
+        "--rerank-by", choices=get_args(RerankBy), default="match",
+        help="logit of a match, as ALBEF (default), minus that of none, or plus the features' similarity, as BLIP",
+    )  # fmt: skip
     parser.add_argument("--training", help="shards of training captions that generated ones are compared with")
     parser.add_argument("--training-image-root", help="as --image-root, of --training (default: training's)")
     parser.add_argument(
@@ -300,7 +326,7 @@ def run(options: argparse.Namespace) -> dict:
     reader = open_reader(scorer, options.data, options.image_root)
     training = open_reader(scorer, options.training, options.training_image_root) if options.training else None
     try:
-        result = evaluate(scorer, reader, pairs=options.pairs, rerank=options.rerank)
+        result = evaluate(scorer, reader, pairs=options.pairs, rerank=options.rerank, by=options.rerank_by)
         captions = CaptionOptions(beams=options.beams, neighbours=options.neighbours)
         result |= generation(scorer, reader, training, pairs=options.pairs, captions=captions)
         classified = zero_shot(scorer, reader.all(), classes) if classes else None
@@ -310,7 +336,7 @@ def run(options: argparse.Namespace) -> dict:
             name_skipped(one)
     result["training"] = training_facts(checkpoint)
     seconds = round(time.perf_counter() - start, 1)
-    result["evaluation"] = {"seconds": seconds, "data": options.data, "checkpoint": str(checkpoint)}
+    result["evaluation"] = {"seconds": seconds, "data": options.data} | evaluation_facts(scorer, reader, checkpoint)
     write_atomically(output, json.dumps(result, indent=2) + "\n")
     return result | {"output": str(output)}
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from softmask.data import CaptionTokenizer
+from softmask.data import CaptionTokenizer, Source
 from softmask.train.checkpoint import UNREADABLE, CheckpointError, find_checkpoint, first_line, fit_positions
 from softmask.train.config import Config
 from softmask.train.resharding import read_weights
+from softmask.train.run_folder import first_captions
 
 QUEUE = "contrast."
 QUEUE_IDS = "contrast.queue_ids"
@@ -38,6 +39,16 @@ def words_from(tokenizer: CaptionTokenizer, config: Config, checkpoint: Path | N
     trained = "a WordPiece trained on the captions"
     origin = "the checkpoint" if checkpoint is not None else config.data.tokenizer or config.init or trained
     return f"{tokenizer.vocab_size:,} tokens of {origin}"
+
+
+def text_facts(tokenizer: CaptionTokenizer, config: Config, source: Source) -> str:
+    """How captions are read and how many are too long, by the first of them, in words."""
+    data, captions = config.data, first_captions(config, source)
+    cut = int(tokenizer(captions, **data.reading).cut.sum())
+    parts = [f"{data.max_length} tokens at most, {cut:,} of the first {len(captions):,} captions are cut there"]
+    parts += ["cleaned as ALBEF's"] * data.clean_captions + ["without [SEP]"] * (not data.append_sep)
+    parts += ["one of a picture's an epoch"] * (data.captions == "random")
+    return "; ".join(parts)
 
 
 def start_from(model: nn.Module, path: str | Path) -> str:

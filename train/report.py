@@ -29,6 +29,7 @@ from softmask.train.config import ConfigError
 from softmask.train.evaluate import (
     add_data_options,
     check_output,
+    evaluation_facts,
     load_scorer,
     name_skipped,
     open_reader,
@@ -38,12 +39,12 @@ from softmask.train.evaluate import (
 )
 from softmask.train.launchers import check_environment
 from softmask.train.logs import read_lines
-from softmask.train.report_facts import facts, lead, title
+from softmask.train.report_facts import OF_STATE, facts, lead, title
 from softmask.train.report_generation import generated
 from softmask.train.report_page import Candidate, Page, Query, SceneView, WordView, render
 from softmask.train.report_pictures import data_uri, heat_overlay, limited, soft_masked
 from softmask.train.report_svg import Series, outline_path
-from softmask.train.scoring import Gallery, Reader, Sample, Scorer, Word
+from softmask.train.scoring import Gallery, Reader, RerankBy, Sample, Scorer, Word
 
 ANSWERS = 5
 CAPTION_QUERIES = 5
@@ -109,7 +110,9 @@ def spread(total: int, wanted: int) -> list[int]:
     return [round((part + 0.5) * total / wanted - 0.5) for part in range(wanted)]
 
 
-def answers(scorer: Scorer, gallery: Gallery, queries: list[int], *, rerank: int | None, by_text: bool) -> list[tuple]:
+def answers(
+    scorer: Scorer, gallery: Gallery, queries: list[int], *, rerank: int | None, by: RerankBy | None, by_text: bool
+) -> list[tuple]:
     """For each query its best answers, which of them are right, and how many wrong ones stand above the right one."""
     similarity, relevant = gallery.similarity, gallery.relevant
     if by_text:
@@ -119,7 +122,7 @@ def answers(scorer: Scorer, gallery: Gallery, queries: list[int], *, rerank: int
         chosen = torch.zeros(len(similarity), 1, dtype=torch.bool)
         chosen[queries] = True
         candidates = metrics.top_candidates(similarity, rerank) & chosen
-        match = scoring.match_scores(scorer, gallery, candidates.T if by_text else candidates)
+        match = scoring.match_scores(scorer, gallery, candidates.T if by_text else candidates, by=by)
         match = match.T if by_text else match
         scores = metrics.rerank(scores, candidates[queries], match[queries])
     best = scores.argsort(dim=1, descending=True, stable=True)[:, :ANSWERS]
@@ -129,18 +132,18 @@ def answers(scorer: Scorer, gallery: Gallery, queries: list[int], *, rerank: int
 
 
 def retrieval_examples(
-    scorer: Scorer, reader: Reader, *, samples: int, rerank: int | None
+    scorer: Scorer, reader: Reader, *, samples: int, rerank: int | None, by: RerankBy | None
 ) -> tuple[list[Query], list[Query]]:
     """Caption queries and picture queries over the same gallery as in metrics.json; rerank is None without ITM."""
     gallery = scoring.build_gallery(scorer, islice(reader.all(), samples))
     asked_texts = spread(len(gallery.captions), CAPTION_QUERIES)
     asked_pictures = spread(len(gallery.pictures), PICTURE_QUERIES)
-    by_text = answers(scorer, gallery, asked_texts, rerank=rerank, by_text=True)
-    by_picture = answers(scorer, gallery, asked_pictures, rerank=rerank, by_text=False)
+    by_text = answers(scorer, gallery, asked_texts, rerank=rerank, by=by, by_text=True)
+    by_picture = answers(scorer, gallery, asked_pictures, rerank=rerank, by=by, by_text=False)
 
     def shown(picture: int) -> tuple[str, str]:
         (sample,) = reader.read([gallery.pictures[picture]])
-        return sample.caption, data_uri(limited(sample.picture, THUMBNAIL), quality=84)
+        return sample.caption, data_uri(limited(sample.seen, THUMBNAIL), quality=84)
 
     captions = []
     for asked, (best, right, rank) in zip(asked_texts, by_text, strict=True):
@@ -171,9 +174,10 @@ def content_words(caption: str, tokens: TokenBatch, row: int) -> list[Word]:
 def word_view(scorer: Scorer, sample: Sample, word: Word, patches: Tensor) -> WordView:
     """The drawings of one word; `patches` [gh * gw] is its map, normalized as in training."""
     config, grid = scorer.config, scorer.model.patch_grid
-    small = limited(sample.picture, OVERLAY)
+    seen = sample.seen
+    small = limited(seen, OVERLAY)
     plane = metrics.upsample_maps(patches[None], grid, (small.height, small.width))[0]
-    full = metrics.upsample_maps(patches[None], grid, (sample.picture.height, sample.picture.width))[0]
+    full = metrics.upsample_maps(patches[None], grid, (seen.height, seen.width))[0]
     masked = soft_masked(small, plane, mean=config.data.mean, strength=config.model.strength)
     return WordView(
         text=word.text,
@@ -199,24 +203,37 @@ def scene_views(scorer: Scorer, samples: list[Sample]) -> list[SceneView]:
         maps = scoring.word_maps(scorer, batch, words, normalize=scorer.config.model.normalize)
         for sample, row, planes in zip(batch, words, maps, strict=True):
             drawn = [word_view(scorer, sample, word, plane) for word, plane in zip(row, planes, strict=True)]
-            size = (sample.picture.height, sample.picture.width)
-            views.append(SceneView(sample.name, sample.caption, data_uri(sample.picture), size, drawn))
+            seen = sample.seen
+            size = (seen.height, seen.width)
+            views.append(SceneView(sample.name, sample.caption, data_uri(seen), size, drawn))
     return views
 
 
 # -- command line ----------------------------------------------------------------------------------
 
 
+def check_evaluation(path: Path, was: dict, now: dict) -> None:
+    """CheckpointError where metrics.json is not of this checkpoint, on this data, read like this."""
+    changed = {key: f"{key} {was.get(key)!r}, not {value!r}" for key, value in now.items() if was.get(key) != value}
+    if "digest" in changed:
+        changed["digest"] = "the data"
+    if changed:
+        differs = f"another evaluation's: it differs in {'; '.join(changed.values())}"
+        raise CheckpointError(f"{path}: {differs}; run train/evaluate.py with this report's options first")
+
+
 def build_page(options: argparse.Namespace) -> Page:
     run, data, scenes = options.run, options.data, options.scenes
     checkpoint = find_checkpoint(run)
-    result = read_json(run / "metrics.json")
+    result = read_json(run / "metrics.json", "retrieval", "training", "evaluation")
     rows = read_log(run / "log.jsonl")
     scorer = load_scorer(checkpoint, **sizes(options))
     reader = open_reader(scorer, data, options.image_root)
+    check_evaluation(run / "metrics.json", result["evaluation"], evaluation_facts(scorer, reader, checkpoint))
     try:
         examples = result["retrieval"]
-        reranked = {"samples": examples["samples"], "rerank": examples.get("rerank")}
+        reranked = {"rerank": examples.get("rerank"), "by": examples.get("rerank_by")}
+        reranked |= {"samples": examples["samples"]}
         captions, pictures = retrieval_examples(scorer, reader, **reranked)
         shown = list(reader.read(spread(len(reader.source), scenes)))
         drawn = scene_views(scorer, shown) if hasattr(scorer.model, "word_maps") else []
@@ -227,7 +244,7 @@ def build_page(options: argparse.Namespace) -> Page:
         method=title(scorer.config),
         run=run.resolve().name,
         lead=lead(scorer),
-        facts=facts(scorer, read_json(checkpoint / "trainer.json"), rows),
+        facts=facts(scorer, read_json(checkpoint / "trainer.json", *OF_STATE), rows),
         curves=curves(rows),
         metrics=result,
         captions=captions,

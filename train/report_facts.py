@@ -9,6 +9,8 @@ from softmask.train.config import Config
 from softmask.train.report_page import duration
 from softmask.train.scoring import Scorer
 
+OF_STATE = ("step", "seconds", "world_size", "skipped_samples")  # of trainer.json
+
 
 def title(config: Config) -> str:
     """The method's name, or that of what it adds to where nothing is added."""

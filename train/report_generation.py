@@ -56,7 +56,7 @@ def generated(scorer: Scorer, samples: list[Sample], metrics: dict) -> Generated
     if "captioning" in metrics:
         captions = write_captions(scorer, samples, beams=metrics["captioning"]["beams"])
         for sample, text in zip(samples, captions.chosen, strict=True):
-            found.captions.append(Written(data_uri(limited(sample.picture, SHOWN)), text, sample.caption))
+            found.captions.append(Written(data_uri(limited(sample.seen, SHOWN)), text, sample.caption))
     if "reconstruction" in metrics:
         found.paintings, found.hidden = paintings(scorer, samples), hidden_patches(scorer.config.model)
     return found

@@ -183,9 +183,17 @@ def figure(series: Series, *, width: int, height: int, kind: str) -> str:
 # -- metrics ---------------------------------------------------------------------------------------
 
 
+RERANKED_BY = {
+    "match": " by the logit of a match",
+    "difference": " by the logits of match less mismatch",
+    "match+itc": " by the logit of a match plus ITC's similarity",
+}
+
+
 def metrics_section(metrics: dict) -> str:
     retrieval = metrics["retrieval"]
-    reranked = f"ITM re-ranks the {retrieval['rerank']} best of ITC. " if "itm" in retrieval else ""
+    by = RERANKED_BY.get(retrieval.get("rerank_by"), "")
+    reranked = f"ITM re-ranks the {retrieval['rerank']} best of ITC{by}. " if "itm" in retrieval else ""
     note = f"A gallery of {retrieval['images']:,} pictures and {retrieval['samples']:,} captions. {reranked}"
     note += "All numbers in percent."
     body = retrieval_table(retrieval)

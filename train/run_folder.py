@@ -6,6 +6,7 @@ import fcntl
 import os
 import shutil
 import socket
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TextIO
@@ -13,6 +14,7 @@ from typing import TextIO
 import torch.distributed as dist
 
 from softmask.data import CaptionTokenizer, DataError, Source, train_wordpiece
+from softmask.data.cleaning import plain_words
 from softmask.train.checkpoint import CheckpointError, find_checkpoint
 from softmask.train.config import Config, ConfigError, save_config
 
@@ -58,7 +60,7 @@ def _prepare(config: Config, source: Source, checkpoint: Path | None) -> None:
     try:
         if not own or not (run / "tokenizer").exists():
             _write_tokenizer(config, source, checkpoint)
-        check_vocabulary(CaptionTokenizer.load(run / "tokenizer"), source)
+        check_vocabulary(CaptionTokenizer.load(run / "tokenizer"), first_captions(config, source))
     except ValueError as error:
         raise ConfigError(f"data.{error}") from error
     save_config(config, run / "config.yaml")
@@ -86,9 +88,17 @@ def lock(run: Path) -> None:
     print(f"process {os.getpid()} of {socket.gethostname()}", file=_lock, flush=True)
 
 
-def check_vocabulary(tokenizer: CaptionTokenizer, source: Source) -> None:
-    """ValueError where the tokenizer does not know the words of the data."""
-    captions = list(islice(source.captions(), SAMPLED_CAPTIONS))
+def captions_read(config: Config, source: Source) -> Iterator[str]:
+    """All captions in order, as the tokenizer gets them."""
+    return (plain_words(text).text if config.data.clean_captions else text for text in source.captions())
+
+
+def first_captions(config: Config, source: Source) -> list[str]:
+    return list(islice(captions_read(config, source), SAMPLED_CAPTIONS))
+
+
+def check_vocabulary(tokenizer: CaptionTokenizer, captions: list[str]) -> None:
+    """ValueError where the tokenizer does not know the words of the data, by its first captions."""
     if (share := tokenizer.unknown(captions)) > MOST_UNKNOWN:
         raise ValueError(
             f"tokenizer: {share:.0%} of the tokens in the first {len(captions)} captions are [UNK], expected at most "
@@ -109,5 +119,5 @@ def _write_tokenizer(config: Config, source: Source, checkpoint: Path | None) ->
     if given:
         CaptionTokenizer.load(given).save(partial)
     else:
-        train_wordpiece(source.captions(), partial, vocab_size=config.data.vocab_size)
+        train_wordpiece(captions_read(config, source), partial, vocab_size=config.data.vocab_size)
     partial.rename(final)

@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from softmask.data import DataError, SampleError, decode_image, eval_transform, rle
+from softmask.data import DataConfig, DataError, SampleError, TokenBatch, decode_image, eval_transform, rle
+from softmask.data.loader import require_words
+from softmask.data.transforms import middle_box
 from softmask.train import metrics
 from softmask.train.config import Config
 
@@ -61,7 +63,7 @@ class Scorer:
     batch_size: int = 64
 
     def tokens(self, captions: Sequence[str]):
-        return self.tokenizer(captions, max_length=self.config.data.max_length)
+        return self.tokenizer(captions, **self.config.data.reading)
 
 
 @dataclass
@@ -75,14 +77,26 @@ class Sample:
     image_id: int
     objects: list | None
     bad_objects: dict[str, str] = field(default_factory=dict)  # of all the reader's samples: where -> what is wrong
+    crop: bool = False
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """(left, top, right, bottom) of what the model looks at."""
+        return middle_box(self.picture.size) if self.crop else (0, 0, *self.picture.size)
+
+    @property
+    def seen(self) -> Image.Image:
+        """The part of the picture that the model looks at."""
+        return self.picture.crop(self.box) if self.crop else self.picture
 
 
 @dataclass
 class Reader:
-    """Samples of a source in order; `skipped` collects one line for each that cannot be read, `bad_objects` the objects
-    that cannot be used."""
+    """Samples of a source in order, as `data` looks at them; `skipped` collects one line for each that cannot be read,
+    `bad_objects` the objects that cannot be used."""
 
     source: Any
+    data: DataConfig = field(default_factory=DataConfig)
     skipped: dict[int, str] = field(default_factory=dict)
     bad_objects: dict[str, str] = field(default_factory=dict)
 
@@ -92,6 +106,8 @@ class Reader:
                 continue
             try:
                 record = self.source.read(index, extra=True)
+                if self.data.clean_captions:
+                    require_words(record)
                 picture = decode_image(record.image_bytes)
             except SampleError as error:
                 self.skipped[index] = str(error)
@@ -103,7 +119,8 @@ class Reader:
             if objects is not None and not isinstance(objects, list):
                 self.bad_objects[f"{record.name}: objects"] = f"expected a list, got {type(objects).__name__}"
                 objects = None
-            yield Sample(index, record.name, picture, record.caption, record.image_id, objects, self.bad_objects)
+            crop = self.data.eval_resize == "crop"
+            yield Sample(index, record.name, picture, record.caption, record.image_id, objects, self.bad_objects, crop)
 
     def all(self) -> Iterator[Sample]:
         return self.read(range(len(self.source)))
@@ -144,6 +161,7 @@ class Gallery:
     caption_ids: Tensor  # [C] int64
     image_tokens: Tensor | None  # [I, P, D]
     image_features: Tensor  # [I, d]
+    cut: int  # captions that are longer than the text's length
     text_tokens: Tensor | None  # [C, T, D]
     text_features: Tensor  # [C, d]
     attention_mask: Tensor  # [C, T] bool
@@ -182,15 +200,15 @@ def matches(scorer: Scorer) -> bool:
 
 
 @torch.no_grad()
-def encode_captions(scorer: Scorer, captions: Sequence[str]) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Tokens [C, T, D], where they are kept, features [C, d] and attention mask [C, T] bool."""
+def encode_captions(scorer: Scorer, captions: Sequence[str]) -> tuple[Tensor | None, Tensor, TokenBatch]:
+    """Tokens [C, T, D], where they are kept, features [C, d], and the captions as they were read."""
     batch = scorer.tokens(captions)
     ids = batch.input_ids.to(scorer.device).split(scorer.batch_size)
     masks = batch.attention_mask.to(scorer.device).split(scorer.batch_size)
     texts = Encoded(matches(scorer))
     for one, mask in zip(ids, masks, strict=True):
         texts.add(*scorer.model.encode_text(one, mask))
-    return *texts.cat(), torch.cat(masks)
+    return *texts.cat(), batch
 
 
 @torch.no_grad()
@@ -209,7 +227,7 @@ def build_gallery(scorer: Scorer, samples: Iterable[Sample]) -> Gallery:
     if not captions:
         raise DataError("no readable sample for the retrieval gallery")
     image_tokens, image_features = images.cat()
-    text_tokens, text_features, attention_mask = encode_captions(scorer, captions)
+    text_tokens, text_features, read = encode_captions(scorer, captions)
     return Gallery(
         captions=captions,
         pictures=list(pictures.values()),
@@ -219,13 +237,19 @@ def build_gallery(scorer: Scorer, samples: Iterable[Sample]) -> Gallery:
         image_features=image_features,
         text_tokens=text_tokens,
         text_features=text_features,
-        attention_mask=attention_mask,
+        attention_mask=read.attention_mask.to(scorer.device),
+        cut=int(read.cut.sum()),
     )
 
 
+RerankBy = Literal["match", "difference", "match+itc"]
+"""What re-ranks: the logit of "match", as ALBEF's evaluation; that minus the logit of "no match"; or it plus the cosine
+similarity of the features, as BLIP's and LAVIS's."""
+
+
 @torch.no_grad()
-def match_scores(scorer: Scorer, gallery: Gallery, wanted: Tensor) -> Tensor:
-    """ITM logit of "match" minus that of "no match" for the wanted pairs [I, C] bool; NaN elsewhere. -> [I, C] fp32"""
+def match_scores(scorer: Scorer, gallery: Gallery, wanted: Tensor, *, by: RerankBy = "match") -> Tensor:
+    """Scores by ITM of the wanted pairs [I, C] bool; NaN elsewhere. -> [I, C] fp32"""
     scores = torch.full(wanted.shape, torch.nan)
     chunks = wanted.nonzero().split(scorer.batch_size)
     for pairs in tqdm(chunks, desc="matching", disable=None, leave=False):
@@ -237,8 +261,9 @@ def match_scores(scorer: Scorer, gallery: Gallery, wanted: Tensor) -> Tensor:
             gallery.attention_mask[texts],
             kv_index=kv_index.to(scorer.device),
         )
-        scores[pairs[:, 0], pairs[:, 1]] = (logits[:, 1] - logits[:, 0]).float().cpu()
-    return scores
+        value = logits[:, 1] - logits[:, 0] if by == "difference" else logits[:, 1]
+        scores[pairs[:, 0], pairs[:, 1]] = value.float().cpu()
+    return scores + gallery.similarity if by == "match+itc" else scores
 
 
 @dataclass
@@ -250,14 +275,14 @@ class Ranking:
     relevant: Tensor
 
 
-def rank_both_ways(scorer: Scorer, gallery: Gallery, *, rerank: int) -> dict[str, Ranking]:
+def rank_both_ways(scorer: Scorer, gallery: Gallery, *, rerank: int, by: RerankBy = "match") -> dict[str, Ranking]:
     """i2t [I, C] and t2i [C, I]: the `rerank` best of every row by ITC, re-ranked by ITM. Each pair is fused once."""
     similarity, relevant = gallery.similarity, gallery.relevant
     if not matches(scorer):
         return {"i2t": Ranking(similarity, None, relevant), "t2i": Ranking(similarity.T, None, relevant.T)}
     by_image = metrics.top_candidates(similarity, rerank)
     by_text = metrics.top_candidates(similarity.T, rerank)
-    match = match_scores(scorer, gallery, by_image | by_text.T)
+    match = match_scores(scorer, gallery, by_image | by_text.T, by=by)
     return {
         "i2t": Ranking(similarity, metrics.rerank(similarity, by_image, match), relevant),
         "t2i": Ranking(similarity.T, metrics.rerank(similarity.T, by_text, match.T), relevant.T),
@@ -297,7 +322,7 @@ def _word(sample: Sample, entry: Any, offsets: Tensor) -> Word:
         text, (start, end) = entry["phrase"], entry["span"]
         if not (type(start) is type(end) is int and 0 <= start < end <= len(sample.caption)):
             raise ValueError(f"span {entry['span']} of a caption of {len(sample.caption)} characters")
-        mask = torch.as_tensor(rle.decode(entry["mask"])).bool()
+        mask = torch.as_tensor(rle.decode(entry["mask"])).bool()  # of the stored picture
         found = sample.caption[start:end]
     except (KeyError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
@@ -307,7 +332,8 @@ def _word(sample: Sample, entry: Any, offsets: Tensor) -> Word:
     if mask.shape != (sample.picture.height, sample.picture.width):
         size = [sample.picture.height, sample.picture.width]
         raise ValueError(f"mask size {list(mask.shape)}, expected the picture's {size}")
-    return Word(text, (start, end), metrics.tokens_of_span(offsets, (start, end)), mask)
+    left, top, right, bottom = sample.box
+    return Word(text, (start, end), metrics.tokens_of_span(offsets, (start, end)), mask[top:bottom, left:right])
 
 
 @torch.no_grad()

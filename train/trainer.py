@@ -35,7 +35,7 @@ from softmask.train.checkpoint import (
 )
 from softmask.train.config import Config, ConfigError, chosen
 from softmask.train.engine import apply_hyperparameters, create_engine, full_size, start_distributed
-from softmask.train.initial import weights_from, words_from
+from softmask.train.initial import text_facts, weights_from, words_from
 from softmask.train.logs import RunLog, clock, say
 from softmask.train.methods import step_options
 from softmask.train.run_folder import prepare_run
@@ -105,7 +105,7 @@ class Trainer:
         self.finished = False
         self._stop_requested = False
         self._nonfinite_in_row = 0
-        self._source = source
+        self._source, self._tokenizer = source, tokenizer
         self._skipped: list[str] = []
         self._log: RunLog | None = None
         self._header()
@@ -134,6 +134,7 @@ class Trainer:
             say(f"{what:8s} {origin}")
         source = self._source
         say(f"data     {len(source):,} captions of {source.pictures:,} pictures in {len(source.paths):,} files")
+        say(f"text     {text_facts(self._tokenizer, self.config, source)}")
         say(f"batch    {batch} = {parts}")
         options = [f"{key}={value}" for key, value in chosen(self.config).items()]
         say(f"options  {' '.join(options) or 'none but the defaults'}")

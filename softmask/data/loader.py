@@ -1,7 +1,5 @@
-"""Endless batches of captioned pictures that depend on (seed, epoch, position) only.
-
-Epoch e is a permutation of the samples. Micro-batch i of rank r takes its positions [(i * world_size + r) * B, + B), so
-that two ranks with B/2 read what one rank with B reads, and a run resumes at any micro-batch at no cost.
+"""Endless batches of captioned pictures that depend on (seed, epoch, position) only: two ranks with B/2 read what one
+rank with B reads, and a run resumes at any micro-batch at no cost.
 """
 
 from __future__ import annotations
@@ -11,17 +9,19 @@ import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from softmask.data.cleaning import plain_words
+from softmask.data.order import BatchPlan, Captions, Plans
 from softmask.data.records import DataError, Record, SampleError, Source
 from softmask.data.text import CaptionTokenizer
 from softmask.data.transforms import TrainTransform, decode_image, normalize_images
 
-SHUFFLE_WINDOW = 65_536
 ATTEMPTS = 32
 DOUBT = 20.0
 
@@ -34,8 +34,14 @@ class DataConfig:
     image_root: str = ""  # for JSON lists; empty: the list's folder
     tokenizer: str = ""  # Hugging Face tokenizer directory; empty: a WordPiece is trained on the captions of `train`
     vocab_size: int = 4096  # of that WordPiece
+    captions: Captions = "all"  # of a picture in an epoch; "random": one of them
+    clean_captions: bool = False  # lower case without punctuation, as ALBEF reads captions (cleaning.py)
+    append_sep: bool = True  # behind the caption; ALBEF's own tokenizer gives it none
     max_length: int = 25  # tokens, [CLS] and [SEP] included
     image_size: int = 256
+    # evaluation's pictures: whole, made square, as ALBEF's; or cut to their middle, as open_clip's; "auto": as those of
+    # the method's base
+    eval_resize: Literal["auto", "squash", "crop"] = "auto"
     crop_scale: tuple[float, float] = (0.2, 1.0)
     flip: bool = True
     rand_augment: bool = False  # ALBEF's RandAugment(2, 7) without colour operations
@@ -54,7 +60,7 @@ class DataConfig:
         self.image_root, self.tokenizer = os.path.expanduser(self.image_root), os.path.expanduser(self.tokenizer)
         expected = {
             "vocab_size": (self.vocab_size >= 7, "at least 7"),
-            "max_length": (self.max_length >= 3, "at least 3"),
+            "max_length": (self.max_length >= 2 + self.append_sep, f"at least {2 + self.append_sep}"),
             "image_size": (self.image_size >= 1, "at least 1"),
             "workers": (self.workers >= 0, "at least 0"),
             "crop_scale": (0 < self.crop_scale[0] <= self.crop_scale[1] <= 1, "0 < low <= high <= 1"),
@@ -67,6 +73,11 @@ class DataConfig:
         for name, (right, description) in expected.items():
             if not right:
                 raise ValueError(f"data.{name}: expected {description}, got {getattr(self, name)}")
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How captions become tokens: options of a CaptionTokenizer's call."""
+        return {"max_length": self.max_length, "append_sep": self.append_sep, "clean": self.clean_captions}
 
 
 @dataclass
@@ -94,49 +105,6 @@ class Batch:
         return Batch(**{name: function(v) if isinstance(v, Tensor) else v for name, v in values.items()})
 
 
-@dataclass
-class BatchPlan:
-    """What one micro-batch is made of."""
-
-    epoch: int
-    position: int  # of its first sample in the epoch
-    indices: np.ndarray  # [B] int64, samples of the source
-
-
-def epoch_order(group_sizes: np.ndarray, *, seed: int, epoch: int, window: int = SHUFFLE_WINDOW) -> np.ndarray:
-    """Permutation [sum(group_sizes)] int64: groups (shards) in random order, samples mixed among as many groups as
-    hold at least `window` samples. Reading stays local, and data of up to `window` samples is shuffled in full."""
-    generator = np.random.default_rng([seed, epoch])
-    starts = np.cumsum(group_sizes) - group_sizes
-    groups = generator.permutation(len(group_sizes))
-    order = np.concatenate([np.arange(starts[g], starts[g] + group_sizes[g]) for g in groups])
-    ends = np.cumsum(group_sizes[groups])
-    begin = 0
-    for end in ends:
-        if end - begin >= window or end == len(order):
-            generator.shuffle(order[begin:end])
-            begin = end
-    return order
-
-
-class _Plans:
-    """The endless plans of one rank: a DataLoader's sampler."""
-
-    def __init__(self, group_sizes: np.ndarray, *, batch_size: int, rank: int, world_size: int, seed: int, start: int):
-        self.group_sizes, self.batch_size, self.seed, self.start = group_sizes, batch_size, seed, start
-        self.rank, self.world_size = rank, world_size
-        self.batches_per_epoch = int(group_sizes.sum()) // (batch_size * world_size)
-
-    def __iter__(self) -> Iterator[BatchPlan]:
-        epoch, batch = divmod(self.start, self.batches_per_epoch)
-        while True:
-            order = epoch_order(self.group_sizes, seed=self.seed, epoch=epoch)
-            for number in range(batch, self.batches_per_epoch):
-                first = (number * self.world_size + self.rank) * self.batch_size
-                yield BatchPlan(epoch, first, order[first : first + self.batch_size].copy())
-            epoch, batch = epoch + 1, 0
-
-
 class _BatchReader:
     """Makes batches of plans: a DataLoader's dataset, called in the workers."""
 
@@ -156,7 +124,7 @@ class _BatchReader:
             self._sample(int(index), f"{self.seed}/{plan.epoch}/{plan.position + offset}", skipped)
             for offset, index in enumerate(plan.indices)
         ]
-        tokens = self.tokenizer([record.caption for record, _ in samples], max_length=self.config.max_length)
+        tokens = self.tokenizer([record.caption for record, _ in samples], **self.config.reading)
         return Batch(
             images=normalize_images([pixels for _, pixels in samples], self.config.mean, self.config.std),
             input_ids=tokens.input_ids,
@@ -180,6 +148,8 @@ class _BatchReader:
 
     def _read(self, index: int, rng: random.Random) -> tuple[Record, np.ndarray]:
         record = self.source.read(index)
+        if self.config.clean_captions:
+            require_words(record)
         try:
             image = decode_image(record.image_bytes)
         except ValueError as error:
@@ -209,13 +179,14 @@ class Loader:
         if batch_size < 1 or not 0 <= rank < world_size or seed < 0 or start_batch < 0:
             given = f"batch_size={batch_size}, rank={rank}, world_size={world_size}, {seed=}, {start_batch=}"
             raise ValueError(f"expected batch_size >= 1, 0 <= rank < world_size, seed, start_batch >= 0, got {given}")
-        if len(source) < batch_size * world_size:
-            raise DataError(f"{len(source)} samples are fewer than one batch of {world_size} x {batch_size}")
         self.config = config
-        self._plans = _Plans(
-            np.asarray(source.group_sizes), batch_size=batch_size, rank=rank, world_size=world_size, seed=seed,
-            start=start_batch,
+        self._plans = Plans(
+            np.asarray(source.group_sizes), source.image_ids, config.captions, batch_size=batch_size, rank=rank,
+            world_size=world_size, seed=seed, start=start_batch,
         )  # fmt: skip
+        if not self._plans.batches_per_epoch:
+            samples = f"{self._plans.per_epoch} {'samples' if config.captions == 'all' else 'pictures'}"
+            raise DataError(f"{samples} are fewer than one batch of {world_size} x {batch_size}")
         self._reader = _BatchReader(source, config, tokenizer, seed)
         self.batches_per_epoch = self._plans.batches_per_epoch
 
@@ -235,6 +206,12 @@ class Loader:
             if isinstance(batch, DataError):
                 raise batch
             yield batch
+
+
+def require_words(record: Record) -> None:
+    """Raises SampleError where cleaning leaves nothing of the caption."""
+    if not plain_words(record.caption).text:
+        raise SampleError(record.name, f"caption {record.caption!r:.60} has no words once it is cleaned")
 
 
 def check_bad_share(bad: int, read: int, *, allowed: float, names: Sequence[str]) -> None:

@@ -60,12 +60,14 @@ class Source(Protocol):
     """Captions by number. Sources are picklable and may be read from forked or spawned processes.
 
     `group_sizes` [groups] int64: sizes of the consecutive runs of samples that lie together on disk (shards).
-    `problems`: one line per thing that was wrong but left the rest usable. `pictures`: their number, each counted once.
-    `digest`: of what the data is, wherever it lies. `paths`: of its shards or lists.
+    `image_ids` [n]: equal for captions of one picture. `pictures`: their number, each counted once. `problems`: a line
+    per thing that was wrong but left the rest usable. `digest`: of what the data is, wherever it lies. `paths`: of its
+    shards or lists.
     """
 
     paths: list[str]
     group_sizes: np.ndarray
+    image_ids: np.ndarray
     problems: list[str]
     pictures: int
     digest: str

@@ -66,7 +66,7 @@ class ShardSource:
             detail = f" ({'; '.join(self.problems[:2])})" if self.problems else ""
             raise DataError(f"no captioned pictures in {len(self.paths)} shards, {self.paths[:1]}{detail}")
         _, first, of_sample = np.unique(samples["digest"], return_index=True, return_inverse=True)
-        self._image_ids = first[of_sample].astype(np.uint32)  # [n]
+        self.image_ids = first[of_sample].astype(np.uint32)  # [n]
         self._samples = repack_fields(samples[[name for name in SAMPLE.names if name != "digest"]])
         self.pictures = len(first)
         self.digest = hashlib.sha256("".join(index.digest for index in found).encode()).hexdigest()
@@ -84,7 +84,7 @@ class ShardSource:
         name = f"{shard}:{split_name(header_name(data[:BLOCK]))[0].decode('utf-8', 'replace')}"
         caption = self._caption(path, row, name)
         parsed = self._json(path, row, name) if extra and row["json_block"] else None
-        return Record(data[BLOCK:], caption, int(self._image_ids[index]), name, parsed)
+        return Record(data[BLOCK:], caption, int(self.image_ids[index]), name, parsed)
 
     def captions(self) -> Iterator[str]:
         """All readable captions in order."""

@@ -128,16 +128,16 @@ class JsonSource:
         self.digest = content.hexdigest()
         self.group_sizes = np.array([len(captions)], np.int64)
         self._captions, self._images = _Texts(captions), _Texts(list(images))
-        self._image_ids = np.array(ids, np.int64)
+        self.image_ids = np.array(ids, np.int64)
 
     def __len__(self) -> int:
-        return len(self._image_ids)
+        return len(self.image_ids)
 
     def read(self, index: int, *, extra: bool = False) -> Record:
         """Sample `index` in [0, len). Raises SampleError where its caption or picture cannot be read."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        image_id = int(self._image_ids[index])
+        image_id = int(self.image_ids[index])
         path = self._images[image_id]
         caption = clean_caption(self._captions[index], path)
         try:

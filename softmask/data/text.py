@@ -13,6 +13,7 @@ import torch
 from tokenizers import Encoding, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 
+from softmask.data.cleaning import Plain, plain_words
 from softmask.data.lfs import refuse_pointer
 
 SPECIAL_TOKENS = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
@@ -28,6 +29,7 @@ class TokenBatch:
     attention_mask: Tensor  # [B, T] bool, True = real token
     word_ids: Tensor  # [B, T] int64: number of the word in its caption; -1 for special tokens, padding, punctuation
     offsets: Tensor  # [B, T, 2] int64: character span in the caption; (0, 0) for special tokens and padding
+    cut: Tensor  # [B] bool: the caption had more tokens, or words, than there is room for
 
 
 class CaptionTokenizer:
@@ -105,40 +107,52 @@ class CaptionTokenizer:
         self.__dict__.update(state, _tokenizer=Tokenizer.from_str(state["_tokenizer"]))
         self._tokenizer.encode_special_tokens = True  # not part of the tokenizer's own state
 
-    def __call__(self, captions: Sequence[str], *, max_length: int) -> TokenBatch:
-        """[CLS] caption [SEP], at most `max_length` tokens with both, padded to the longest of the batch."""
-        if max_length < 3:
-            raise ValueError(f"max_length: expected at least 3 ([CLS], a token, [SEP]), got {max_length}")
-        encodings = self._tokenizer.encode_batch(list(captions), add_special_tokens=False)
-        rows = [self._row(text, encoding, max_length) for text, encoding in zip(captions, encodings, strict=True)]
+    def __call__(
+        self, captions: Sequence[str], *, max_length: int, append_sep: bool = True, clean: bool = False
+    ) -> TokenBatch:
+        """[CLS] caption [SEP], at most `max_length` tokens with both, padded to the longest of the batch.
+
+        Without `append_sep`, [CLS] caption, as ALBEF's own tokenizer reads it. `clean`: the caption as ALBEF cleans it
+        (cleaning.py); offsets are those of the caption as given.
+        """
+        if max_length < (least := 2 + append_sep):
+            tokens = "[CLS], a token, [SEP]" if append_sep else "[CLS], a token"
+            raise ValueError(f"max_length: expected at least {least} ({tokens}), got {max_length}")
+        room, ends = max_length - 1 - append_sep, [self.sep_id] * append_sep
+        read = [plain_words(text) if clean else Plain(text) for text in captions]
+        encodings = self._tokenizer.encode_batch([plain.text for plain in read], add_special_tokens=False)
+        rows = [self._row(plain, encoding, room, ends) for plain, encoding in zip(read, encodings, strict=True)]
         width = max((len(row[0]) for row in rows), default=0)
 
         def padded(column: int, value) -> Tensor:
             return torch.tensor([row[column] + [value] * (width - len(row[column])) for row in rows], dtype=torch.int64)
 
+        counts = torch.tensor([len(encoding.ids) for encoding in encodings], dtype=torch.int64)
         lengths = torch.tensor([len(row[0]) for row in rows], dtype=torch.int64)
         return TokenBatch(
             input_ids=padded(0, self.pad_id).view(len(rows), width),
             attention_mask=torch.arange(width) < lengths[:, None],
             word_ids=padded(1, -1).view(len(rows), width),
             offsets=padded(2, (0, 0)).view(len(rows), width, 2),
+            cut=torch.tensor([plain.cut for plain in read], dtype=torch.bool) | (counts > room),
         )
 
     def decode(self, input_ids: Tensor) -> list[str]:
         """[B, T] -> captions, special tokens left out."""
         return self._tokenizer.decode_batch(input_ids.tolist(), skip_special_tokens=True)
 
-    def _row(self, caption: str, encoding: Encoding, max_length: int) -> tuple[list, list, list]:
+    def _row(self, plain: Plain, encoding: Encoding, room: int, ends: list) -> tuple[list, ...]:
         """Ids, word numbers and character spans of one caption, special tokens included."""
-        keep = max_length - 2
+        text, places = plain.text, plain.places
         numbers: dict[int, int] = {}
         words, spans = [-1], [(0, 0)]
-        for word, (start, end) in zip(encoding.word_ids[:keep], encoding.offsets[:keep], strict=True):
-            while start < end and caption[start].isspace():  # SentencePiece counts the blank to the word
+        for word, (start, end) in zip(encoding.word_ids[:room], encoding.offsets[:room], strict=True):
+            while start < end and text[start].isspace():  # SentencePiece counts the blank to the word
                 start += 1
-            spans.append((start, end))
-            words.append(-1 if _is_punctuation(caption[start:end]) else numbers.setdefault(word, len(numbers)))
-        return [self.cls_id, *encoding.ids[:keep], self.sep_id], [*words, -1], [*spans, (0, 0)]
+            spans.append((places[start][0], places[end - 1][1]) if places and start < end else (start, end))
+            words.append(-1 if _is_punctuation(text[start:end]) else numbers.setdefault(word, len(numbers)))
+        blank = [(0, 0)] * len(ends)
+        return [self.cls_id, *encoding.ids[:room], *ends], [*words, *[-1] * len(ends)], [*spans, *blank]
 
 
 def _refuse_pointers(folder: str) -> None:

@@ -83,16 +83,35 @@ def normalize_images(pictures: Sequence[np.ndarray], mean: Sequence[float], std:
 def eval_transform(config: DataConfig) -> Callable[[bytes | Image.Image], Tensor]:
     """For evaluation: encoded or decoded picture to [3, image_size, image_size] float32.
 
-    The whole picture is resized to a square (bicubic, antialiased) and normalized. Raises ValueError where bytes are no
-    picture.
+    Resized to a square (bicubic, antialiased), or by its shorter side and cut to the square in its middle, as
+    `eval_resize` says ("auto": the former), and normalized. Raises ValueError where bytes are no picture.
     """
 
     def transform(image: bytes | Image.Image) -> Tensor:
         picture = decode_image(image) if isinstance(image, bytes) else image.convert("RGB")
-        picture = picture.resize((config.image_size, config.image_size), Image.Resampling.BICUBIC)
+        picture = (middle if config.eval_resize == "crop" else square)(picture, config.image_size)
         return normalize_images([np.asarray(picture)], config.mean, config.std)[0]
 
     return transform
+
+
+def square(picture: Image.Image, side: int) -> Image.Image:
+    return picture.resize((side, side), Image.Resampling.BICUBIC)
+
+
+def middle(picture: Image.Image, side: int) -> Image.Image:
+    """The shorter side resized to `side`, then the square in the middle: torchvision's Resize and CenterCrop."""
+    width, height = picture.size
+    short = min(width, height)
+    picture = picture.resize((side * width // short, side * height // short), Image.Resampling.BICUBIC)
+    return picture.crop(middle_box(picture.size))
+
+
+def middle_box(size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of the largest square in the middle of a picture of (width, height)."""
+    side = min(size)
+    left, top = (round((length - side) / 2) for length in size)
+    return left, top, left + side, top + side
 
 
 class TrainTransform:

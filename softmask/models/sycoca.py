@@ -63,6 +63,9 @@ class SyCoCa(Encoders):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1.0 / config.temperature)))
         for part in (self.caption_decoder, self.caption_head):
             initialize(part, std=text.initializer_range)
+        if text.style == "open_clip":
+            self.caption_decoder.initialize_as_open_clip()
+            nn.init.normal_(self.caption_head.weight, std=text.width**-0.5)
         if config.reconstruct or config.caption_masking == "pixels":
             self.mask_token = nn.Parameter(torch.empty(self.vision.width).normal_(std=text.initializer_range))
         if config.reconstruct:
@@ -101,6 +104,8 @@ class SyCoCa(Encoders):
         self.pixel_head = nn.Linear(width, 3 * self.vision.patch_size**2)
         for part in (self.image_decoder, self.pixel_head):
             initialize(part, std=config.text.initializer_range)
+        if config.text.style == "open_clip":
+            self.image_decoder.initialize_as_open_clip()
         if config.reconstruct_masking == "tokens":  # what is replaced after the encoder has lost its position
             self.register_buffer("patch_position", patch_positions(self.patch_grid, width), persistent=False)
 
@@ -194,7 +199,7 @@ class SyCoCa(Encoders):
         if config.masks == "random":
             spoken = random_masks(patches, ratios=ratios)
         else:
-            tokens = texts.packing.pad(texts.tokens)
+            tokens = texts.packing.pad(self.text.normalized(texts.tokens))
             if config.relevance == "projection":
                 patches, tokens = self.project_patches(patches), self.text_projection(tokens)
             spoken = attentive_masks(patches, tokens, self._irrelevant(texts), ratios=ratios)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from .attention import check_library
 from .config import MAX_TEMPERATURE, VisionConfig, at_least_one, check, check_heads
 
 MAX_LOGIT_SCALE = 100.0
+Style = Literal["own", "open_clip"]
 
 
 @dataclass
@@ -22,6 +24,10 @@ class CausalTextConfig:
     max_positions: int = 76
     attention: str = "sdpa"  # "sdpa", "flash_attn", "xformers", "eager"
     initializer_range: float = 0.02
+    # "own": the last norm is of all tokens, CLS has the position behind the caption's last token, weights begin at
+    # initializer_range; "open_clip": the norm is of CLS alone, whose position is the last of all, and weights begin by
+    # width and depth
+    style: Style = "own"
 
     def __post_init__(self) -> None:
         check_library(self.attention)

@@ -11,7 +11,7 @@ from .bert import at_least_fp32, initialize
 from .packing import Packing
 from .pooler import AttentionalPooler
 from .sycoca_config import SyCoCaConfig
-from .transformer import CausalTextEncoder
+from .transformer import CausalTextEncoder, initialize_by_depth
 from .vision import VisionEncoder
 
 
@@ -39,6 +39,7 @@ class Encoders(nn.Module):
             layers=text.layers,
             max_positions=text.max_positions,
             library=text.attention,
+            open_clip=text.style == "open_clip",
         )
         width = self.vision.width
         self.pooler = None
@@ -50,6 +51,17 @@ class Encoders(nn.Module):
         self.text_projection = nn.Linear(text.width, config.embed_dim, bias=False)
         for part in (self.text, self.image_projection, self.text_projection):
             initialize(part, std=text.initializer_range)
+        if text.style == "open_clip":
+            self._initialize_as_open_clip()
+
+    def _initialize_as_open_clip(self) -> None:
+        text = self.text
+        width = text.norm.normalized_shape[0]
+        initialize_by_depth(text.blocks, width=width, layers=len(text.blocks))
+        nn.init.normal_(text.word.weight, std=0.02)
+        nn.init.normal_(text.position.weight, std=0.01)
+        for projection in (self.image_projection, self.text_projection):
+            nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
 
     def pool(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """The image encoder's tokens [B, P, D] -> what is contrasted, [B, D], and what the caption's decoder reads:

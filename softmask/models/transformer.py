@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -98,6 +100,10 @@ class CrossDecoder(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.activation_checkpointing = False
 
+    def initialize_as_open_clip(self) -> None:
+        width = self.norm.normalized_shape[0]
+        initialize_by_depth([*self.own, *self.cross], width=width, layers=len(self.own))
+
     def forward(
         self,
         states: Tensor,
@@ -116,16 +122,39 @@ class CrossDecoder(nn.Module):
         return self.norm(states)
 
 
+def initialize_by_depth(blocks: Iterable[Block], *, width: int, layers: int) -> None:
+    """open_clip's weights: normal, of queries, keys and values with standard deviation width^-1/2, of what a block adds
+    to its input (2 * width * layers)^-1/2, of the feed-forward's first layer (2 * width)^-1/2."""
+    within, added = width**-0.5, (2 * width * layers) ** -0.5
+    for block in blocks:
+        attention, feed_forward = block.attention, block.feed_forward
+        for layer in (attention.query, attention.key, attention.value):
+            nn.init.normal_(layer.weight, std=within)
+        nn.init.normal_(feed_forward.up.weight, std=(2 * width) ** -0.5)
+        for layer in (attention.output, feed_forward.down):
+            nn.init.normal_(layer.weight, std=added)
+
+
 class CausalTextEncoder(nn.Module):
     """input_ids [B, T], whose real tokens the packing names -> tokens [S, D] and CLS [B, D].
 
-    A learned CLS stands behind every caption and sees all of it; no token sees what follows it.
+    A learned CLS stands behind every caption and sees all of it; no token sees what follows it. By `open_clip` its
+    position is the last one whatever the caption's length, and it alone is normalized.
     """
 
     def __init__(
-        self, *, vocab_size: int, width: int, heads: int, layers: int, max_positions: int, library: str
+        self,
+        *,
+        vocab_size: int,
+        width: int,
+        heads: int,
+        layers: int,
+        max_positions: int,
+        library: str,
+        open_clip: bool = False,
     ) -> None:
         super().__init__()
+        self.open_clip = open_clip
         self.word = nn.Embedding(vocab_size, width)
         self.position = nn.Embedding(max_positions + 1, width)
         self.cls = nn.Parameter(torch.empty(width).normal_(std=0.01))
@@ -147,11 +176,17 @@ class CausalTextEncoder(nn.Module):
         states = with_cls.pack(padded) + self.position(with_cls.pack(self._positions(packing)))
         for block in self.blocks:
             states = run(block, states, with_cls, None, None, True, again=self.activation_checkpointing)
-        padded = with_cls.pad(self.norm(states))
-        return packing.pack(padded[:, :-1]), padded[:, -1]
+        padded = with_cls.pad(states if self.open_clip else self.norm(states))
+        tokens, cls = packing.pack(padded[:, :-1]), padded[:, -1]
+        return tokens, self.norm(cls) if self.open_clip else cls
 
-    @staticmethod
-    def _positions(packing: Packing) -> Tensor:
-        """[B, T + 1] position in the caption; CLS comes right behind its last token."""
+    def normalized(self, tokens: Tensor) -> Tensor:
+        """Tokens as CLS is when it is projected."""
+        return self.norm(tokens) if self.open_clip else tokens
+
+    def _positions(self, packing: Packing) -> Tensor:
+        """[B, T + 1] position in the caption; CLS comes last."""
         position = torch.arange(packing.length, device=packing.mask.device).expand(len(packing.mask), -1)
-        return torch.cat([position, packing.mask.sum(1, keepdim=True)], dim=1)
+        lengths = packing.mask.sum(1, keepdim=True)
+        last = torch.full_like(lengths, self.position.num_embeddings - 1) if self.open_clip else lengths
+        return torch.cat([position, last], dim=1)

@@ -1,0 +1,93 @@
+"""Which samples make up which batch: a function of (seed, epoch, position) alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+SHUFFLE_WINDOW = 65_536
+
+Captions = Literal["all", "random"]
+"""What an epoch reads: every caption once, or every picture once with one of its captions, as ALBEF reads its lists."""
+
+
+@dataclass
+class BatchPlan:
+    """What one micro-batch is made of."""
+
+    epoch: int
+    position: int  # of its first sample in the epoch
+    indices: np.ndarray  # [B] int64, samples of the source
+
+
+def epoch_order(group_sizes: np.ndarray, *, seed: int, epoch: int, window: int = SHUFFLE_WINDOW) -> np.ndarray:
+    """Permutation [sum(group_sizes)] int64: groups (shards) in random order, samples mixed among as many groups as
+    hold at least `window` samples. Reading stays local, and data of up to `window` samples is shuffled in full."""
+    generator = np.random.default_rng([seed, epoch])
+    starts = np.cumsum(group_sizes) - group_sizes
+    groups = generator.permutation(len(group_sizes))
+    order = np.concatenate([np.arange(starts[g], starts[g] + group_sizes[g]) for g in groups])
+    ends = np.cumsum(group_sizes[groups])
+    begin = 0
+    for end in ends:
+        if end - begin >= window or end == len(order):
+            generator.shuffle(order[begin:end])
+            begin = end
+    return order
+
+
+class Pictures:
+    """The captions of every picture; a picture lies where its first caption does."""
+
+    def __init__(self, group_sizes: np.ndarray, image_ids: np.ndarray):
+        self._samples = np.argsort(image_ids, kind="stable")  # [n], by picture
+        _, starts = np.unique(image_ids[self._samples], return_index=True)
+        by_place = np.argsort(self._samples[starts], kind="stable")
+        ends = np.append(starts[1:], len(image_ids))
+        self._starts, self._counts = starts[by_place], (ends - starts)[by_place]  # [pictures]
+        bounds = np.searchsorted(self._samples[self._starts], np.cumsum(group_sizes))
+        self.group_sizes = np.diff(bounds, prepend=0)
+
+    def captions(self, pictures: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
+        """One random sample of each picture."""
+        share = np.random.default_rng([seed, epoch, 1]).random(len(self._starts))[pictures]
+        return self._samples[self._starts[pictures] + (share * self._counts[pictures]).astype(np.int64)]
+
+
+@dataclass
+class Plans:
+    """The endless plans of one rank, from micro-batch `start` on: a DataLoader's sampler.
+
+    Micro-batch i of rank r takes the positions [(i * world_size + r) * B, + B) of its epoch.
+    """
+
+    group_sizes: np.ndarray
+    image_ids: np.ndarray
+    captions: Captions
+    batch_size: int
+    rank: int
+    world_size: int
+    seed: int
+    start: int
+
+    def __post_init__(self) -> None:
+        self._pictures = Pictures(self.group_sizes, self.image_ids) if self.captions == "random" else None
+        self._groups = self.group_sizes if self._pictures is None else self._pictures.group_sizes
+        self.per_epoch = int(self._groups.sum())
+        self.batches_per_epoch = self.per_epoch // (self.batch_size * self.world_size)
+
+    def __iter__(self) -> Iterator[BatchPlan]:
+        epoch, batch = divmod(self.start, self.batches_per_epoch)
+        while True:
+            order = self._order(epoch)
+            for number in range(batch, self.batches_per_epoch):
+                first = (number * self.world_size + self.rank) * self.batch_size
+                yield BatchPlan(epoch, first, order[first : first + self.batch_size].copy())
+            epoch, batch = epoch + 1, 0
+
+    def _order(self, epoch: int) -> np.ndarray:
+        order = epoch_order(self._groups, seed=self.seed, epoch=epoch)
+        return order if self._pictures is None else self._pictures.captions(order, seed=self.seed, epoch=epoch)
