@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 from data_files import write_tar
 from evaluation_files import PAIRS, Oracle, Words, scene, small_config, write_plain, write_run, write_scenes
+from PIL import Image
 
-from softmask.data import open_source
+from softmask.data import open_source, rle
 from softmask.train import evaluate, scoring
 from softmask.train.scoring import Reader, Scorer
 
@@ -120,6 +123,38 @@ def test_malformed_objects_name_sample_and_entry(tmp_path, change, message):
     assert len(words) == 1 and re.match(f"test.tar:0000: .*{message}", f"{where}: {reason}")
 
 
+def wide(number: int, *, shift: int) -> list[tuple[str, bytes]]:
+    """Scene `number`, `shift` pixels from the left in a white picture of twice its width."""
+    (name, data), text, (json_name, meta) = scene(number)
+    picture = Image.new("RGB", (64, 32), "white")
+    picture.paste(Image.open(io.BytesIO(data)), (shift, 0))
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    content = json.loads(meta)
+    for entry in content["objects"]:
+        mask = np.zeros((32, 64), bool)
+        mask[:, shift : shift + 32] = rle.decode(entry["mask"])
+        entry["mask"] = rle.encode(mask)
+    return [(name, file.getvalue()), text, (json_name, json.dumps(content).encode())]
+
+
+def test_masks_are_cut_as_pictures_are(tmp_path):
+    """Cut to their middle, wide pictures are the scenes; an object at the side is hidden."""
+    write_tar(tmp_path / "test.tar", [member for number in range(12) for member in wide(number, shift=16)])
+    write_tar(tmp_path / "aside.tar", wide(0, shift=0))
+    scorer = make_scorer(tmp_path)
+    scorer.config.data.eval_resize = "crop"
+    reader = Reader(open_source(str(tmp_path / "test.tar")), scorer.config.data)
+    assert evaluate.retrieval(scorer, reader.all(), rerank=4)["itc"]["i2t"] == PERFECT
+    result = evaluate.grounding(scorer, reader.all())
+    assert (result["pointing"], result["words"], result["hidden"]) == (1.0, 24, 0)
+    assert result["random"] == pytest.approx(128 / 1024)
+    sample = next(reader.all())
+    assert sample.seen.size == (32, 32) and sample.picture.size == (64, 32)
+    result = evaluate.grounding(scorer, Reader(open_source(str(tmp_path / "aside.tar")), scorer.config.data).all())
+    assert (result["words"], result["hidden"]) == (1, 1)  # the left box lies outside, half of the right one inside
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluate")
@@ -139,7 +174,11 @@ def test_command_line_writes_the_documented_structure(run, capsys):
     assert result["retrieval"]["samples"] == 10
     assert result["grounding"]["words"] == 24
     assert result["training"] == {"seconds": 2.5, "steps": 5}
-    assert result["evaluation"]["data"] == data
+    facts = result["evaluation"]
+    assert facts["data"] == data and facts["digest"] == open_source(data).digest
+    read = {"checkpoint": "step_00000005", "text_length": 16, "image_size": 32, "resize": "squash"}
+    assert read.items() <= facts.items()
+    assert (result["retrieval"]["cut"], result["retrieval"]["rerank_by"]) == (0, "match")
     assert "pointing game with 24 phrases" in capsys.readouterr().out
     assert not list(run.glob(".*.part"))
 
@@ -162,7 +201,12 @@ def test_results_of_the_real_model_do_not_depend_on_the_batch_size(run):
     rounding = torch.finfo(torch.float32).eps * scores[0][wanted].abs().max()
     assert (scores[0][wanted] - scores[1][wanted]).abs().max() <= rounding
     everything = scoring.match_scores(scorer, gallery, torch.ones(12, 12, dtype=torch.bool))
-    assert (everything[2, 5] - (single[0, 1] - single[0, 0])).abs() <= rounding
+    assert (everything[2, 5] - single[0, 1]).abs() <= rounding
+    difference = scoring.match_scores(scorer, gallery, wanted, by="difference")
+    no_match = scores[1] - difference
+    assert wanted[2, 5] and (no_match[2, 5] - single[0, 0]).abs() <= 2 * rounding
+    both = scoring.match_scores(scorer, gallery, wanted, by="match+itc")
+    assert (both - scores[1] - gallery.similarity)[wanted].abs().max() <= 2 * rounding
 
 
 def test_failures_end_in_one_line_and_leave_the_old_file(run, tmp_path, capsys):
@@ -218,7 +262,9 @@ def test_a_list_elsewhere_at_other_sizes(run, tmp_path, capsys):
     assert evaluate.main(command) == 1 and "no readable sample" in capsys.readouterr().err
     sizes = ["--image-root", str(folder), "--image-size", "64", "--text-length", "5"]
     assert evaluate.main([*command, *sizes]) == 0
-    assert json.loads((tmp_path / "metrics.json").read_text())["retrieval"]["samples"] == 3
+    result = json.loads((tmp_path / "metrics.json").read_text())
+    assert result["retrieval"]["samples"] == result["retrieval"]["cut"] == 3
+    assert "3 captions have more than the 5 tokens that are read of them" in capsys.readouterr().out
     for wrong, said in (
         ("--text-length=2000", "--text-length: expected 3 to"),
         ("--image-size=33", "vision.image_size"),

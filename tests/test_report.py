@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import math
 import re
 import shutil
@@ -112,10 +111,8 @@ def test_paths_are_finite(page):
 
 def test_content_words_stand_in_for_missing_objects(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
-    metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
-    del metrics["grounding"]
-    (tmp_path / "run" / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
     data = write_plain(tmp_path / "plain.tar", ["a red box & the <b>green</b> one", "there is a box"])
+    assert evaluate.main([str(tmp_path / "run"), "--data", data]) == 0
     assert report.main([str(tmp_path / "run"), "--data", data]) == 0
     text = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     page = Page(text)
@@ -136,6 +133,40 @@ def test_failures_write_nothing(run, tmp_path, capsys):
     assert "none.tar does not exist" in capsys.readouterr().err
     assert (tmp_path / "run" / "report.html").read_text(encoding="utf-8") == "old"
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
+
+
+def test_metrics_of_another_evaluation_are_refused(run, tmp_path, capsys):
+    data = str(run.parent / "test.tar")
+    copy, output = tmp_path / "run", ["--output", str(tmp_path / "new.html")]
+    shutil.copytree(run, copy)
+    other = write_scenes(tmp_path / "other.tar", (0, 1, 2))
+    cases = {
+        ("--data", other): "it differs in the data; run",
+        ("--data", data, "--image-size", "64"): "it differs in image_size 32, not 64; run",
+        (
+            "--data",
+            data,
+            "--text-length",
+            "9",
+            "--resize",
+            "crop",
+        ): "16, not 9; resize 'squash', not 'crop'",
+    }
+    for options, message in cases.items():
+        assert report.main([str(copy), *options, *output]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line and line.endswith("run train/evaluate.py with this report's options first")
+    newer = copy / "checkpoints" / "step_00000007"
+    shutil.copytree(copy / "checkpoints" / "step_00000005", newer)
+    assert report.main([str(copy), "--data", data, *output]) == 1
+    assert "checkpoint 'step_00000005', not 'step_00000007'" in capsys.readouterr().err
+    (newer / "trainer.json").write_text("{}")
+    assert evaluate.main([str(copy), "--data", data]) == 1
+    assert "trainer.json: lacks seconds, step" in capsys.readouterr().err
+    (copy / "metrics.json").write_text('{"retrieval": {}}')
+    assert report.main([str(copy), "--data", data, *output]) == 1
+    assert "metrics.json: lacks training, evaluation" in capsys.readouterr().err
+    assert not (tmp_path / "new.html").exists()
 
 
 def test_log_without_its_last_line_and_with_a_broken_one(tmp_path):

@@ -139,6 +139,18 @@ def test_eval_transform(size):
         transform(b"")
 
 
+@pytest.mark.parametrize("size", [(90, 50), (51, 90), (64, 64), (33, 200), (7, 5)])
+def test_the_middle_of_a_picture_is_torchvisions(size):
+    config = DataConfig(image_size=24, eval_resize="crop")
+    image = photo(1, size)
+    resized = tv.center_crop(tv.resize(image, 24, tv.InterpolationMode.BICUBIC), [24, 24])
+    expected = T.normalize_images([np.asarray(resized)], config.mean, config.std)[0]
+    assert torch.equal(eval_transform(config)(image), expected)
+    left, top, right, bottom = T.middle_box(size)
+    assert right - left == bottom - top == min(size) and left >= 0 and right <= size[0] and bottom <= size[1]
+    assert abs((left + right) - size[0]) <= 1 and abs((top + bottom) - size[1]) <= 1
+
+
 def test_crop_boxes():
     rng = random.Random(0)
     width, height = 200, 100
