@@ -29,6 +29,7 @@ def start_distributed() -> None:
     choose_accelerator()
     complete_environment()
     if torch.cuda.is_available():
+        check_device(int(os.environ["LOCAL_RANK"]), torch.cuda.device_count())
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     import deepspeed
 
@@ -50,6 +51,16 @@ def choose_accelerator() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if (chosen := os.environ.get("DS_ACCELERATOR") or present[0]) not in present:
         raise ConfigError(f"environment: DS_ACCELERATOR: expected {' or '.join(present)} here, got {chosen!r}")
+
+
+def check_device(local_rank: int, count: int) -> None:
+    """ConfigError where there are more ranks than GPUs."""
+    if local_rank >= count:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        of = f" (CUDA_VISIBLE_DEVICES={visible})" if visible is not None else ""
+        raise ConfigError(
+            f"LOCAL_RANK: expected one rank a GPU, below {count}{of}, got {local_rank}; start as many ranks as GPUs"
+        )
 
 
 class GradientGuard:

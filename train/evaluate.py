@@ -50,6 +50,7 @@ from softmask.train import metrics, scoring
 from softmask.train.captioning import CaptionOptions, captioning
 from softmask.train.checkpoint import CheckpointError, find_checkpoint, load_model, read_json
 from softmask.train.config import ConfigError
+from softmask.train.failures import explain
 from softmask.train.launchers import check_environment
 from softmask.train.reconstruction import reconstruction
 from softmask.train.scoring import Reader, RerankBy, Sample, Scorer, Word
@@ -348,6 +349,11 @@ def main(argv: list[str] | None = None) -> int:
         result = run(options)
     except (DataError, CheckpointError, ConfigError, BackendError, OSError) as error:
         print(f"evaluate: {error}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if (line := explain(error, smaller="lower --batch-size")) is None:
+            raise
+        print(f"evaluate: {line}", file=sys.stderr)
         return 1
     print(summary(result))
     print(f"written: {result['output']}")

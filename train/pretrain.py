@@ -30,10 +30,13 @@ from softmask.train.checkpoint import (
     step_of,
 )
 from softmask.train.config import Config, ConfigError, load_config
+from softmask.train.failures import explain
 from softmask.train.launchers import check_environment, complete_environment
 from softmask.train.logs import say
 from softmask.train.run_folder import FirstRankError
 from softmask.train.trainer import TrainingError, train
+
+SMALLER = "lower train.batch_size and raise train.accumulation, or set train.activation_checkpointing"
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -117,8 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         run(arguments)
     except (ConfigError, DataError, CheckpointError, TrainingError, BackendError) as error:
-        where = "" if is_first_rank() else f" (rank {os.environ['RANK']})"
-        say(f"error{where}: {error}")
+        say(f"error{_where()}: {error}")
         return 2
     except FirstRankError:
         return 2
@@ -129,7 +131,16 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("interrupted")
         return 130
+    except Exception as error:
+        if (line := explain(error, smaller=SMALLER)) is None:
+            raise
+        say(f"error{_where()}: {line}")
+        return 2
     return 0
+
+
+def _where() -> str:
+    return "" if is_first_rank() else f" (rank {os.environ['RANK']})"
 
 
 if __name__ == "__main__":

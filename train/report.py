@@ -37,6 +37,7 @@ from softmask.train.evaluate import (
     sizes,
     write_atomically,
 )
+from softmask.train.failures import explain
 from softmask.train.launchers import check_environment
 from softmask.train.logs import read_lines
 from softmask.train.report_facts import OF_STATE, facts, lead, title
@@ -274,6 +275,11 @@ def main(argv: list[str] | None = None) -> int:
         write_atomically(output, render(page))
     except (DataError, CheckpointError, ConfigError, BackendError, OSError) as error:
         print(f"report: {error}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if (line := explain(error, smaller="lower --batch-size")) is None:
+            raise
+        print(f"report: {line}", file=sys.stderr)
         return 1
     print(f"written: {output} ({math.ceil(output.stat().st_size / 1e6)} MB)")
     return 0
