@@ -12,6 +12,7 @@ from softmask.models import SoftMaskPP, SpecialIds, SyCoCa
 from softmask.train.checkpoint import CheckpointError, find_checkpoint
 from softmask.train.config import Config, load_config
 from softmask.train.initial import start_from
+from softmask.train.schedule import parameter_groups
 
 BERT = SpecialIds(pad=0, cls=101, sep=102, mask=103)
 CONFIGS = ROOT / "train" / "configs"
@@ -44,6 +45,8 @@ def test_full_size_sycoca() -> None:
     assert (model.num_prefix_tokens, model.patch_grid, model.vision.patch_size) == (1, (16, 16), 18)
     assert (config.data.max_length, model.text.position.num_embeddings) == (76, 77)
     assert vars(config.model.weights) == {"itc": 1.0, "caption": 2.0, "tgmim": 1.0}
+    assert isinstance(model.vision.vit.norm_pre, torch.nn.LayerNorm) and model.text.open_clip
+    assert config.data.eval_resize == "crop"
     assert (8 * config.train.batch_size, config.train.epochs, config.train.precision) == (2048, 20, "bf16")
 
 
@@ -61,6 +64,23 @@ def test_full_size_coca() -> None:
     assert (config.data, config.optimizer, config.train) == (sycoca.data, sycoca.optimizer, sycoca.train)
 
 
+SPARED = {"albef_base.yaml": {"embeddings.position.weight"}, "sycoca_base.yaml": {"text.position.weight"}}
+
+
+@pytest.mark.parametrize("name", SPARED)
+def test_positions_and_class_tokens_do_not_decay(name: str) -> None:
+    config = load(name)
+    with torch.device("meta"):
+        model = (SyCoCa if config.method == "sycoca" else SoftMaskPP)(config.model, special_ids=BERT)
+    names = {id(parameter): parameter_name for parameter_name, parameter in model.named_parameters()}
+    decayed, spared = parameter_groups(model, config.optimizer)
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (config.optimizer.weight_decay, 0.0)
+    assert all(names[id(p)].endswith((".weight", "pooler.queries")) for p in decayed["params"])
+    wide = {names[id(p)] for p in spared["params"] if p.ndim > 1}
+    expected = {"vit.pos_embed", "vit.cls_token", *SPARED[name]}
+    assert len(wide) == len(expected) and all(any(one.endswith(end) for one in wide) for end in expected)
+
+
 def test_what_the_papers_add_and_leave() -> None:
     albef, softmask, retrieval = (load(name) for name in BASE)
     assert (albef.model.soft_mask, albef.model.gamma, albef.model.mask_text) == (False, 0.0, "mlm")
@@ -70,6 +90,9 @@ def test_what_the_papers_add_and_leave() -> None:
         assert (optimizer.lr, optimizer.min_lr, optimizer.warmup_steps) == (1e-4, 1e-5, 2000)
         assert (config.model.alpha, config.model.alpha_warmup_epochs) == (0.4, 1.0)
         assert (optimizer.weight_decay, config.train.batch_size, config.train.epochs) == (0.02, 64, 30)
+    for config in (albef, softmask, retrieval):
+        assert (config.data.clean_captions, config.data.append_sep) == (True, False)
+        assert (config.data.captions, config.data.eval_resize) == ("all" if config is retrieval else "random", "squash")
     assert retrieval.model.alpha_warmup_epochs == 1.0
     assert retrieval.init == softmask.output and retrieval.model.share_positives
     assert retrieval.model.weights.mlm == 0.0 and retrieval.optimizer.lr == 1e-5

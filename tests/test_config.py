@@ -73,6 +73,8 @@ def test_overrides(write) -> None:
         ("train.epochs=2", ["train.steps", "either steps or epochs", "got 10 steps, 2 epochs"]),
         ("optimizer.min_lr=1", ["optimizer.min_lr", "0.0001", "got 1.0"]),
         ("data.max_length=1", ["data.max_length: expected at least 3, got 1"]),
+        ("data.captions=one", ["data.captions: expected all or random, got str 'one'"]),
+        ("data.eval_resize=no", ["data.eval_resize: expected auto or squash or crop, got"]),
         ("model.text.heads=7", ["model.text.width", "text.heads (7)", "got 768"]),
         ("data.image_size=64", ["data.image_size", "model.vision.image_size = 256", "got 64"]),
         ("seed=-1", ["seed", ">= 0", "got -1"]),
