@@ -63,11 +63,13 @@ def small_model(*, spread: float = 4.0, seed: int = 0, **options) -> SoftMaskPP:
 
 
 def small_sycoca(
-    *, vit: str = "conv_vit", width: int = 24, image_size: int = 32, pool: str = "cls", **options
+    *, vit: str = "conv_vit", width: int = 24, image_size: int = 32, pool: str = "cls", style: str = "own", **options
 ) -> SyCoCa:
     """Weights four times larger than at initialization, so that attention is far from uniform."""
     torch.manual_seed(0)
-    text = CausalTextConfig(vocab_size=VOCABULARY, width=32, heads=4, layers=2, decoder_layers=2, max_positions=16)
+    text = CausalTextConfig(
+        vocab_size=VOCABULARY, width=32, heads=4, layers=2, decoder_layers=2, max_positions=16, style=style
+    )
     vision = VisionConfig(
         name=vit,
         image_size=image_size,

@@ -14,7 +14,11 @@ from softmask.models.generation import CaptionGenerator, generate_captions, sear
 from softmask.models.packing import Packing
 
 
-@pytest.fixture(scope="module", params=[{}, COCA | POOLED], ids=["SyCoCa", "CoCa with its pooler"])
+@pytest.fixture(
+    scope="module",
+    params=[{}, COCA | POOLED, {"style": "open_clip"}],
+    ids=["SyCoCa", "CoCa with its pooler", "open_clip's style"],
+)
 def model(request: pytest.FixtureRequest):
     return small_sycoca(**request.param).eval()
 

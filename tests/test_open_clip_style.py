@@ -136,8 +136,8 @@ def test_weights_begin_by_the_style(style: str) -> None:
 
 
 def test_only_cls_is_normalized_and_stands_last() -> None:
-    own, theirs = (small_sycoca(**COCA) for _ in range(2))
-    theirs.text.open_clip = True
+    own, theirs = small_sycoca(**COCA), small_sycoca(**COCA, style="open_clip")
+    theirs.load_state_dict(own.state_dict())
     batch = small_batch(dtype=torch.float64)
     first, second = (model.read(batch.input_ids, Packing.of(batch.attention_mask)) for model in (own, theirs))
     torch.testing.assert_close(first.tokens, theirs.text.norm(second.tokens))

@@ -178,7 +178,7 @@ class CaptionGenerator(PreTrainedModel, GenerationMixin):
         states = text.word(input_ids) + text.position(position)  # [B, T, D]
         for layer, block in enumerate(text.blocks):
             states = _look_back(block, states, past_key_values, layer)
-        states = text.norm(states)
+        states = text.told(states)
         for layer, (own, cross) in enumerate(zip(decoder.own, decoder.cross, strict=True)):
             states = _look_back(own, states, past_key_values, len(text.blocks) + layer)
             states = _look_at(cross, states, *pictures[:, layer].unbind(1))

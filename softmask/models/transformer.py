@@ -176,9 +176,13 @@ class CausalTextEncoder(nn.Module):
         states = with_cls.pack(padded) + self.position(with_cls.pack(self._positions(packing)))
         for block in self.blocks:
             states = run(block, states, with_cls, None, None, True, again=self.activation_checkpointing)
-        padded = with_cls.pad(states if self.open_clip else self.norm(states))
+        padded = with_cls.pad(self.told(states))
         tokens, cls = packing.pack(padded[:, :-1]), padded[:, -1]
         return tokens, self.norm(cls) if self.open_clip else cls
+
+    def told(self, states: Tensor) -> Tensor:
+        """States of the last block -> tokens as decoders read them."""
+        return states if self.open_clip else self.norm(states)
 
     def normalized(self, tokens: Tensor) -> Tensor:
         """Tokens as CLS is when it is projected."""
