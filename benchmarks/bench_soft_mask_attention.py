@@ -11,8 +11,8 @@ from harness import DEVICE, Bench, Run
 from torch import Tensor
 
 from softmask import ops, reference
-from softmask.models.attention import attend
-from softmask.models.packing import Packing
+from softmask.models.layers.attention import attend
+from softmask.models.layers.packing import Packing
 
 
 def gpu_libraries() -> list[str]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from softmask.data import Batch
 from softmask.models import SoftMaskPP
-from softmask.models.bert import at_least_fp32
+from softmask.models.layers.numerics import at_least_fp32
 
 
 class AttentionMap:

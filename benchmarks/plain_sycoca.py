@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from softmask.data import Batch
 from softmask.models import SyCoCa
-from softmask.models.bert import at_least_fp32
 from softmask.models.config import check
-from softmask.models.transformer import Attention, CrossDecoder
+from softmask.models.layers.numerics import at_least_fp32
+from softmask.models.layers.transformer import Attention, CrossDecoder
 
 MAX_LOGIT_SCALE = 100.0
 PUBLISHED = {

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from softmask.models import SoftMaskPP, SoftMaskPPConfig, SyCoCa, SyCoCaConfig, SyCoCaOutput
-from softmask.models.softmask_pp import SoftMaskPPOutput
-from softmask.models.vision import VisionEncoder
+from softmask.models.layers.vision import VisionEncoder
+from softmask.models.softmask_pp.model import SoftMaskPPOutput
 
 ALPHA = 0.4
 VIT = "image encoder"

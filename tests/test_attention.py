@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from model_fixtures import small_config
 from torch import Tensor
 
-from softmask.models.attention import LIBRARIES, attend, check_library
-from softmask.models.fusion import FusionEncoder, PairIndex
-from softmask.models.packing import Packing
+from softmask.models.layers.attention import LIBRARIES, attend, check_library
+from softmask.models.layers.packing import Packing
+from softmask.models.softmask_pp.fusion import FusionEncoder, PairIndex
 
 
 def one_sequence(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:

@@ -8,11 +8,11 @@ import torch
 import transformers
 from model_fixtures import small_config
 
-from softmask.models.backbone import Backbone
-from softmask.models.bert_weights import convert, read_state
 from softmask.models.config import VisionConfig
-from softmask.models.packing import Packing
-from softmask.models.vision import GlobalBatchNorm, VisionEncoder
+from softmask.models.layers.bert_weights import convert, read_state
+from softmask.models.layers.packing import Packing
+from softmask.models.layers.vision import GlobalBatchNorm, VisionEncoder
+from softmask.models.softmask_pp.backbone import Backbone
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import torch
 from model_fixtures import COCA, POOLED, SPECIAL, VOCABULARY, small_batch, small_sycoca
 from torch import Tensor
 
-from softmask.models.generation import CaptionGenerator, generate_captions, search_captions
-from softmask.models.packing import Packing
+from softmask.models.layers.packing import Packing
+from softmask.models.sycoca.generation import CaptionGenerator, generate_captions, search_captions
 
 
 @pytest.fixture(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from model_fixtures import SPECIAL, VOCABULARY, small_batch
 
-from softmask.models.masking import IGNORE, mask_tokens, pick_words, sample_negatives, word_positions
+from softmask.models.softmask_pp.masking import IGNORE, mask_tokens, pick_words, sample_negatives, word_positions
 
 
 def test_masking_rates_and_exclusions():

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from softmask.models import mlm
-from softmask.models.mlm import masked_token_loss
+from softmask.models.layers import token_loss as mlm
+from softmask.models.layers.token_loss import masked_token_loss
 
 
 def definition(logits: Tensor, labels: Tensor, teacher: Tensor, alpha: float) -> Tensor:

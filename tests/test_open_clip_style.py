@@ -9,8 +9,8 @@ from model_fixtures import COCA, SPECIAL, VOCABULARY, small_batch, small_sycoca
 from torch import Tensor, nn
 
 from softmask.models import CausalTextConfig, SyCoCa, SyCoCaConfig, VisionConfig
-from softmask.models.packing import Packing
-from softmask.models.transformer import Block
+from softmask.models.layers.packing import Packing
+from softmask.models.layers.transformer import Block
 
 WIDTH, HEADS, LAYERS, LENGTH = 256, 4, 3, 12  # the width of the smallest ViT of CLIP's kind
 

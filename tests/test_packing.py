@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from softmask.models.packing import HostInts, Packing, Wanted
+from softmask.models.layers.packing import HostInts, Packing, Wanted
 
 MASKS = {
     "ragged": torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]]).bool(),

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from softmask.data import rle, scenes
-from softmask.data.captions import MAX_WORDS, Box, Group, write_caption
-from softmask.data.openmoji import ATTRIBUTION, Concept, concepts
+from softmask.data import rle
+from softmask.data.scenes import draw as scenes
+from softmask.data.scenes.captions import MAX_WORDS, Box, Group, write_caption
+from softmask.data.scenes.openmoji import ATTRIBUTION, Concept, concepts
 
 BY_NAME = {concept.name: concept for concept in concepts()}
 NUMBERS = {1: "a", 2: "two", 3: "three", 4: "four"}

@@ -13,7 +13,9 @@ from two_ranks import own_rows, run_on_two_ranks
 
 import softmask
 from softmask import ops
-from softmask.models import SoftMaskPP, masking, softmask_pp
+from softmask.models import SoftMaskPP
+from softmask.models.softmask_pp.model import masking
+from softmask.models.softmask_pp.model import model as softmask_pp
 
 ALBEF = {"soft_mask": False, "gamma": 0.0, "mask_text": "mlm"}
 

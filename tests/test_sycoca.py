@@ -13,8 +13,8 @@ from torch import Tensor
 
 from softmask import ops
 from softmask.models import CausalTextConfig, SyCoCa
-from softmask.models.packing import Packing
-from softmask.models.sycoca_config import SyCoCaWeights
+from softmask.models.layers.packing import Packing
+from softmask.models.sycoca.config import SyCoCaWeights
 
 
 def dense_logits(model: SyCoCa, batch) -> Tensor:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from softmask import ops
 from softmask.models import SyCoCa
-from softmask.models.pooler import AttentionalPooler
-from softmask.models.sycoca_encoders import Texts
-from softmask.models.sycoca_masks import PatchMasks, attentive_masks, patch_positions, random_masks
+from softmask.models.layers.pooler import AttentionalPooler
+from softmask.models.sycoca.encoders import Texts
+from softmask.models.sycoca.masks import PatchMasks, attentive_masks, patch_positions, random_masks
 
 # -- the pooler -------------------------------------------------------------------------------------------------------
 

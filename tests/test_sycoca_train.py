@@ -14,7 +14,8 @@ from train_fixtures import different, make_config, make_sycoca_config, rows, run
 
 from softmask import reference
 from softmask.data import open_source
-from softmask.models import SyCoCa, SyCoCaConfig, caption_head
+from softmask.models import SyCoCa, SyCoCaConfig
+from softmask.models.sycoca.model import caption_head
 from softmask.train import captioning, evaluate, reconstruction, report, report_generation, scoring
 from softmask.train.checkpoint import config_differences, find_checkpoint, load_model
 from softmask.train.config import Config, ConfigError

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from softmask.models import ConvViTConfig, VisionConfig
-from softmask.models.vision import ConvStem, VisionEncoder
+from softmask.models.layers.vision import ConvStem, VisionEncoder
 
 
 def seen_pixels(stem: ConvStem, row: int, column: int, size: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from softmask.data.lfs import NOT_THE_FILE, is_pointer
+from softmask.lfs import NOT_THE_FILE, is_pointer
 
 
 class ConfigError(ValueError):

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softmask.data.lfs import refuse_pointer
+from softmask.lfs import refuse_pointer
 from softmask.train.config import OptimizerConfig
 from softmask.train.engine import choose_accelerator, own_range
 from softmask.train.schedule import parameter_groups

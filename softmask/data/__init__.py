@@ -1,6 +1,7 @@
 """Captions and images in, batches out."""
 
-from softmask.data.loader import Batch, DataConfig, Loader
+from softmask.batch import Batch
+from softmask.data.loader import DataConfig, Loader
 from softmask.data.records import DataError, Record, SampleError, Source
 from softmask.data.sources import open_source
 from softmask.data.text import CaptionTokenizer, TokenBatch, train_wordpiece

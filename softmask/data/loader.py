@@ -8,14 +8,14 @@ import math
 import os
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
+from softmask.batch import Batch
 from softmask.data.cleaning import plain_words
 from softmask.data.order import BatchPlan, Captions, Plans
 from softmask.data.records import DataError, Record, SampleError, Source
@@ -78,31 +78,6 @@ class DataConfig:
     def reading(self) -> dict[str, Any]:
         """How captions become tokens: options of a CaptionTokenizer's call."""
         return {"max_length": self.max_length, "append_sep": self.append_sep, "clean": self.clean_captions}
-
-
-@dataclass
-class Batch:
-    """B captioned pictures."""
-
-    images: Tensor  # [B, 3, H, W] float32, normalized
-    input_ids: Tensor  # [B, T] int64
-    attention_mask: Tensor  # [B, T] bool, True = real token
-    word_ids: Tensor  # [B, T] int64, see TokenBatch
-    image_id: Tensor  # [B] int64, equal for captions of the same picture
-    skipped: list[str] = field(default_factory=list)  # "shard.tar:key: reason" of samples that were replaced
-    num_tokens: int | None = None  # real ones; None: counted where it is asked for, which waits for a device
-
-    def to(self, device: torch.device | str) -> Batch:
-        """A copy on `device`; asynchronous from pinned memory."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> Batch:
-        """A copy in page-locked memory; DataLoader calls this."""
-        return self._map(Tensor.pin_memory)
-
-    def _map(self, function) -> Batch:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{name: function(v) if isinstance(v, Tensor) else v for name, v in values.items()})
 
 
 class _BatchReader:

@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from braceexpand import UnbalancedBracesError, braceexpand
 
-from softmask.data.lfs import NOT_THE_FILE, is_pointer
 from softmask.data.records import DataError, LeftOut, Record, SampleError, Source, clean_caption
 from softmask.data.shards import ShardSource
+from softmask.lfs import NOT_THE_FILE, is_pointer
 
 logger = logging.getLogger("softmask.data")
 

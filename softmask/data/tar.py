@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from softmask.data.lfs import NOT_THE_FILE, is_pointer
+from softmask.lfs import NOT_THE_FILE, is_pointer
 
 BLOCK = 512
 RECORD = 20 * BLOCK  # tar fills its archives up to a multiple of it

@@ -14,7 +14,7 @@ from tokenizers import Encoding, Tokenizer, decoders, models, normalizers, pre_t
 from torch import Tensor
 
 from softmask.data.cleaning import Plain, plain_words
-from softmask.data.lfs import refuse_pointer
+from softmask.lfs import refuse_pointer
 
 SPECIAL_TOKENS = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
 SPECIAL_TOKENS |= {"mask_token": "[MASK]"}

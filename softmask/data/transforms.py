@@ -18,7 +18,7 @@ import torch
 from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 
-from softmask.data.lfs import NOT_THE_FILE, is_pointer
+from softmask.lfs import NOT_THE_FILE, is_pointer
 
 if TYPE_CHECKING:
     from softmask.data.loader import DataConfig

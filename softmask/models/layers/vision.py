@@ -15,9 +15,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
-from .bert import at_least_fp32
-from .config import CONV_VIT, ConvViTConfig, VisionConfig
-from .vision_weights import load_vit
+from softmask.models.config import CONV_VIT, ConvViTConfig, VisionConfig
+from softmask.models.layers.numerics import at_least_fp32
+from softmask.models.layers.vision_weights import load_vit
 
 LAYER_SCALE = 0.1  # the transformer's blocks start as a small change to what the convolutions see
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .config import SpecialIds
+from softmask.models.config import SpecialIds
 
 IGNORE = -100
 

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from softmask import ops
-
-from .attention import attend
-from .bert import FeedForward, SelfAttention
-from .config import TextConfig
-from .packing import Packing, Wanted
-from .running import run
+from softmask.models.config import TextConfig
+from softmask.models.layers.attention import attend
+from softmask.models.layers.bert import FeedForward, SelfAttention
+from softmask.models.layers.packing import Packing, Wanted
+from softmask.models.layers.recomputation import run
 
 
 @dataclass

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .bert import at_least_fp32
-from .mlm import masked_token_loss
+from softmask.models.layers.numerics import at_least_fp32
+from softmask.models.layers.token_loss import masked_token_loss
 
 MOST_LOGITS = 2**26  # at a time, 256 MiB in fp32; where there are more, each part is made again for its gradient
 

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import attend
-from .packing import Packing, Wanted
-from .running import run
+from softmask.models.layers.attention import attend
+from softmask.models.layers.packing import Packing, Wanted
+from softmask.models.layers.recomputation import run
 
 
 class Attention(nn.Module):

@@ -8,8 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .fusion import CrossRecord, FusionEncoder, FusionStart, ImageKeys, PairIndex
-from .packing import Packing, Wanted
+from softmask.models.layers.packing import Packing, Wanted
+from softmask.models.softmask_pp.fusion import CrossRecord, FusionEncoder, FusionStart, ImageKeys, PairIndex
 
 
 @dataclass

@@ -18,8 +18,8 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
-from .sycoca import SyCoCa
-from .transformer import Attention, Block
+from softmask.models.layers.transformer import Attention, Block
+from softmask.models.sycoca.model import SyCoCa
 
 
 @dataclass(frozen=True)

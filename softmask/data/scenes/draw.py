@@ -36,8 +36,8 @@ import webdataset
 from PIL import Image
 
 from softmask.data import rle
-from softmask.data.captions import Box, Caption, Group, name_one, write_caption
-from softmask.data.openmoji import ATTRIBUTION, Concept, concepts, rasterize
+from softmask.data.scenes.captions import Box, Caption, Group, name_one, write_caption
+from softmask.data.scenes.openmoji import ATTRIBUTION, Concept, concepts, rasterize
 
 VERSION = 5
 """Goes up when the same parameters give other files, so that old folders are written anew."""
@@ -395,7 +395,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"wrote {out} in {time.perf_counter() - begin:.0f} s" if written else f"{out} is up to date")
     print(ATTRIBUTION)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

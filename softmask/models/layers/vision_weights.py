@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .weight_files import read_tensors
+from softmask.models.layers.weight_files import read_tensors
 
 
 def load_vit(vit: nn.Module, file: str) -> str:

@@ -6,20 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import attend
-from .config import TextConfig
-from .packing import Packing, Wanted
-from .running import run
-
-
-def at_least_fp32(values: Tensor) -> Tensor:
-    """Half precision (autocast's outputs) to fp32; fp32 and fp64 as they are."""
-    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
-
-
-def clamp_value(values: Tensor, *, most: float, least: float | None = None) -> Tensor:
-    """Clamped in value only: the gradient stays, so that a parameter that left the range can come back."""
-    return values.clamp(least, most).detach() + (values - values.detach())
+from softmask.models.config import TextConfig
+from softmask.models.layers.attention import attend
+from softmask.models.layers.packing import Packing, Wanted
+from softmask.models.layers.recomputation import run
 
 
 class Embeddings(nn.Module):
@@ -124,12 +114,3 @@ class MLMHead(nn.Module):
 
     def forward(self, states: Tensor, word_embedding: nn.Embedding) -> Tensor:
         return F.linear(self.norm(F.gelu(self.dense(states))), word_embedding.weight, self.bias)
-
-
-def initialize(module: nn.Module, *, std: float) -> None:
-    """BERT's initialization of a module and all within it: normal weights of linear and embedding layers, no bias."""
-    for part in module.modules():
-        if isinstance(part, nn.Linear | nn.Embedding):
-            nn.init.normal_(part.weight, std=std)
-        if isinstance(part, nn.Linear) and part.bias is not None:
-            nn.init.zeros_(part.bias)

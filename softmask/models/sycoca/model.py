@@ -14,18 +14,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softmask import ops
-from softmask.data import Batch
-
-from .bert import clamp_value, initialize
-from .caption_head import CaptionHead
-from .config import SpecialIds, check
-from .packing import Packing, Wanted
-from .running import all_ranks
-from .sycoca_config import MAX_LOGIT_SCALE, SyCoCaConfig
-from .sycoca_encoders import Encoders, Texts
-from .sycoca_masks import PatchMasks, attentive_masks, keep_patches, patch_positions, random_masks, replace_patches
-from .transformer import CrossDecoder
-from .twin import update_twin
+from softmask.batch import Batch
+from softmask.models.config import SpecialIds, check
+from softmask.models.layers.momentum import update_twin
+from softmask.models.layers.numerics import clamp_value, initialize
+from softmask.models.layers.packing import Packing, Wanted
+from softmask.models.layers.recomputation import all_ranks
+from softmask.models.layers.transformer import CrossDecoder
+from softmask.models.sycoca.caption_head import CaptionHead
+from softmask.models.sycoca.config import MAX_LOGIT_SCALE, SyCoCaConfig
+from softmask.models.sycoca.encoders import Encoders, Texts
+from softmask.models.sycoca.masks import (
+    PatchMasks,
+    attentive_masks,
+    keep_patches,
+    patch_positions,
+    random_masks,
+    replace_patches,
+)
 
 
 @dataclass

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .weight_files import read_tensors
+from softmask.models.layers.weight_files import read_tensors
 
 EMBEDDINGS = {
     "embeddings.word_embeddings.weight": "text.embeddings.word.weight",

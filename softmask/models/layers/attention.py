@@ -3,24 +3,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .packing import Packing
-
-LIBRARIES = {"sdpa": "torch", "eager": "torch", "flash_attn": "flash_attn", "xformers": "xformers"}
-"""What a configuration may name -> the package that it needs."""
-
-
-def check_library(name: str) -> None:
-    """ValueError where the name is unknown or its package is not installed."""
-    if name not in LIBRARIES:
-        raise ValueError(f"text.attention: expected one of {', '.join(map(repr, LIBRARIES))}, got {name!r}")
-    if importlib.util.find_spec(LIBRARIES[name]) is None:
-        raise ValueError(f"text.attention: {name!r} needs the package {LIBRARIES[name]}, which is not installed")
+from softmask.models.layers.packing import Packing
 
 
 def attend(

@@ -14,19 +14,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softmask import ops
-from softmask.data import Batch
-
-from .backbone import Backbone, Encoded
-from .bert import at_least_fp32, clamp_value, initialize
-from .config import MAX_TEMPERATURE, MIN_TEMPERATURE, SoftMaskPPConfig, SpecialIds
-from .fusion import CrossRecord
-from .maps import MapSource
-from .masking import IGNORE, mask_tokens, pick_words, sample_negatives, word_positions
-from .mlm import masked_token_loss
-from .packing import HostInts, Packing
-from .pairs import Pairs, Prepared, first_tokens, fuse, row_numbers, split_first
-from .running import all_ranks
-from .twin import momentum_twin, update_twin
+from softmask.batch import Batch
+from softmask.models.config import MAX_TEMPERATURE, MIN_TEMPERATURE, SpecialIds
+from softmask.models.layers.momentum import momentum_twin, update_twin
+from softmask.models.layers.numerics import at_least_fp32, clamp_value, initialize
+from softmask.models.layers.packing import HostInts, Packing
+from softmask.models.layers.recomputation import all_ranks
+from softmask.models.layers.token_loss import masked_token_loss
+from softmask.models.softmask_pp.backbone import Backbone, Encoded
+from softmask.models.softmask_pp.config import SoftMaskPPConfig
+from softmask.models.softmask_pp.fusion import CrossRecord
+from softmask.models.softmask_pp.maps import MapSource
+from softmask.models.softmask_pp.masking import IGNORE, mask_tokens, pick_words, sample_negatives, word_positions
+from softmask.models.softmask_pp.pairs import Pairs, Prepared, first_tokens, fuse, row_numbers, split_first
 
 MAX_WORD_TOKENS = 8  # of a longer word, the map is the mean over its first tokens
 

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from softmask import ops
-
-from .bert import at_least_fp32
-from .fusion import CrossRecord, ImageKeys
+from softmask.models.layers.numerics import at_least_fp32
+from softmask.models.softmask_pp.fusion import CrossRecord, ImageKeys
 
 
 @dataclass

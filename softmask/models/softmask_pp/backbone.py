@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .bert import MLMHead, TextEncoder, at_least_fp32, initialize
-from .bert_weights import load_bert
-from .config import SoftMaskPPConfig
-from .fusion import FusionEncoder
-from .packing import Packing
-from .vision import VisionEncoder
+from softmask.models.layers.bert import MLMHead, TextEncoder
+from softmask.models.layers.bert_weights import load_bert
+from softmask.models.layers.numerics import at_least_fp32, initialize
+from softmask.models.layers.packing import Packing
+from softmask.models.layers.vision import VisionEncoder
+from softmask.models.softmask_pp.config import SoftMaskPPConfig
+from softmask.models.softmask_pp.fusion import FusionEncoder
 
 
 @dataclass

@@ -7,7 +7,7 @@ import os
 from timm.models import load_state_dict
 from torch import Tensor
 
-from softmask.data.lfs import refuse_pointer
+from softmask.lfs import refuse_pointer
 
 
 def read_tensors(file: str | os.PathLike, key: str) -> dict[str, Tensor]:

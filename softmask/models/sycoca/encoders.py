@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .bert import at_least_fp32, initialize
-from .packing import Packing
-from .pooler import AttentionalPooler
-from .sycoca_config import SyCoCaConfig
-from .transformer import CausalTextEncoder, initialize_by_depth
-from .vision import VisionEncoder
+from softmask.models.layers.numerics import at_least_fp32, initialize
+from softmask.models.layers.packing import Packing
+from softmask.models.layers.pooler import AttentionalPooler
+from softmask.models.layers.transformer import CausalTextEncoder, initialize_by_depth
+from softmask.models.layers.vision import VisionEncoder
+from softmask.models.sycoca.config import SyCoCaConfig
 
 
 @dataclass

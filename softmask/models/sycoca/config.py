@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .attention import check_library
-from .config import MAX_TEMPERATURE, VisionConfig, at_least_one, check, check_heads
+from softmask.models.config import MAX_TEMPERATURE, VisionConfig, at_least_one, check, check_heads, check_library
 
 MAX_LOGIT_SCALE = 100.0
 Style = Literal["own", "open_clip"]

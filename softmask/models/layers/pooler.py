@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .attention import attend
-from .packing import Packing
+from softmask.models.layers.attention import attend
+from softmask.models.layers.packing import Packing
 
 
 class AttentionalPooler(nn.Module):

@@ -1,0 +1,33 @@
+"""What the data gives and the models take: captioned pictures as tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Batch:
+    """B captioned pictures."""
+
+    images: Tensor  # [B, 3, H, W] float32, normalized
+    input_ids: Tensor  # [B, T] int64
+    attention_mask: Tensor  # [B, T] bool, True = real token
+    word_ids: Tensor  # [B, T] int64, see TokenBatch
+    image_id: Tensor  # [B] int64, equal for captions of the same picture
+    skipped: list[str] = field(default_factory=list)  # "shard.tar:key: reason" of samples that were replaced
+    num_tokens: int | None = None  # real ones; None: counted where it is asked for, which waits for a device
+
+    def to(self, device: torch.device | str) -> Batch:
+        """A copy on `device`; asynchronous from pinned memory."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """A copy in page-locked memory; DataLoader calls this."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function) -> Batch:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{name: function(v) if isinstance(v, Tensor) else v for name, v in values.items()})

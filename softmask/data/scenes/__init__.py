@@ -1,0 +1,1 @@
+"""Captioned scenes of OpenMoji drawings: `python -m softmask.data.scenes --out DIR`."""

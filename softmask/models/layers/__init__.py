@@ -1,0 +1,1 @@
+"""Layers and encoders that models are made of."""
