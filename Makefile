@@ -70,8 +70,8 @@ $(RUN_DIR)/metrics.json: $(RUN_DIR)/done.json
 $(RUN_DIR)/report.html: $(RUN_DIR)/metrics.json
 	@$(IN_VENV) python train/report.py $(RUN_DIR) --data '$(SCENES)/test-*.tar'
 
-ablation: $(READY) $(SCENES)/scenes.json  ## hours: both methods with and without their parts, docs/ablation.md; ARGS="--rows coca --steps 20"
-	@$(IN_VENV) python train/ablation.py $(ARGS)
+ablation: $(READY) $(SCENES)/scenes.json  ## hours: both methods with and without their parts, benchmarks/ablation/README.md; ARGS="--rows coca --steps 20"
+	@$(IN_VENV) python -m benchmarks.ablation.run $(ARGS)
 
 test: $(READY)  ## all tests, JOBS at a time
 	@OMP_NUM_THREADS=1 $(IN_VENV) python -m pytest tests -q -n $(JOBS) --dist worksteal

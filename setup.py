@@ -1,4 +1,4 @@
-"""Build of `softmask`: three source folders make one package, with C++ kernels where torch and a compiler are.
+"""Build of `softmask`: two source folders make one package, with C++ kernels where torch and a compiler are.
 
 SOFTMASK_SKIP_EXT=1     leaves the C++ kernels out;
 SOFTMASK_FORCE_BUILD=1  fails when they cannot be built, instead of going on without them;
@@ -18,7 +18,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 VERSION = runpy.run_path(str(ROOT / "softmask" / "_version.py"))["__version__"]
-FOLDERS = {"softmask": "softmask", "softmask.kernels": "kernels", "softmask.train": "train"}
+FOLDERS = {"softmask": "softmask", "softmask.kernels": "kernels", "softmask.configs": "train/configs"}
 LIMITED_API = "cp310"
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all", "-O1", "-g1"]
 
@@ -66,7 +66,7 @@ def say(line: str) -> None:
 def packages() -> list[str]:
     """Every package folder, under the name it is imported by."""
     inner = [f"{name}.{package}" for name, folder in FOLDERS.items() for package in find_packages(str(ROOT / folder))]
-    return [*FOLDERS, *inner]
+    return sorted({*FOLDERS, *inner})  # softmask/kernels, a link, is one of both
 
 
 def cpp_extension(sources: list[str]):
@@ -144,7 +144,8 @@ setup(
     python_requires=">=3.10",
     packages=packages(),
     package_dir=FOLDERS,
-    package_data={"softmask.train": ["configs/*.yaml", "configs/*.json"]},
+    package_data={"softmask.configs": ["*.yaml"]},
+    entry_points={"console_scripts": ["softmask=softmask.cli:main"]},
     install_requires=["torch>=2.6"],
     extras_require={"train": TRAIN, "demo": DEMO, "bench": BENCH, "bench-gpu": BENCH_GPU, "test": TEST, "dev": DEV},
     **extension_arguments(),

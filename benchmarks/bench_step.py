@@ -28,7 +28,7 @@ from torch.utils.flop_counter import flop_registry
 
 import softmask
 from softmask.models import SoftMaskPPConfig, SyCoCaConfig
-from softmask.train.config import load_config
+from softmask.training.config import load_config
 
 CONFIGS = Path(__file__).parent.parent / "train" / "configs"
 METHODS = {"softmask_pp": "softmask_base.yaml", "sycoca": "sycoca_base.yaml"}

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from softmask.data import Batch
 from softmask.models import SoftMaskPP, SoftMaskPPConfig, SpecialIds, SyCoCa, SyCoCaConfig
+from softmask.models.softmask_pp import model as softmask_pp
 from softmask.models.softmask_pp.masking import MaskedText, mask_tokens
-from softmask.models.softmask_pp.model import model as softmask_pp
 
 BERT = SpecialIds(pad=0, cls=101, sep=102, mask=103)
 VOCABULARY = {SoftMaskPPConfig: 30522, SyCoCaConfig: 64000}  # BERT's and open_clip's coca_base's

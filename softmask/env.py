@@ -106,5 +106,14 @@ def why(device: str, backend: str) -> str:
     return "; ".join(reasons) or "the first choice on this device"
 
 
-if __name__ == "__main__":
+def main(arguments: list[str] | None = None) -> int:
+    """`python -m softmask.env`, `softmask env`."""
+    if arguments:
+        print(f"softmask env: expected no arguments, got {' '.join(arguments)}", file=sys.stderr)
+        return 2
     print(report())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

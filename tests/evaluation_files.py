@@ -17,9 +17,9 @@ from torch import Tensor
 
 from softmask.data import DataConfig, TokenBatch, open_source, rle, train_wordpiece
 from softmask.models import ConvViTConfig, SoftMaskPPConfig, TextConfig, VisionConfig
-from softmask.train.checkpoint import build_model
-from softmask.train.config import Config, TrainConfig, save_config
-from softmask.train.resharding import MODEL_FILE
+from softmask.training.checkpoint.reshard import MODEL_FILE
+from softmask.training.checkpoint.store import build_model
+from softmask.training.config import Config, TrainConfig, save_config
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "black": (0, 0, 0)}
 PAIRS = list(permutations(COLOURS, 2))  # 12 scenes: the left box and the right one

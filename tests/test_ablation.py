@@ -13,11 +13,14 @@ from evaluation_files import write_scenes
 from train_fixtures import make_config, make_sycoca_config, rows, run_here
 from train_fixtures import write_shard as write_training_shard
 
-from softmask.train import ablation, ablation_table, evaluate, pretrain
-from softmask.train.ablation import AblationError, Plan, Run, carry_out, run_all
-from softmask.train.ablation_rows import STUDIES, Study
-from softmask.train.ablation_table import Results, order_sentence, render
-from softmask.train.config import flatten, load_config, save_config
+from benchmarks.ablation import run as ablation
+from benchmarks.ablation import table as ablation_table
+from benchmarks.ablation.rows import STUDIES, Study
+from benchmarks.ablation.run import AblationError, Plan, Run, carry_out, run_all
+from benchmarks.ablation.table import Results, order_sentence, render
+from softmask.evaluation import evaluate
+from softmask.training import pretrain
+from softmask.training.config import flatten, load_config, save_config
 
 SYCOCA, SOFTMASK_PP = STUDIES
 STEPS = load_config(SYCOCA.config).train.steps
@@ -173,10 +176,10 @@ def test_a_finished_run_without_a_record_is_recorded(tmp_path: Path) -> None:
 
 def test_the_table_in_docs_is_that_of_the_record(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also that every recorded run has the configuration of its row as it is today."""
-    monkeypatch.chdir(Path(ablation.__file__).resolve().parents[1])
+    monkeypatch.chdir(Path(ablation.__file__).resolve().parents[2])
     plan, _ = ablation.parse([])
     results = [ablation.collect(plan, study) for study in plan.studies]
-    assert render(results) == plan.table.read_text(encoding="utf-8"), "`python train/ablation.py --table-only` mends it"
+    assert render(results) == plan.table.read_text(encoding="utf-8"), "python -m benchmarks.ablation.run --table-only"
     recorded = len(list(plan.record.rglob("metrics.json")))
     assert recorded == sum(len(row) for study in results for row in study.metrics.values())
 
@@ -242,7 +245,7 @@ def test_shorter_runs_keep_the_proportions_and_have_their_own_folder() -> None:
     assert plan.table.parent in run.record.parents
     assert not table_only and ablation.parse(["--table-only"])[1]
     whole = ablation.parse([])[0]
-    assert (whole.runs, whole.record) == (Path("runs/ablation"), Path("docs/ablation"))
+    assert (whole.runs, whole.record) == (Path("runs/ablation"), Path("benchmarks/ablation/record"))
 
 
 # -- the table --------------------------------------------------------------------------------------------------------

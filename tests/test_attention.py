@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from model_fixtures import small_config
 from torch import Tensor
 
-from softmask.models.layers.attention import LIBRARIES, attend, check_library
+from softmask.models.config import LIBRARIES, check_library
+from softmask.models.layers.attention import attend
 from softmask.models.layers.packing import Packing
 from softmask.models.softmask_pp.fusion import FusionEncoder, PairIndex
 

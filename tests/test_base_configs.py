@@ -9,10 +9,10 @@ import torch
 from train_fixtures import ROOT, make_config, make_trainer, run_here, write_shard
 
 from softmask.models import SoftMaskPP, SpecialIds, SyCoCa
-from softmask.train.checkpoint import CheckpointError, find_checkpoint
-from softmask.train.config import Config, load_config
-from softmask.train.initial import start_from
-from softmask.train.schedule import parameter_groups
+from softmask.training.checkpoint.initial import start_from
+from softmask.training.checkpoint.store import CheckpointError, find_checkpoint
+from softmask.training.config import Config, load_config
+from softmask.training.optim import parameter_groups
 
 BERT = SpecialIds(pad=0, cls=101, sep=102, mask=103)
 CONFIGS = ROOT / "train" / "configs"

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from softmask.models.sycoca import caption_head
 from softmask.models.sycoca.caption_head import CaptionHead
-from softmask.models.sycoca.model import caption_head
 
 
 def make(tokens: int, *, dtype: torch.dtype = torch.float64) -> tuple[CaptionHead, Tensor, Tensor]:

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from softmask import reference
 from softmask.data import DataError, open_source
-from softmask.train import captioning, reconstruction, report_generation, zero_shot
-from softmask.train.scoring import Reader, Sample, Scorer, each_picture_once, pixels
+from softmask.evaluation import captioning, reconstruction, zero_shot
+from softmask.evaluation.readers import Reader, Sample, Scorer, each_picture_once, pixels
+from softmask.report import generated as report_generation
 
 JAVA = pytest.param(True, marks=pytest.mark.skipif(not captioning.has_java(), reason="no Java"))
 
@@ -243,7 +244,7 @@ def test_the_gap_is_what_the_caption_tells(scorer: Scorer, samples: list[Sample]
 
 
 def scoring_pixels(scorer: Scorer, samples: list[Sample]) -> Tensor:
-    from softmask.train.scoring import pixels
+    from softmask.evaluation.readers import pixels
 
     return pixels(scorer, samples)
 

@@ -9,8 +9,8 @@ import re
 import pytest
 from train_fixtures import make_config
 
-from softmask.train.config import Config, ConfigError, OptimizerConfig, flatten, load_config, save_config
-from softmask.train.deepspeed_section import OWNED_DEEPSPEED_KEYS
+from softmask.training.config import Config, ConfigError, OptimizerConfig, flatten, load_config, save_config
+from softmask.training.deepspeed_section import OWNED_DEEPSPEED_KEYS
 
 
 @pytest.fixture

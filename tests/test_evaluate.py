@@ -14,8 +14,8 @@ from evaluation_files import PAIRS, Oracle, Words, scene, small_config, write_pl
 from PIL import Image
 
 from softmask.data import open_source, rle
-from softmask.train import evaluate, scoring
-from softmask.train.scoring import Reader, Scorer
+from softmask.evaluation import command, evaluate, grounding, retrieval
+from softmask.evaluation.readers import Reader, Scorer
 
 PERFECT = {"r1": 1.0, "r5": 1.0, "r10": 1.0}
 LOST = {"r1": 0.0, "r5": 0.0, "r10": 0.0}
@@ -45,7 +45,7 @@ def test_itm_finds_what_blind_features_leave_among_the_candidates(tmp_path, rera
     """All first-stage scores are equal: the candidates are the first `rerank` items, and only their owners win."""
     scorer = make_scorer(tmp_path, blind=True)
     reader = Reader(open_source(write_scenes(tmp_path / "test.tar")))
-    section = evaluate.retrieval(scorer, reader.all(), rerank=rerank)
+    section = retrieval.retrieval(scorer, reader.all(), rerank=rerank)
     assert section["itc"] == {"i2t": LOST, "t2i": LOST}
     share = min(rerank, 12) / 12
     assert section["itm"]["i2t"]["r1"] == section["itm"]["t2i"]["r1"] == share
@@ -65,7 +65,7 @@ def test_captions_of_one_picture_share_it(tmp_path, image_root):
     (tmp_path / "list.json").write_text(json.dumps(entries), encoding="utf-8")
     scorer = make_scorer(tmp_path)
     scorer.config.data.image_root = image_root and str(pictures)
-    reader = evaluate.open_reader(scorer, str(tmp_path / "list.json"))
+    reader = command.open_reader(scorer, str(tmp_path / "list.json"))
     result = evaluate.evaluate(scorer, reader, pairs=0, rerank=3)
     assert (result["retrieval"]["samples"], result["retrieval"]["images"]) == (24, 12)
     assert result["retrieval"]["itc"] == {"i2t": PERFECT, "t2i": PERFECT}
@@ -89,7 +89,7 @@ def test_truncated_phrases_and_hidden_objects_are_counted_not_played(tmp_path):
     content["objects"][0]["mask"]["counts"] = [1024]
     write_tar(tmp_path / "test.tar", [*members[:2], (members[2][0], json.dumps(content).encode()), *scene(1)])
     reader = Reader(open_source(str(tmp_path / "test.tar")))
-    result = evaluate.grounding(make_scorer(tmp_path), reader.all())
+    result = grounding.grounding(make_scorer(tmp_path), reader.all())
     assert {key: result[key] for key in ("words", "samples", "truncated", "hidden")} == {
         "words": 3,
         "samples": 2,
@@ -97,7 +97,7 @@ def test_truncated_phrases_and_hidden_objects_are_counted_not_played(tmp_path):
         "hidden": 1,
     }
     # [CLS] a red box beside a green [SEP]: "green one" lost its tail
-    result = evaluate.grounding(make_scorer(tmp_path, max_length=8), reader.all())
+    result = grounding.grounding(make_scorer(tmp_path, max_length=8), reader.all())
     assert (result["words"], result["truncated"], result["hidden"], result["pointing"]) == (1, 2, 1, 1.0)
 
 
@@ -118,7 +118,7 @@ def test_malformed_objects_name_sample_and_entry(tmp_path, change, message):
     change(content["objects"][1])
     write_tar(tmp_path / "test.tar", [*members[:2], (members[2][0], json.dumps(content).encode())])
     (sample,) = Reader(open_source(str(tmp_path / "test.tar"))).all()
-    words = scoring.phrases(sample, Words()([sample.caption], max_length=16).offsets[0])
+    words = grounding.phrases(sample, Words()([sample.caption], max_length=16).offsets[0])
     ((where, reason),) = sample.bad_objects.items()
     assert len(words) == 1 and re.match(f"test.tar:0000: .*{message}", f"{where}: {reason}")
 
@@ -145,13 +145,13 @@ def test_masks_are_cut_as_pictures_are(tmp_path):
     scorer = make_scorer(tmp_path)
     scorer.config.data.eval_resize = "crop"
     reader = Reader(open_source(str(tmp_path / "test.tar")), scorer.config.data)
-    assert evaluate.retrieval(scorer, reader.all(), rerank=4)["itc"]["i2t"] == PERFECT
-    result = evaluate.grounding(scorer, reader.all())
+    assert retrieval.retrieval(scorer, reader.all(), rerank=4)["itc"]["i2t"] == PERFECT
+    result = grounding.grounding(scorer, reader.all())
     assert (result["pointing"], result["words"], result["hidden"]) == (1.0, 24, 0)
     assert result["random"] == pytest.approx(128 / 1024)
     sample = next(reader.all())
     assert sample.seen.size == (32, 32) and sample.picture.size == (64, 32)
-    result = evaluate.grounding(scorer, Reader(open_source(str(tmp_path / "aside.tar")), scorer.config.data).all())
+    result = grounding.grounding(scorer, Reader(open_source(str(tmp_path / "aside.tar")), scorer.config.data).all())
     assert (result["words"], result["hidden"]) == (1, 1)  # the left box lies outside, half of the right one inside
 
 
@@ -185,7 +185,7 @@ def test_command_line_writes_the_documented_structure(run, capsys):
 
 def test_results_of_the_real_model_do_not_depend_on_the_batch_size(run):
     """In double precision, so that no rank hangs on a rounding unit."""
-    scorer = evaluate.load_scorer(run / "checkpoints" / "step_00000005", batch_size=3)
+    scorer = command.load_scorer(run / "checkpoints" / "step_00000005", batch_size=3)
     scorer.model.double()
     encode = scorer.model.encode_image
     scorer.model.encode_image = lambda images: encode(images.double())
@@ -194,18 +194,18 @@ def test_results_of_the_real_model_do_not_depend_on_the_batch_size(run):
     scores = []
     for size in (3, 64):
         scorer.batch_size = size
-        gallery = scoring.build_gallery(scorer, reader.all())
-        scores.append(scoring.match_scores(scorer, gallery, wanted))
+        gallery = retrieval.build_gallery(scorer, reader.all())
+        scores.append(retrieval.match_scores(scorer, gallery, wanted))
         single = scorer.model.match(gallery.image_tokens[2:3], gallery.text_tokens[5:6], gallery.attention_mask[5:6])
     assert torch.equal(scores[0].isnan(), ~wanted)
     rounding = torch.finfo(torch.float32).eps * scores[0][wanted].abs().max()
     assert (scores[0][wanted] - scores[1][wanted]).abs().max() <= rounding
-    everything = scoring.match_scores(scorer, gallery, torch.ones(12, 12, dtype=torch.bool))
+    everything = retrieval.match_scores(scorer, gallery, torch.ones(12, 12, dtype=torch.bool))
     assert (everything[2, 5] - single[0, 1]).abs() <= rounding
-    difference = scoring.match_scores(scorer, gallery, wanted, by="difference")
+    difference = retrieval.match_scores(scorer, gallery, wanted, by="difference")
     no_match = scores[1] - difference
     assert wanted[2, 5] and (no_match[2, 5] - single[0, 0]).abs() <= 2 * rounding
-    both = scoring.match_scores(scorer, gallery, wanted, by="match+itc")
+    both = retrieval.match_scores(scorer, gallery, wanted, by="match+itc")
     assert (both - scores[1] - gallery.similarity)[wanted].abs().max() <= 2 * rounding
 
 

@@ -15,10 +15,12 @@ from evaluation_files import write_run, write_scenes
 from torch.utils.data import DataLoader, Dataset
 from train_fixtures import ROOT, make_config
 
-from softmask.train import evaluate, pretrain, report
-from softmask.train.config import ConfigError, save_config
-from softmask.train.engine import check_device
-from softmask.train.failures import explain
+from softmask.evaluation import evaluate
+from softmask.report import build as report
+from softmask.training import pretrain
+from softmask.training.config import ConfigError, save_config
+from softmask.training.engine.startup import check_device
+from softmask.training.failures import explain
 
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has ... of which ...")
 
@@ -51,7 +53,7 @@ def test_real_failures_are_explained() -> None:
 
 JOIN = """
 import datetime, torch.distributed as dist
-from softmask.train.failures import explain
+from softmask.training.failures import explain
 try:
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=1))
 except Exception as error:
@@ -80,7 +82,7 @@ dist.init_process_group("gloo")
 dist.barrier()
 if dist.get_rank() == int(os.environ["LEAVES"]):
     os._exit(0)
-from softmask.train.failures import explain
+from softmask.training.failures import explain
 try:
     for _ in range(100):
         dist.all_reduce(torch.ones(3))

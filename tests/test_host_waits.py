@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from softmask.data import Batch
 from softmask.models import SoftMaskPP, SyCoCa
 from softmask.models.layers.packing import Packing
-from softmask.models.softmask_pp.model import model as softmask_pp
+from softmask.models.softmask_pp import model as softmask_pp
 
 NUMBERS = {2: [20, 4], 1: [45]}  # masked tokens and the most in a caption; tokens of the hard negatives
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from softmask.train.config import ConfigError
-from softmask.train.launchers import first_node, rank_variables
+from softmask.training.config import ConfigError
+from softmask.training.launchers import first_node, rank_variables
 
 SLURM = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "77"}
 OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}

@@ -7,7 +7,7 @@ from itertools import permutations
 import pytest
 import torch
 
-from softmask.train import metrics
+from softmask.evaluation import metrics
 
 
 def naive_recall(scores, relevant, k):

@@ -104,14 +104,13 @@ def test_version_is_the_same_everywhere(wheel: Wheel) -> None:
     assert softmask.__version__ == wheel.version
 
 
-def test_wheel_holds_the_three_folders_and_no_tests(wheel: Wheel) -> None:
+def test_wheel_holds_package_kernels_and_configurations_and_no_tests(wheel: Wheel) -> None:
     expected = [
         *(path.relative_to(ROOT) for path in (ROOT / "softmask").rglob("*.py")),
         *(Path("softmask", path.relative_to(ROOT)) for path in (ROOT / "kernels").rglob("*.py")),
-        *(Path("softmask", path.relative_to(ROOT)) for path in (ROOT / "train").rglob("*.py")),
-        *(Path("softmask", path.relative_to(ROOT)) for path in (ROOT / "train" / "configs").glob("*.yaml")),
+        *(Path("softmask", "configs", path.name) for path in (ROOT / "train" / "configs").glob("*.yaml")),
     ]
-    assert {"kernels", "train"} <= {path.parts[1] for path in expected}
+    assert {"kernels", "configs"} <= {path.parts[1] for path in expected}
     assert sorted(path.as_posix() for path in expected) == sorted(
         name for name in wheel.names if ".dist-info/" not in name
     )

@@ -12,9 +12,9 @@ import yaml
 from data_files import picture
 from train_fixtures import DISTRIBUTED, PRETRAIN, SYCOCA_YAML, YAML, make_config, make_sycoca_config
 
-from softmask.train import pretrain
-from softmask.train.config import ConfigError, flatten, load_config
-from softmask.train.launchers import LAUNCHERS, rank_variables
+from softmask.training import pretrain
+from softmask.training.config import ConfigError, flatten, load_config
+from softmask.training.launchers import LAUNCHERS, rank_variables
 
 WRONG = ("", "x", "-1", "1e999", ".nan", "true", "[]", "[x]", "{}", "{a: 1}", "2020-01-01", "'", "~", "0")
 TEMPLATES = {"softmask_pp": YAML, "sycoca": SYCOCA_YAML}

@@ -15,10 +15,11 @@ import torch
 from evaluation_files import Words, write_plain, write_run, write_scenes
 from PIL import Image
 
-from softmask.train import evaluate, report
-from softmask.train.report_page import marked_caption
-from softmask.train.report_pictures import HEAT, data_uri, heat_colours, heat_overlay, limited, soft_masked
-from softmask.train.report_svg import Series, line_chart, outline_path, smooth, ticks
+from softmask.evaluation import evaluate
+from softmask.report import build as report
+from softmask.report.page import marked_caption
+from softmask.report.pictures import HEAT, data_uri, heat_colours, heat_overlay, limited, soft_masked
+from softmask.report.svg import Series, line_chart, outline_path, smooth, ticks
 
 VOID = {"meta", "img", "br"}
 FOREIGN_EMPTY = {"path", "circle"}  # of SVG, closed by "/>"

@@ -12,13 +12,13 @@ import torch
 from train_fixtures import assert_rows_close, make_config, rows, run_on_two_ranks
 
 from softmask.data import open_source
-from softmask.train.checkpoint import CheckpointError, check_resumable, find_checkpoint, load_model
-from softmask.train.config import Config, load_config, save_config
-from softmask.train.engine import start_distributed
-from softmask.train.resharding import MOMENTS, SavedState
-from softmask.train.run_folder import prepare_run
-from softmask.train.schedule import parameter_groups
-from softmask.train.trainer import Trainer
+from softmask.training.checkpoint.reshard import MOMENTS, SavedState
+from softmask.training.checkpoint.store import CheckpointError, check_resumable, find_checkpoint, load_model
+from softmask.training.config import Config, load_config, save_config
+from softmask.training.engine.startup import start_distributed
+from softmask.training.optim import parameter_groups
+from softmask.training.run_folder import prepare_run
+from softmask.training.trainer import Trainer
 
 # The terms that no rank's random numbers enter: two ranks of 4 do as one of 8.
 OVERRIDES = ["train.steps=4", "train.accumulation=2", "train.clip_grad=1", "model.contrast_steps=100"]
@@ -30,7 +30,7 @@ THRESHOLD = {"stage3_param_persistence_threshold": 50}
 WORKER = """
 import sys
 from test_resharding import run
-from softmask.train.config import load_config
+from softmask.training.config import load_config
 
 config = load_config(sys.argv[-1], ["train.batch_size=4"])
 run(config, "two-1", stage=1, stop_at=2)

@@ -14,10 +14,10 @@ import pytest
 import torch
 from train_fixtures import different, make_config, run_cli, run_here, saved_state, start_cli, write_shard
 
-from softmask.train.checkpoint import CheckpointError, complete_checkpoints, find_checkpoint
-from softmask.train.config import Config, save_config
-from softmask.train.logs import RunLog
-from softmask.train.pretrain import choose_checkpoint
+from softmask.training.checkpoint.store import CheckpointError, complete_checkpoints, find_checkpoint
+from softmask.training.config import Config, save_config
+from softmask.training.logs import RunLog
+from softmask.training.pretrain import choose_checkpoint
 
 LONG = ["train.steps=14", "train.checkpoint_every=4", "data.workers=1", "train.accumulation=2"]
 
@@ -165,7 +165,7 @@ def test_killed_while_pruning(tmp_path, monkeypatch) -> None:
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("softmask.train.checkpoint.shutil.rmtree", fatal)
+        patch.setattr("softmask.training.checkpoint.store.shutil.rmtree", fatal)
         with pytest.raises(Killed):
             run_here(config)
     assert [path.name for path in complete_checkpoints(Path(config.output))] == ["step_00000002"]

@@ -14,8 +14,8 @@ from two_ranks import own_rows, run_on_two_ranks
 import softmask
 from softmask import ops
 from softmask.models import SoftMaskPP
-from softmask.models.softmask_pp.model import masking
-from softmask.models.softmask_pp.model import model as softmask_pp
+from softmask.models.softmask_pp import masking
+from softmask.models.softmask_pp import model as softmask_pp
 
 ALBEF = {"soft_mask": False, "gamma": 0.0, "mask_text": "mlm"}
 

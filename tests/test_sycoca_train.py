@@ -14,12 +14,14 @@ from train_fixtures import different, make_config, make_sycoca_config, rows, run
 
 from softmask import reference
 from softmask.data import open_source
+from softmask.evaluation import captioning, command, evaluate, readers, reconstruction
 from softmask.models import SyCoCa, SyCoCaConfig
-from softmask.models.sycoca.model import caption_head
-from softmask.train import captioning, evaluate, reconstruction, report, report_generation, scoring
-from softmask.train.checkpoint import config_differences, find_checkpoint, load_model
-from softmask.train.config import Config, ConfigError
-from softmask.train.trainer import Trainer
+from softmask.models.sycoca import caption_head
+from softmask.report import build as report
+from softmask.report import generated as report_generation
+from softmask.training.checkpoint.store import config_differences, find_checkpoint, load_model
+from softmask.training.config import Config, ConfigError
+from softmask.training.trainer import Trainer
 
 
 @pytest.mark.parametrize(("stage", "queue"), [(0, 0), (2, 0), (3, 0), (0, 32), (3, 32)])
@@ -128,15 +130,15 @@ def test_evaluation_writes_and_paints(run: Config) -> None:
 
 def test_the_gap_is_of_the_models_own_loss(run: Config) -> None:
     """All pictures in one batch, by the model's own calls: the same patches painted by either caption."""
-    scorer = evaluate.load_scorer(find_checkpoint(run.output), batch_size=5)
+    scorer = command.load_scorer(find_checkpoint(run.output), batch_size=5)
     model = scorer.model
     with torch.no_grad():
         for weight in model.image_decoder.parameters():  # so large that captions make a difference
             weight.mul_(10.0)
-    samples = list(scoring.Reader(open_source(run.data.train)).read(range(16)))
+    samples = list(readers.Reader(open_source(run.data.train)).read(range(16)))
     section = reconstruction.reconstruction(scorer, samples)
     pairs = list(reconstruction.with_another(samples))
-    images = scoring.pixels(scorer, [sample for sample, _ in pairs])
+    images = readers.pixels(scorer, [sample for sample, _ in pairs])
     tokens = [scorer.tokens(texts) for texts in zip(*((sample.caption, other) for sample, other in pairs), strict=True)]
     right, wrong = ((one.input_ids, one.attention_mask) for one in tokens)
     with torch.no_grad():
@@ -157,8 +159,8 @@ def test_the_report_shows_captions_and_paintings(run: Config) -> None:
 
 
 def test_captions_do_not_depend_on_the_batch_size(run: Config) -> None:
-    scorer = evaluate.load_scorer(find_checkpoint(run.output), batch_size=5)
-    samples = list(scoring.Reader(open_source(run.data.train)).read(range(12)))
+    scorer = command.load_scorer(find_checkpoint(run.output), batch_size=5)
+    samples = list(readers.Reader(open_source(run.data.train)).read(range(12)))
     written, features = captioning.describe(scorer, samples, beams=2)
     scorer.batch_size = 12
     again, once = captioning.describe(scorer, samples, beams=2)

@@ -13,15 +13,16 @@ from train_fixtures import make_config, make_trainer, rows, run_here, saved_stat
 
 from softmask.data import DataError, Loader, open_source
 from softmask.models import SoftMaskPP, SoftMaskPPConfig
-from softmask.train.checkpoint import CheckpointError, build_model, find_checkpoint, load_model
-from softmask.train.config import Config, ConfigError, OptimizerConfig, save_config
-from softmask.train.engine import GradientGuard, deepspeed_config
-from softmask.train.logs import cut_back
-from softmask.train.methods import step_options
-from softmask.train.pretrain import choose_checkpoint, main
-from softmask.train.run_folder import prepare_run
-from softmask.train.schedule import alpha_at, lr_factor, parameter_groups, seed_everything
-from softmask.train.trainer import TrainingError
+from softmask.tasks.methods import alpha_at, step_options
+from softmask.training.checkpoint.store import CheckpointError, build_model, find_checkpoint, load_model
+from softmask.training.config import Config, ConfigError, OptimizerConfig, save_config
+from softmask.training.engine.loss_scale import GradientGuard
+from softmask.training.engine.zero import deepspeed_config
+from softmask.training.logs import cut_back
+from softmask.training.optim import lr_factor, parameter_groups, seed_everything
+from softmask.training.pretrain import choose_checkpoint, main
+from softmask.training.run_folder import prepare_run
+from softmask.training.trainer import TrainingError
 
 ZERO = [0, 1, 2, 3]
 pytestmark = pytest.mark.usefixtures("plain_linear")
@@ -323,7 +324,7 @@ def test_too_many_unreadable_samples_end_the_run_over_resumes(tmp_path, monkeypa
     ended = rows(tmp_path / "whole")[-1]["step"]
     halves = make_config(tmp_path, *options, data=data)
     with monkeypatch.context() as patch:
-        patch.setattr("softmask.train.trainer.check_bad_share", lambda *_, **__: None)
+        patch.setattr("softmask.training.trainer.check_bad_share", lambda *_, **__: None)
         run_here(dataclasses.replace(halves, train=dataclasses.replace(halves.train, steps=ended - 1)))
     with pytest.raises(DataError, match="samples are unreadable"):
         run_here(halves, checkpoint=find_checkpoint(halves.output))

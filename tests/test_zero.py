@@ -24,8 +24,8 @@ from train_fixtures import (
     saved_state,
 )
 
-from softmask.train.checkpoint import CheckpointError, check_resumable, find_checkpoint
-from softmask.train.config import load_config, save_config
+from softmask.training.checkpoint.store import CheckpointError, check_resumable, find_checkpoint
+from softmask.training.config import load_config, save_config
 
 STAGES = (0, 1, 2, 3)
 NOTHING_KEPT = (  # of the parameters that a module has fetched
@@ -36,9 +36,9 @@ CROSSED = {0: 3, 3: 1, 2: 0}  # from stage to stage, 1 and 2 being alike
 # Both ranks run this: every stage to the end, and from its checkpoint of step 2 on in the same and in another stage.
 WORKER = """
 import dataclasses, sys
-from softmask.train.checkpoint import find_checkpoint
-from softmask.train.config import load_config
-from softmask.train.trainer import train
+from softmask.training.checkpoint.store import find_checkpoint
+from softmask.training.config import load_config
+from softmask.training.trainer import train
 
 base = load_config(sys.argv[-1])
 

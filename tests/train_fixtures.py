@@ -15,11 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
-from softmask.train.checkpoint import find_checkpoint
-from softmask.train.config import Config, load_config, save_config
-from softmask.train.launchers import free_port
-from softmask.train.run_folder import prepare_run
-from softmask.train.trainer import Trainer, train
+from softmask.training.checkpoint.store import find_checkpoint
+from softmask.training.config import Config, load_config, save_config
+from softmask.training.launchers import free_port
+from softmask.training.run_folder import prepare_run
+from softmask.training.trainer import Trainer, train
 
 ROOT = Path(__file__).resolve().parent.parent
 PRETRAIN = ROOT / "train" / "pretrain.py"
@@ -111,7 +111,7 @@ def _write_config(template: str, path: Path, overrides: tuple[str, ...], *, outp
 def make_trainer(config: Config) -> Trainer:
     """A trainer that has not run yet."""
     from softmask.data import open_source
-    from softmask.train.engine import start_distributed
+    from softmask.training.engine.startup import start_distributed
 
     source = open_source(config.data.train)
     start_distributed()

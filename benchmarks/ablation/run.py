@@ -1,13 +1,13 @@
-"""Train and evaluate the rows of both ablations, several seeds each, and write docs/ablation.md.
+"""Train and evaluate the rows of both ablations, several seeds each, and write benchmarks/ablation/README.md.
 
-    python train/ablation.py [--seeds 3] [--rows coca sycoca] [--steps 20] [--table-only]
+    python -m benchmarks.ablation.run [--seeds 3] [--rows coca sycoca] [--steps 20] [--table-only]
 
 A run is a row with a seed, in runs/ablation/<method>/<row>/seed_<n>: `deepspeed train/pretrain.py --resume auto` on one
 rank, then `train/evaluate.py`. Its configuration and metrics are then recorded in a folder of the same name under
-docs/ablation, which git keeps: the table is made of the record, and no clone repeats a recorded run. An unfinished one
-goes on from its checkpoint, and one that was made with another configuration is refused by name. The first seed of
-every row comes first, and the table is written anew after every run. `--steps` is for a try: such runs, their record
-and their table go to runs/ablation_<steps>_steps, with warm-up and contrast_steps shortened alike.
+benchmarks/ablation/record, which git keeps: the table is made of the record, and no clone repeats a recorded run. An
+unfinished one goes on from its checkpoint, and one that was made with another configuration is refused by name. The
+first seed of every row comes first, and the table is written anew after every run. `--steps` is for a try: such runs,
+their record and their table go to runs/ablation_<steps>_steps, with warm-up and contrast_steps shortened alike.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from softmask.train import ablation_table
-from softmask.train.ablation_rows import STUDIES, AblationError, Row, Study
-from softmask.train.captioning import CaptionOptions
-from softmask.train.checkpoint import CheckpointError, read_json
-from softmask.train.config import Config, ConfigError, flatten, load_config
-from softmask.train.evaluate import positive, write_atomically
-from softmask.train.launchers import free_port
-from softmask.train.logs import say
+from benchmarks.ablation import table as ablation_table
+from benchmarks.ablation.rows import STUDIES, AblationError, Row, Study
+from softmask.evaluation.captioning import CaptionOptions
+from softmask.evaluation.command import positive, write_atomically
+from softmask.training.checkpoint.store import CheckpointError, read_json
+from softmask.training.config import Config, ConfigError, flatten, load_config
+from softmask.training.launchers import free_port
+from softmask.training.logs import say
 
-SCRIPTS = Path(__file__).resolve().parent
+SCRIPTS = Path(__file__).resolve().parents[2] / "train"
 TEST_DATA = "data/scenes/test-*.tar"
 GALLERY = 256  # pictures that retrieval ranks
 SEEDS = 3  # of every row, before rows are compared
@@ -52,8 +52,8 @@ class Plan:
     seeds: int = SEEDS
     steps: int = 0  # of a run; 0: as many as the configuration says
     runs: Path = Path("runs/ablation")
-    record: Path = Path("docs/ablation")
-    table: Path = Path("docs/ablation.md")
+    record: Path = Path("benchmarks/ablation/record")
+    table: Path = Path("benchmarks/ablation/README.md")
     studies: tuple[Study, ...] = STUDIES
     test_data: str = TEST_DATA
 

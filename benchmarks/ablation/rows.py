@@ -12,7 +12,7 @@ from itertools import permutations
 from pathlib import Path
 from statistics import fmean
 
-CONFIGS = Path(__file__).resolve().parent / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "train" / "configs"
 Pairs = tuple[tuple[str, str], ...]
 
 

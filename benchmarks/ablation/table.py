@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from statistics import fmean, stdev
 
-from softmask.train.ablation_rows import AblationError, Row, Study
+from benchmarks.ablation.rows import AblationError, Row, Study
 
 INTRODUCTION = """# Ablation
 

@@ -22,7 +22,9 @@ from torch import Tensor
 from softmask.data import Batch, CaptionTokenizer, Loader, Source, open_source
 from softmask.data.loader import check_bad_share
 from softmask.models import SoftMaskPPOutput, SyCoCaOutput
-from softmask.train.checkpoint import (
+from softmask.tasks.methods import step_options
+from softmask.training.checkpoint.initial import text_facts, weights_from, words_from
+from softmask.training.checkpoint.store import (
     Progress,
     build_model,
     check_data,
@@ -33,13 +35,12 @@ from softmask.train.checkpoint import (
     without_files,
     write_json,
 )
-from softmask.train.config import Config, ConfigError, chosen
-from softmask.train.engine import apply_hyperparameters, create_engine, full_size, start_distributed
-from softmask.train.initial import text_facts, weights_from, words_from
-from softmask.train.logs import RunLog, clock, say
-from softmask.train.methods import step_options
-from softmask.train.run_folder import prepare_run
-from softmask.train.schedule import lr_factor, seed_everything
+from softmask.training.config import Config, ConfigError, chosen
+from softmask.training.engine.startup import start_distributed
+from softmask.training.engine.zero import apply_hyperparameters, create_engine, full_size
+from softmask.training.logs import RunLog, clock, say
+from softmask.training.optim import lr_factor, seed_everything
+from softmask.training.run_folder import prepare_run
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 Output = SoftMaskPPOutput | SyCoCaOutput

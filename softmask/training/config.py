@@ -20,8 +20,8 @@ from typing import Any, Literal
 
 from softmask.data import DataConfig
 from softmask.models import SoftMaskPPConfig, SyCoCaConfig
-from softmask.train.config_files import ConfigError, describe, dump, override, read_mapping
-from softmask.train.deepspeed_section import check_deepspeed
+from softmask.training.config_files import ConfigError, describe, dump, override, read_mapping
+from softmask.training.deepspeed_section import check_deepspeed
 
 MODEL_CONFIGS = {"softmask_pp": SoftMaskPPConfig, "sycoca": SyCoCaConfig}  # by method
 EVAL_RESIZE = {"softmask_pp": "squash", "sycoca": "crop"}  # ALBEF's and open_clip's

@@ -7,7 +7,6 @@ from typing import Any
 from torch import nn
 
 from softmask.models import SoftMaskPP, SoftMaskPPConfig, SpecialIds, SyCoCa, SyCoCaConfig
-from softmask.train.schedule import alpha_at
 
 MODELS = {SoftMaskPPConfig: SoftMaskPP, SyCoCaConfig: SyCoCa}
 
@@ -16,6 +15,11 @@ def build(config: SoftMaskPPConfig | SyCoCaConfig, special_ids: SpecialIds) -> n
     """A model with what the trainer calls: forward(batch, **step_options) with the output's loss and terms,
     update_momentum, enqueue, statistics, set_activation_checkpointing."""
     return MODELS[type(config)](config, special_ids=special_ids)
+
+
+def alpha_at(step: int, *, alpha: float, warmup_steps: float) -> float:
+    """Weight of the momentum model's targets: linear from 0 to `alpha` over the first `warmup_steps` steps."""
+    return alpha * min(step / warmup_steps, 1.0) if warmup_steps else alpha
 
 
 def step_options(config: SoftMaskPPConfig | SyCoCaConfig, step: int, *, steps_per_epoch: float) -> dict[str, Any]:

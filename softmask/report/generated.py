@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from softmask.evaluation.captioning import write_captions
+from softmask.evaluation.readers import Sample, Scorer, batches
+from softmask.evaluation.reconstruction import Repainted, repaint, with_another
 from softmask.models import SyCoCaConfig
-from softmask.train.captioning import write_captions
-from softmask.train.reconstruction import Repainted, repaint, with_another
-from softmask.train.report_pictures import data_uri, limited
-from softmask.train.scoring import Sample, Scorer, batches
+from softmask.report.pictures import data_uri, limited
 
 SHOWN = 256  # pixels of a picture's longer side
 PATCH_VARIANCE_EPS = 1e-6  # of ops.masked_patch_loss

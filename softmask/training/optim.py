@@ -1,4 +1,5 @@
-"""What changes with the step number alone: learning rate, alpha, random state. Nothing here needs to be saved."""
+"""What changes with the step number alone, learning rate and random state, and the groups of parameters. Nothing here
+needs to be saved."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from softmask.train.config import ConfigError, OptimizerConfig
+from softmask.training.config import ConfigError, OptimizerConfig
 
 
 def lr_factor(step: int, config: OptimizerConfig, *, steps: int) -> float:
@@ -30,11 +31,6 @@ def lr_factor(step: int, config: OptimizerConfig, *, steps: int) -> float:
 def scheduler_factory(config: OptimizerConfig, *, steps: int) -> Callable[[torch.optim.Optimizer], LambdaLR]:
     """The callable that DeepSpeed makes the scheduler of."""
     return lambda optimizer: LambdaLR(optimizer, lambda step: lr_factor(step, config, steps=steps))
-
-
-def alpha_at(step: int, *, alpha: float, warmup_steps: float) -> float:
-    """Weight of the momentum model's targets: linear from 0 to `alpha` over the first `warmup_steps` steps."""
-    return alpha * min(step / warmup_steps, 1.0) if warmup_steps else alpha
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:

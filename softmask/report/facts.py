@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import statistics
 
+from softmask.evaluation.readers import Scorer
 from softmask.models import SoftMaskPPConfig, SyCoCaConfig
-from softmask.train.config import Config
-from softmask.train.report_page import duration
-from softmask.train.scoring import Scorer
+from softmask.report.page import duration
+from softmask.training.config import Config
 
 OF_STATE = ("step", "seconds", "world_size", "skipped_samples")  # of trainer.json
 

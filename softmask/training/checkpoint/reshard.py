@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from softmask.lfs import refuse_pointer
-from softmask.train.config import OptimizerConfig
-from softmask.train.engine import choose_accelerator, own_range
-from softmask.train.schedule import parameter_groups
+from softmask.training.config import OptimizerConfig
+from softmask.training.engine.startup import choose_accelerator
+from softmask.training.engine.zero import own_range
+from softmask.training.optim import parameter_groups
 
 MODEL_FILE = "mp_rank_00_model_states.pt"  # of all ranks, up to stage 2
 MOMENTS = ("exp_avg", "exp_avg_sq")

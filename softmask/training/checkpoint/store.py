@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from softmask.data import CaptionTokenizer, Source
 from softmask.models import SpecialIds
-from softmask.train.config import Config, ConfigError, flatten, load_config, save_config
-from softmask.train.methods import build
-from softmask.train.resharding import load_resharded, read_weights
+from softmask.tasks.methods import build
+from softmask.training.checkpoint.reshard import load_resharded, read_weights
+from softmask.training.config import Config, ConfigError, flatten, load_config, save_config
 
 POSITIONS = "vision.vit.pos_embed"
 UNREADABLE = (OSError, EOFError, ValueError, RuntimeError, pickle.UnpicklingError, KeyError)  # of torch.load

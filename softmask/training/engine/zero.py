@@ -1,10 +1,7 @@
-"""The DeepSpeed engine of a run: start-up, its configuration, and gradients that are scaled, checked and clipped alike
-at every ZeRO stage and precision."""
+"""The DeepSpeed engine of a run and its configuration, at every ZeRO stage and precision."""
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,125 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from softmask.train.config import Config, ConfigError
-from softmask.train.deepspeed_section import why_refused
-from softmask.train.launchers import complete_environment
-from softmask.train.schedule import group_options, parameter_groups, scheduler_factory
+from softmask.training.config import Config, ConfigError
+from softmask.training.deepspeed_section import why_refused
+from softmask.training.engine.loss_scale import GradientGuard
+from softmask.training.optim import group_options, parameter_groups, scheduler_factory
 
 AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}
-
-
-def start_distributed() -> None:
-    """Choose the accelerator, complete the environment and join the process group.
-
-    Called before anything imports DeepSpeed.
-    """
-    choose_accelerator()
-    complete_environment()
-    if torch.cuda.is_available():
-        check_device(int(os.environ["LOCAL_RANK"]), torch.cuda.device_count())
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    import deepspeed
-
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # Answered before it is asked: DeepSpeed would try to compile and link every op it has, the linker's complaints
-    # included, and then build an all-reduce for inference (40 seconds) on every CPU machine. Nothing else reads this.
-    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
-    deepspeed.init_distributed(verbose=False)
-
-
-def choose_accelerator() -> None:
-    """Spare DeepSpeed, which chooses its accelerator on import, the search for one.
-
-    Raises:
-        ConfigError: DS_ACCELERATOR names one that is not here.
-    """
-    present = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if (chosen := os.environ.get("DS_ACCELERATOR") or present[0]) not in present:
-        raise ConfigError(f"environment: DS_ACCELERATOR: expected {' or '.join(present)} here, got {chosen!r}")
-
-
-def check_device(local_rank: int, count: int) -> None:
-    """ConfigError where there are more ranks than GPUs."""
-    if local_rank >= count:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        of = f" (CUDA_VISIBLE_DEVICES={visible})" if visible is not None else ""
-        raise ConfigError(
-            f"LOCAL_RANK: expected one rank a GPU, below {count}{of}, got {local_rank}; start as many ranks as GPUs"
-        )
-
-
-class GradientGuard:
-    """Loss scale of fp16 (dynamic) and, at every precision, no step on gradients that are not finite.
-
-    DeepSpeed 0.19's own scaling under torch_autocast clips scaled gradients by the unscaled norm, updates the scale
-    once per parameter group, and neither lowers it after a skipped step nor saves it; its clipping at stage 0 fails on
-    parameters without dimensions. Here one scale belongs to the step. ZeRO 1 to 3 divide by it, clip and skip
-    themselves (`override_loss_scale`); at stage 0 the engine calls this object as its gradient scaler.
-    """
-
-    def __init__(self, *, dynamic: bool, clip_grad: float = 0.0, growth_interval: int = 2000) -> None:
-        self.dynamic = dynamic
-        self.clip_grad = clip_grad
-        self.growth_interval = growth_interval
-        self.value = 65536.0 if dynamic else 1.0
-        self.good_steps = 0
-
-    def attach(self, engine: Any) -> None:
-        if engine.zero_optimization():
-            engine.optimizer.torch_autocast_gradscaler = None
-        else:
-            engine.torch_autocast_z0_gradscaler = self
-        self._engine = engine
-        self._publish()
-
-    def _publish(self) -> None:
-        if self._engine.zero_optimization():
-            self._engine.optimizer.override_loss_scale(self.value)
-
-    def after_step(self) -> bool:
-        """Adjust the scale after an optimizer step; False: the gradients were not finite, nothing was changed."""
-        finite = not self._engine.optimizer.overflow
-        if self.dynamic:
-            self.good_steps = self.good_steps + 1 if finite else 0
-            if not finite:
-                self.value /= 2
-            elif self.good_steps % self.growth_interval == 0:
-                self.value *= 2
-            self._publish()
-        return finite
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"value": self.value, "good_steps": self.good_steps}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.value, self.good_steps = state["value"], state["good_steps"]
-        self._publish()
-
-    # -- what the engine calls at ZeRO stage 0 ----------------------------------------------------------------------
-
-    def scale(self, loss: torch.Tensor) -> torch.Tensor:
-        return loss * self.value if self.dynamic else loss
-
-    @torch.no_grad()
-    def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Unscale, clip, and step unless a gradient is not finite; every rank holds the same, reduced gradients."""
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        grads = [parameter.grad for parameter in parameters]
-        if self.dynamic:
-            torch._foreach_div_(grads, self.value)
-        if self.clip_grad:
-            norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip_grad)
-        else:
-            norm = torch.stack(torch._foreach_norm(grads))
-        optimizer.overflow = not bool(norm.isfinite().all())  # the engine reads it and leaves the schedule alone
-        if not optimizer.overflow:
-            optimizer.step()
-
-    def update(self) -> None:
-        """The scale is adjusted by `after_step`, the same way at every stage."""
 
 
 def deepspeed_config(config: Config, *, parameters: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from softmask.ops import _backend
-from softmask.train.config_files import ConfigError
+from softmask.training.config_files import ConfigError
 
 PORT = 29500  # torchrun's
 

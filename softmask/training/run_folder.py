@@ -15,8 +15,8 @@ import torch.distributed as dist
 
 from softmask.data import CaptionTokenizer, DataError, Source, train_wordpiece
 from softmask.data.cleaning import plain_words
-from softmask.train.checkpoint import CheckpointError, find_checkpoint
-from softmask.train.config import Config, ConfigError, save_config
+from softmask.training.checkpoint.store import CheckpointError, find_checkpoint
+from softmask.training.config import Config, ConfigError, save_config
 
 SAMPLED_CAPTIONS = 1000
 MOST_UNKNOWN = 0.5  # share of [UNK] among their tokens

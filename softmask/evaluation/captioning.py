@@ -1,7 +1,7 @@
 """Generated captions against those people gave: CIDEr, BLEU-4, ROUGE-L and METEOR by pycocoevalcap.
 
 A model's caption is that one of its beams which both of its heads find best together (`rerank` of
-softmask/models/sycoca/generation.py); what the beams give by themselves stands beside it. So do two that write nothing: a
+models/sycoca/generation.py); what the beams give by themselves stands beside it. So do two that write nothing: a
 caption of the training set drawn at random, and the caption of the training picture that looks most alike to the image
 encoder.
 
@@ -30,8 +30,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from softmask.data import DataError
+from softmask.evaluation.readers import Reader, Sample, Scorer, batches, each_picture_once, pixels
 from softmask.models.sycoca.generation import generate_captions, search_captions
-from softmask.train.scoring import Reader, Sample, Scorer, batches, each_picture_once, pixels
 
 if TYPE_CHECKING:
     from pycocoevalcap.meteor.meteor import Meteor

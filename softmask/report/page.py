@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from html import escape
 
-from softmask.train.report_generation import (
+from softmask.report.generated import (
     Generated,
     caption_table,
     painted_rows,
     reconstruction_note,
     written_cards,
 )
-from softmask.train.report_pictures import heat_gradient
-from softmask.train.report_style import STYLE
-from softmask.train.report_svg import Series, line_chart
+from softmask.report.pictures import heat_gradient
+from softmask.report.style import STYLE
+from softmask.report.svg import Series, line_chart
 
 
 @dataclass

@@ -8,10 +8,10 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from softmask.data import CaptionTokenizer, Source
-from softmask.train.checkpoint import UNREADABLE, CheckpointError, find_checkpoint, first_line, fit_positions
-from softmask.train.config import Config
-from softmask.train.resharding import read_weights
-from softmask.train.run_folder import first_captions
+from softmask.training.checkpoint.reshard import read_weights
+from softmask.training.checkpoint.store import UNREADABLE, CheckpointError, find_checkpoint, first_line, fit_positions
+from softmask.training.config import Config
+from softmask.training.run_folder import first_captions
 
 QUEUE = "contrast."
 QUEUE_IDS = "contrast.queue_ids"

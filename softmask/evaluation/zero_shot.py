@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from softmask.data import DataError
-from softmask.train.scoring import Sample, Scorer, batches, encode_captions, pixels
+from softmask.evaluation.readers import Sample, Scorer, batches, pixels
+from softmask.evaluation.retrieval import encode_captions
 
 TEMPLATES = ("{}", "there is {}", "a picture of {}", "a drawing of {}")
 TOP = (1, 5)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from softmask import ops
-from softmask.train.scoring import Sample, Scorer, batches, each_picture_once, pixels
+from softmask.evaluation.readers import Sample, Scorer, batches, each_picture_once, pixels
 
 SEED = 0  # of patches that are drawn (`masks: random`)
 Z_95 = 1.96  # of a normal distribution, two-sided

@@ -1,0 +1,33 @@
+"""The command `softmask`: the scripts of train/ by name, wherever it is called.
+
+softmask pretrain | evaluate | report | env [its own arguments]
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+COMMANDS = {
+    "pretrain": ("softmask.training.pretrain", "pre-train SoftMask++, ALBEF, SyCoCa or CoCa"),
+    "evaluate": ("softmask.evaluation.evaluate", "retrieval, grounding, captions of a checkpoint"),
+    "report": ("softmask.report.build", "one page of a run"),
+    "env": ("softmask.env", "what is installed, and which backend each op takes"),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; its exit status."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if not given or given[0] not in COMMANDS:
+        print("usage: softmask COMMAND [arguments]; softmask COMMAND --help", file=sys.stderr)
+        for name, (_, description) in COMMANDS.items():
+            print(f"  {name:9s} {description}", file=sys.stderr)
+        return 0 if given and given[0] in ("-h", "--help") else 2
+    command, *rest = given
+    sys.argv = [f"softmask {command}", *rest]
+    return importlib.import_module(COMMANDS[command][0]).main(rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

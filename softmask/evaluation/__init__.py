@@ -1,0 +1,1 @@
+"""Scores of a trained model: metrics, retrieval, grounding, captioning, reconstruction, classification."""

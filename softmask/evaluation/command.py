@@ -1,0 +1,109 @@
+"""What evaluation and report have in common on the command line: options, their model, their data, their output."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from softmask.data import open_source
+from softmask.evaluation.readers import Reader, Scorer
+from softmask.training.checkpoint.store import load_model
+from softmask.training.config import ConfigError
+
+
+def load_scorer(
+    checkpoint: Path, *, batch_size: int, text_length: int = 0, image_size: int = 0, resize: str = ""
+) -> Scorer:
+    """The checkpoint's model on the GPU where there is one, else on the CPU; 0 and "": as in training."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer, config = load_model(checkpoint, device=device, image_size=image_size)
+    longest = config.model.text.max_positions
+    if not 3 <= (length := text_length or config.data.max_length) <= longest:
+        raise ConfigError(f"--text-length: expected 3 to {longest} (model.text.max_positions), got {length}")
+    config.data.max_length = length
+    config.data.eval_resize = resize or config.data.eval_resize
+    return Scorer(model, tokenizer, config, device=device, batch_size=batch_size)
+
+
+def sizes(options: argparse.Namespace) -> dict[str, Any]:
+    """The options of `load_scorer`."""
+    return {name: getattr(options, name) for name in ("batch_size", "text_length", "image_size", "resize")}
+
+
+def open_reader(scorer: Scorer, data: str, image_root: str | None = None) -> Reader:
+    """Shards, or a JSON list, whose pictures lie in `image_root`; None: where those of training did."""
+    root = scorer.config.data.image_root if image_root is None else image_root
+    return Reader(open_source(data, image_root=root), scorer.config.data)
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """What evaluation and report may read otherwise than training did."""
+    parser.add_argument("--data", required=True, help="glob or brace pattern of shards, or a JSON list")
+    parser.add_argument(
+        "--image-root", help="folder of a JSON list's pictures; '': the list's own (default: training's)"
+    )
+    parser.add_argument("--text-length", type=count, default=0, help="tokens of a caption; 0: training's (default)")
+    parser.add_argument("--image-size", type=count, default=0, help="side of a picture; 0: training's (default)")
+    parser.add_argument(
+        "--resize",
+        choices=("squash", "crop"),
+        default="",
+        help="whole pictures made square, or the middle of them (default: data.eval_resize, by the method's base)",
+    )
+    parser.add_argument(
+        "--batch-size", type=positive, default=64, help="pictures, captions, beams or pairs at a time (default 64)"
+    )
+
+
+def evaluation_facts(scorer: Scorer, reader: Reader, checkpoint: Path) -> dict:
+    """What was evaluated, and how it was read: a report of the same says so."""
+    data = scorer.config.data
+    read = {"text_length": data.max_length, "image_size": data.image_size, "resize": data.eval_resize}
+    return {"checkpoint": checkpoint.name, "digest": reader.source.digest, **read}
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Either the whole text or the file as it was before."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def check_output(path: Path) -> None:
+    """Before the work, not after it: can the file be written at all?"""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"--output: no folder {str(path.parent)!r}")
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"--output: cannot write into {str(path.parent)!r}")
+    if path.is_dir():
+        raise IsADirectoryError(f"--output: expected a file, got the folder {str(path)!r}")
+
+
+def name_skipped(reader: Reader) -> None:
+    for line in reader.skipped.values():
+        print(f"left out: {line}", file=sys.stderr)
+    for where, reason in list(reader.bad_objects.items())[:1]:
+        count = len(reader.bad_objects)
+        print(f"left out: {count} objects that cannot be used, the first: {where}: {reason}", file=sys.stderr)
+
+
+def count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"expected 0 or more, got {number}")
+    return number
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {number}")
+    return number

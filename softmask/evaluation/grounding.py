@@ -1,0 +1,135 @@
+"""Maps of words, and the pointing game: does a word's map peak inside its object?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from softmask.data import rle
+from softmask.evaluation import metrics
+from softmask.evaluation.readers import Sample, Scorer, batches, pixels
+
+MAP_KINDS = {"pointing": "gradcam", "attention": "attention"}  # key of metrics.json -> kind of map
+
+
+@dataclass
+class Word:
+    """A word or phrase of a caption, its tokens and, where the json holds one, its object's mask [h, w] bool."""
+
+    text: str
+    span: tuple[int, int]
+    tokens: list[int]
+    mask: Tensor | None = None
+
+
+def phrases(sample: Sample, offsets: Tensor) -> list[Word]:
+    """The sample's object phrases; `tokens` is empty for those that the caption's truncation cut off.
+
+    Entries that do not follow the documented format are counted in `bad_objects`.
+    """
+    words = []
+    for number, entry in enumerate(sample.objects or []):
+        try:
+            words.append(_word(sample, entry, offsets))
+        except ValueError as error:
+            sample.bad_objects[f"{sample.name}: objects[{number}]"] = str(error)
+    return words
+
+
+def _word(sample: Sample, entry: Any, offsets: Tensor) -> Word:
+    """Raises ValueError that says what is wrong with the entry."""
+    try:
+        text, (start, end) = entry["phrase"], entry["span"]
+        if not (type(start) is type(end) is int and 0 <= start < end <= len(sample.caption)):
+            raise ValueError(f"span {entry['span']} of a caption of {len(sample.caption)} characters")
+        mask = torch.as_tensor(rle.decode(entry["mask"])).bool()  # of the stored picture
+        found = sample.caption[start:end]
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"expected phrase, span [start, end] and mask {{size, counts}}: {reason}") from error
+    if found != text:
+        raise ValueError(f"span [{start}, {end}] of the caption is {found!r}, expected the phrase {text!r}")
+    if mask.shape != (sample.picture.height, sample.picture.width):
+        size = [sample.picture.height, sample.picture.width]
+        raise ValueError(f"mask size {list(mask.shape)}, expected the picture's {size}")
+    left, top, right, bottom = sample.box
+    return Word(text, (start, end), metrics.tokens_of_span(offsets, (start, end)), mask[top:bottom, left:right])
+
+
+@torch.no_grad()
+def word_maps(
+    scorer: Scorer,
+    samples: Sequence[Sample],
+    words: Sequence[Sequence[Word]],
+    *,
+    kind: str = "gradcam",
+    normalize: str | None = None,
+) -> list[Tensor]:
+    """Maps of each sample's words over the patches. -> for each sample [W, gh * gw] fp32, on the CPU"""
+    tokens = scorer.tokens([sample.caption for sample in samples])
+    index = metrics.stack_words([[word.tokens for word in row] for row in words])
+    maps = scorer.model.word_maps(
+        pixels(scorer, samples),
+        tokens.input_ids.to(scorer.device),
+        tokens.attention_mask.to(scorer.device),
+        index.to(scorer.device),
+        kind=kind,
+        normalize=normalize,
+    )
+    return [plane[: len(row)].float().cpu() for plane, row in zip(maps, words, strict=True)]
+
+
+@dataclass
+class Tally:
+    """Counts of the pointing game. A random point's expected hits are the masks' shares of the picture."""
+
+    samples: int = 0
+    words: int = 0
+    truncated: int = 0  # phrases that the caption's truncation cut off
+    hidden: int = 0  # objects without a visible pixel: no point could hit them
+    random: float = 0.0
+    pointing: int = 0
+    attention: int = 0
+
+    def usable(self, words: list[Word]) -> list[Word]:
+        """The words that can be played, counting them and the others."""
+        kept = [word for word in words if word.tokens and word.mask.any()]
+        self.truncated += sum(not word.tokens for word in words)
+        self.hidden += sum(bool(word.tokens) and not word.mask.any() for word in words)
+        self.samples += bool(kept)
+        self.words += len(kept)
+        self.random += sum(word.mask.double().mean().item() for word in kept)
+        return kept
+
+    def result(self) -> dict:
+        shares = {key: getattr(self, key) / self.words for key in ("pointing", "random", "attention")}
+        counts = {key: getattr(self, key) for key in ("words", "samples", "truncated", "hidden")}
+        return shares | counts
+
+
+def count_hits(scorer: Scorer, samples: list[Sample], words: list[list[Word]], tally: Tally) -> None:
+    for key, kind in MAP_KINDS.items():
+        hits = 0
+        for maps, row in zip(word_maps(scorer, samples, words, kind=kind), words, strict=True):
+            for patches, word in zip(maps, row, strict=True):
+                plane = metrics.upsample_maps(patches[None], scorer.model.patch_grid, tuple(word.mask.shape))[0]
+                hits += metrics.pointing_hit(plane, word.mask)
+        setattr(tally, key, getattr(tally, key) + hits)
+
+
+def grounding(scorer: Scorer, samples: Iterable[Sample]) -> dict | None:
+    """The pointing game over all samples with objects; None where no phrase can be played."""
+    tally = Tally()
+    with_objects = (sample for sample in samples if sample.objects)
+    for batch in tqdm(batches(with_objects, scorer.batch_size), desc="grounding", disable=None, leave=False):
+        offsets = scorer.tokens([sample.caption for sample in batch]).offsets
+        words = [tally.usable(phrases(s, spans)) for s, spans in zip(batch, offsets, strict=True)]
+        played = [(sample, row) for sample, row in zip(batch, words, strict=True) if row]
+        if played:
+            count_hits(scorer, [sample for sample, _ in played], [row for _, row in played], tally)
+    return tally.result() if tally.words else None

@@ -1,0 +1,171 @@
+"""Retrieval both ways: a gallery of encoded pictures and captions, ranked by ITC and re-ranked by ITM."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from softmask.data import DataError, TokenBatch
+from softmask.evaluation import metrics
+from softmask.evaluation.readers import Sample, Scorer, batches, pixels
+
+
+@dataclass
+class Gallery:
+    """Encoded pictures (each once) and captions; `image_ids` and `caption_ids` say which belong together. Tokens are
+    kept where the model matches pairs by them."""
+
+    captions: list[str]
+    pictures: list[int]  # for each picture the number of its first sample in the source
+    image_ids: Tensor  # [I] int64
+    caption_ids: Tensor  # [C] int64
+    image_tokens: Tensor | None  # [I, P, D]
+    image_features: Tensor  # [I, d]
+    cut: int  # captions that are longer than the text's length
+    text_tokens: Tensor | None  # [C, T, D]
+    text_features: Tensor  # [C, d]
+    attention_mask: Tensor  # [C, T] bool
+
+    @property
+    def relevant(self) -> Tensor:
+        """Right pairs [I, C] bool."""
+        return metrics.right_answers(self.image_ids, self.caption_ids)
+
+    @property
+    def similarity(self) -> Tensor:
+        """Cosine similarities [I, C] fp32, on the CPU."""
+        return (self.image_features @ self.text_features.T).float().cpu()
+
+
+@dataclass
+class Encoded:
+    """Tokens and features of pictures or captions, batch by batch; tokens of a model that matches pairs alone."""
+
+    with_tokens: bool
+    tokens: list[Tensor] = field(default_factory=list)  # [B, T, D]
+    features: list[Tensor] = field(default_factory=list)  # [B, d]
+
+    def add(self, tokens: Tensor, feature: Tensor) -> None:
+        self.features.append(feature)
+        if self.with_tokens:
+            self.tokens.append(tokens)
+
+    def cat(self) -> tuple[Tensor | None, Tensor]:
+        return torch.cat(self.tokens) if self.with_tokens else None, torch.cat(self.features)
+
+
+def matches(scorer: Scorer) -> bool:
+    """Whether the model can say of a picture and a caption that they belong together (ITM)."""
+    return hasattr(scorer.model, "match")
+
+
+@torch.no_grad()
+def encode_captions(scorer: Scorer, captions: Sequence[str]) -> tuple[Tensor | None, Tensor, TokenBatch]:
+    """Tokens [C, T, D], where they are kept, features [C, d], and the captions as they were read."""
+    batch = scorer.tokens(captions)
+    ids = batch.input_ids.to(scorer.device).split(scorer.batch_size)
+    masks = batch.attention_mask.to(scorer.device).split(scorer.batch_size)
+    texts = Encoded(matches(scorer))
+    for one, mask in zip(ids, masks, strict=True):
+        texts.add(*scorer.model.encode_text(one, mask))
+    return *texts.cat(), batch
+
+
+@torch.no_grad()
+def build_gallery(scorer: Scorer, samples: Iterable[Sample]) -> Gallery:
+    """Encodes every picture once (equal image_id: the same picture) and every caption; keeps no pixels."""
+    captions, caption_ids, pictures, images = [], [], {}, Encoded(matches(scorer))
+    for batch in tqdm(batches(samples, scorer.batch_size), desc="encoding", disable=None, leave=False):
+        captions += [sample.caption for sample in batch]
+        caption_ids += [sample.image_id for sample in batch]
+        new = []
+        for sample in batch:
+            if pictures.setdefault(sample.image_id, sample.index) == sample.index:
+                new.append(sample)
+        if new:
+            images.add(*scorer.model.encode_image(pixels(scorer, new)))
+    if not captions:
+        raise DataError("no readable sample for the retrieval gallery")
+    image_tokens, image_features = images.cat()
+    text_tokens, text_features, read = encode_captions(scorer, captions)
+    return Gallery(
+        captions=captions,
+        pictures=list(pictures.values()),
+        image_ids=torch.tensor(list(pictures)),
+        caption_ids=torch.tensor(caption_ids),
+        image_tokens=image_tokens,
+        image_features=image_features,
+        text_tokens=text_tokens,
+        text_features=text_features,
+        attention_mask=read.attention_mask.to(scorer.device),
+        cut=int(read.cut.sum()),
+    )
+
+
+RerankBy = Literal["match", "difference", "match+itc"]
+"""What re-ranks: the logit of "match", as ALBEF's evaluation; that minus the logit of "no match"; or it plus the cosine
+similarity of the features, as BLIP's and LAVIS's."""
+
+
+@torch.no_grad()
+def match_scores(scorer: Scorer, gallery: Gallery, wanted: Tensor, *, by: RerankBy = "match") -> Tensor:
+    """Scores by ITM of the wanted pairs [I, C] bool; NaN elsewhere. -> [I, C] fp32"""
+    scores = torch.full(wanted.shape, torch.nan)
+    chunks = wanted.nonzero().split(scorer.batch_size)
+    for pairs in tqdm(chunks, desc="matching", disable=None, leave=False):
+        images, kv_index = pairs[:, 0].unique(return_inverse=True)
+        images, texts = images.to(scorer.device), pairs[:, 1].to(scorer.device)
+        logits = scorer.model.match(
+            gallery.image_tokens[images],
+            gallery.text_tokens[texts],
+            gallery.attention_mask[texts],
+            kv_index=kv_index.to(scorer.device),
+        )
+        value = logits[:, 1] - logits[:, 0] if by == "difference" else logits[:, 1]
+        scores[pairs[:, 0], pairs[:, 1]] = value.float().cpu()
+    return scores + gallery.similarity if by == "match+itc" else scores
+
+
+@dataclass
+class Ranking:
+    """First-stage (ITC) and, where the model matches pairs, re-ranked (ITM) scores; rows are queries."""
+
+    itc: Tensor
+    itm: Tensor | None
+    relevant: Tensor
+
+
+def rank_both_ways(scorer: Scorer, gallery: Gallery, *, rerank: int, by: RerankBy = "match") -> dict[str, Ranking]:
+    """i2t [I, C] and t2i [C, I]: the `rerank` best of every row by ITC, re-ranked by ITM. Each pair is fused once."""
+    similarity, relevant = gallery.similarity, gallery.relevant
+    if not matches(scorer):
+        return {"i2t": Ranking(similarity, None, relevant), "t2i": Ranking(similarity.T, None, relevant.T)}
+    by_image = metrics.top_candidates(similarity, rerank)
+    by_text = metrics.top_candidates(similarity.T, rerank)
+    match = match_scores(scorer, gallery, by_image | by_text.T, by=by)
+    return {
+        "i2t": Ranking(similarity, metrics.rerank(similarity, by_image, match), relevant),
+        "t2i": Ranking(similarity.T, metrics.rerank(similarity.T, by_text, match.T), relevant.T),
+    }
+
+
+def retrieval(scorer: Scorer, samples: Iterable[Sample], *, rerank: int, by: RerankBy = "match") -> dict:
+    """R@1/5/10 both ways by ITC and by ITM re-ranking, with the gallery's size and the chance level."""
+    gallery = build_gallery(scorer, samples)
+    ranking = rank_both_ways(scorer, gallery, rerank=rerank, by=by)
+    result = {
+        "samples": len(gallery.captions),
+        "images": len(gallery.pictures),
+        "cut": gallery.cut,
+        "itc": {way: metrics.recall(rank.itc, rank.relevant) for way, rank in ranking.items()},
+        "chance": {way: metrics.chance_recall(rank.relevant) for way, rank in ranking.items()},
+    }
+    if all(rank.itm is not None for rank in ranking.values()):
+        result |= {"rerank": rerank, "rerank_by": by}
+        result["itm"] = {way: metrics.recall(rank.itm, rank.relevant) for way, rank in ranking.items()}
+    return result

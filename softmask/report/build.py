@@ -1,0 +1,291 @@
+"""One self-contained report.html of a run: curves, metrics, retrieval, and what the model sees, writes and paints.
+
+    python train/report.py RUN --data 'data/test-*.tar' [--output RUN/report.html] [--scenes 12]
+
+RUN is a run's folder with log.jsonl, a complete checkpoint and metrics.json (train/evaluate.py writes it). Every
+picture is inside the page, nothing is loaded from elsewhere. Of SoftMask++ it shows the regions that words point to:
+the phrases of "objects" in a sample's .json (format: train/evaluate.py), or all content words where there are none; of
+SyCoCa captions that it writes and hidden patches that it paints. An ATTRIBUTION.txt beside the shards goes
+into the footer. Unreadable samples are left out and named on stderr; on any failure nothing is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from softmask import BackendError
+from softmask.data import DataError, TokenBatch
+from softmask.data.sources import expand_pattern
+from softmask.evaluation import grounding, metrics, retrieval
+from softmask.evaluation.command import (
+    add_data_options,
+    check_output,
+    evaluation_facts,
+    load_scorer,
+    name_skipped,
+    open_reader,
+    positive,
+    sizes,
+    write_atomically,
+)
+from softmask.evaluation.grounding import Word
+from softmask.evaluation.readers import Reader, Sample, Scorer, batches
+from softmask.evaluation.retrieval import Gallery, RerankBy
+from softmask.report.facts import OF_STATE, facts, lead, title
+from softmask.report.generated import generated
+from softmask.report.page import Candidate, Page, Query, SceneView, WordView, render
+from softmask.report.pictures import data_uri, heat_overlay, limited, soft_masked
+from softmask.report.svg import Series, outline_path
+from softmask.training.checkpoint.store import CheckpointError, find_checkpoint, read_json
+from softmask.training.config import ConfigError
+from softmask.training.failures import explain
+from softmask.training.launchers import check_environment
+from softmask.training.logs import read_lines
+
+ANSWERS = 5
+CAPTION_QUERIES = 5
+PICTURE_QUERIES = 6
+THUMBNAIL = 200  # pixels of a retrieval picture's longer side
+OVERLAY = 512  # pixels of a map's longer side
+WORDS = 8  # content words shown of a caption without objects
+# Words that name nothing to be seen; English, as only captions without objects need it.
+EMPTY_TEXT = """
+a an the this that these those some any each and or but with without of in on at by to from for into onto over
+under above below beside between near next behind front left right top bottom is are was were be being been has
+have had there here it its his her their they he she we you i as while who which two three four one
+"""
+EMPTY_WORDS = frozenset(EMPTY_TEXT.split())
+CURVES = {  # key of log.jsonl -> title and unit; other keys of the log follow under their own name
+    "loss": ("Loss, all terms", "nats"),
+    "itc": ("ITC: focal contrast", "nats"),
+    "itm": ("ITM: image-text matching", "nats"),
+    "itm_soft": ("ITM on softly masked pictures", "nats"),
+    "mlm": ("MLM: masked words", "nats"),
+    "caption": ("IC: the next word", "nats"),
+    "tgmim": ("TG-MIM: hidden patches", "squared error"),
+    "temperature": ("Temperature of ITC", ""),
+    "lr": ("Learning rate", ""),
+}
+NO_CURVE = ("step", "epoch", "seconds", "samples_per_second")
+
+
+# -- the run ---------------------------------------------------------------------------------------
+
+
+def read_log(path: Path) -> list[dict]:
+    """The rows of log.jsonl; a last line without its end is still being written and left out."""
+    return [row for _, row in read_lines(path)]
+
+
+def curves(rows: list[dict]) -> list[Series]:
+    """One series for each number that was logged, the loss first."""
+    logged = dict.fromkeys(key for row in rows for key in row if key not in NO_CURVE)
+    keys = [key for key in CURVES if key in logged] + [key for key in logged if key not in CURVES]
+    series = []
+    for key in keys:
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        title, unit = CURVES.get(key, (key, ""))
+        series.append(Series(title, unit, [step for step, _ in points], [value for _, value in points]))
+    return series
+
+
+def attribution(data: str) -> str:
+    """The ATTRIBUTION.txt files that lie beside the data, each once."""
+    folders = dict.fromkeys(Path(path).parent for path in expand_pattern(data))
+    files = [folder / "ATTRIBUTION.txt" for folder in folders]
+    return "\n\n".join(file.read_text(encoding="utf-8", errors="replace").strip() for file in files if file.is_file())
+
+
+# -- retrieval -------------------------------------------------------------------------------------
+
+
+def spread(total: int, wanted: int) -> list[int]:
+    """`wanted` numbers evenly over range(total), or all of them."""
+    if total <= wanted:
+        return list(range(total))
+    return [round((part + 0.5) * total / wanted - 0.5) for part in range(wanted)]
+
+
+def answers(
+    scorer: Scorer, gallery: Gallery, queries: list[int], *, rerank: int | None, by: RerankBy | None, by_text: bool
+) -> list[tuple]:
+    """For each query its best answers, which of them are right, and how many wrong ones stand above the right one."""
+    similarity, relevant = gallery.similarity, gallery.relevant
+    if by_text:
+        similarity, relevant = similarity.T, relevant.T
+    scores = similarity[queries]
+    if rerank is not None:
+        chosen = torch.zeros(len(similarity), 1, dtype=torch.bool)
+        chosen[queries] = True
+        candidates = metrics.top_candidates(similarity, rerank) & chosen
+        match = retrieval.match_scores(scorer, gallery, candidates.T if by_text else candidates, by=by)
+        match = match.T if by_text else match
+        scores = metrics.rerank(scores, candidates[queries], match[queries])
+    best = scores.argsort(dim=1, descending=True, stable=True)[:, :ANSWERS]
+    right = relevant[queries].gather(1, best)
+    ranks = metrics.best_ranks(scores, relevant[queries])
+    return list(zip(best.tolist(), right.tolist(), ranks.tolist(), strict=True))
+
+
+def retrieval_examples(
+    scorer: Scorer, reader: Reader, *, samples: int, rerank: int | None, by: RerankBy | None
+) -> tuple[list[Query], list[Query]]:
+    """Caption queries and picture queries over the same gallery as in metrics.json; rerank is None without ITM."""
+    gallery = retrieval.build_gallery(scorer, islice(reader.all(), samples))
+    asked_texts = spread(len(gallery.captions), CAPTION_QUERIES)
+    asked_pictures = spread(len(gallery.pictures), PICTURE_QUERIES)
+    by_text = answers(scorer, gallery, asked_texts, rerank=rerank, by=by, by_text=True)
+    by_picture = answers(scorer, gallery, asked_pictures, rerank=rerank, by=by, by_text=False)
+
+    def shown(picture: int) -> tuple[str, str]:
+        (sample,) = reader.read([gallery.pictures[picture]])
+        return sample.caption, data_uri(limited(sample.seen, THUMBNAIL), quality=84)
+
+    captions = []
+    for asked, (best, right, rank) in zip(asked_texts, by_text, strict=True):
+        found = [(*shown(picture), hit) for picture, hit in zip(best, right, strict=True)]
+        captions.append(Query(gallery.captions[asked], [Candidate(text, hit, uri) for text, uri, hit in found], rank))
+    pictures = []
+    for asked, (best, right, rank) in zip(asked_pictures, by_picture, strict=True):
+        found = [Candidate(gallery.captions[caption], hit) for caption, hit in zip(best, right, strict=True)]
+        text, uri = shown(asked)
+        pictures.append(Query(text, found, rank, uri))
+    return captions, pictures
+
+
+# -- scenes ----------------------------------------------------------------------------------------
+
+
+def content_words(caption: str, tokens: TokenBatch, row: int) -> list[Word]:
+    """The caption's words that may name something, each with its tokens: for captions without objects."""
+    words = []
+    for number in range(int(tokens.word_ids[row].max()) + 1):
+        positions = (tokens.word_ids[row] == number).nonzero().flatten()
+        start, end = int(tokens.offsets[row, positions, 0].min()), int(tokens.offsets[row, positions, 1].max())
+        if caption[start:end].lower() not in EMPTY_WORDS:
+            words.append(Word(caption[start:end], (start, end), positions.tolist()))
+    return words[:WORDS]
+
+
+def word_view(scorer: Scorer, sample: Sample, word: Word, patches: Tensor) -> WordView:
+    """The drawings of one word; `patches` [gh * gw] is its map, normalized as in training."""
+    config, grid = scorer.config, scorer.model.patch_grid
+    seen = sample.seen
+    small = limited(seen, OVERLAY)
+    plane = metrics.upsample_maps(patches[None], grid, (small.height, small.width))[0]
+    full = metrics.upsample_maps(patches[None], grid, (seen.height, seen.width))[0]
+    masked = soft_masked(small, plane, mean=config.data.mean, strength=config.model.strength)
+    return WordView(
+        text=word.text,
+        span=word.span,
+        overlay=data_uri(heat_overlay(small, plane)),
+        masked=data_uri(masked),
+        outline="" if word.mask is None else outline_path(word.mask.numpy()),
+        point=metrics.peak(full),
+        hit=None if word.mask is None else metrics.pointing_hit(full, word.mask),
+    )
+
+
+def scene_views(scorer: Scorer, samples: list[Sample]) -> list[SceneView]:
+    """Picture, caption and words of each sample, in batches of the scorer's size."""
+    views = []
+    for batch in batches(samples, scorer.batch_size):
+        tokens = scorer.tokens([sample.caption for sample in batch])
+        words = []
+        for row, sample in enumerate(batch):
+            known = grounding.phrases(sample, tokens.offsets[row])
+            found = known if sample.objects else content_words(sample.caption, tokens, row)
+            words.append(sorted((word for word in found if word.tokens), key=lambda word: word.span))
+        maps = grounding.word_maps(scorer, batch, words, normalize=scorer.config.model.normalize)
+        for sample, row, planes in zip(batch, words, maps, strict=True):
+            drawn = [word_view(scorer, sample, word, plane) for word, plane in zip(row, planes, strict=True)]
+            seen = sample.seen
+            size = (seen.height, seen.width)
+            views.append(SceneView(sample.name, sample.caption, data_uri(seen), size, drawn))
+    return views
+
+
+# -- command line ----------------------------------------------------------------------------------
+
+
+def check_evaluation(path: Path, was: dict, now: dict) -> None:
+    """CheckpointError where metrics.json is not of this checkpoint, on this data, read like this."""
+    changed = {key: f"{key} {was.get(key)!r}, not {value!r}" for key, value in now.items() if was.get(key) != value}
+    if "digest" in changed:
+        changed["digest"] = "the data"
+    if changed:
+        differs = f"another evaluation's: it differs in {'; '.join(changed.values())}"
+        raise CheckpointError(f"{path}: {differs}; run train/evaluate.py with this report's options first")
+
+
+def build_page(options: argparse.Namespace) -> Page:
+    run, data, scenes = options.run, options.data, options.scenes
+    checkpoint = find_checkpoint(run)
+    result = read_json(run / "metrics.json", "retrieval", "training", "evaluation")
+    rows = read_log(run / "log.jsonl")
+    scorer = load_scorer(checkpoint, **sizes(options))
+    reader = open_reader(scorer, data, options.image_root)
+    check_evaluation(run / "metrics.json", result["evaluation"], evaluation_facts(scorer, reader, checkpoint))
+    try:
+        examples = result["retrieval"]
+        reranked = {"rerank": examples.get("rerank"), "by": examples.get("rerank_by")}
+        reranked |= {"samples": examples["samples"]}
+        captions, pictures = retrieval_examples(scorer, reader, **reranked)
+        shown = list(reader.read(spread(len(reader.source), scenes)))
+        drawn = scene_views(scorer, shown) if hasattr(scorer.model, "word_maps") else []
+        written = generated(scorer, shown, result)
+    finally:
+        name_skipped(reader)
+    return Page(
+        method=title(scorer.config),
+        run=run.resolve().name,
+        lead=lead(scorer),
+        facts=facts(scorer, read_json(checkpoint / "trainer.json", *OF_STATE), rows),
+        curves=curves(rows),
+        metrics=result,
+        captions=captions,
+        pictures=pictures,
+        scenes=drawn,
+        generated=written,
+        attribution=attribution(data),
+    )
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="One self-contained report.html of a run.")
+    parser.add_argument("run", type=Path, help="a run's folder")
+    add_data_options(parser)
+    parser.add_argument("--output", type=Path, help="default: report.html in RUN")
+    parser.add_argument("--scenes", type=positive, default=12, help="pictures with their words' maps (default 12)")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse(argv)
+    output = options.output or options.run / "report.html"
+    try:
+        check_environment()
+        check_output(output)
+        page = build_page(options)
+        write_atomically(output, render(page))
+    except (DataError, CheckpointError, ConfigError, BackendError, OSError) as error:
+        print(f"report: {error}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if (line := explain(error, smaller="lower --batch-size")) is None:
+            raise
+        print(f"report: {line}", file=sys.stderr)
+        return 1
+    print(f"written: {output} ({math.ceil(output.stat().st_size / 1e6)} MB)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What a method is to the trainer, the evaluation and the report."""

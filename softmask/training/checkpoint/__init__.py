@@ -1,0 +1,1 @@
+"""Checkpoints: written, read, resharded, and weights to start from."""

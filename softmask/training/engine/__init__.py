@@ -1,0 +1,1 @@
+"""DeepSpeed at every ZeRO stage: start-up, loss scale, partitioning."""

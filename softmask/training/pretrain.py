@@ -1,0 +1,147 @@
+"""Pre-train SoftMask++, ALBEF, SyCoCa or CoCa.
+
+    deepspeed train/pretrain.py --config train/configs/demo.yaml [--resume auto] [train.steps=1000 ...]
+    python train/pretrain.py --config ...        the same in one process
+
+A known failure prints one line and exits with 2. SIGTERM and Ctrl-C write a checkpoint, and every rank exits with 0.
+The launcher hands SIGTERM on when its process group gets it (as from a batch system), not when its own process alone
+does; it gives the ranks 30 seconds and exits with 1 itself. Runs on several machines need `output` on a shared disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch.distributed as dist
+
+from softmask import BackendError
+from softmask.data import DataError
+from softmask.training.checkpoint.store import (
+    CheckpointError,
+    complete_checkpoints,
+    config_differences,
+    find_checkpoint,
+    read_json,
+    step_of,
+)
+from softmask.training.config import Config, ConfigError, load_config
+from softmask.training.failures import explain
+from softmask.training.launchers import check_environment, complete_environment
+from softmask.training.logs import say
+from softmask.training.run_folder import FirstRankError
+from softmask.training.trainer import TrainingError, train
+
+SMALLER = "lower train.batch_size and raise train.accumulation, or set train.activation_checkpointing"
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Pre-train SoftMask++, ALBEF, SyCoCa or CoCa with DeepSpeed.")
+    parser.add_argument("--config", required=True, help="YAML or JSON file")
+    parser.add_argument(
+        "--resume",
+        default="none",
+        help="none: start a new run; auto: go on with the newest checkpoint of the run's folder, if there is one; "
+        "or a checkpoint or another run's folder to start from",
+    )
+    # The launcher passes it; the environment says it too, to every launcher's processes.
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.steps=1000")
+    return parser.parse_intermixed_args(arguments)
+
+
+def choose_checkpoint(config: Config, resume: str) -> Path | None:
+    """The checkpoint to start from, None for a new run.
+
+    Raises:
+        CheckpointError: the folder holds a run that would be overwritten, or there is no such checkpoint.
+    """
+    run = Path(config.output)
+    own = complete_checkpoints(run)
+    if resume == "auto":
+        return own[-1] if own else None
+    if resume == "none":
+        traces = [name for name in ("config.yaml", "log.jsonl", "checkpoints") if (run / name).exists()]
+        if traces:
+            raise CheckpointError(
+                f"{run}: holds a run already ({', '.join(traces)}); go on with --resume auto or name another output"
+            )
+        return None
+    chosen = find_checkpoint(resume)
+    newest = own[-1] if own else None
+    if newest is not None and newest.resolve() != chosen.resolve():
+        raise CheckpointError(
+            f"{run}: holds {newest.name}, which starting from {chosen} would overwrite (step {step_of(chosen)}); "
+            "use --resume auto or name another output"
+        )
+    return chosen
+
+
+def already_done(config: Config) -> str | None:
+    """What to say when the run of this configuration is finished."""
+    run = Path(config.output)
+    if not (run / "done.json").is_file():
+        return None
+    saved, done = load_config(run / "config.yaml"), read_json(run / "done.json")
+    differences = config_differences(saved, config)
+    if differences:
+        raise CheckpointError(f"{run}: made with another configuration: {', '.join(differences)}")
+    same_length = (saved.train.steps, saved.train.epochs) == (config.train.steps, config.train.epochs)
+    return f"done: {run} is finished, {done['steps']} steps" if same_length else None
+
+
+def run(arguments: list[str] | None = None) -> None:
+    options = parse_arguments(arguments)
+    check_environment()
+    complete_environment()
+    if not is_first_rank():
+        logging.getLogger("softmask.data").setLevel(
+            logging.ERROR
+        )  # all ranks open the same data; one says what it lacks
+    config = load_config(options.config, options.overrides)
+    if options.resume == "auto" and (message := already_done(config)):
+        if is_first_rank():
+            say(message)
+        return
+    train(config, checkpoint=choose_checkpoint(config, options.resume))
+    dist.destroy_process_group()
+
+
+def is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, nothing a user can act on
+    try:
+        run(arguments)
+    except (ConfigError, DataError, CheckpointError, TrainingError, BackendError) as error:
+        say(f"error{_where()}: {error}")
+        return 2
+    except FirstRankError:
+        return 2
+    except OSError as error:  # a disk that is full or read-only, a file that went away
+        where = f"{error.filename}: " if error.filename else ""
+        say(f"error: {where}{error.strerror or error}")
+        return 2
+    except KeyboardInterrupt:
+        say("interrupted")
+        return 130
+    except Exception as error:
+        if (line := explain(error, smaller=SMALLER)) is None:
+            raise
+        say(f"error{_where()}: {line}")
+        return 2
+    return 0
+
+
+def _where() -> str:
+    return "" if is_first_rank() else f" (rank {os.environ['RANK']})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,1 +1,0 @@
-"""Training, evaluation and reports: scripts to run, installed as `softmask.train`."""
