@@ -85,13 +85,13 @@ $(VENV)/.peers: setup.py constraints.txt | $(READY)
 	@touch $@
 
 gpu-report: $(READY)  ## what is known of the Triton kernels without a GPU: registers, tensor cores, bytes moved
-	@$(IN_VENV) python benchmarks/gpu_report.py
+	@$(IN_VENV) python -m benchmarks.gpu.report
 
 gpu-budgets: $(READY)  ## every variant of the Triton kernels against the limits of six processors; ARGS="attention"
-	@$(IN_VENV) python benchmarks/gpu_budgets.py $(ARGS)
+	@$(IN_VENV) python -m benchmarks.gpu.budgets $(ARGS)
 
 gpu-matrix: $(READY)  ## which Triton, 3.2 to 3.8, compiles which kernels; installs each into build/; ARGS="3.3.1"
-	@$(IN_VENV) python benchmarks/gpu_matrix.py $(ARGS)
+	@$(IN_VENV) python -m benchmarks.gpu.matrix $(ARGS)
 
 # The interpreter is not instrumented, so its leaks are not ours, and the sanitizers' libraries come first.
 sanitize: $(READY)  ## tests of the C++ kernels under the address and undefined-behaviour sanitizers
@@ -104,7 +104,7 @@ sanitize: $(READY)  ## tests of the C++ kernels under the address and undefined-
 	@OMP_NUM_THREADS=2 ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  PYTHONPATH=build/sanitize $(BIN)/pytest -q -p no:cacheprovider -p no:xdist \
-	  tests/test_cpp_kernels.py tests/test_soft_mask.py -k "not compile and not opcheck"
+	  tests/ops/test_cpp_kernels.py tests/ops/test_soft_mask.py -k "not compile and not opcheck"
 
 lint: $(READY)  ## style of Python and C++
 	@$(IN_VENV) ruff check -q .

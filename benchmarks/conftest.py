@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import harness
 import pytest
-from revisions import Rival
+
+from benchmarks import harness
+from benchmarks.revisions import Rival
 
 RESULTS = pytest.StashKey[list]()
 LINES = pytest.StashKey[list[str]]()
@@ -42,7 +43,8 @@ def rival(request: pytest.FixtureRequest):
 def bench(request: pytest.FixtureRequest, benchmark, rival: Rival | None):
     def run(op: str, size: str, make: Callable[[], harness.Bench]) -> None:
         if rival is not None:
-            benchmark.pedantic(lambda: rival.check(Path(request.module.__file__).stem, size), rounds=1)
+            module = f"benchmarks.ops.{Path(request.module.__file__).stem}"
+            benchmark.pedantic(lambda: rival.check(module, size), rounds=1)
             return
         dtype = request.config.getoption("--dtype")
         with harness.defaults(harness.DTYPES[dtype]):

@@ -14,8 +14,7 @@ import sys
 from functools import lru_cache
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
+ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 1.10
 TURNS = 9
 TRIES = 3  # a slow neighbour may spoil one
@@ -25,7 +24,7 @@ class Worker:
     """A process that runs cases of this tree's benchmarks with the package of another folder."""
 
     def __init__(self, package_root: Path) -> None:
-        environment = os.environ | {"PYTHONPATH": f"{package_root}{os.pathsep}{HERE}"}
+        environment = os.environ | {"PYTHONPATH": str(package_root)}
         self._process = subprocess.Popen(
             [sys.executable, str(Path(__file__)), str(package_root)],
             stdin=subprocess.PIPE,
@@ -96,13 +95,14 @@ def _case(module: str, size: str):
 
 
 def work(package_root: Path) -> None:
-    import harness
-
     import softmask
 
     found = Path(softmask.__file__).resolve().parent.parent
     if found != package_root.resolve():
         sys.exit(f"softmask comes from {found}, expected {package_root}")
+    sys.path.insert(0, str(ROOT))  # the cases are this tree's, whatever the package
+    from benchmarks import harness
+
     for line in sys.stdin:
         run = _case(*json.loads(line)).ours
         run()

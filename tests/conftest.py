@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import getpass
 import os
-import sys
 import tempfile
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))  # what the tests share with them
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -55,7 +52,7 @@ def fast_interpreter():
     if not kernels.INSTALLED:
         yield
         return
-    from fast_interpreter import fast_interpreter
+    from benchmarks.gpu.fast_interpreter import fast_interpreter
 
     with fast_interpreter():
         yield

@@ -1,0 +1,280 @@
+"""Scores of generated captions, zero-shot classes and reconstructions, where the right numbers are known."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from softmask import reference
+from softmask.data import DataError, open_source
+from softmask.evaluation import captioning, reconstruction, zero_shot
+from softmask.evaluation.readers import Reader, Sample, Scorer, each_picture_once, pixels
+from softmask.report import generated as report_generation
+from tests.support.evaluation_files import ALL, COLOURS, PAIRS, Oracle, Words, small_config, write_scenes
+
+JAVA = pytest.param(True, marks=pytest.mark.skipif(not captioning.has_java(), reason="no Java"))
+
+
+@pytest.fixture
+def samples(tmp_path: Path) -> list[Sample]:
+    return list(Reader(open_source(write_scenes(tmp_path / "test.tar"))).all())
+
+
+@pytest.fixture
+def scorer(tmp_path: Path) -> Scorer:
+    return Scorer(Oracle(small_config(tmp_path)), Words(), small_config(tmp_path), batch_size=5)
+
+
+# -- scores ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("java", [False, JAVA])
+def test_scores_of_equal_like_and_foreign_captions(java: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captioning, "has_java", lambda: java)
+    true = [f"a {a} box beside a {b} one" for a, b in PAIRS]
+    perfect = captioning.score([f"A {a} box, beside a {b} one." for a, b in PAIRS], [[text] for text in true])
+    assert perfect["bleu4"] == pytest.approx(1.0)
+    assert perfect["rouge_l"] == pytest.approx(1.0)
+    assert perfect["cider"] == pytest.approx(10.0)
+    assert ("meteor" in perfect) == java
+    mixed = captioning.score(true[1:] + true[:1], [[text] for text in true])
+    assert mixed["cider"] < perfect["cider"]
+    assert mixed["bleu4"] < 1.0
+    foreign = captioning.score(["nothing of this kind"] * 12, [[text] for text in true])
+    assert foreign["cider"] == pytest.approx(0.0, abs=1e-6)
+    assert foreign["rouge_l"] == 0.0
+
+
+@pytest.mark.parametrize("java", [False, JAVA])
+def test_a_break_inside_a_caption_shifts_no_other(java: bool) -> None:
+    texts = ["a red box", "a blue owl\rbeside\u2028a cat", "a green box"]
+    words = captioning.tokenized([[text] for text in texts], java=java)
+    assert words == {0: ["a red box"], 1: ["a blue owl beside a cat"], 2: ["a green box"]}
+
+
+JAVAS = {
+    "is none": "exit 1",
+    "cannot start its classes": 'test "$1" = -version',
+    "hangs": 'test "$1" = -version || sleep 60',
+    "loses lines": 'test "$1" = -version || echo a',
+    "fails after the tokenizer": 'case "$1" in -version) ;; -cp) cat ;; *) exit 3 ;; esac',
+    "hangs after the tokenizer": 'case "$1" in -version) ;; -cp) cat ;; *) exec sleep 60 ;; esac',
+}
+
+
+@pytest.mark.parametrize("script", JAVAS.values(), ids=JAVAS)
+def test_a_java_that_fails_costs_its_scores_alone(tmp_path: Path, monkeypatch, capsys, script: str) -> None:
+    (tmp_path / "java").write_text(f"#!/bin/sh\n{script}\n")
+    (tmp_path / "java").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(captioning, "JAVA_SECONDS", 0.5)
+    captioning.has_java.cache_clear()
+    captioning.meteor.cache_clear()
+    try:
+        given = [["a red box"], ["a blue box"]]
+        tokenizer, scores = captioning.score_all({"one": ["a red box", "a blue box"], "two": ["a", "b"]}, given)
+    finally:
+        captioning.has_java.cache_clear()
+        captioning.meteor.cache_clear()
+    assert tokenizer == "words" and scores["one"]["bleu4"] > scores["two"]["bleu4"]
+    assert all(set(one) == {"cider", "bleu4", "rouge_l"} for one in scores.values())
+    said = capsys.readouterr().err
+    assert said.startswith("captions are scored without Java: ") or script == "exit 1"
+
+
+def test_rouge_is_the_longest_common_subsequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LCS of "the cat sat down" and "the cat ran" is 2: precision 2/4, recall 2/3, F with beta 1.2."""
+    monkeypatch.setattr(captioning, "has_java", lambda: False)
+    precision, recall, beta = 2 / 4, 2 / 3, 1.2
+    expected = (1 + beta**2) * precision * recall / (recall + beta**2 * precision)
+    assert captioning.score(["the cat sat down"], [["the cat ran"]])["rouge_l"] == pytest.approx(expected)
+
+
+def test_captions_of_one_picture_are_all_references(samples: list[Sample]) -> None:
+    samples[3].image_id = samples[0].image_id
+    references: dict[int, list[str]] = {}
+    pictures = list(each_picture_once(samples, references))
+    assert [sample.index for sample in pictures] == [0, 1, 2, *range(4, 12)]
+    assert list(references.values())[0] == [samples[0].caption, samples[3].caption]
+
+
+def test_no_picture_is_an_error(scorer: Scorer) -> None:
+    with pytest.raises(DataError, match="no readable sample to caption"):
+        captioning.captioning(scorer, [], None, captioning.CaptionOptions())
+
+
+@pytest.mark.parametrize(("total", "wanted", "expected"), [(4, 0, [0, 1, 2, 3]), (3, 9, [0, 1, 2]), (10, 3, [0, 3, 6])])
+def test_training_pictures_are_spread(total: int, wanted: int, expected: list[int]) -> None:
+    assert captioning.chosen_numbers(total, wanted) == expected
+
+
+def test_the_nearest_picture_lends_its_caption(scorer, samples, tmp_path) -> None:
+    training = Reader(open_source(write_scenes(tmp_path / "train.tar", reversed(ALL))))
+    features = scorer.model.encode_image(pixels(scorer, samples))[1]
+    nearest, known = captioning.nearest_captions(scorer, features, training, range(12))
+    assert nearest == [sample.caption for sample in samples] and known == nearest[::-1]
+    few, known = captioning.nearest_captions(scorer, features, training, [3, 9])
+    assert len(known) == 2 and set(few) == set(known) and few[8] == nearest[8] and few[2] == nearest[2]
+
+
+def test_the_section_compares_with_training_captions(scorer, samples, tmp_path, monkeypatch) -> None:
+    def write(_scorer: Scorer, found: list[Sample], *, beams: int) -> captioning.Captions:
+        true = [sample.caption for sample in found]
+        return captioning.Captions(true, true[1:] + true[:1] if beams > 1 else [])
+
+    monkeypatch.setattr(captioning, "write_captions", write)
+    monkeypatch.setattr(captioning, "has_java", lambda: False)
+    training = Reader(open_source(write_scenes(tmp_path / "train.tar")))
+    section = captioning.captioning(scorer, samples, training, captioning.CaptionOptions(beams=2))
+    assert (section["samples"], section["beams"], section["tokenizer"]) == (12, 2, "words")
+    assert section["nearest"] == {key: section[key] for key in ("cider", "bleu4", "rouge_l")}  # the oracle's is right
+    assert section["random"]["cider"] < section["cider"] and section["neighbours"] == 12
+    assert section["beams_alone"]["cider"] < section["cider"]
+    few = captioning.captioning(scorer, samples, training, captioning.CaptionOptions(neighbours=3))
+    assert few["neighbours"] == 3 and few["nearest"]["cider"] < section["nearest"]["cider"]
+    alone = captioning.captioning(scorer, samples, None, captioning.CaptionOptions(beams=1))
+    assert not {"random", "nearest", "beams_alone"} & set(alone)
+
+
+# -- zero-shot -------------------------------------------------------------------------------------
+
+
+class Boxes:
+    """Pictures' features are the colour of their left box; a prompt's the colour that it names, two of them swapped."""
+
+    def __init__(self, oracle: Oracle, swapped: tuple[str, ...] = ()) -> None:
+        self.oracle, self.swapped = oracle, swapped
+
+    def encode_image(self, images: Tensor) -> tuple[None, Tensor]:
+        tokens, _ = self.oracle.encode_image(images)
+        return None, tokens[:, 0].unflatten(1, (4, 4)).sum(2)
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        first = Words.vocabulary.index("red")
+        names = list(COLOURS)
+        colours = [names[int(row[row >= first][0]) - first] for row in input_ids]
+        told = [self.swapped[1 - self.swapped.index(name)] if name in self.swapped else name for name in colours]
+        features = torch.stack([torch.eye(4)[names.index(name)] + 0.01 for name in told])
+        return features[:, None], features
+
+
+@pytest.mark.parametrize(("swapped", "hits"), [((), 7), (("red", "green"), 1)])  # blue is found either way
+def test_zero_shot_counts_pictures_of_one_object(scorer, samples, monkeypatch, swapped, hits) -> None:
+    monkeypatch.setattr(zero_shot, "TEMPLATES", ("{}", "a {}"))
+    scorer.model = Boxes(scorer.model, swapped)
+    for sample in samples[:10]:  # scenes 0 to 8 begin with red, green and blue, three each; the last with black
+        colour = PAIRS[sample.index][0]
+        sample.objects = [{"phrase": colour, "concept": colour}]
+    samples[9].objects.append(samples[9].objects[0])  # two objects
+    samples[8].objects[0]["phrase"] = "blues"  # several of one
+    samples[7].objects[0]["count"] = 2  # also where the plural is the same word
+    samples[0].objects[0]["count"] = 1
+    classes = [zero_shot.Class(name, f"a {name} box") for name in COLOURS]
+    section = zero_shot.zero_shot(scorer, samples, classes)
+    expected = {"samples": 7, "classes": 4, "top5": 1.0, "chance": 0.25}
+    assert section == expected | {"top1": hits / 7}
+    assert zero_shot.zero_shot(scorer, samples[10:], classes) is None
+
+
+def test_objects_of_another_form_are_no_class(samples) -> None:
+    sample = samples[0]
+    sample.objects = [{"phrase": ["red"], "concept": ["red"]}]
+    assert zero_shot.only_class(sample, {"red": 0}) is None
+    sample.objects = ["red"]
+    assert zero_shot.only_class(sample, {"red": 0}) is None
+    assert sample.bad_objects[f"{sample.name}: objects[0]"].startswith("expected phrase, span, mask and concept")
+
+
+def test_a_class_list_that_is_none_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "classes.json"
+    for text in ("[", "[]", '[{"name": "a"}]', json.dumps([{"name": "a", "phrase": "an a"}] * 2)):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(DataError, match=r"classes\.json: expected"):
+            zero_shot.read_classes(path)
+    path.write_text(json.dumps([{"name": "a", "phrase": "an a", "more": 1}]), encoding="utf-8")
+    assert zero_shot.read_classes(path) == [zero_shot.Class("a", "an a")]
+
+
+# -- reconstruction --------------------------------------------------------------------------------
+
+
+class Painter:
+    """Hides the left half; paints zeros, or the truth (normalized) where the caption names the picture's left box."""
+
+    patch_size, patch_grid = 8, (4, 4)
+
+    def __init__(self, oracle: Oracle, *, listens: bool) -> None:
+        self.oracle, self.listens = oracle, listens
+
+    def hidden_patches(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return (torch.arange(16) % 4 < 2).expand(len(images), -1)
+
+    def repaint(self, images: Tensor, hidden: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        patches = images.unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
+        truth = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+        seen, told = self.oracle.encode_image(images)[0][:, 0], self.oracle.encode_text(input_ids, attention_mask)[0]
+        same = (seen.unflatten(1, (4, 4)).sum(2) * told[:, 0].unflatten(1, (4, 4)).sum(2)).sum(1)
+        return truth * same[:, None, None] if self.listens else torch.zeros_like(truth)
+
+
+@pytest.mark.parametrize("listens", [True, False])
+def test_the_gap_is_what_the_caption_tells(scorer: Scorer, samples: list[Sample], listens: bool) -> None:
+    scorer.model = Painter(scorer.model, listens=listens)
+    scorer.config.model = SimpleNamespace(normalize_pixels=True)
+    section = reconstruction.reconstruction(scorer, samples)
+    assert section["samples"] == 12
+    images = scoring_pixels(scorer, samples)
+    hidden = scorer.model.hidden_patches(images, None, None)
+    blind = reference.masked_patch_loss(torch.zeros(12, 16, 192), images, hidden, patch_size=8, reduction="none")
+    blind = blind.sum(1) / 8
+    wrong = [PAIRS[i][0] != PAIRS[(i + 1) % 12][0] for i in range(12)]  # the next picture's left box is another one
+    expected = torch.where(torch.tensor(wrong), blind, 0.0) if listens else torch.zeros(12)
+    assert section["gap"] == pytest.approx(expected.mean().item(), abs=1e-6)
+    half = 1.96 * expected.std().item() / 12**0.5
+    assert section["high"] - section["low"] == pytest.approx(2 * half, abs=1e-5)
+    assert section["right"] == pytest.approx(0.0 if listens else blind.mean().item(), abs=1e-5)
+    assert section["wrong"] == pytest.approx(section["right"] + section["gap"])
+
+
+def scoring_pixels(scorer: Scorer, samples: list[Sample]) -> Tensor:
+    from softmask.evaluation.readers import pixels
+
+    return pixels(scorer, samples)
+
+
+def test_equal_captions_make_no_pair(scorer: Scorer, samples: list[Sample]) -> None:
+    for sample in samples:
+        sample.caption = "a red box beside a green one"
+    assert reconstruction.reconstruction(scorer, samples) is None
+    assert report_generation.paintings(scorer, samples) == []
+
+
+class Drawer(Painter):
+    """Hides patches that are drawn, as `masks: random` does."""
+
+    def hidden_patches(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return torch.rand(len(images), 16).argsort(1) < 8
+
+
+def test_patches_that_are_drawn_are_the_same_each_time(scorer: Scorer, samples: list[Sample]) -> None:
+    scorer.model = Drawer(scorer.model, listens=True)
+    scorer.config.model = SimpleNamespace(normalize_pixels=True)
+    torch.manual_seed(1)
+    first = reconstruction.reconstruction(scorer, samples)
+    state = torch.get_rng_state()
+    assert reconstruction.reconstruction(scorer, samples) == first
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_another_caption_of_the_same_picture_is_no_wrong_one(scorer: Scorer, samples: list[Sample]) -> None:
+    scorer.model = Painter(scorer.model, listens=True)
+    scorer.config.model = SimpleNamespace(normalize_pixels=True)
+    doubled = [one for s in samples for one in (s, dataclasses.replace(s, caption=f"{s.caption} and a box"))]
+    assert reconstruction.reconstruction(scorer, doubled) == reconstruction.reconstruction(scorer, samples)

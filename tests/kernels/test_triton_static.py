@@ -1,0 +1,152 @@
+"""Kernels compiled ahead of time stay within the committed budgets (benchmarks/results/gpu_static.json)."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from softmask import kernels
+from tests.support import kernel_cases as cases
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS = sorted(Path(kernels.__file__).parent.glob("*.py"))
+
+pytestmark = cases.needs_triton
+
+
+def test_budgets_hold() -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-m", "benchmarks.gpu.report", "--check"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+ROW = {
+    "registers": 100,
+    "local": 0,
+    "shared": 4096,
+    "occupancy": 0.5,
+    "load_widths": {"4": 1, "16": 2},
+    "store_widths": {"16": 1},
+    "async_copies": 2,
+    "tensor_core": {"mma.sync": 4},
+    "races": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("worse", "said"),
+    [
+        ({"registers": 101}, "101 of 100 registers"),
+        ({"shared": 5000}, "5000 of 4096 shared"),
+        ({"local": 8}, "8 bytes of local memory"),
+        ({"occupancy": 0.25}, "occupancy 0.25, not 0.5"),
+        ({"load_widths": {"8": 3}}, "load_widths {'8': 3}"),
+        ({"store_widths": {"4": 3}}, "store_widths {'4': 3}"),
+        ({"async_copies": 0}, "0 asynchronous copies"),
+        ({"tensor_core": {}}, "no mma.sync"),
+        ({"races": 1}, "copies that may overtake products"),
+    ],
+)
+def test_a_broken_budget_is_told(worse: dict, said: str) -> None:
+    from benchmarks.gpu.report import broken
+
+    assert broken(ROW, ROW) == []
+    (line,) = broken(ROW | worse, ROW)
+    assert said in line
+
+
+def test_committed_variants_keep_the_limits() -> None:
+    from benchmarks.gpu.budgets import committed, lines_of
+
+    assert committed() and list(lines_of(committed())) == []
+
+
+def test_a_variant_beyond_a_limit_is_told() -> None:
+    """Of the least shared memory among the architectures that share a launch."""
+    from benchmarks.gpu.budgets import lines_of
+
+    within = {"some forward kernel: as usual": {"bf16": {"80 86": [255, 99 << 10], "90": [168, 227 << 10]}}}
+    assert list(lines_of(within)) == []
+    (line,) = lines_of({"some": {"bf16": {"80 86": [255, (99 << 10) + 1]}}})
+    assert "sm_80/86: 101377 of 101376 bytes of shared memory" in line
+    (line,) = lines_of({"some": {"fp32": {"80": [255, 0, 16]}}})
+    assert "16 bytes of local memory" in line
+
+
+def test_the_matrix_of_tritons_is_whole() -> None:
+    """Every release is in it with every call; all from OLDEST_TRITON on compile, the one before does not."""
+    from benchmarks.gpu.cases import CALLS
+    from benchmarks.gpu.matrix import PAIRS, RESULTS
+
+    rows = json.loads(RESULTS.read_text())
+    assert list(rows) == list(PAIRS)
+    for version, row in rows.items():
+        assert set(row["calls"]) == {call.name for call in CALLS}
+        errors = [error for call in row["calls"].values() for error in call["errors"]]
+        assert bool(errors) == (kernels.why_not_triton(version) is not None), (version, errors)
+
+
+def jitted(tree: ast.Module) -> Iterator[ast.FunctionDef]:
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(one) for one in node.decorator_list):
+            yield node
+
+
+def _is_none(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and node.value is None
+
+
+def _tests_none(node: ast.AST) -> bool:
+    return isinstance(node, ast.Compare) and _is_none(node.comparators[0])
+
+
+def what_old_tritons_refuse(function: ast.FunctionDef) -> Iterator[str]:
+    """Patterns that Triton 3.3 to 3.6 do not compile, where today's does."""
+    nodes = list(ast.walk(function))
+    optional = {node.left.id for node in nodes if _tests_none(node) and isinstance(node.left, ast.Name)}
+    indices = {node.slice for node in nodes if isinstance(node, ast.Subscript)}  # x[:, None]
+    for node in nodes:
+        if isinstance(node, ast.Tuple) and isinstance(node.ctx, ast.Load) and node not in indices:
+            names = {one.id for one in node.elts if isinstance(one, ast.Name)}
+            if names & optional or any(map(_is_none, node.elts)):
+                yield f"line {node.lineno}: a tuple that may hold None"
+        if isinstance(node, ast.BoolOp) and isinstance(node.op, ast.And) and any(map(_tests_none, node.values)):
+            yield f"line {node.lineno}: a test for None beside another condition"
+    for node in function.body[:-1]:
+        if isinstance(node, ast.If) and any(isinstance(one, ast.Return) for one in node.body):
+            yield f"line {node.lineno}: a return before the end"
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)
+def test_kernels_are_written_for_old_tritons_too(path: Path) -> None:
+    found = [
+        f"{path.name} {function.name} {what}"
+        for function in jitted(ast.parse(path.read_text()))
+        for what in what_old_tritons_refuse(function)
+    ]
+    assert not found
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("return a, None", "may hold None"),
+        ("if b is not None:\n  b += 1\n return a, b", "may hold None"),
+        ("x = helper((a, b))\n if b is None:\n  x += 1\n return x", "may hold None"),
+        ("if b is not None and a > 0:\n  a += b\n return a", "beside another condition"),
+        ("if a.shape[0] == 1:\n  return a\n return b", "before the end"),
+        ("if b is not None:\n  a += b\n return a", None),
+    ],
+)
+def test_what_old_tritons_refuse_is_seen(body: str, said: str | None) -> None:
+    (function,) = ast.parse(f"def helper(a, b):\n {body}").body
+    found = list(what_old_tritons_refuse(function))
+    assert (found == []) if said is None else said in found[0]

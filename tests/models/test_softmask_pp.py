@@ -1,0 +1,365 @@
+"""SoftMask++ against a plain ALBEF, a materialized Grad-CAM and truly masked image tokens."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import softmask
+from softmask import ops
+from softmask.models import SoftMaskPP
+from softmask.models.softmask_pp import masking
+from softmask.models.softmask_pp import model as softmask_pp
+from tests.support.kernel_cases import needs_cpp
+from tests.support.model_fixtures import SPECIAL, small_batch, small_config, small_model
+from tests.support.plain_albef import PlainALBEF
+from tests.support.two_ranks import own_rows, run_on_two_ranks
+
+ALBEF = {"soft_mask": False, "gamma": 0.0, "mask_text": "mlm"}
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def worst_error(actual: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> float:
+    """Largest error of any tensor, relative to that tensor's largest entry (1e-6 for those that are zero but for
+    rounding: the softmax does not see a key's bias)."""
+    assert actual.keys() == truth.keys()
+    return max(
+        ((actual[name].double() - value.double()).abs().max() / value.abs().max().clamp_min(1e-6)).item()
+        for name, value in truth.items()
+    )
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """What the model draws at random, kept for the plain recipe."""
+    kept: dict[str, list] = {"masks": [], "negatives": [], "words": []}
+    for name, key in (("mask_tokens", "masks"), ("sample_negatives", "negatives"), ("word_positions", "words")):
+        original = getattr(masking, name)
+
+        def keep(*args, _original=original, _key=key, **options):
+            result = _original(*args, **options)
+            kept[_key].append(result)
+            return result
+
+        monkeypatch.setattr(softmask_pp, name, keep)
+    return kept
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_without_its_additions_every_term_and_gradient_is_albefs(recorded, dtype):
+    model = small_model(**ALBEF).to(dtype)
+    batch = small_batch(dtype=dtype)
+    output = model(batch, alpha=0.4)
+    output.loss.backward()
+    ours, ours_grad = output.terms, gradients(model)
+
+    hard_text, hard_image = recorded["negatives"]
+    masked = recorded["masks"][0]
+    plain_model = copy.deepcopy(model)
+    plain_model.zero_grad()
+    plain = PlainALBEF(plain_model).losses(
+        batch,
+        labels=masked.labels,
+        masked_ids=masked.input_ids,
+        hard_text=hard_text,
+        hard_image=hard_image,
+        alpha=0.4,
+    )
+    sum(plain.values()).backward()
+    rounding = 1e-5 if dtype == torch.float32 else 1e-11
+    for name, value in plain.items():
+        assert ours[name].item() == pytest.approx(value.item(), rel=rounding), name
+    if dtype == torch.float64:
+        assert worst_error(ours_grad, gradients(plain_model)) < 1e-9
+
+
+def test_soft_mask_is_the_materialized_gradcam_of_the_word(recorded):
+    """dS/dA through a materialized attention, mean over heads of A * relu(dS/dA) at the word's tokens, min-max."""
+    model = small_model().double()
+    batch = small_batch(dtype=torch.float64)
+    seen = {}
+    original = model._soft_mask
+    model._soft_mask = lambda *args: seen.setdefault("weight", original(*args))
+    model(batch)
+    masked, words = recorded["masks"][0], recorded["words"][0]
+
+    plain = PlainALBEF(model)
+    text = plain.text("backbone", masked.input_ids, batch.attention_mask)
+    states, maps = plain.fuse("backbone", text, batch.attention_mask, model.backbone.vision(batch.images))
+    plain.linear("itm_head", states[:, 0])[:, 1].sum().backward()
+    attention = maps[model.config.cam_layer]
+    cam = (attention * attention.grad.clamp_min(0)).mean(1)[:, :, model.num_prefix_tokens :]
+    assert (cam > 0).any()
+    for row, positions in enumerate(words):
+        positions = positions[positions >= 0]
+        word = cam[row, positions].mean(0) if len(positions) else torch.zeros_like(cam[row, 0])
+        expected = 1 - (word - word.min()) / (word.max() - word.min() + 1e-7)
+        torch.testing.assert_close(seen["weight"][row, model.num_prefix_tokens :], expected)
+    assert (seen["weight"][:, : model.num_prefix_tokens] == 1).all()
+
+
+def test_soft_masked_pass_is_the_pass_over_masked_image_tokens(recorded):
+    model = small_model().double()
+    batch = small_batch(dtype=torch.float64)
+    seen = {}
+    original = model._soft_mask
+    model._soft_mask = lambda *args: seen.setdefault("weight", original(*args))
+    output = model(batch)
+    masked = recorded["masks"][0]
+    hard_text, hard_image = recorded["negatives"]
+
+    plain = PlainALBEF(model)
+    image = model.backbone.vision(batch.images)
+    maps = 1 - seen["weight"][:, model.num_prefix_tokens :]
+    soft = ops.soft_mask(image, maps, normalize=None, num_prefix_tokens=model.num_prefix_tokens)
+    text, mask = plain.text("backbone", masked.input_ids, batch.attention_mask), batch.attention_mask
+    passes = [
+        plain.fuse("backbone", text, mask, soft)[0],
+        plain.fuse("backbone", text, mask, image[hard_image])[0],
+        plain.fuse("backbone", text[hard_text], mask[hard_text], soft)[0],
+    ]
+    logits = torch.cat([plain.linear("itm_head", states[:, 0]) for states in passes])
+    target = torch.tensor([1] * len(image) + [0] * 2 * len(image))
+    expected = torch.nn.functional.cross_entropy(logits, target)
+    assert output.terms["itm_soft"].item() == pytest.approx(expected.item(), rel=1e-11)
+
+
+def test_each_addition_can_be_switched_off():
+    for options in ({"soft_mask": False}, {"gamma": 0.0}, {"mask_text": "mlm"}, {"soft_negatives": False}):
+        output = small_model(**options)(small_batch())
+        assert ("itm_soft" in output.terms) == options.get("soft_mask", True)
+        output.loss.backward()
+        assert torch.isfinite(output.loss)
+
+
+def test_maps_leave_grad_alone_and_need_no_gradient_mode():
+    model, batch = small_model(), small_batch()
+    word_index = torch.tensor([[[1, 2], [3, -1], [-1, -1]]]).expand(len(batch.images), -1, -1)
+    with torch.no_grad():
+        maps = model.word_maps(batch.images, batch.input_ids, batch.attention_mask, word_index)
+    assert maps.shape == (6, 3, 16) and not maps.requires_grad
+    assert (maps[:, :2] > 0).any() and (maps[:, 2] == 0).all()
+    assert all(p.grad is None for p in model.parameters())
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    again = frozen.word_maps(batch.images, batch.input_ids, batch.attention_mask, word_index)
+    assert torch.equal(maps, again)
+    attention = model.word_maps(batch.images, batch.input_ids, batch.attention_mask, word_index, kind="attention")
+    assert (attention[:, :2].sum(-1) < 1).all() and (attention[:, :2] > 0).all()
+    with pytest.raises(ValueError, match="kind"):
+        model.word_maps(batch.images, batch.input_ids, batch.attention_mask, word_index, kind="saliency")
+
+
+def test_maps_by_another_pass_are_the_same():
+    """`recompute` gives the step's own map and gradients; `momentum` another map, of the twin."""
+    results = {}
+    for source in ("online", "recompute", "momentum"):
+        model, batch = small_model(cam_source=source).double(), small_batch(dtype=torch.float64)
+        seen, original = {}, model._soft_mask
+        model._soft_mask = lambda *args, _original=original, _seen=seen: _seen.setdefault("w", _original(*args))
+        torch.manual_seed(2)
+        model(batch).loss.backward()
+        results[source] = seen["w"], gradients(model)
+        assert not any(p.grad is not None for p in model.twin.parameters())
+    online, again, twin = (weight for weight, _ in results.values())
+    torch.testing.assert_close(again, online)
+    assert worst_error(results["recompute"][1], results["online"][1]) < 1e-9
+    assert (twin - online).abs().max() > 1e-3
+
+
+def test_the_twins_map_is_the_one_of_a_model_with_its_weights():
+    """With the student's weights in the twin, its map is the student's."""
+    weights = []
+    for source in ("online", "momentum"):
+        model, batch = small_model(cam_source=source).double(), small_batch(dtype=torch.float64)
+        model.twin.load_state_dict(model.backbone.state_dict())
+        original = model._soft_mask
+        model._soft_mask = lambda *args, _original=original: weights.append(_original(*args)) or weights[-1]
+        torch.manual_seed(2)
+        model(batch, alpha=0.0)
+    torch.testing.assert_close(*weights)
+
+
+@needs_cpp
+def test_activations_are_computed_again_by_the_backend_that_made_them() -> None:
+    """The backward pass begins where none is named: "auto" would take C++, which keeps other tensors."""
+    model, batch = small_model().double(), small_batch(dtype=torch.float64)
+    model.set_activation_checkpointing(True)
+    with softmask.backend("reference"):
+        loss = model(batch).loss
+    loss.backward()
+    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in model.parameters())
+    assert model.backbone.fusion.layers[0].cross_attention.query.weight.grad.any()
+
+
+@pytest.mark.parametrize("cam_source", ["online", "recompute"])
+def test_activation_checkpointing_changes_nothing(cam_source):
+    results = []
+    for checkpointing in (False, True):
+        model = small_model(text={"dropout": 0.1, "attention_dropout": 0.1}, cam_source=cam_source)
+        model.set_activation_checkpointing(checkpointing)
+        torch.manual_seed(3)
+        output = model(small_batch())
+        output.loss.backward()
+        results.append((output.loss, gradients(model)))
+    assert torch.equal(results[0][0], results[1][0])
+    assert results[0][1].keys() == results[1][1].keys()
+    for name, value in results[0][1].items():
+        torch.testing.assert_close(results[1][1][name], value, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_momentum_twin_and_queue():
+    model, batch = small_model(), small_batch()
+    before = {name: p.clone() for name, p in model.twin.named_parameters()}
+    model.update_momentum()
+    for name, parameter in model.twin.named_parameters():
+        student = dict(model.backbone.named_parameters())[name]
+        torch.testing.assert_close(parameter, 0.995 * before[name] + 0.005 * student, rtol=1e-5, atol=1e-7)
+        assert not parameter.requires_grad
+    queue = model.contrast.image_queue.clone()
+    output = model(batch)
+    assert torch.equal(model.contrast.image_queue, queue), "the forward pass must not touch the queue"
+    model.enqueue(output)
+    assert torch.equal(model.contrast.image_queue[:6], output.image_teacher)
+    assert torch.equal(model.contrast.image_queue[6:], queue[6:])
+    assert torch.equal(model.contrast.queue_ids[:6], batch.image_id)
+
+
+def test_a_step_lowers_the_loss_and_no_parameter_is_left_out():
+    model, batch = small_model(spread=1.0), small_batch()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for step in range(12):
+        torch.manual_seed(step % 2)
+        output = model(batch)
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+        losses.append(output.loss.item())
+    assert sum(losses[-2:]) < 0.8 * sum(losses[:2])
+    # token type 1 and the positions past the captions are the only rows without use; no whole tensor is
+    student = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert student == set(gradients(model))
+
+
+def test_without_fusion_the_loss_is_the_contrastive_term():
+    model = small_model()
+    torch.manual_seed(2)
+    whole = model(small_batch(), alpha=0.4).terms["itc"]
+    torch.manual_seed(2)
+    output = model(small_batch(), alpha=0.4, fuse=False)
+    output.loss.backward()
+    assert output.terms.keys() == {"itc", "temperature"}
+    assert torch.equal(output.loss.detach(), whole)
+    reached = {name.split(".")[1] for name in gradients(model) if name.startswith("backbone.")}
+    assert reached == {"vision", "text", "image_projection", "text_projection"}
+
+
+def test_negatives_are_drawn_at_their_own_temperature(monkeypatch):
+    drawn_from = []
+
+    def keep(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        drawn_from.append(logits)
+        return ids.roll(1)
+
+    monkeypatch.setattr(softmask_pp, "sample_negatives", keep)
+    for temperature in (0.0, 0.5):
+        model = small_model(negative_temperature=temperature, temperature=0.1).eval()
+        torch.manual_seed(3)
+        model(small_batch())
+    itc, own = drawn_from[0], drawn_from[2]
+    torch.testing.assert_close(itc * 0.1, own * 0.5)
+    assert (own.abs() <= 2.0 + 1e-5).all()
+
+
+def test_temperature_is_clamped_and_can_come_back():
+    model, batch = small_model(), small_batch()
+    with torch.no_grad():
+        model.temperature.fill_(1e-5)
+    output = model(batch)
+    assert output.terms["temperature"].item() == pytest.approx(0.001)
+    output.loss.backward()
+    assert model.temperature.grad.abs() > 0
+
+
+def test_pooled_features_and_a_fixed_temperature():
+    model, batch = small_model(text={"pool": "mean"}, learn_temperature=False), small_batch()
+    model.eval()
+    with torch.no_grad():
+        tokens, feature = model.encode_text(batch.input_ids, batch.attention_mask)
+    mean = torch.stack([row[mask].mean(0) for row, mask in zip(tokens, batch.attention_mask, strict=True)])
+    expected = torch.nn.functional.normalize(model.backbone.text_projection(mean), dim=-1)
+    torch.testing.assert_close(feature, expected)
+    model(batch).loss.backward()
+    assert model.temperature.grad is None
+    with pytest.raises(ValueError, match="text.pool"):
+        small_config(text={"pool": "max"})
+
+
+def test_bfloat16_autocast_runs_and_is_near():
+    model, batch = small_model(spread=2.0), small_batch()
+    torch.manual_seed(0)
+    exact = model(batch)
+    torch.manual_seed(0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rough = model(batch)
+    rough.loss.backward()
+    # bfloat16 has 8 bits: terms of a few layers agree to some multiple of 2**-8
+    assert abs(rough.terms["itc"] - exact.terms["itc"]) < 2**-4 * exact.terms["itc"]
+    assert all(torch.isfinite(g).all() for g in gradients(model).values())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cam_layer": 2}, "cam_layer"),
+        ({"mask_text": "none"}, "mask_text"),
+        ({"cam_source": "none"}, "cam_source"),
+        ({"text": {"heads": 5}}, "text.width"),
+        ({"text": {"fusion_layers": 0}}, "fusion_layers"),
+    ],
+)
+def test_bad_configuration_names_the_key(options, message):
+    with pytest.raises(ValueError, match=message):
+        small_config(**options)
+
+
+def test_bad_batches_and_vocabulary_are_refused():
+    with pytest.raises(ValueError, match="at least 2 pairs"):
+        small_model()(small_batch(1))
+    with pytest.raises(ValueError, match="vocab_size"):
+        SoftMaskPP(small_config(text={"vocab_size": 0}), special_ids=SPECIAL)
+    with pytest.raises(ValueError, match="max_positions"):
+        model = small_model(text={"max_positions": 8})
+        model(small_batch())
+
+
+def _itc_step(model, batch) -> dict[str, torch.Tensor]:
+    """ITC alone (negatives of ITM are drawn from the rank's own rows), then the queue."""
+    model.config.weights.itm = model.config.weights.itm_soft = model.config.weights.mlm = 0.0
+    output = model(batch)
+    output.loss.backward()
+    model.enqueue(output)
+    result = {f"grad.{n}": g for n, g in gradients(model).items()}
+    return result | {"itc": output.terms["itc"], "queue": model.contrast.image_queue, "ids": model.contrast.queue_ids}
+
+
+def _on_rank(rank: int) -> dict[str, torch.Tensor]:
+    model = small_model(mask_probability=0.0, share_positives=True).double()
+    return _itc_step(model, own_rows(small_batch(8, dtype=torch.float64), rank))
+
+
+def test_two_ranks_give_one_ranks_itc_gradients_and_queue(tmp_path):
+    ranks = run_on_two_ranks(_on_rank, tmp_path)
+    model = small_model(mask_probability=0.0, share_positives=True).double()
+    single = _itc_step(model, small_batch(8, dtype=torch.float64))
+    for name, value in single.items():
+        if name in ("queue", "ids"):
+            torch.testing.assert_close(ranks[0][name], value)
+            torch.testing.assert_close(ranks[1][name], value)
+        else:
+            torch.testing.assert_close((ranks[0][name] + ranks[1][name]) / 2, value, msg=name)

@@ -1,0 +1,402 @@
+"""What each option of SyCoCa changes, and that it changes nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from softmask import ops
+from softmask.models import SyCoCa
+from softmask.models.layers.pooler import AttentionalPooler
+from softmask.models.sycoca.encoders import Texts
+from softmask.models.sycoca.masks import PatchMasks, attentive_masks, patch_positions, random_masks
+from tests.support.model_fixtures import COCA, POOLED, small_batch, small_sycoca
+
+# -- the pooler -------------------------------------------------------------------------------------------------------
+
+
+def plain_pooler(pooler: AttentionalPooler) -> nn.Module:
+    """open_clip's AttentionalPooler and the norm behind it, by nn.MultiheadAttention."""
+    width = pooler.queries.shape[1]
+    attention = nn.MultiheadAttention(width, pooler.heads, batch_first=True).to(pooler.queries.dtype)
+    inputs = (pooler.query, pooler.key, pooler.value)
+    with torch.no_grad():
+        attention.in_proj_weight.copy_(torch.cat([layer.weight for layer in inputs]))
+        attention.in_proj_bias.copy_(torch.cat([layer.bias for layer in inputs]))
+        attention.out_proj.load_state_dict(pooler.output.state_dict())
+
+    def run(tokens: Tensor) -> Tensor:
+        source = pooler.source_norm(tokens)
+        query = pooler.query_norm(pooler.queries).expand(len(tokens), -1, -1)
+        return pooler.norm(attention(query, source, source, need_weights=False)[0])
+
+    return run
+
+
+@pytest.mark.parametrize("library", ["sdpa", "eager"])
+def test_pooler_is_open_clips(library: str) -> None:
+    torch.manual_seed(0)
+    pooler = AttentionalPooler(24, 3, queries=4, library=library).double()
+    for parameter in pooler.parameters():
+        nn.init.normal_(parameter)
+    tokens = torch.randn(2, 7, 24, dtype=torch.float64)
+    pooled = pooler(tokens)
+    assert pooled.shape == (2, 5, 24)
+    torch.testing.assert_close(pooled, plain_pooler(pooler)(tokens))
+    torch.testing.assert_close(pooler.each(tokens)[1, 3], pooler(tokens[1:, 3:4])[0, 2])
+
+
+def test_the_first_query_is_contrasted_and_the_others_tell_the_caption() -> None:
+    model, batch = small_sycoca(**COCA, **POOLED), small_batch(dtype=torch.float64)
+    image = model.vision(batch.images)
+    pooled = model.pooler(image)
+    first, readable = model.pool(image)
+    feature = model.image_feature(first)
+    torch.testing.assert_close(feature, F.normalize(model.image_projection(pooled[:, 0]), dim=-1))
+    assert torch.equal(readable, pooled[:, 1:]) and readable.shape == (6, 5, 24)
+    texts, output = model._encode_text(batch), model(batch)
+    similarity, own = model.logit_scale.exp() * feature @ texts.feature.T, torch.arange(6)
+    itc = (F.cross_entropy(similarity, own) + F.cross_entropy(similarity.T, own)) / 2
+    torch.testing.assert_close(output.terms["itc"], itc.detach())
+    model.zero_grad()
+    output.loss.backward()
+    both = model.pooler.queries.grad.abs().amax(1)
+    assert (both > 0).all()
+    model.zero_grad()
+    model._caption_loss(batch, model._encode_text(batch), model.pool(model.vision(batch.images))[1]).backward()
+    told = model.pooler.queries.grad.abs().amax(1)
+    assert told[0] == 0 and (told[1:] > 0).all()
+
+
+def test_patches_are_as_relevant_as_the_pooler_finds_them_alone() -> None:
+    model, batch = small_sycoca(caption_masking="none", **POOLED), small_batch(dtype=torch.float64)
+    image, texts = model.vision(batch.images), model._encode_text(batch)
+    features = [model.image_feature(model.pool(image[:, 1 + patch : 2 + patch])[0]) for patch in range(16)]
+    tokens = F.normalize(model.text_projection(texts.packing.pad(texts.tokens)), dim=-1)
+    relevance = (torch.stack(features, dim=1) @ tokens.transpose(1, 2)).masked_fill(~texts.packing.mask[:, None], -2.0)
+    expected = torch.zeros(6, 16, dtype=torch.bool).scatter(1, relevance.amax(-1).topk(8).indices, True)
+    assert torch.equal(model._masks(image, texts).hidden, expected)
+
+
+# -- ratios -----------------------------------------------------------------------------------------------------------
+
+
+def most_relevant(model: SyCoCa, image: Tensor, texts: Texts, *, count: int) -> Tensor:
+    """bool [B, patches], by sorting cosines in the space of the projections."""
+    patches = F.normalize(model.image_projection(image[:, 1:]), dim=-1)
+    tokens = F.normalize(model.text_projection(texts.packing.pad(texts.tokens)), dim=-1)
+    relevance = (patches @ tokens.transpose(1, 2)).masked_fill(~texts.packing.mask[:, None], -2.0).amax(-1)
+    return torch.zeros_like(relevance, dtype=torch.bool).scatter(1, relevance.topk(count).indices, True)
+
+
+def test_each_head_has_its_share_of_the_most_spoken_of() -> None:
+    model, batch = small_sycoca(caption_ratio=0.25, reconstruct_ratio=0.75), small_batch(dtype=torch.float64)
+    image, texts = model.vision(batch.images), model._encode_text(batch)
+    masks = model._masks(image, texts)
+    assert torch.equal(masks.kept, most_relevant(model, image, texts, count=4))
+    assert torch.equal(masks.hidden, most_relevant(model, image, texts, count=12))
+
+
+def test_patches_may_be_compared_with_words_alone() -> None:
+    """The causal encoder's [CLS], the first token, is the same for every caption; [SEP] is not."""
+    batch = small_batch(dtype=torch.float64)
+    model, by_words = small_sycoca(), small_sycoca(relevance_tokens="words")
+    image, texts = model.vision(batch.images), model._encode_text(batch)
+    words = texts.packing.mask & (batch.word_ids >= 0)
+    assert torch.equal(words.sum(1), texts.packing.mask.sum(1) - 2)
+    rest = dataclasses.replace(texts, packing=SimpleNamespace(pad=texts.packing.pad, mask=words))
+    expected = most_relevant(model, image, rest, count=8)
+    assert torch.equal(by_words._masks(image, texts).hidden, expected)
+    assert not torch.equal(model._masks(image, texts).hidden, expected)
+
+
+def test_attentive_masks_follow_the_caption() -> None:
+    """Projections by hand: a patch of one picture is like every token of one caption, another like the other's."""
+    patches = torch.eye(4).repeat(2, 1, 1)  # two times the same picture
+    tokens = torch.tensor([[[9.0, 1, 1, 0]] * 3, [[0, 1, 1, 9.0]] * 3])
+    padding = torch.tensor([[False, False, True], [False, True, True]])
+    masks = attentive_masks(patches, tokens, padding, ratios={0.25, 0.75})
+    assert masks[0.25].int().tolist() == [[1, 0, 0, 0], [0, 0, 0, 1]]
+    assert masks[0.75].int().tolist() == [[1, 1, 1, 0], [0, 1, 1, 1]]
+
+
+def test_random_masks_have_the_same_shares() -> None:
+    torch.manual_seed(0)
+    masks = random_masks(torch.empty(500, 16, 1), ratios={0.25, 0.75})
+    few, many = masks[0.25], masks[0.75]
+    assert (few.sum(1) == 4).all() and (many.sum(1) == 12).all() and not (few & ~many).any()
+    assert (few.float().mean(0) - 0.25).abs().max() < 0.1  # five standard deviations
+    assert (many.float().mean(0) - 0.75).abs().max() < 0.1
+
+
+def terms(**options) -> dict[str, float]:
+    """Of one step of the model with these options, whose weights are the same for all that do not add any."""
+    model = small_sycoca(**options)
+    torch.manual_seed(5)
+    return {name: term.item() for name, term in model(small_batch(dtype=torch.float64)).terms.items()}
+
+
+def changed(before: dict[str, float], after: dict[str, float]) -> set[str]:
+    """The terms that differ by more than rounding."""
+    assert before.keys() == after.keys()
+    return {name for name in before if after[name] != pytest.approx(before[name], rel=1e-9)}
+
+
+@pytest.mark.parametrize("masks", ["attentive", "random"])
+def test_a_ratio_changes_its_own_head_alone(masks: str) -> None:
+    before = terms(masks=masks)
+    assert changed(before, terms(masks=masks, caption_ratio=0.25)) == {"caption"}
+    assert changed(before, terms(masks=masks, reconstruct_ratio=0.25)) == {"tgmim"}
+
+
+@pytest.mark.parametrize(
+    ("options", "calls"),
+    [
+        ({}, [0.5]),
+        ({"caption_ratio": 0.25}, [0.25, 0.5]),
+        ({"caption_ratio": 0.25, "reconstruct": False}, [0.25]),
+        ({"reconstruct_ratio": 0.75, "caption_masking": "none"}, [0.75]),
+        (COCA, []),
+    ],
+    ids=str,
+)
+def test_equal_ratios_take_one_call(monkeypatch: pytest.MonkeyPatch, options: dict, calls: list[float]) -> None:
+    called, choose = [], ops.attentive_mask
+
+    def counted(*tensors: Tensor, ratio: float, **others) -> Tensor:
+        called.append(ratio)
+        return choose(*tensors, ratio=ratio, **others)
+
+    monkeypatch.setattr(ops, "attentive_mask", counted)
+    terms(**options)
+    assert sorted(called) == calls
+
+
+# -- masks by tokens and by pixels ------------------------------------------------------------------------------------
+
+
+def plain_encoding(model: SyCoCa, images: Tensor, unseen: Tensor) -> Tensor:
+    """The image encoder with the mask token in place of the embeddings of the patches `unseen` [B, patches]."""
+    vit = model.vision.vit
+    patches = vit.patch_embed(images)
+    patches = model.mask_token * unseen[..., None] + patches * ~unseen[..., None]
+    return vit.norm(vit.blocks(vit._pos_embed(patches)))
+
+
+def test_masks_by_pixels_are_another_pass_for_both_heads() -> None:
+    vit = {"vit": "vit_tiny_patch16_224", "image_decoder_heads": 3}
+    model, batch = small_sycoca(caption_masking="pixels", **vit), small_batch(dtype=torch.float64)
+    seen = []
+    model.vision.vit.blocks[0].register_forward_hook(lambda _module, inputs, _output: seen.append(len(inputs[0])))
+    masks = model._masks(model.vision(batch.images), model._encode_text(batch))
+    output = model(batch)
+    assert seen == [6, 6, 12]
+    for name, unseen in (("caption", ~masks.kept), ("tgmim", masks.hidden)):
+        expected = plain_encoding(model, batch.images, unseen)
+        torch.testing.assert_close(model._encode_masked(batch.images, masks)[name], expected)
+    texts = model._encode_text(batch)
+    told_from = plain_encoding(model, batch.images, ~masks.kept)
+    torch.testing.assert_close(output.terms["caption"], model._caption_loss(batch, texts, told_from).detach())
+
+
+@pytest.mark.parametrize(("caption_masking", "leaks"), [("tokens", True), ("pixels", False)])
+def test_what_the_caption_is_told_from(caption_masking: str, leaks: bool) -> None:
+    """The pixels of other patches: by tokens they reach the caption through self-attention, by pixels they do not."""
+    options = {"vit": "vit_tiny_patch16_224", "image_size": 64, "image_decoder_heads": 3}
+    model = small_sycoca(caption_masking=caption_masking, **options).eval()
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    kept = (torch.arange(16) % 2 == 0).expand(2, -1)
+    pixels = kept.view(2, 1, 4, 4).repeat_interleave(16, 2).repeat_interleave(16, 3)
+
+    def told_from(images: Tensor) -> Tensor:
+        image, masks = model.vision(images), PatchMasks(kept=kept, hidden=kept)
+        encoded = model._encode_masked(images, masks).get("caption")
+        return model._told_from(image, image, kept, encoded)
+
+    with torch.no_grad():
+        before = told_from(images)
+        assert before.shape == (2, 9 if caption_masking == "tokens" else 17, 192)
+        assert ((told_from(images.where(pixels, 9.0)) - before).abs().max() > 1e-3) == leaks
+        assert (told_from(images.where(~pixels, 9.0)) - before).abs().max() > 1e-3
+
+
+def test_masking_changes_its_own_head_alone() -> None:
+    before = terms()
+    assert changed(before, terms(caption_masking="pixels")) == {"caption"}
+    assert changed(before, terms(caption_masking="none")) == {"caption"}
+    assert changed(before, terms(reconstruct_masking="tokens")) == {"tgmim"}
+    assert changed(before, terms(reconstruct_masking="tokens", caption_masking="pixels")) == {"caption", "tgmim"}
+
+
+def test_reconstruction_from_replaced_tokens() -> None:
+    model, batch = small_sycoca(reconstruct_masking="tokens"), small_batch(dtype=torch.float64)
+    image, texts = model.vision(batch.images).detach().requires_grad_(), model._encode_text(batch)
+    hidden = model._masks(image, texts).hidden
+    began = model._painted_from(image, hidden, None)
+    expected = image.detach().clone()
+    for row in range(6):
+        for patch in hidden[row].nonzero().flatten():
+            expected[row, 1 + patch] = model.mask_token.detach() + model.patch_position[patch]
+    torch.testing.assert_close(began.detach(), expected)
+    prediction = model._paint(began, texts)
+    prediction.square().sum().backward()
+    known = image.grad.abs().amax(-1) > 0
+    assert known[:, 0].all() and torch.equal(known[:, 1:], ~hidden)
+    one, other = hidden[0].nonzero().flatten()[:2]
+    assert (prediction[0, one] - prediction[0, other]).abs().max() > 1e-3  # each is told where it is
+
+
+@pytest.mark.parametrize("reconstruct_masking", ["pixels", "tokens"])
+def test_reconstruct_paints_as_in_training(reconstruct_masking: str) -> None:
+    model, batch = small_sycoca(reconstruct_masking=reconstruct_masking).eval(), small_batch(dtype=torch.float64)
+    masked = model._masks(model.vision(batch.images), model._encode_text(batch)).hidden
+    prediction = model.reconstruct(batch.images, masked, model._encode_text(batch))
+    expected = ops.masked_patch_loss(prediction, batch.images, masked, patch_size=8).detach()
+    torch.testing.assert_close(model(batch).terms["tgmim"], expected)
+
+
+def test_patch_positions_are_sines_of_row_and_column() -> None:
+    got, turns = patch_positions((2, 3), 8), (1.0, 0.01)
+    for patch in range(6):
+        row, column = divmod(patch, 3)
+        angles = [place * turn for place in (row, column) for turn in turns]
+        expected = torch.tensor([*map(math.sin, angles), *map(math.cos, angles)])
+        torch.testing.assert_close(got[patch], expected)
+
+
+# -- the queue --------------------------------------------------------------------------------------------------------
+
+
+def albef_loss(students: list[Tensor], teachers: list[Tensor], queues: list[Tensor], scale: Tensor, alpha: float):
+    """Contrastive loss against teacher features and a queue with soft targets, as ALBEF's code writes it."""
+    losses, own = [], torch.arange(len(students[0]))
+    for student, teacher, other, queue in zip(students, teachers, teachers[::-1], queues[::-1], strict=True):
+        keys = torch.cat([other, queue])
+        logits, hard = scale * student @ keys.T, F.one_hot(own, len(keys))
+        targets = alpha * (scale * teacher @ keys.T).softmax(1) + (1 - alpha) * hard
+        losses.append(-(targets * logits.log_softmax(1)).sum(1).mean())
+    return sum(losses) / 2
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.4])
+def test_the_queues_loss_is_albefs(alpha: float) -> None:
+    model, batch = small_sycoca(queue_size=12, alpha=alpha), small_batch(dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in model.twin.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    twin, texts = model.twin, model._encode_text(batch)
+    feature = model.image_feature(model.pool(model.vision(batch.images))[0])
+    teachers = [
+        twin.image_feature(twin.pool(twin.vision(batch.images))[0]),
+        twin.read(batch.input_ids, texts.packing).feature,
+    ]
+    queues = [model.contrast.image_queue.clone(), model.contrast.text_queue.clone()]
+    output = model(batch)
+    expected = albef_loss([feature, texts.feature], teachers, queues, model.logit_scale.exp(), alpha)
+    torch.testing.assert_close(output.terms["itc"], expected.detach())
+    assert not output.image_teacher.requires_grad and not output.text_teacher.requires_grad
+    model.enqueue(output)
+    torch.testing.assert_close(model.contrast.image_queue, torch.cat([teachers[0], queues[0][6:]]))
+    torch.testing.assert_close(model.contrast.text_queue, torch.cat([teachers[1], queues[1][6:]]))
+    assert changed(terms(), terms(queue_size=12, alpha=alpha)) == {"itc"}
+
+
+@pytest.mark.parametrize("options", [{}, {"caption_masking": "none"} | POOLED], ids=["plain", "pooler"])
+def test_the_twin_follows_the_encoders(options: dict) -> None:
+    model, batch = small_sycoca(queue_size=12, momentum=0.9, **options), small_batch(dtype=torch.float64)
+    parts = ("vision.", "text.", "pooler.", "image_projection.", "text_projection.")
+    encoders = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(parts)}
+    assert model.twin.state_dict().keys() == encoders.keys()
+    assert all(torch.equal(tensor, encoders[name]) for name, tensor in model.twin.state_dict().items())
+    before = {name: parameter.clone() for name, parameter in model.twin.named_parameters()}
+    model(batch).loss.backward()
+    assert all(parameter.grad is None for parameter in model.twin.parameters())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.sub_(parameter.grad)
+    model.update_momentum()
+    for name, parameter in model.twin.named_parameters():
+        expected = 0.9 * before[name] + 0.1 * model.get_parameter(name)
+        torch.testing.assert_close(parameter, expected.detach())
+    for name, buffer in model.twin.named_buffers():
+        assert torch.equal(buffer, model.get_buffer(name))
+    restored = {buffer.data_ptr() for buffer in model.statistics()}
+    assert restored == {b.data_ptr() for part in (model.vision, model.twin) for b in part.buffers()}
+
+
+def test_without_a_queue_there_is_no_twin() -> None:
+    model = small_sycoca()
+    assert not any(name.startswith(("twin.", "contrast.")) for name in model.state_dict())
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    output = model.eval()(small_batch(dtype=torch.float64))
+    model.update_momentum()
+    model.enqueue(output)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+# -- precision and refusals -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"caption_masking": "pixels", "queue_size": 12} | POOLED,
+        {"caption_masking": "pixels", "reconstruct_masking": "tokens", "masks": "random"},
+    ],
+    ids=str,
+)
+def test_bf16_autocast_gives_the_same_terms(options: dict) -> None:
+    model, batch = small_sycoca(**options).float(), small_batch()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    values = []
+    for enabled in (False, True):
+        model.load_state_dict(before)
+        torch.manual_seed(5)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            output = model(batch)
+        output.loss.backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+        values.append({name: term.item() for name, term in output.terms.items()})
+    assert values[1] == pytest.approx(values[0], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"caption_ratio": 1.0}, r"caption_ratio: expected a number in \(0, 1\), got 1.0"),
+        ({"reconstruct_ratio": 0.0}, r"reconstruct_ratio: expected a number in \(0, 1\), got 0.0"),
+        ({"caption_masking": "words"}, "caption_masking: expected 'tokens', 'pixels' or 'none', got 'words'"),
+        ({"reconstruct_masking": "none"}, "reconstruct_masking: expected 'pixels' or 'tokens', got 'none'"),
+        (
+            {"reconstruct_masking": "tokens", "width": 26},
+            "reconstruct_masking: 'tokens' needs an image encoder's width of 4 n, got 26",
+        ),
+        ({"queue_size": -1}, "queue_size: expected at least 0, got -1"),
+        ({"momentum": 1.5}, r"momentum: expected a number in \[0, 1\], got 1.5"),
+        ({"alpha": -0.1}, r"alpha: expected a number in \[0, 1\], got -0.1"),
+        ({"pooler_queries": -1}, "pooler_queries: expected at least 0, got -1"),
+        ({"caption_masking": "none", "pooler_queries": 4, "pooler_heads": 0}, "pooler_heads: expected at least 1"),
+        (
+            {"caption_masking": "none", "pooler_queries": 4, "pooler_heads": 5},
+            "pooler_heads: expected a divisor of the image encoder's width 24, got 5",
+        ),
+        (
+            {"pooler_queries": 4},
+            "caption_masking: expected 'pixels' or 'none' where there are pooler_queries .*, got 'tokens'",
+        ),
+        (
+            {"caption_masking": "none", "pool": "mean"} | POOLED,
+            "vision.pool: expected 'cls' where there are pooler_queries .*, got 'mean'",
+        ),
+    ],
+)
+def test_bad_options_are_named(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        small_sycoca(**options)

@@ -1,0 +1,226 @@
+"""The backend switch: what was named runs or says why not; only auto chooses."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import softmask
+from softmask import kernels, ops, reference
+from softmask.ops import _backend, _library
+from softmask.ops._fused import soft_mask as fused
+from tests.support.kernel_cases import needs_cpp
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}
+    )
+
+
+def inputs() -> tuple[torch.Tensor, torch.Tensor]:
+    """At which "auto" takes a kernel: the map has a gradient."""
+    return torch.rand(2, 4, 3), torch.rand(2, 3, requires_grad=True)
+
+
+def ran_by(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the implementations of soft_mask that were called."""
+    calls: list[str] = []
+    plain, by_kernels = reference.soft_mask, fused.soft_mask
+    monkeypatch.setattr(reference, "soft_mask", lambda *a, **k: calls.append("reference") or plain(*a, **k))
+    monkeypatch.setattr(fused, "soft_mask", lambda name, *a, **k: calls.append(name) or by_kernels(name, *a, **k))
+    return calls
+
+
+@needs_cpp
+def test_chooses_and_nests(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = ran_by(monkeypatch)
+    with softmask.backend("auto"):
+        ops.soft_mask(*inputs())
+        with softmask.backend("reference"):
+            ops.soft_mask(*inputs())
+            with softmask.backend("cpp"):
+                ops.soft_mask(*inputs())
+            with pytest.raises(KeyError), softmask.backend("cpp"):
+                raise KeyError
+            ops.soft_mask(*inputs())
+        ops.soft_mask(*inputs())
+    assert calls == ["cpp", "reference", "cpp", "reference", "cpp"]
+
+
+@needs_cpp
+def test_auto_leaves_to_pytorch_what_it_does_as_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = ran_by(monkeypatch)
+    features, maps = torch.rand(2, 4, 3), torch.rand(2, 3)
+    for given in ((features, maps), (features.bfloat16(), maps), (features, torch.rand(2, 5, 3))):
+        ops.soft_mask(*given)
+    with softmask.backend("cpp"):
+        ops.soft_mask(features, maps)
+    assert calls == ["reference", "cpp", "cpp", "cpp"]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("triton", "Triton kernels take fp32, fp16 and bf16, .* float64"), ("cuda", "there are no CUDA")],
+)
+def test_named_backend_that_cannot_run_raises(name: str, reason: str) -> None:
+    with (
+        softmask.backend(name),
+        pytest.raises(softmask.BackendError, match=f"backend '{name}' cannot run soft_mask: {reason}"),
+    ):
+        ops.soft_mask(*(tensor.double() for tensor in inputs()))
+
+
+def test_every_op_asks() -> None:
+    rows, index = torch.rand(2, 1, 3, 4), torch.zeros(2, 1, dtype=torch.int64)
+    pair = torch.rand(2, 4), torch.rand(2, 4)
+    calls = {
+        "word_attention": lambda: ops.word_attention(rows, rows, index),
+        "soft_mask": lambda: ops.soft_mask(*inputs()),
+        "focal_contrastive_loss": lambda: ops.focal_contrastive_loss(*pair, 1.0),
+        "momentum_contrastive_loss": lambda: ops.momentum_contrastive_loss(
+            *pair, 1.0, image_teacher=pair[0], text_teacher=pair[1]
+        ),
+        "soft_mask_attention": lambda: ops.soft_mask_attention(rows, rows, rows),
+        "attentive_mask": lambda: ops.attentive_mask(rows[:, 0], rows[:, 0], ratio=0.5),
+        "masked_patch_loss": lambda: ops.masked_patch_loss(
+            torch.rand(1, 1, 3), torch.rand(1, 3, 1, 1), torch.ones(1, 1, dtype=torch.bool), patch_size=1
+        ),
+    }
+    assert sorted(calls) == [name for name in sorted(ops.__all__) if name.islower()]
+    for op, call in calls.items():
+        with (
+            softmask.backend("cuda"),
+            pytest.raises(softmask.BackendError, match=f"cannot run {op}: there are no CUDA"),
+        ):
+            call()
+        with softmask.backend("reference"):
+            call()
+
+
+def test_unbuilt_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_library, "MISSING", "the extension is not built")
+    calls = ran_by(monkeypatch)
+    with softmask.backend("auto"):
+        ops.soft_mask(*inputs())
+    assert calls == ["reference"]
+    with softmask.backend("cpp"), pytest.raises(softmask.BackendError, match="soft_mask: the extension is not built"):
+        ops.soft_mask(*inputs())
+
+
+def test_wrong_device() -> None:
+    on_meta = [tensor.to("meta") for tensor in inputs()]
+    with (
+        softmask.backend("cpp"),
+        pytest.raises(softmask.BackendError, match="CPU tensors, the inputs are on meta"),
+    ):
+        ops.soft_mask(*on_meta)
+    assert _backend.choose("cuda") == "triton" and _backend.choose("meta") == "reference"
+    assert _backend.choose("cuda", torch.float64) == "reference"
+
+
+def test_shapes_on_meta() -> None:
+    masked = ops.soft_mask(*(tensor.to("meta") for tensor in inputs()))
+    assert masked.device.type == "meta" and masked.shape == (2, 4, 3)
+
+
+def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "INSTALLED", False)
+    assert _backend.choose("cuda") == "reference"
+    with softmask.backend("triton"), pytest.raises(softmask.BackendError, match="Triton is not installed"):
+        ops.soft_mask(*inputs())
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(ValueError, match="backend: expected one of 'auto', .*, got 'numpy'"):
+        softmask.backend("numpy")
+
+
+def test_holds_for_this_thread_only() -> None:
+    seen = []
+    with softmask.backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(_backend.resolve("soft_mask", torch.ones(1))))
+        thread.start()
+        thread.join()
+        assert _backend.resolve("soft_mask", torch.ones(1)) == "reference"
+    assert seen == [_backend.resolve("soft_mask", torch.ones(1))]
+
+
+@needs_cpp
+def test_switch_reaches_compiled_functions() -> None:
+    """A graph compiled under one backend is not reused under another."""
+    graphs: list[str] = []
+
+    def record(graph: torch.fx.GraphModule, _) -> object:
+        graphs.append("cpp" if "softmask.soft_mask" in graph.code else "reference")
+        return graph.forward
+
+    compiled = torch.compile(ops.soft_mask, fullgraph=True, backend=record)
+    for name in ("cpp", "reference", "cpp"):
+        with softmask.backend(name):
+            compiled(*inputs())
+    assert graphs == ["cpp", "reference"]
+
+
+def test_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import torch, softmask; softmask.ops.soft_mask(torch.rand(2, 4, 3), torch.rand(2, 3))"
+    failed = python(code, SOFTMASK_BACKEND="triton", TRITON_INTERPRET="0")
+    assert "BackendError: backend 'triton' cannot run soft_mask: Triton kernels take CUDA" in failed.stderr
+    monkeypatch.setenv("SOFTMASK_BACKEND", "fast")
+    with pytest.raises(ValueError, match="SOFTMASK_BACKEND: expected one of 'auto', .*, got 'fast'"):
+        _backend._from_environment()
+    monkeypatch.setenv("SOFTMASK_BACKEND", "")
+    assert _backend._from_environment() == "auto"
+
+
+def test_environment_variable_set_after_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = ran_by(monkeypatch)
+    monkeypatch.setenv("SOFTMASK_BACKEND", "reference")
+    ops.soft_mask(*inputs())
+    monkeypatch.setenv("SOFTMASK_BACKEND", "cuda")
+    with pytest.raises(softmask.BackendError, match="backend 'cuda' cannot run soft_mask"):
+        ops.soft_mask(*inputs())
+    with softmask.backend("reference"):  # stands over the variable
+        ops.soft_mask(*inputs())
+    assert calls == ["reference", "reference"]
+
+
+def test_imports_are_light() -> None:
+    """The package alone loads no torch; ops and kernels load no Triton."""
+    code = """
+import sys
+import softmask
+assert softmask.__version__ and "torch" not in sys.modules
+sys.modules["triton"] = None
+import softmask.kernels, softmask.ops
+softmask.backend
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_reference_imports_nothing_of_ours() -> None:
+    tree = ast.parse(Path(reference.__file__).read_text())
+    names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    assert {name.split(".")[0] for name in names} == {"__future__", "torch"}
+
+
+def test_broken_extension_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Built for another torch: a warning with the reason, and PyTorch instead."""
+
+    def undefined_symbol(name: str) -> None:
+        raise ImportError("undefined symbol: c10")
+
+    monkeypatch.setattr(_library.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(_library.importlib, "import_module", undefined_symbol)
+    with pytest.warns(UserWarning, match="does not load.*undefined symbol: c10"):
+        reason = _library._load()
+    assert reason == "the C++ extension softmask._C does not load: undefined symbol: c10"

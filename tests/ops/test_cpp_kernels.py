@@ -1,0 +1,313 @@
+"""The C++ kernels of all ops: errors against fp64 truth, bits for any number of threads, what is registered."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import softmask
+from softmask import ops
+from tests.support import kernel_cases as cases
+from tests.support.kernel_cases import GAMMAS, SIZES, check_errors, needs_cpp, outcome
+
+pytestmark = [needs_cpp, pytest.mark.usefixtures("poisoned_memory")]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+NORMALIZATIONS = ["minmax", "max", "sum", None]
+
+
+FLAGS = (True, False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+def test_word_attention(size: int, dtype: torch.dtype) -> None:
+    options = [{"gradcam": gradcam, "masked": masked} for gradcam in FLAGS for masked in FLAGS]
+    options += [{"normalize": normalize} for normalize in NORMALIZATIONS]
+    check_errors("cpp", dtype, *(cases.word_attention(size, **chosen) for chosen in options))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+def test_contrastive(size: int, dtype: torch.dtype) -> None:
+    options = [{"gamma": gamma, "with_ids": with_ids} for gamma in GAMMAS for with_ids in FLAGS]
+    check_errors("cpp", dtype, *(cases.contrastive(size, **chosen) for chosen in options))
+    check_errors("cpp", dtype, *(cases.contrastive(size, gamma=gamma, scale=100.0) for gamma in GAMMAS))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("queue", [0, 7, 130, 577])
+def test_momentum_contrastive(queue: int, dtype: torch.dtype) -> None:
+    options = [{"gamma": gamma, "with_ids": with_ids} for gamma in GAMMAS for with_ids in FLAGS]
+    options.append({"transposed": True})
+    extreme = [{"gamma": gamma, "alpha": alpha, "scale": 100.0} for gamma in GAMMAS for alpha in (0.0, 0.5, 1.0)]
+    for group in (options, extreme):
+        check_errors(
+            "cpp",
+            dtype,
+            *(cases.momentum_contrastive(size, queue=queue, **chosen) for chosen in group for size in (1, 7, 63)),
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+def test_soft_mask_attention(size: int, dtype: torch.dtype) -> None:
+    options = [{"shared": s, "weighted": w, "masked": m} for s in FLAGS for w in FLAGS for m in FLAGS]
+    check_errors("cpp", dtype, *(cases.soft_mask_attention(size, **chosen) for chosen in options))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("patch_size", [1, 4, 7, 16])
+def test_masked_patch_loss(patch_size: int, dtype: torch.dtype) -> None:
+    options = [{"normalize": normalize, "share": share} for normalize in FLAGS for share in (0.0, 0.5, 1.0)]
+    check_errors("cpp", dtype, *(cases.masked_patch_loss(patch_size, **chosen) for chosen in options))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("select", ["high", "low"])
+def test_attentive_mask(select: str, dtype: torch.dtype) -> None:
+    """The same patches as in PyTorch, where no two are within a rounding of each other."""
+    for size in SIZES:
+        patches, tokens = (cases.normal(3, n, 33, seed=n).to(dtype) for n in (size, 9))
+        padding = cases.normal(3, 9, seed=1) < 0
+        padding[2] = True
+        for ratio in (0.0, 0.3, 0.5, 1.0):
+            marked = []
+            for backend in ("reference", "cpp"):
+                with softmask.backend(backend):
+                    options = {"ratio": ratio, "select": select, "token_padding_mask": padding}
+                    marked.append(ops.attentive_mask(patches, tokens, **options))
+            assert torch.equal(*marked)
+
+
+@pytest.mark.parametrize("deviation", [0.0, 1e-4, 1e-2])
+@pytest.mark.parametrize("level", [254.9, 0.1, 1e4])
+def test_masked_patch_loss_of_flat_patches(level: float, deviation: float) -> None:
+    """The deviation of such a patch is far below the rounding of its pixels' sum."""
+    case = cases.masked_patch_loss(16)
+    images = level + deviation * case.leaves["images"]
+    check_errors("cpp", torch.float32, replace(case, leaves=case.leaves | {"images": images}))
+
+
+BIASED = {
+    "word_attention": lambda query, bias: (
+        *(query, query, torch.tensor([[[0, 2]], [[1, -1]]]), query, query, bias),
+        *(None, 0.3, 0, "none"),
+    ),
+    "soft_mask_attention": lambda query, bias: (query, query, query, None, None, bias, None, 0.3),
+}
+
+
+@pytest.mark.parametrize("type_of_bias", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("name", BIASED)
+def test_value_bias_of_any_type(name: str, dtype: torch.dtype, type_of_bias: torch.dtype) -> None:
+    """Read in the arithmetic's type, its gradient in its own; the others need not be of its type."""
+    forward = getattr(torch.ops.softmask, name)
+    backward = getattr(torch.ops.softmask, f"{name}_backward")
+    query = cases.normal(2, 3, 5, 8, seed=0).to(dtype)
+    bias = cases.normal(3, 8, seed=1).to(type_of_bias)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    # the same in the arithmetic's type, and only then rounded
+    plain = BIASED[name](query.to(wide), bias.to(wide))
+    expected = forward(*plain)
+    got = forward(*BIASED[name](query, bias))
+    assert torch.equal(got, expected.to(got.dtype))
+    upstream = cases.normal(*got.shape, seed=2).to(got.dtype)
+    gradients = backward(upstream, *BIASED[name](query, bias))
+    of_plain = backward(upstream.to(wide), *plain)
+    for one, other in zip(gradients, of_plain, strict=True):
+        assert torch.equal(one, other.to(one.dtype))
+    assert [one.dtype for one in gradients] == [dtype] * (len(gradients) - 1) + [type_of_bias]
+
+
+def test_sizes_that_change_make_one_graph() -> None:
+    """Integers that depend on shapes are symbols to torch.compile."""
+    from torch._dynamo.testing import CompileCounter
+
+    def chosen(patches: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        return torch.ops.softmask.attentive_mask(patches, tokens, None, patches.shape[1] // 2, True)
+
+    def masked(features: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+        return torch.ops.softmask.soft_mask(features, maps, 1.0, "max", features.shape[1] - maps.shape[1])
+
+    for function, sizes in ((chosen, (8, 3)), (masked, (7, 4))):
+        counter = CompileCounter()
+        compiled = torch.compile(function, backend=counter, fullgraph=True, dynamic=True)
+        for more in (0, 7, 9):  # no two sizes of a call are equal: they would be one symbol
+            first = torch.randn(2, sizes[0] + 2 * more, 6)
+            second = torch.rand(2, sizes[1] + more, 6) if function is chosen else torch.rand(2, sizes[1] + more)
+            assert torch.equal(compiled(first, second), function(first, second))
+        assert counter.frame_count == 1
+    for name in ("contrastive", "contrastive_backward", "momentum_contrastive"):
+        assert "SymInt first_row" in str(getattr(torch.ops.softmask, name).default._schema)
+    for name in ("word_attention", "word_attention_backward", "soft_mask_backward"):
+        assert "SymInt num_prefix_tokens" in str(getattr(torch.ops.softmask, name).default._schema)
+    for name in ("masked_patch_loss", "masked_patch_loss_backward"):
+        assert "SymInt patch_size" in str(getattr(torch.ops.softmask, name).default._schema)
+
+
+def of_sizes(op: str, size: dict[str, int]) -> list[tuple]:
+    """Calls of the op's kernels, forward and backward, at sizes of which one is 0."""
+    kernel, backward = (getattr(torch.ops.softmask, name, None) for name in (op, f"{op}_backward"))
+    b, h, t, p, w, s, e, v = (size[letter] for letter in "BHTPWSEV")
+    scale, one, yes = torch.tensor(2.0), torch.tensor(1.0), torch.zeros(b, p, dtype=torch.bool)
+    if op == "word_attention":
+        index = torch.full((b, w, s), -1 if t == 0 else 0)
+        shared = (torch.ones(b, h, t, e), torch.ones(b, h, p, e), index, torch.ones(b, h, p, v))
+        args = (*shared, torch.ones(b, h, t, v), torch.ones(h, v), yes, 1.0, 0, "minmax")
+        return [(kernel, args), (backward, (torch.ones(b, w, p), *args))]
+    if op == "soft_mask_attention":
+        args = (torch.ones(b, h, t, e), torch.ones(b, h, p, e), torch.ones(b, h, p, v), torch.ones(b, p), None)
+        args = (*args, torch.ones(h, v), yes, 1.0)
+        return [(kernel, args), (backward, (torch.ones(b, h, t, v), *args))]
+    if op == "soft_mask":
+        options = (1.0, "sum", 0)
+        features, maps = torch.ones(b, p, e), torch.ones(b, w, p)
+        calls = [(kernel, (features, maps, *options))]
+        return [*calls, (backward, (torch.ones(b, w, p, e), features, maps, *options, True))]
+    if op == "contrastive":
+        args = (torch.ones(b, e), torch.ones(b, e), scale, one, None, None, 0, True)
+        return [(kernel, args), (backward, (torch.ones(b), torch.ones(6, b), *args))]
+    if op == "momentum_contrastive":
+        args = (torch.ones(b, e), torch.ones(b, e), torch.ones(b, e), torch.ones(p, e), scale, one, one)
+        calls = [(kernel, (*args, None, None, None, 0, True))]
+        return [*calls, (backward, (torch.ones(b), torch.ones(b, e), scale, torch.ones(b, e)))]
+    if op == "attentive_mask":
+        return [(kernel, (torch.ones(b, p, e), torch.ones(b, t, e), None, p // 2, True))]
+    args = (torch.ones(b, p, 12), torch.ones(b, 3, 2 * p, 2), torch.ones(b, p, dtype=torch.bool), 2, True)
+    return [(kernel, args), (backward, (torch.ones(b, p), *args))]
+
+
+@pytest.mark.parametrize("letter", "BHTPWSEV")
+@pytest.mark.parametrize("op", [*cases.ALL, "attentive_mask"])
+def test_sizes_of_zero(op: str, letter: str) -> None:
+    """Nothing is read or written outside, and what has no element to depend on is a number."""
+    sizes = dict(zip("BHTPWSEV", (2, 3, 4, 5, 2, 2, 6, 7), strict=True))
+    for kernel, args in of_sizes(op, sizes | {letter: 0}):
+        refused = letter == "P" and op in ("word_attention", "soft_mask")
+        if refused:
+            with pytest.raises(ValueError, match="expected"):
+                kernel(*args)
+            continue
+        out = kernel(*args)
+        for tensor in (out,) if isinstance(out, torch.Tensor) else out:
+            mean_of_nothing = op == "word_attention" and letter == "H"
+            assert mean_of_nothing or tensor.isfinite().all()
+
+
+def test_what_would_be_read_outside_is_refused() -> None:
+    rows, scale, kernels = torch.ones(3, 4), torch.tensor(1.0), torch.ops.softmask
+    with pytest.raises(ValueError, match="first_row: expected 3 rows among 2 columns"):
+        kernels.contrastive(rows, rows[:2], scale, scale, None, None, 0, False)
+    with pytest.raises(ValueError, match="columns: expected as many as rows, 3, got 2"):
+        kernels.contrastive(rows, rows[:2], scale, scale, torch.zeros(3).long(), torch.zeros(2).long(), 0, True)
+    with pytest.raises(ValueError, match="ids: expected 3 of rows and 3 of columns"):
+        kernels.contrastive(rows, rows, scale, scale, torch.zeros(2).long(), torch.zeros(3).long(), 0, True)
+    with pytest.raises(ValueError, match="first_row: expected 3 rows among 0 columns"):
+        kernels.momentum_contrastive(*(rows, rows, rows[:0], rows), *(scale, scale, scale), None, None, None, 0, True)
+    with pytest.raises(ValueError, match="count: expected 0 to 3, got 4"):
+        kernels.attentive_mask(rows[None], rows[None], None, 4, True)
+    with pytest.raises(ValueError, match="patch_size: expected at least 1, got 0"):
+        kernels.masked_patch_loss(torch.ones(1, 4, 12), torch.ones(1, 3, 4, 4), torch.ones(1, 4).bool(), 0, True)
+    with pytest.raises(ValueError, match="expected 4 patches of 12"):
+        kernels.masked_patch_loss(torch.ones(1, 5, 12), torch.ones(1, 3, 4, 4), torch.ones(1, 5).bool(), 2, True)
+    heads = torch.ones(3, 2, 4, 5)
+    with pytest.raises(ValueError, match="kv_index: expected the image of each of 3 pairs"):
+        kernels.soft_mask_attention(heads, heads[:2], heads[:2], None, None, None, None, 1.0)
+
+
+def test_momentum_loss_without_gradients_has_no_backward() -> None:
+    rows, scale, kernels = cases.unit_rows(3, 4, seed=0).float(), torch.tensor(9.0), torch.ops.softmask
+    args = (rows, rows, rows, None, scale, scale * 0, scale * 0, None, None, None, 0, False)
+    loss, gradients = kernels.momentum_contrastive(*args)
+    assert gradients.numel() == 0
+    with pytest.raises(RuntimeError, match="the loss was computed without gradients"):
+        kernels.momentum_contrastive_backward(torch.ones_like(loss), rows, scale, gradients)
+
+
+def test_ids_of_the_queue_need_ids_of_the_batch() -> None:
+    """Without those no row of the queue is a positive."""
+    rows, scale, kernels = cases.unit_rows(2, 5, 4, seed=0).float(), torch.tensor(9.0), torch.ops.softmask
+    args = (rows[0], rows[0], rows[0], rows[1], scale, scale * 0, scale * 0, None, None)
+    with_ids, without = (kernels.momentum_contrastive(*args, ids, 0, True) for ids in (torch.arange(5), None))
+    assert all(torch.equal(*pair) for pair in zip(with_ids, without, strict=True))
+
+
+@pytest.mark.parametrize("gamma", [0.0, 2.0])
+@pytest.mark.parametrize("spread", [0.0, 1.0, 3.0])
+def test_contrastive_of_rows_of_any_length(spread: float, gamma: float) -> None:
+    """Logits from tiny to thousands: no common shift serves all exponentials of a tile."""
+    case = cases.contrastive(577, gamma=gamma, scale=20.0)
+    image, text = (case.leaves[name] * (spread * cases.normal(577, 1, seed=3)).exp() for name in ("image", "text"))
+    check_errors("cpp", torch.float32, replace(case, leaves=case.leaves | {"image": image, "text": text}))
+
+
+def one_direction(rows: torch.Tensor, columns: torch.Tensor, ids: tuple, first_row: int) -> list[torch.Tensor]:
+    """Losses and gradients of rows among columns, of which the rows' own start at first_row."""
+    scale, gamma = torch.tensor(9.0, dtype=rows.dtype), torch.tensor(2.0)
+    args = (rows, columns, scale, gamma, *ids, first_row, False)
+    loss, statistics = torch.ops.softmask.contrastive(*args)
+    upstream = cases.normal(len(rows), seed=5).to(rows.dtype)
+    return [loss, *torch.ops.softmask.contrastive_backward(upstream, statistics, *args)]
+
+
+@pytest.mark.parametrize("with_ids", FLAGS)
+@pytest.mark.parametrize(("height", "width"), [(130, 577), (577, 600), (200, 1000)])
+def test_rows_among_more_columns(height: int, width: int, with_ids: bool) -> None:
+    """What a rank computes, against the same in fp64."""
+    rows, columns = (cases.unit_rows(count, 33, seed=count) for count in (height, width))
+    first = width - height
+    ids = cases.some_ids(width) if with_ids else None
+    ids = (None if ids is None else ids[first:], ids)
+    for got, exact in zip(
+        one_direction(rows.float(), columns.float(), ids, first), one_direction(rows, columns, ids, first), strict=True
+    ):
+        torch.testing.assert_close(got.double(), exact.double(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("junk", [float("nan"), float("inf")])
+def test_a_broken_row_breaks_no_other(junk: float) -> None:
+    rows, columns = (cases.unit_rows(577, 33, seed=seed).float() for seed in (0, 1))
+    loss, at_rows, _, _ = one_direction(rows, columns, (None, None), 0)
+    rows[300] = junk
+    got, at_broken, _, _ = one_direction(rows, columns, (None, None), 0)
+    others = torch.arange(577) != 300
+    assert got[300].isnan() and at_broken[300].isnan().all()
+    torch.testing.assert_close(got[others], loss[others])
+    torch.testing.assert_close(at_broken[others], at_rows[others])
+
+
+@pytest.mark.parametrize("name", cases.ALL)
+def test_bits_repeat(name: str) -> None:
+    """On every run, and with any number of threads but for the contrastive losses, whose products the BLAS splits."""
+    case = cases.ALL[name].cast(torch.float32)
+    counts = (1, 2, 3) if "contrastive" not in name else (torch.get_num_threads(),)
+    threads = torch.get_num_threads()
+    try:
+        outcomes = []
+        for count in counts:
+            torch.set_num_threads(count)
+            outcomes += [outcome("cpp", case), outcome("cpp", case)]
+    finally:
+        torch.set_num_threads(threads)
+    for other in outcomes[1:]:
+        for key, value in outcomes[0].items():
+            assert torch.equal(other[key], value), key
+
+
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_other_instruction_sets(capability: str) -> None:
+    """What this processor would not choose: the same errors against fp64, in a process that is told to."""
+    selection = "test_word_attention or test_contrastive or test_soft_mask_attention or test_masked or test_attentive"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
+    command += ["-k", f"({selection} or test_momentum) and (130 or patch or attentive) and not opcheck and not bits"]
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout and "skipped" not in done.stdout

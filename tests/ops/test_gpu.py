@@ -1,0 +1,137 @@
+"""The Triton kernels on a real GPU: values, bits, CUDA graphs, torch.compile, memory. Skipped without a device."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import softmask
+from softmask import ops
+from tests.support import kernel_cases as cases
+from tests.support.kernel_cases import Case, check_errors, outcome
+
+pytestmark = pytest.mark.gpu
+MIB = 2**20
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+of_each_op = pytest.mark.parametrize("name", cases.ALL)
+
+
+@of_each_op
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values(name: str, dtype: torch.dtype) -> None:
+    check_errors("triton", dtype, cases.ALL[name].to("cuda"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", cases.SIZES)
+def test_ragged_sizes(size: int, dtype: torch.dtype) -> None:
+    given = [
+        cases.word_attention(size, masked=True),
+        cases.contrastive(size, gamma=2.0, with_ids=True, scale=100.0),
+        cases.momentum_contrastive(min(size, 63), queue=size, gamma=2.0, transposed=True),
+        cases.soft_mask_attention(size, masked=True),
+        cases.soft_mask(size, words=3),
+    ]
+    for case in given:
+        check_errors("triton", dtype, case.to("cuda"))
+
+
+@of_each_op
+def test_auto_takes_triton_and_bits_repeat(name: str) -> None:
+    case = cases.ALL[name].cast(torch.float32).to("cuda")
+    outcomes = [outcome(backend, case) for backend in ("auto", "triton", "triton")]
+    for key, value in outcomes[0].items():
+        assert all(torch.equal(value, other[key]) for other in outcomes[1:]), key
+
+
+@pytest.mark.parametrize("select", ["high", "low"])
+def test_attentive_mask(select: str) -> None:
+    patches, tokens = (cases.normal(3, count, 33, seed=count).float().cuda() for count in (257, 9))
+    by = {}
+    for backend in ("reference", "triton"):
+        with softmask.backend(backend):
+            by[backend] = ops.attentive_mask(patches, tokens, ratio=0.3, select=select)
+    assert torch.equal(by["reference"], by["triton"])
+
+
+def step(case: Case, leaves: dict[str, Tensor], upstream: Tensor) -> dict[str, Tensor]:
+    out = case.call(**leaves, **case.fixed)
+    wanted = [name for name in leaves if name not in case.constants]
+    gradients = torch.autograd.grad(out, [leaves[name] for name in wanted], upstream)
+    return {"out": out.detach(), **dict(zip(wanted, gradients, strict=True))}
+
+
+@of_each_op
+def test_cuda_graph(name: str) -> None:
+    """Forward and backward captured once, replayed on other values: no synchronization, no memory by value."""
+    case = cases.ALL[name].cast(torch.float32).to("cuda")
+    leaves = {key: leaf.clone().requires_grad_(key not in case.constants) for key, leaf in case.leaves.items()}
+    upstream = torch.ones_like(case.call(**case.leaves, **case.fixed))
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step(case, leaves, upstream)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(case, leaves, upstream)
+    with torch.no_grad():
+        for leaf in leaves.values():
+            leaf.mul_(0.9)
+    graph.replay()
+    torch.cuda.synchronize()
+    expected = step(case, leaves, upstream)
+    for key, value in expected.items():
+        assert torch.equal(captured[key], value), key
+
+
+@of_each_op
+def test_compiles_whole(name: str) -> None:
+    torch.compiler.reset()
+    case = cases.ALL[name].cast(torch.float32).to("cuda")
+    compiled = replace(case, call=torch.compile(case.call, fullgraph=True))
+    plain, got = outcome("triton", case), outcome("triton", compiled)
+    for key, value in plain.items():
+        torch.testing.assert_close(got[key], value)
+
+
+def peak(call) -> float:
+    """MiB beyond what was there before the call."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / MIB
+
+
+def test_contrastive_loss_holds_no_logits() -> None:
+    """Of 16,384 pairs they would be 1 GiB."""
+    image, text = (F.normalize(torch.randn(16384, 256, device="cuda"), dim=-1).requires_grad_() for _ in range(2))
+    scale = torch.tensor(14.0, device="cuda", requires_grad=True)
+    assert peak(lambda: ops.focal_contrastive_loss(image, text, scale, gamma=2.0).backward()) < 128
+
+
+def test_momentum_loss_holds_no_logits_and_copies_no_queue() -> None:
+    """Of 64 rows and 65,536 keys logits would be 16 MiB a side, a copy of the queues 128 MiB."""
+    names = ("image", "text", "image_teacher", "text_teacher")
+    rows = {name: F.normalize(torch.randn(64, 256, device="cuda"), dim=-1) for name in names}
+    queues = {
+        name: F.normalize(torch.randn(65536, 256, device="cuda"), dim=-1) for name in ("image_queue", "text_queue")
+    }
+    for name in ("image", "text"):
+        rows[name].requires_grad_()
+    assert peak(lambda: ops.momentum_contrastive_loss(logit_scale=14.0, **rows, **queues, gamma=2.0).backward()) < 64
+
+
+def test_maps_hold_one_row_per_word() -> None:
+    """Attention of all rows would be 100 MiB."""
+    query, dout = torch.randn(2, 64, 12, 30, 64, device="cuda")
+    key, value = torch.randn(2, 64, 12, 577, 64, device="cuda")
+    index = torch.zeros(64, 1, dtype=torch.int64, device="cuda")
+    assert peak(lambda: ops.word_attention(query, key, index, value=value, grad_output=dout)) < 8

@@ -1,0 +1,69 @@
+"""python -m softmask.env."""
+
+from __future__ import annotations
+
+import platform
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import softmask
+from softmask import env, ops
+from softmask.ops import _backend, _library
+from tests.support.kernel_cases import needs_cpp
+
+OPS = [name for name in ops.__all__ if name.islower()]
+
+
+def test_as_a_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "softmask.env"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"softmask {softmask.__version__}\npython {platform.python_version()}")
+    assert f"\ntorch {torch.__version__.split('+')[0]}" in done.stdout
+    for expected in ("deepspeed", "timm", "CPU: ", "CUDA", "C++ extension: ", "SOFTMASK_BACKEND: "):
+        assert expected in done.stdout
+
+
+def test_table_says_what_auto_takes() -> None:
+    rows = [re.split(r"\s{2,}", line) for line in env.report().splitlines()]
+    for op in OPS:
+        for device in env.DEVICES:
+            (row,) = [row for row in rows if row[:2] == [op, device]]
+            assert row[2] == _backend.choose(device)
+    (row,) = [row for row in rows if row[:2] == ["word_attention", "cuda"]]
+    assert row[2:] == ["triton", "the first choice on this device"]
+
+
+def test_table_says_what_a_named_backend_does() -> None:
+    with softmask.backend("reference"):
+        report = env.report()
+    assert re.search(r"^word_attention +cpu +reference +named$", report, re.MULTILINE)
+    with softmask.backend("cuda"):
+        report = env.report()
+    assert "What each op takes, 'cuda' being named:" in report
+    assert re.search(r"^soft_mask +cuda +none +cuda: there are no CUDA C\+\+ kernels$", report, re.MULTILINE)
+
+
+@needs_cpp
+def test_table_says_what_auto_leaves_to_pytorch() -> None:
+    (row,) = re.findall(r"^soft_mask +cpu .*$", env.report(), re.MULTILINE)
+    assert row.endswith("one map per picture, without gradient, is left to the reference")
+
+
+def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_library, "MISSING", "not built here")
+    report = env.report()
+    assert "C++ extension: not built here" in report
+    assert re.search(r"^soft_mask +cpu +reference +cpp: not built here$", report, re.MULTILINE)
+    monkeypatch.setattr(_library, "MISSING", None)
+    assert re.search(r"^word_attention +cpu +cpp +the first choice on this device$", env.report(), re.MULTILINE)
+
+
+def test_missing_packages_and_environment_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(env, "PACKAGES", ("torch", "no-such-package"))
+    monkeypatch.setenv("SOFTMASK_BACKEND", "reference")
+    report = env.report()
+    assert "no-such-package not installed" in report and "SOFTMASK_BACKEND: reference" in report

@@ -1,0 +1,170 @@
+"""What is installed, what it needs, and how a build that cannot have C++ kernels ends."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from dataclasses import dataclass
+from email import message_from_string
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import softmask
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ["setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "softmask", "kernels", "train", "csrc"]
+NO_COMPILER = "/nonexistent/c++"
+
+IMPORT_CORE = """
+import sys
+from importlib.machinery import PathFinder
+
+ABSENT = {"triton", "deepspeed", "timm", "transformers", "tokenizers", "torchvision", "webdataset", "PIL"}
+
+class WithoutExtras(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in ABSENT else super().find_spec(name, path, target)
+
+sys.meta_path[:] = [WithoutExtras if finder is PathFinder else finder for finder in sys.meta_path]
+import torch
+
+def refuse():
+    raise AssertionError("CUDA is initialized at import")
+
+torch.cuda._lazy_init = refuse
+import softmask, softmask.ops, softmask.reference
+with softmask.backend("auto"):
+    x = torch.nn.functional.normalize(torch.ones(2, 4), dim=1)
+    print(float(softmask.ops.focal_contrastive_loss(x, x, 1.0)))
+"""
+
+
+def python(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run this interpreter with `environment` on top of the session's, less the switches of setup.py."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("SOFTMASK_")}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=inherited | environment, capture_output=True, text=True
+    )
+
+
+@dataclass(frozen=True)
+class Wheel:
+    names: list[str]
+    requirements: list[Requirement]
+    version: str
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the source tree without anything that was built."""
+    folder = tmp_path_factory.mktemp("tree")
+    for name in SOURCES:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+        elif source.exists():
+            shutil.copy(source, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Wheel:
+    out = tmp_path_factory.mktemp("wheel")
+    options = ["--no-build-isolation", "--no-deps", "--disable-pip-version-check", "--wheel-dir", str(out)]
+    done = python("-m", "pip", "wheel", *options, ".", cwd=tree, SOFTMASK_SKIP_EXT="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = out.glob("*.whl")
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        (metadata_name,) = [name for name in names if name.endswith(".dist-info/METADATA")]
+        metadata = message_from_string(archive.read(metadata_name).decode())
+    requirements = [Requirement(line) for line in metadata.get_all("Requires-Dist")]
+    return Wheel(names, requirements, metadata["Version"])
+
+
+def needed_by(wheel: Wheel, extra: str) -> list[Requirement]:
+    return [r for r in wheel.requirements if r.marker is None or r.marker.evaluate({"extra": extra})]
+
+
+def pins() -> dict[str, Requirement]:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    found = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(pin.name): pin for pin in found}
+
+
+def test_version_is_the_same_everywhere(wheel: Wheel) -> None:
+    assert softmask.__version__ == wheel.version
+
+
+def test_wheel_holds_package_kernels_and_configurations_and_no_tests(wheel: Wheel) -> None:
+    expected = [
+        *(path.relative_to(ROOT) for path in (ROOT / "softmask").rglob("*.py")),
+        *(Path("softmask", path.relative_to(ROOT)) for path in (ROOT / "kernels").rglob("*.py")),
+        *(Path("softmask", "configs", path.name) for path in (ROOT / "train" / "configs").glob("*.yaml")),
+    ]
+    assert {"kernels", "configs"} <= {path.parts[1] for path in expected}
+    assert sorted(path.as_posix() for path in expected) == sorted(
+        name for name in wheel.names if ".dist-info/" not in name
+    )
+    assert any(name.endswith("LICENSE") for name in wheel.names)
+
+
+def test_core_needs_torch_only(wheel: Wheel) -> None:
+    assert [requirement.name for requirement in needed_by(wheel, "")] == ["torch"]
+
+
+@pytest.mark.parametrize("extra", ["train", "demo", "bench", "test", "dev"])
+def test_every_requirement_is_pinned_inside_its_range(wheel: Wheel, extra: str) -> None:
+    pinned = pins()
+    for requirement in needed_by(wheel, extra):
+        assert canonicalize_name(requirement.name) in pinned, f"constraints.txt lacks {requirement.name}"
+        (specifier,) = pinned[canonicalize_name(requirement.name)].specifier
+        assert specifier.operator == "=="
+        assert requirement.specifier.contains(specifier.version), f"{requirement} excludes {specifier.version}"
+
+
+def test_forced_build_without_compiler_fails_and_names_it(tree: Path) -> None:
+    done = python("setup.py", "-q", "build_ext", cwd=tree, SOFTMASK_FORCE_BUILD="1", CXX=NO_COMPILER)
+    assert done.returncode != 0
+    assert f"SOFTMASK_FORCE_BUILD=1, but no C++ compiler: '{NO_COMPILER}'" in done.stderr
+
+
+def test_build_without_compiler_goes_on_and_says_so(tree: Path) -> None:
+    done = python("setup.py", "-q", "build_ext", cwd=tree, CXX=NO_COMPILER)
+    assert done.returncode == 0, done.stderr
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith("softmask:")]
+    assert said.startswith(f"softmask: installed without C++ kernels: no C++ compiler: '{NO_COMPILER}'")
+
+
+def test_build_without_torch_names_the_way_out(tree: Path) -> None:
+    without_torch = "import runpy, sys; sys.modules['torch'] = None; sys.argv = ['setup.py', '-q', 'build_ext']; "
+    run_setup = without_torch + "runpy.run_path('setup.py')"
+    forced = python("-c", run_setup, cwd=tree, SOFTMASK_FORCE_BUILD="1")
+    assert forced.returncode != 0
+    assert re.search("torch is not importable .* --no-build-isolation", forced.stderr)
+    assert python("-c", run_setup, cwd=tree).returncode == 0
+
+
+def test_broken_source_fails_the_forced_build_only(tree: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(tree, tmp_path / "broken")
+    shutil.rmtree(broken / "csrc")
+    (broken / "csrc").mkdir()
+    (broken / "csrc" / "ops.cpp").write_text("this is not C++\n")
+    assert python("setup.py", "-q", "build_ext", cwd=broken).returncode == 0
+    forced = python("setup.py", "-q", "build_ext", cwd=broken, SOFTMASK_FORCE_BUILD="1")
+    assert forced.returncode != 0
+    assert "SOFTMASK_FORCE_BUILD=1, but compiling csrc failed" in forced.stderr
+
+
+def test_core_imports_and_runs_with_torch_alone_and_leaves_cuda_alone(tmp_path: Path) -> None:
+    done = python("-c", IMPORT_CORE, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) >= 0
