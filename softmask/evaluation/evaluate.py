@@ -33,14 +33,13 @@ import argparse
 import json
 import sys
 import time
-from itertools import islice
 from pathlib import Path
 from typing import get_args
 
 from softmask import BackendError
 from softmask.data import DataError
 from softmask.data.sources import expand_pattern
-from softmask.evaluation.captioning import CaptionOptions, captioning
+from softmask.evaluation.captioning import CaptionOptions
 from softmask.evaluation.command import (
     add_data_options,
     check_output,
@@ -53,37 +52,13 @@ from softmask.evaluation.command import (
     sizes,
     write_atomically,
 )
-from softmask.evaluation.grounding import grounding
-from softmask.evaluation.readers import Reader, Scorer
-from softmask.evaluation.reconstruction import reconstruction
-from softmask.evaluation.retrieval import RerankBy, retrieval
-from softmask.evaluation.zero_shot import Class, read_classes, zero_shot
+from softmask.evaluation.retrieval import RerankBy
+from softmask.evaluation.sections import Evaluation, Section, evaluate, sections_of
+from softmask.evaluation.zero_shot import Class, read_classes
 from softmask.training.checkpoint.store import CheckpointError, find_checkpoint, read_json
 from softmask.training.config import ConfigError
 from softmask.training.failures import explain
 from softmask.training.launchers import check_environment
-
-
-def evaluate(scorer: Scorer, reader: Reader, *, pairs: int, rerank: int, by: RerankBy = "match") -> dict:
-    """The "retrieval" and "grounding" sections; the latter is absent where the data has no objects or the model no
-    maps."""
-    result = {"retrieval": retrieval(scorer, islice(reader.all(), pairs or None), rerank=rerank, by=by)}
-    words = grounding(scorer, reader.all()) if hasattr(scorer.model, "word_maps") else None
-    return result | ({"grounding": words} if words else {})
-
-
-def generation(
-    scorer: Scorer, reader: Reader, training: Reader | None, *, pairs: int, captions: CaptionOptions
-) -> dict:
-    """The "captioning" and "reconstruction" sections, of a model that learned to write and to paint."""
-    if not hasattr(scorer.model, "caption_decoder"):
-        return {}
-    result, learned = {}, scorer.config.model
-    if learned.tells:
-        result["captioning"] = captioning(scorer, islice(reader.all(), pairs or None), training, captions)
-    if learned.paints:
-        result["reconstruction"] = reconstruction(scorer, islice(reader.all(), pairs or None))
-    return {name: section for name, section in result.items() if section}
 
 
 def known_classes(data: str, file: Path | None) -> list[Class]:
@@ -99,43 +74,10 @@ def training_facts(checkpoint: Path) -> dict:
     return {"seconds": state["seconds"], "steps": state["step"]}
 
 
-def summary(result: dict) -> str:
+def summary(result: dict, sections: list[Section], given: Evaluation) -> str:
     """The numbers in a few lines for the terminal."""
-    section = result["retrieval"]
-    lines = [f"retrieval among {section['images']} pictures and {section['samples']} captions, R@1 / R@5 / R@10:"]
-    if section["cut"]:
-        length = result["evaluation"]["text_length"]
-        lines.append(f"  {section['cut']} captions have more than the {length} tokens that are read of them")
-    for stage in [name for name in ("itc", "itm", "chance") if name in section]:
-        for way in ("i2t", "t2i"):
-            shares = " / ".join(f"{100 * value:5.1f}" for value in section[stage][way].values())
-            lines.append(f"  {stage:6s} {way}  {shares} %")
-    if "grounding" in result:
-        section = result["grounding"]
-        shares = ", ".join(f"{key} {100 * section[key]:.1f} %" for key in ("pointing", "attention", "random"))
-        lines.append(f"pointing game with {section['words']} phrases: {shares}")
-    return "\n".join(lines + generation_summary(result))
-
-
-def generation_summary(result: dict) -> list[str]:
-    lines = []
-    if "captioning" in result:
-        section = result["captioning"]
-        lines.append(f"captions of {section['samples']} pictures, CIDEr / BLEU-4 / ROUGE-L:")
-        others = {key.replace("_", " "): section.get(key) for key in ("beams_alone", "nearest", "random")}
-        for name, scores in {"model": section, **others}.items():
-            if scores:
-                shares = " / ".join(f"{100 * scores[key]:5.1f}" for key in ("cider", "bleu4", "rouge_l"))
-                lines.append(f"  {name:11s} {shares}")
-    if "reconstruction" in result:
-        section = result["reconstruction"]
-        interval = f"{section['gap']:.4f} [{section['low']:.4f}, {section['high']:.4f}]"
-        lines.append(f"error of hidden patches {section['right']:.4f}, more by a wrong caption: {interval}")
-    if "zero_shot" in result:
-        section = result["zero_shot"]
-        shares = f"top-1 {100 * section['top1']:.1f} %, top-5 {100 * section['top5']:.1f} %"
-        lines.append(f"zero-shot, {section['samples']} pictures of {section['classes']} classes: {shares}")
-    return lines
+    shown = [section for section in sections if section.name in result]
+    return "\n".join(line for section in shown for line in section.lines(result[section.name], given))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -161,36 +103,43 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def run(options: argparse.Namespace) -> dict:
+def run(options: argparse.Namespace) -> str:
+    """Write metrics.json; the numbers in a few lines."""
     start = time.perf_counter()
     output = options.output or options.checkpoint / "metrics.json"
     checkpoint = find_checkpoint(options.checkpoint)
     check_output(output)
     classes = known_classes(options.data, options.classes)
     scorer = load_scorer(checkpoint, **sizes(options))
-    reader = open_reader(scorer, options.data, options.image_root)
-    training = open_reader(scorer, options.training, options.training_image_root) if options.training else None
+    sections = sections_of(scorer)
+    given = Evaluation(
+        scorer=scorer,
+        reader=open_reader(scorer, options.data, options.image_root),
+        training=open_reader(scorer, options.training, options.training_image_root) if options.training else None,
+        pairs=options.pairs,
+        rerank=options.rerank,
+        rerank_by=options.rerank_by,
+        captions=CaptionOptions(beams=options.beams, neighbours=options.neighbours),
+        classes=classes,
+    )
     try:
-        result = evaluate(scorer, reader, pairs=options.pairs, rerank=options.rerank, by=options.rerank_by)
-        captions = CaptionOptions(beams=options.beams, neighbours=options.neighbours)
-        result |= generation(scorer, reader, training, pairs=options.pairs, captions=captions)
-        classified = zero_shot(scorer, reader.all(), classes) if classes else None
-        result |= {"zero_shot": classified} if classified else {}
+        result = evaluate(given, sections)
     finally:
-        for one in filter(None, (reader, training)):
+        for one in filter(None, (given.reader, given.training)):
             name_skipped(one)
     result["training"] = training_facts(checkpoint)
     seconds = round(time.perf_counter() - start, 1)
-    result["evaluation"] = {"seconds": seconds, "data": options.data} | evaluation_facts(scorer, reader, checkpoint)
+    facts = evaluation_facts(scorer, given.reader, checkpoint)
+    result["evaluation"] = {"seconds": seconds, "data": options.data} | facts
     write_atomically(output, json.dumps(result, indent=2) + "\n")
-    return result | {"output": str(output)}
+    return f"{summary(result, sections, given)}\nwritten: {output}"
 
 
 def main(argv: list[str] | None = None) -> int:
     try:
         options = parse(argv)
         check_environment()
-        result = run(options)
+        said = run(options)
     except (DataError, CheckpointError, ConfigError, BackendError, OSError) as error:
         print(f"evaluate: {error}", file=sys.stderr)
         return 1
@@ -199,8 +148,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"evaluate: {line}", file=sys.stderr)
         return 1
-    print(summary(result))
-    print(f"written: {result['output']}")
+    print(said)
     return 0
 
 

@@ -61,7 +61,7 @@ class Encoded:
 
 def matches(scorer: Scorer) -> bool:
     """Whether the model can say of a picture and a caption that they belong together (ITM)."""
-    return hasattr(scorer.model, "match")
+    return scorer.config.task.matches_pairs
 
 
 @torch.no_grad()

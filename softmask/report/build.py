@@ -38,11 +38,12 @@ from softmask.evaluation.command import (
 from softmask.evaluation.grounding import Word
 from softmask.evaluation.readers import Reader, Sample, Scorer, batches
 from softmask.evaluation.retrieval import Gallery, RerankBy
-from softmask.report.facts import OF_STATE, facts, lead, title
+from softmask.report.facts import OF_STATE, facts, lead
 from softmask.report.generated import generated
 from softmask.report.page import Candidate, Page, Query, SceneView, WordView, render
 from softmask.report.pictures import data_uri, heat_overlay, limited, soft_masked
 from softmask.report.svg import Series, outline_path
+from softmask.tasks.base import Curve
 from softmask.training.checkpoint.store import CheckpointError, find_checkpoint, read_json
 from softmask.training.config import ConfigError
 from softmask.training.failures import explain
@@ -62,17 +63,7 @@ under above below beside between near next behind front left right top bottom is
 have had there here it its his her their they he she we you i as while who which two three four one
 """
 EMPTY_WORDS = frozenset(EMPTY_TEXT.split())
-CURVES = {  # key of log.jsonl -> title and unit; other keys of the log follow under their own name
-    "loss": ("Loss, all terms", "nats"),
-    "itc": ("ITC: focal contrast", "nats"),
-    "itm": ("ITM: image-text matching", "nats"),
-    "itm_soft": ("ITM on softly masked pictures", "nats"),
-    "mlm": ("MLM: masked words", "nats"),
-    "caption": ("IC: the next word", "nats"),
-    "tgmim": ("TG-MIM: hidden patches", "squared error"),
-    "temperature": ("Temperature of ITC", ""),
-    "lr": ("Learning rate", ""),
-}
+GENERAL = {"loss": Curve("Loss, all terms", "nats"), "lr": Curve("Learning rate")}
 NO_CURVE = ("step", "epoch", "seconds", "samples_per_second")
 
 
@@ -84,15 +75,17 @@ def read_log(path: Path) -> list[dict]:
     return [row for _, row in read_lines(path)]
 
 
-def curves(rows: list[dict]) -> list[Series]:
-    """One series for each number that was logged, the loss first."""
+def curves(rows: list[dict], known: dict[str, Curve]) -> list[Series]:
+    """One series for each number that was logged: the loss, what is known of the task, then the others by their name in
+    the log."""
     logged = dict.fromkeys(key for row in rows for key in row if key not in NO_CURVE)
-    keys = [key for key in CURVES if key in logged] + [key for key in logged if key not in CURVES]
+    titles = {"loss": GENERAL["loss"]} | known | GENERAL
+    keys = [key for key in titles if key in logged] + [key for key in logged if key not in titles]
     series = []
     for key in keys:
         points = [(row["step"], row[key]) for row in rows if key in row]
-        title, unit = CURVES.get(key, (key, ""))
-        series.append(Series(title, unit, [step for step, _ in points], [value for _, value in points]))
+        curve = titles.get(key, Curve(key))
+        series.append(Series(curve.title, curve.unit, [step for step, _ in points], [value for _, value in points]))
     return series
 
 
@@ -239,16 +232,16 @@ def build_page(options: argparse.Namespace) -> Page:
         reranked |= {"samples": examples["samples"]}
         captions, pictures = retrieval_examples(scorer, reader, **reranked)
         shown = list(reader.read(spread(len(reader.source), scenes)))
-        drawn = scene_views(scorer, shown) if hasattr(scorer.model, "word_maps") else []
+        drawn = scene_views(scorer, shown) if scorer.config.task.shows_word_maps(scorer.config.model) else []
         written = generated(scorer, shown, result)
     finally:
         name_skipped(reader)
     return Page(
-        method=title(scorer.config),
+        method=scorer.config.task.title(scorer.config.model),
         run=run.resolve().name,
         lead=lead(scorer),
         facts=facts(scorer, read_json(checkpoint / "trainer.json", *OF_STATE), rows),
-        curves=curves(rows),
+        curves=curves(rows, scorer.config.task.curves),
         metrics=result,
         captions=captions,
         pictures=pictures,

@@ -12,7 +12,6 @@ from torch import Tensor
 from softmask.evaluation.captioning import write_captions
 from softmask.evaluation.readers import Sample, Scorer, batches
 from softmask.evaluation.reconstruction import Repainted, repaint, with_another
-from softmask.models import SyCoCaConfig
 from softmask.report.pictures import data_uri, limited
 
 SHOWN = 256  # pixels of a picture's longer side
@@ -58,14 +57,11 @@ def generated(scorer: Scorer, samples: list[Sample], metrics: dict) -> Generated
         for sample, text in zip(samples, captions.chosen, strict=True):
             found.captions.append(Written(data_uri(limited(sample.seen, SHOWN)), text, sample.caption))
     if "reconstruction" in metrics:
-        found.paintings, found.hidden = paintings(scorer, samples), hidden_patches(scorer.config.model)
+        found.paintings, found.hidden = (
+            paintings(scorer, samples),
+            scorer.config.task.hidden_patches(scorer.config.model),
+        )
     return found
-
-
-def hidden_patches(model: SyCoCaConfig) -> str:
-    which = "those most similar to a token of the caption" if model.masks == "attentive" else "drawn at random"
-    where = "from the image encoder" if model.reconstruct_masking == "pixels" else "behind the image encoder"
-    return f"{100 * model.reconstruct_ratio:g} % of the patches, {which}, are hidden {where}"
 
 
 def paintings(scorer: Scorer, samples: list[Sample]) -> list[Painting]:

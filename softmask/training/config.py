@@ -18,13 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import softmask
 from softmask.data import DataConfig
-from softmask.models import SoftMaskPPConfig, SyCoCaConfig
+from softmask.tasks.base import Task
+from softmask.tasks.registry import find_task
 from softmask.training.config_files import ConfigError, describe, dump, override, read_mapping
 from softmask.training.deepspeed_section import check_deepspeed
 
-MODEL_CONFIGS = {"softmask_pp": SoftMaskPPConfig, "sycoca": SyCoCaConfig}  # by method
-EVAL_RESIZE = {"softmask_pp": "squash", "sycoca": "crop"}  # ALBEF's and open_clip's
 ZERO_STAGES = (0, 1, 2, 3)
 
 
@@ -87,9 +87,9 @@ class Config:
     output: str
     train: TrainConfig
     seed: int = 0
-    method: Literal["softmask_pp", "sycoca"] = "softmask_pp"  # says what `model` configures
+    method: str = "softmask_pp"  # the task, which says what `model` configures: softmask_pp, sycoca, or module:Class
     init: str = ""  # a run or checkpoint whose weights (and, without data.tokenizer, tokenizer) a new run begins with
-    model: SoftMaskPPConfig | SyCoCaConfig = field(default_factory=SoftMaskPPConfig)
+    model: Any = None  # None: the defaults of the method
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     deepspeed: dict[str, Any] = field(default_factory=dict)
@@ -97,6 +97,8 @@ class Config:
     def __post_init__(self) -> None:
         _require(bool(self.output), "output", "the folder of the run", self.output)
         _require(0 <= self.seed < 1 << 63, "seed", "an integer >= 0, below 2^63", self.seed)
+        task = self.task
+        self.model = task.Config() if self.model is None else self.model
         check_deepspeed(self.deepspeed)
         self.output, self.init = os.path.expanduser(self.output), os.path.expanduser(self.init)
         _require(self.zero_stage in ZERO_STAGES, "deepspeed.zero_optimization.stage", "0, 1, 2 or 3", self.zero_stage)
@@ -107,11 +109,13 @@ class Config:
             )
 
         if self.data.eval_resize == "auto":
-            self.data.eval_resize = EVAL_RESIZE[self.method]
-        _require(
-            self.data.append_sep or self.method != "sycoca", "data.append_sep",
-            "true with method: sycoca, whose decoder ends captions by [SEP]", self.data.append_sep,
-        )  # fmt: skip
+            self.data.eval_resize = task.eval_resize
+        expected = f"true with method: {self.method}, whose captions end by [SEP]"
+        _require(self.data.append_sep or not task.ends_captions, "data.append_sep", expected, self.data.append_sep)
+
+    @property
+    def task(self) -> Task:
+        return find_task(self.method)
 
     @property
     def zero_stage(self) -> int:
@@ -122,19 +126,24 @@ class Config:
 
 
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
-    """The configuration in the YAML or JSON file `path`, with overrides like `train.steps=100` (values are YAML).
+    """The configuration in the YAML or JSON file `path`, or of that name among the installed ones (`demo`,
+    `softmask_base`), with overrides like `train.steps=100` (values are YAML).
 
     Raises:
         ConfigError: no such file, no YAML, an unknown or ill-typed key, a value out of range.
     """
-    path = Path(os.path.expanduser(path))
+    path = _find(os.path.expanduser(path))
     tree = read_mapping(path, "configuration")
     override(tree, list(overrides))
     if isinstance(tree.get("deepspeed"), str):
         tree["deepspeed"] = read_mapping(_beside(path, tree["deepspeed"]), "deepspeed")
     tree["model"] = tree.get("model") or {}
-    of_method = {"model": MODEL_CONFIGS.get(str(tree.get("method", "softmask_pp")), SoftMaskPPConfig)}
-    return _build(Config, tree, "", types=of_method)
+    method = tree.get("method", "softmask_pp")
+    try:
+        task = find_task(method if isinstance(method, str) else "")
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return _build(Config, tree, "", types={"model": task.Config})
 
 
 def save_config(config: Config, path: str | Path) -> None:
@@ -165,6 +174,14 @@ def chosen(config: Config) -> dict[str, Any]:
 def _require(condition: bool, key: str, expected: str, value: Any) -> None:
     if not condition:
         raise ValueError(f"{key}: expected {expected}, got {value!r}")
+
+
+def _find(name: str) -> Path:
+    """The file of that name, else an installed configuration: in the package, or in the checkout around it."""
+    package = Path(softmask.__file__).parent
+    folders = [] if os.path.dirname(name) else [package / "configs", package.parent / "train" / "configs"]
+    places = [Path(name), *(folder / f"{name}{suffix}" for folder in folders for suffix in ("", ".yaml"))]
+    return next((place for place in places if place.is_file()), Path(name))
 
 
 def _beside(path: Path, name: str) -> Path:

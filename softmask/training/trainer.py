@@ -22,7 +22,6 @@ from torch import Tensor
 from softmask.data import Batch, CaptionTokenizer, Loader, Source, open_source
 from softmask.data.loader import check_bad_share
 from softmask.models import SoftMaskPPOutput, SyCoCaOutput
-from softmask.tasks.methods import step_options
 from softmask.training.checkpoint.initial import text_facts, weights_from, words_from
 from softmask.training.checkpoint.store import (
     Progress,
@@ -91,9 +90,11 @@ class Trainer:
         )
         self.batches_per_epoch = self._loader(0).batches_per_epoch
         self.steps = self._count_steps()
-        queue, batch = getattr(config.model, "queue_size", 0), config.train.batch_size * self.world_size
-        if 0 < queue < batch:
-            raise ConfigError(f"model.queue_size: expected 0 or at least the batch of all ranks, {batch}, got {queue}")
+        self._task = config.task
+        try:
+            self._task.check_batch(config.model, config.train.batch_size * self.world_size)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         self.engine, self.guard = create_engine(model, config, steps=self.steps)
         self.device = self.engine.device
         # BatchNorm's running statistics: the forward pass of a skipped step must leave no trace in them.
@@ -223,7 +224,7 @@ class Trainer:
         self.progress.micro_batches += 1
         statistics = [(buffer, buffer.clone()) for buffer in self._statistics]
         steps_per_epoch = self.batches_per_epoch / self.config.train.accumulation
-        options = step_options(self.config.model, self.progress.step, steps_per_epoch=steps_per_epoch)
+        options = self._task.step_options(self.config.model, self.progress.step, steps_per_epoch=steps_per_epoch)
         loss, output = self.engine(batch.to(self.device), **options)
         flags = torch.stack([~loss.detach().isfinite(), torch.tensor(self._stop_requested, device=self.device)]).float()
         if self.world_size > 1:

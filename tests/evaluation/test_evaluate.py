@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from softmask.data import open_source, rle
-from softmask.evaluation import command, evaluate, grounding, retrieval
+from softmask.evaluation import command, evaluate, grounding, retrieval, sections
 from softmask.evaluation.readers import Reader, Scorer
 from tests.support.data_files import write_tar
 from tests.support.evaluation_files import (
@@ -36,10 +36,14 @@ def make_scorer(tmp_path, *, batch_size=5, max_length=16, **options) -> Scorer:
     return Scorer(Oracle(config, **options), Words(), config, batch_size=batch_size)
 
 
+def all_sections(scorer: Scorer, reader: Reader, **options) -> dict:
+    return sections.evaluate(sections.Evaluation(scorer, reader, **options), sections.sections_of(scorer))
+
+
 @pytest.mark.parametrize("batch_size", [1, 5, 64])
 def test_oracle_is_perfect_and_attention_misses(tmp_path, batch_size):
     reader = Reader(open_source(write_scenes(tmp_path / "test.tar")))
-    result = evaluate.evaluate(make_scorer(tmp_path, batch_size=batch_size), reader, pairs=0, rerank=4)
+    result = all_sections(make_scorer(tmp_path, batch_size=batch_size), reader, pairs=0, rerank=4)
     section = result["retrieval"]
     assert (section["samples"], section["images"], section["rerank"]) == (12, 12, 4)
     for stage in ("itc", "itm"):
@@ -75,7 +79,7 @@ def test_captions_of_one_picture_share_it(tmp_path, image_root):
     scorer = make_scorer(tmp_path)
     scorer.config.data.image_root = image_root and str(pictures)
     reader = command.open_reader(scorer, str(tmp_path / "list.json"))
-    result = evaluate.evaluate(scorer, reader, pairs=0, rerank=3)
+    result = all_sections(scorer, reader, pairs=0, rerank=3)
     assert (result["retrieval"]["samples"], result["retrieval"]["images"]) == (24, 12)
     assert result["retrieval"]["itc"] == {"i2t": PERFECT, "t2i": PERFECT}
     assert result["retrieval"]["itm"] == {"i2t": PERFECT, "t2i": PERFECT}
@@ -85,7 +89,7 @@ def test_captions_of_one_picture_share_it(tmp_path, image_root):
 
 def test_pairs_bounds_retrieval_but_not_grounding(tmp_path):
     reader = Reader(open_source(write_scenes(tmp_path / "test.tar", broken=(1, 11))))
-    result = evaluate.evaluate(make_scorer(tmp_path), reader, pairs=4, rerank=2)
+    result = all_sections(make_scorer(tmp_path), reader, pairs=4, rerank=2)
     assert result["retrieval"]["samples"] == 4  # scene 1 is broken: 0, 2, 3 and 4
     assert (result["grounding"]["samples"], result["grounding"]["words"]) == (10, 20)
     assert sorted(reader.skipped) == [1, 11]

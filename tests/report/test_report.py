@@ -180,7 +180,7 @@ def test_log_without_its_last_line_and_with_a_broken_one(tmp_path):
 
 def test_curves_begin_with_the_loss_and_keep_unknown_terms():
     rows = [{"step": 1, "mine": 3.0, "loss": 2.0, "seconds": 1.0}, {"step": 2, "mine": 4.0, "loss": 1.0}]
-    first, second = report.curves(rows)
+    first, second = report.curves(rows, {})
     assert (first.steps, first.values, first.unit) == ([1, 2], [2.0, 1.0], "nats")
     assert (second.title, second.values) == ("mine", [3.0, 4.0])
 

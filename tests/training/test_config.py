@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -107,6 +108,17 @@ def test_deepspeed_section_from_a_file_beside_the_configuration(write, tmp_path)
     assert load_config(write(MINIMAL + "deepspeed: zero.json\n")).zero_stage == 2
     with pytest.raises(ConfigError, match=r"deepspeed: cannot read .*none.json: No such file"):
         load_config(write(MINIMAL + "deepspeed: none.json\n"))
+
+
+def test_installed_configurations_are_found_by_name(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_config("demo").output == load_config("demo.yaml").output == "runs/demo"
+    Path("demo").write_text("output: mine\ntrain: {steps: 1}\n")
+    assert load_config("demo").output == "mine"
+    with pytest.raises(ConfigError, match="cannot read demo_3: No such file"):
+        load_config("demo_3")
+    with pytest.raises(ConfigError, match="cannot read configs/demo.yaml: No such file"):
+        load_config("configs/demo.yaml")
 
 
 def test_files_that_cannot_be_used(write, tmp_path) -> None:

@@ -12,7 +12,7 @@ from deepspeed import zero
 
 from softmask.data import DataError, Loader, open_source
 from softmask.models import SoftMaskPP, SoftMaskPPConfig
-from softmask.tasks.methods import alpha_at, step_options
+from softmask.tasks.softmask_pp import SoftMaskPPTask, alpha_at
 from softmask.training.checkpoint.store import CheckpointError, build_model, find_checkpoint, load_model
 from softmask.training.config import Config, ConfigError, OptimizerConfig, save_config
 from softmask.training.engine.loss_scale import GradientGuard
@@ -107,7 +107,8 @@ def test_random_state_follows_from_its_arguments() -> None:
 
 def test_alpha_rises_over_steps_or_epochs() -> None:
     def alpha(step: int, **options) -> float:
-        return step_options(SoftMaskPPConfig(alpha=0.4, **options), step, steps_per_epoch=10.5)["alpha"]
+        config = SoftMaskPPConfig(alpha=0.4, **options)
+        return SoftMaskPPTask().step_options(config, step, steps_per_epoch=10.5)["alpha"]
 
     assert [alpha(step, alpha_warmup_steps=8) for step in (0, 2, 8, 99)] == pytest.approx([0, 0.1, 0.4, 0.4])
     assert [alpha(step, alpha_warmup_epochs=2) for step in (0, 7, 21, 99)] == pytest.approx([0, 0.4 / 3, 0.4, 0.4])

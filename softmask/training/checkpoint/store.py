@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from softmask.data import CaptionTokenizer, Source
 from softmask.models import SpecialIds
-from softmask.tasks.methods import build
 from softmask.training.checkpoint.reshard import load_resharded, read_weights
 from softmask.training.config import Config, ConfigError, flatten, load_config, save_config
 
@@ -242,7 +241,7 @@ def build_model(config: Config, tokenizer: CaptionTokenizer) -> nn.Module:
         )
     ids = SpecialIds(pad=tokenizer.pad_id, cls=tokenizer.cls_id, sep=tokenizer.sep_id, mask=tokenizer.mask_id)
     try:
-        return build(model, ids)
+        return config.task.build(model, ids)
     except (ValueError, FileNotFoundError, RuntimeError, TypeError) as error:  # the last two: timm has no such ViT
         raise ConfigError(f"model: {first_line(error)}") from error
 
