@@ -211,3 +211,16 @@ def different(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> l
     """Names of the tensors that are not equal to the bit."""
     assert one.keys() == other.keys()
     return [name for name in one if not torch.equal(one[name], other[name])]
+
+
+def weights(trainer, *, twin: bool = True) -> dict[str, torch.Tensor]:
+    from deepspeed import zero
+
+    with zero.GatheredParameters(list(trainer.model.parameters())):  # does nothing before stage 3
+        state = trainer.model.state_dict()
+        return {name: tensor.clone() for name, tensor in state.items() if twin or not name.startswith("twin.")}
+
+
+def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []

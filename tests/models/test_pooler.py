@@ -1,0 +1,74 @@
+"""CoCa's attentional pooler, and what SyCoCa takes of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from softmask.models.layers.pooler import AttentionalPooler
+from tests.support.model_fixtures import COCA, POOLED, small_batch, small_sycoca
+
+
+def plain_pooler(pooler: AttentionalPooler) -> nn.Module:
+    """open_clip's AttentionalPooler and the norm behind it, by nn.MultiheadAttention."""
+    width = pooler.queries.shape[1]
+    attention = nn.MultiheadAttention(width, pooler.heads, batch_first=True).to(pooler.queries.dtype)
+    inputs = (pooler.query, pooler.key, pooler.value)
+    with torch.no_grad():
+        attention.in_proj_weight.copy_(torch.cat([layer.weight for layer in inputs]))
+        attention.in_proj_bias.copy_(torch.cat([layer.bias for layer in inputs]))
+        attention.out_proj.load_state_dict(pooler.output.state_dict())
+
+    def run(tokens: Tensor) -> Tensor:
+        source = pooler.source_norm(tokens)
+        query = pooler.query_norm(pooler.queries).expand(len(tokens), -1, -1)
+        return pooler.norm(attention(query, source, source, need_weights=False)[0])
+
+    return run
+
+
+@pytest.mark.parametrize("library", ["sdpa", "eager"])
+def test_pooler_is_open_clips(library: str) -> None:
+    torch.manual_seed(0)
+    pooler = AttentionalPooler(24, 3, queries=4, library=library).double()
+    for parameter in pooler.parameters():
+        nn.init.normal_(parameter)
+    tokens = torch.randn(2, 7, 24, dtype=torch.float64)
+    pooled = pooler(tokens)
+    assert pooled.shape == (2, 5, 24)
+    torch.testing.assert_close(pooled, plain_pooler(pooler)(tokens))
+    torch.testing.assert_close(pooler.each(tokens)[1, 3], pooler(tokens[1:, 3:4])[0, 2])
+
+
+def test_the_first_query_is_contrasted_and_the_others_tell_the_caption() -> None:
+    model, batch = small_sycoca(**COCA, **POOLED), small_batch(dtype=torch.float64)
+    image = model.vision(batch.images)
+    pooled = model.pooler(image)
+    first, readable = model.pool(image)
+    feature = model.image_feature(first)
+    torch.testing.assert_close(feature, F.normalize(model.image_projection(pooled[:, 0]), dim=-1))
+    assert torch.equal(readable, pooled[:, 1:]) and readable.shape == (6, 5, 24)
+    texts, output = model._encode_text(batch), model(batch)
+    similarity, own = model.logit_scale.exp() * feature @ texts.feature.T, torch.arange(6)
+    itc = (F.cross_entropy(similarity, own) + F.cross_entropy(similarity.T, own)) / 2
+    torch.testing.assert_close(output.terms["itc"], itc.detach())
+    model.zero_grad()
+    output.loss.backward()
+    both = model.pooler.queries.grad.abs().amax(1)
+    assert (both > 0).all()
+    model.zero_grad()
+    model._caption_loss(batch, model._encode_text(batch), model.pool(model.vision(batch.images))[1]).backward()
+    told = model.pooler.queries.grad.abs().amax(1)
+    assert told[0] == 0 and (told[1:] > 0).all()
+
+
+def test_patches_are_as_relevant_as_the_pooler_finds_them_alone() -> None:
+    model, batch = small_sycoca(caption_masking="none", **POOLED), small_batch(dtype=torch.float64)
+    image, texts = model.vision(batch.images), model._encode_text(batch)
+    features = [model.image_feature(model.pool(image[:, 1 + patch : 2 + patch])[0]) for patch in range(16)]
+    tokens = F.normalize(model.text_projection(texts.packing.pad(texts.tokens)), dim=-1)
+    relevance = (torch.stack(features, dim=1) @ tokens.transpose(1, 2)).masked_fill(~texts.packing.mask[:, None], -2.0)
+    expected = torch.zeros(6, 16, dtype=torch.bool).scatter(1, relevance.amax(-1).topk(8).indices, True)
+    assert torch.equal(model._masks(image, texts).hidden, expected)
