@@ -51,21 +51,31 @@ class Worker:
         self._process.wait()
 
 
+def built(revision: str) -> tuple[str, Path]:
+    """The commit of a revision, and a built checkout of it in build/bench."""
+    commit = _git("rev-parse", "--verify", f"{revision}^{{commit}}")
+    folder = ROOT / "build" / "bench" / commit[:12]
+    if not (folder / ".built").exists():
+        if not folder.exists():
+            _git("worktree", "add", "--detach", str(folder), commit)
+        build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+        environment = os.environ | {"SOFTMASK_FORCE_BUILD": "1"}
+        subprocess.run(build, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
+        for name in ("kernels", "train"):  # older trees are one package only once they are installed
+            link = folder / "softmask" / name
+            if not link.exists():
+                link.symlink_to(Path("..") / name)
+        (folder / ".built").touch()
+    return commit, folder
+
+
 class Rival:
-    """A built checkout of a revision in build/bench, to be timed against."""
+    """A built checkout of a revision, to be timed against."""
 
     def __init__(self, revision: str) -> None:
-        self.commit = _git("rev-parse", "--verify", f"{revision}^{{commit}}")
-        self.folder = ROOT / "build" / "bench" / self.commit[:12]
+        self.commit, self.folder = built(revision)
 
     def __enter__(self) -> Rival:
-        if not (self.folder / ".built").exists():
-            if not self.folder.exists():
-                _git("worktree", "add", "--detach", str(self.folder), self.commit)
-            build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-            environment = os.environ | {"SOFTMASK_FORCE_BUILD": "1"}
-            subprocess.run(build, cwd=self.folder, env=environment, check=True, stdout=subprocess.DEVNULL)
-            (self.folder / ".built").touch()
         self._workers = Worker(ROOT), Worker(self.folder)
         return self
 

@@ -1,0 +1,116 @@
+"""Whether this tree and another git revision train, resume and evaluate to the same bits.
+
+    python -m benchmarks.same_bits REVISION --data 'data/scenes/test-*.tar' [--steps 6]
+
+Both methods' demo configurations run for a few steps in one thread of one process, are resumed half way, and are
+evaluated; weights, optimizer state, log.jsonl and metrics.json of both trees are compared, times left out. Keys that
+only one tree has are named, not compared. The revision is checked out and built in build/bench.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.revisions import ROOT, built
+
+CONFIGURATIONS = ("demo", "sycoca_demo")
+TIMES = ("seconds", "samples_per_second")
+SMALL = [
+    "train.batch_size=8", "train.log_every=1", "train.keep_checkpoints=9",
+    "optimizer.warmup_steps=2", "data.workers=0", "data.vocab_size=300",
+]  # fmt: skip
+
+
+def run(tree: Path, output: Path, *, name: str, data: str, steps: int) -> None:
+    """Train, train on from the checkpoint half way into another folder, and evaluate that."""
+    environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    options = [*SMALL, f"data.train={data}", f"train.steps={steps}", f"train.checkpoint_every={steps // 2}"]
+    options += ["model.contrast_steps=1"] if name == "demo" else []
+    config = str(tree / "train" / "configs" / f"{name}.yaml")
+    half = output / "whole" / "checkpoints" / f"step_{steps // 2:08d}"
+    pretrain = [sys.executable, str(tree / "train" / "pretrain.py"), "--config", config, *options]
+    for command in (
+        [*pretrain, f"output={output / 'whole'}"],
+        [*pretrain, f"output={output / 'resumed'}", "--resume", str(half)],
+        [sys.executable, str(tree / "train" / "evaluate.py"), str(output / "resumed"), "--data", data, "--pairs", "16",
+         "--beams", "2", "--rerank", "4"],
+    ):  # fmt: skip
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
+
+
+def facts(output: Path, steps: int) -> Iterator[tuple[str, Any]]:
+    """(name, value) of everything that a run leaves but times: tensors, numbers, texts."""
+    for kind in ("whole", "resumed"):
+        rows = (output / kind / "log.jsonl").read_text().splitlines()
+        for row in map(json.loads, rows):
+            yield from ((f"{kind} step {row['step']} {key}", value) for key, value in row.items() if key not in TIMES)
+        folder = output / kind / "checkpoints" / f"step_{steps:08d}"
+        for file in sorted(folder.glob("*.pt")):
+            yield from leaves(torch.load(file, weights_only=False, map_location="cpu"), f"{kind} {file.name}")
+    metrics = json.loads((output / "resumed" / "metrics.json").read_text())
+    measured = {key: value for key, value in metrics.items() if key not in ("training", "evaluation")}
+    yield from leaves(measured, "metrics")
+
+
+def leaves(tree: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from leaves(value, f"{prefix} {key}")
+    elif isinstance(tree, list | tuple):
+        for number, value in enumerate(tree):
+            yield from leaves(value, f"{prefix} {number}")
+    elif isinstance(tree, torch.Tensor | int | float | str | bool):
+        yield prefix, tree
+
+
+def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> Iterator[str]:
+    for name in ours.keys() & theirs.keys():
+        one, other = ours[name], theirs[name]
+        if isinstance(one, torch.Tensor):
+            same = torch.equal(one, other)
+        else:
+            same = one == other or (one != one and other != other)  # NaN is NaN
+        if not same:
+            yield name
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("revision")
+    parser.add_argument("--data", required=True, help="shards that both train on and are evaluated on")
+    parser.add_argument("--steps", type=int, default=6)
+    chosen = parser.parse_args()
+    commit, other = built(chosen.revision)
+    data, failed = str(Path(chosen.data).absolute()), False
+    for name in CONFIGURATIONS:
+        found = []
+        for label, tree in (("ours", ROOT), (commit[:12], other)):
+            output = ROOT / "build" / "same_bits" / name / label
+            subprocess.run(["rm", "-rf", str(output)], check=True)
+            run(tree, output, name=name, data=data, steps=chosen.steps)
+            found.append(dict(facts(output, chosen.steps)))
+        ours, theirs = found
+        different = sorted(differences(ours, theirs))
+        alone = sorted(ours.keys() ^ theirs.keys())
+        print(f"{name}: {len(ours.keys() & theirs.keys())} values compared, {len(different)} differ")
+        for key in different[:20]:
+            print(f"  differs: {key}")
+        for key in alone[:20]:
+            print(f"  in one tree alone: {key}")
+        failed |= bool(different)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
