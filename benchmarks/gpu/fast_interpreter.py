@@ -38,6 +38,8 @@ def fast_interpreter() -> Iterator[None]:
     def patch_once(fn: object) -> SimpleNamespace:
         if not active:
             active.extend((patch(fn), patch(tl.max.fn)))  # the latter for what Triton's own helpers call
+            # Triton 3.6 and older want a number of an array, which numpy 2.4 refuses (triton-lang/triton#9171).
+            tl.tensor.__index__ = lambda self: int(self.handle.data.item())
         return SimpleNamespace(restore=restore)
 
     def dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
