@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 from softmask import kernels
 from tests.support import kernel_cases as cases
@@ -22,6 +23,10 @@ pytestmark = cases.needs_triton
 
 
 def test_budgets_hold() -> None:
+    committed = json.loads((BENCHMARKS / "results" / "gpu_static.json").read_text())["triton"]
+    installed = kernels.triton_version()
+    if installed is not None and Version(installed) < Version(committed):
+        pytest.skip(f"budgets are of Triton {committed}: {installed}, which is older, gives other machine code")
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     command = [sys.executable, "-m", "benchmarks.gpu.report", "--check"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
