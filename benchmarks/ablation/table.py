@@ -16,8 +16,10 @@ from benchmarks.ablation.rows import AblationError, Row, Study
 INTRODUCTION = """# Ablation
 
 What each part of the two methods changes on the embedded scenes, at the demo's size. `make ablation` trains and
-evaluates the rows, keeps the configuration and the metrics of every run in [ablation/](ablation), and writes this file
-from them; it is not edited by hand.
+evaluates the rows, keeps the configuration and the metrics of every run in [record/](record), and writes this file
+from them; it is not edited by hand. The runs recorded so far, of 22 and 23 November 2026, are of code that masked
+[SEP], decayed position embeddings and re-ranked by the difference of ITM's logits; the README has the demos' figures
+since.
 
 Figures are percentages on test scenes never seen in training: mean over the seeds and, behind ±, their sample standard
 deviation. mTR and mIR are the means of R@1, R@5 and R@10 by ITC, picture to caption and caption to picture. Two rows
