@@ -100,10 +100,10 @@ sanitize: $(READY)  ## tests of the C++ kernels under the address and undefined-
 	@SOFTMASK_SANITIZE=1 SOFTMASK_FORCE_BUILD=1 $(IN_VENV) python setup.py -q build_ext \
 	  --build-temp build/sanitize/objects --build-lib build/sanitize > build/sanitize/build.log 2>&1 \
 	  || { cat build/sanitize/build.log >&2; exit 1; }
-	@cp -r $(filter-out $(wildcard softmask/_C*),$(wildcard softmask/*)) build/sanitize/softmask
+	@cp -rL $(filter-out $(wildcard softmask/_C*),$(wildcard softmask/*)) build/sanitize/softmask
 	@OMP_NUM_THREADS=2 ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-	  PYTHONPATH=build/sanitize $(BIN)/pytest -q -p no:cacheprovider -p no:xdist \
+	  PYTHONPATH=build/sanitize:. $(BIN)/pytest -q -o pythonpath= -p no:cacheprovider -p no:xdist \
 	  tests/ops/test_cpp_kernels.py tests/ops/test_soft_mask.py -k "not compile and not opcheck"
 
 lint: $(READY)  ## style of Python and C++

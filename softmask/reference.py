@@ -4,7 +4,7 @@ Shapes: B captions or images, T text tokens, P image tokens (prefix tokens such 
 width, D feature width, W words, S sub-word tokens of a word, K queue length, G rows of the batch over all ranks.
 
 All arithmetic is fp32, or fp64 where an input is fp64, also under autocast. Nothing here checks its arguments: that is
-the work of ``softmask.ops``, which also gathers features over ranks. This module imports nothing but torch.
+the work of ``softmask.ops``, which also gathers features over ranks. Nothing but torch is imported.
 """
 
 from __future__ import annotations
@@ -74,8 +74,7 @@ def normalize_map(maps: Tensor, normalize: str | None) -> Tensor:
     if normalize == "minmax":
         low = maps.amin(-1, keepdim=True)
         return (maps - low) / (maps.amax(-1, keepdim=True) - low + NORMALIZE_EPS)
-    total = maps.amax(-1, keepdim=True) if normalize == "max" else maps.sum(-1, keepdim=True)
-    return maps / (total + NORMALIZE_EPS)
+    return maps / ((maps.amax if normalize == "max" else maps.sum)(-1, keepdim=True) + NORMALIZE_EPS)
 
 
 def soft_mask(
@@ -131,11 +130,10 @@ def focal_contrastive_loss(
         all_text = text if all_text is None else all_text.to(dtype)
         key_ids = ids if all_ids is None else all_ids
         target = _positive_share(len(image), len(all_text), first_row, ids, key_ids, like=image)
-        loss = 0.5 * (
-            _focal_cross_entropy(logit_scale * _product(image, all_text.T, autocast), target, gamma)
-            + _focal_cross_entropy(logit_scale * _product(text, all_image.T, autocast), target, gamma)
-        )
-        return reduce(loss, reduction)
+        sides = ((image, all_text), (text, all_image))
+        logits = (logit_scale * _product(rows, columns.T, autocast) for rows, columns in sides)
+        of_image, of_text = (_focal_cross_entropy(side, target, gamma) for side in logits)
+        return reduce(0.5 * (of_image + of_text), reduction)
 
 
 def momentum_contrastive_loss(
@@ -174,15 +172,14 @@ def momentum_contrastive_loss(
         all_image = image_teacher if all_image_teacher is None else all_image_teacher
         all_text = text_teacher if all_text_teacher is None else all_text_teacher
         key_ids = ids if all_ids is None else all_ids
-        if ids is not None and queue_ids is not None:
-            key_ids = torch.cat([key_ids, queue_ids])
+        key_ids = key_ids if ids is None or queue_ids is None else torch.cat([key_ids, queue_ids])
         columns = len(all_text) + (0 if text_queue is None else len(text_queue))
         positives = _positive_share(len(image), columns, first_row, ids, key_ids, like=image_teacher)
 
         def side(query: Tensor, teacher: Tensor, batch: Tensor, queue: Tensor | None) -> Tensor:  # [B]
             keys = [
                 one.detach().to(dtype) for one in (batch, queue) if one is not None
-            ]  # to join them copies the queue
+            ]  # apart: joining copies the queue
             fixed_scale = logit_scale.detach() if isinstance(logit_scale, Tensor) else logit_scale
             soft = (fixed_scale * torch.cat([teacher @ part.T for part in keys], -1)).softmax(-1)
             logits = logit_scale * torch.cat([_product(query, part.T, autocast) for part in keys], -1)
@@ -297,8 +294,7 @@ def _compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 
 def _no_autocast(tensor: Tensor) -> torch.autocast:
-    device = tensor.device.type
-    return torch.autocast("cpu" if device == "meta" else device, enabled=False)  # "meta" has none of its own
+    return torch.autocast(tensor.device.type.replace("meta", "cpu"), enabled=False)  # "meta" has none of its own
 
 
 class _Fp32Product(torch.autograd.Function):
@@ -316,9 +312,8 @@ class _Fp32Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        a, b = ctx.saved_tensors
         with _no_autocast(grad):
-            return grad @ b.mT, a.mT @ grad
+            return grad @ ctx.saved_tensors[1].mT, ctx.saved_tensors[0].mT @ grad
 
 
 class _TransformedFp32Product(_Fp32Product):
@@ -328,8 +323,7 @@ class _TransformedFp32Product(_Fp32Product):
 
     @staticmethod
     def jvp(ctx, a_tangent: Tensor, b_tangent: Tensor) -> Tensor:
-        a, b = ctx.saved_tensors
-        return a_tangent @ b + a @ b_tangent
+        return a_tangent @ ctx.saved_tensors[1] + ctx.saved_tensors[0] @ b_tangent
 
 
 def _autocasts(tensor: Tensor) -> bool:
@@ -338,9 +332,8 @@ def _autocasts(tensor: Tensor) -> bool:
 
 
 def _product(a: Tensor, b: Tensor, autocast: bool) -> Tensor:
-    if not autocast:
-        return a @ b
-    return (_Fp32Product if torch.compiler.is_compiling() else _TransformedFp32Product).apply(a, b)
+    kind = _Fp32Product if torch.compiler.is_compiling() else _TransformedFp32Product
+    return kind.apply(a, b) if autocast else a @ b
 
 
 def _attention(

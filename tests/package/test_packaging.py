@@ -108,6 +108,7 @@ def test_wheel_holds_package_kernels_and_configurations_and_no_tests(wheel: Whee
     expected = [
         *(path.relative_to(ROOT) for path in (ROOT / "softmask").rglob("*.py")),
         *(Path("softmask", path.relative_to(ROOT)) for path in (ROOT / "kernels").rglob("*.py")),
+        Path("softmask", "py.typed"),
         *(Path("softmask", "configs", path.name) for path in (ROOT / "train" / "configs").glob("*.yaml")),
     ]
     assert {"kernels", "configs"} <= {path.parts[1] for path in expected}

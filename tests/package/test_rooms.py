@@ -1,0 +1,87 @@
+"""The plan of docs/architecture.md: imports go one way, rooms and files stay small."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+# A room may import from those after it, and those of its own place never from each other.
+ORDER = [{"cli"}, {"report"}, {"evaluation"}, {"training"}, {"tasks"}, {"models", "data"}, {"batch", "lfs"}, {"ops"}]
+ORDER += [{"reference", "kernels", "_C"}]
+PLACE = {room: place for place, rooms in enumerate(ORDER) for room in rooms}
+FREE = {"_version", "env", ""}  # env looks at everything; "" is the package itself, which loads nothing
+MOST_FILES, MOST_LINES = 14, 400
+
+
+def modules(folder: str) -> list[Path]:
+    return sorted(path for path in (ROOT / folder).rglob("*.py") if "__pycache__" not in path.parts)
+
+
+def imported(path: Path) -> Iterator[tuple[str, bool]]:
+    """(dotted module or name, whether it runs: not for the type checker alone) of every import."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for_types = {id(inner) for node in ast.walk(tree) if _is_type_checking(node) for inner in ast.walk(node)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and not node.level and node.module:
+            yield from ((f"{node.module}.{alias.name}", id(node) not in for_types) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield ".", True
+        elif isinstance(node, ast.Import):
+            yield from ((alias.name, id(node) not in for_types) for alias in node.names)
+
+
+def _is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def room_of(dotted: str) -> str | None:
+    """Of "softmask.models.config" models; None of other packages."""
+    parts = dotted.split(".")
+    return parts[1] if parts[0] == "softmask" and len(parts) > 1 else None
+
+
+@pytest.mark.parametrize("path", modules("softmask"), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_imports_go_one_way(path: Path) -> None:
+    own = path.relative_to(ROOT / "softmask").parts[0].removesuffix(".py").replace("__init__", "")
+    if own in FREE:
+        return
+    for name, runs in imported(path):
+        room = room_of(name)
+        if room is None or room == own or room in FREE or room in ("backend", "BackendError") or not runs:
+            continue
+        assert room in PLACE, f"{name}: no room of docs/architecture.md"
+        assert PLACE[room] > PLACE[own], f"{path.name} of {own} imports {name}"
+
+
+@pytest.mark.parametrize("path", [p for p in modules("softmask/models") if p.name == "config.py"], ids=str)
+def test_configurations_import_no_layers(path: Path) -> None:
+    assert not [name for name, _ in imported(path) if "layers" in name or name.startswith("torch")]
+
+
+@pytest.mark.parametrize("folder", ["softmask", "train", "benchmarks", "tests"])
+def test_imports_are_by_path(folder: str) -> None:
+    """An editor, a type checker and grep find every module of ours where its name says."""
+    for path in modules(folder):
+        for name, _ in imported(path):
+            first = name.split(".")[0]
+            assert name != ".", f"{path}: a relative import"
+            if first not in ("softmask", "benchmarks", "tests"):
+                continue
+            places = [ROOT.joinpath(*name.split(".")[:count]) for count in range(1, len(name.split(".")) + 1)]
+            deepest = [place for place in places if place.is_dir() or place.with_suffix(".py").is_file()][-1]
+            assert deepest.relative_to(ROOT).parts[1:] or first == "softmask", f"{path}: {name} is nowhere"
+
+
+def test_rooms_and_files_are_small() -> None:
+    for folder in ("softmask", "tests"):
+        rooms = {path.parent for path in modules(folder)}
+        crowded = {room: len([p for p in room.glob("*.py") if p.name != "__init__.py"]) for room in rooms}
+        assert {room: count for room, count in crowded.items() if count > MOST_FILES} == {}
+    sources = [path for folder in ("softmask", "kernels", "train", "benchmarks", "tests") for path in modules(folder)]
+    sources += [path for kind in ("*.cpp", "*.h") for path in (ROOT / "csrc").rglob(kind)]
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in sources}
+    assert {name: length for name, length in lengths.items() if length > MOST_LINES} == {}
