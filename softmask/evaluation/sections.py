@@ -12,6 +12,7 @@ from softmask.evaluation.captioning import CaptionOptions
 from softmask.evaluation.readers import Reader, Sample, Scorer
 from softmask.evaluation.retrieval import RerankBy
 from softmask.evaluation.zero_shot import Class
+from softmask.training.config import ConfigError
 
 
 @dataclass
@@ -152,8 +153,15 @@ def find_section(name: str) -> Section:
 
 
 def sections_of(scorer: Scorer) -> list[Section]:
-    """Of the scorer's task, in the order of metrics.json."""
-    return [find_section(name) for name in scorer.config.task.sections(scorer.config.model)]
+    """Of the scorer's task, in the order of metrics.json.
+
+    Raises:
+        ConfigError: the task names one that is not there.
+    """
+    try:
+        return [find_section(name) for name in scorer.config.task.sections(scorer.config.model)]
+    except ValueError as error:
+        raise ConfigError(f"{scorer.config.method}: {error}") from error
 
 
 def evaluate(given: Evaluation, sections: list[Section]) -> dict[str, dict]:

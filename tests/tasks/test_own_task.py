@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from softmask.evaluation import evaluate
-from softmask.evaluation.sections import find_section
+from softmask.evaluation.sections import find_section, sections_of
 from softmask.report import build as report
 from softmask.tasks.registry import find_task, known
 from softmask.training.checkpoint.store import find_checkpoint, load_model
@@ -55,7 +56,7 @@ def test_it_is_trained_evaluated_and_shown(config: Config, tmp_path: Path, capsy
         assert text in page
 
 
-def test_names_of_tasks_and_sections(config: Config, tmp_path: Path) -> None:
+def test_names_of_tasks_and_sections(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"softmask_pp", "sycoca"} <= set(known())
     for name, said in (
         ("coca", "method: expected softmask_pp, sycoca or module:Class of a task of your own, got 'coca'"),
@@ -81,3 +82,6 @@ def test_names_of_tasks_and_sections(config: Config, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="evaluation section") as error:
             find_section(name)
         assert said in str(error.value)
+    monkeypatch.setattr(type(config.task), "sections", lambda *_: ("nothing",))
+    with pytest.raises(ConfigError, match="own_task:TwoEncodersTask: evaluation section: expected retrieval"):
+        sections_of(SimpleNamespace(config=config))
