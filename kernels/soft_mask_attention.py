@@ -10,41 +10,25 @@ parts of the bias's gradient are added up.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from softmask.kernels._launch import Configs, config, dots, factor_dots, launch, readable
+from softmask.kernels._launch import launch, readable
 from softmask.kernels._words import kept_keys
+from softmask.kernels.soft_mask_attention_tables import (
+    FORWARD,
+    FORWARD_SINGLE,
+    factors_of,
+    key_backward_tables,
+    options_of,
+    query_backward_tables,
+)
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 MAX_BLOCK_PAIRS = 1024  # of the index, in registers beside the gradients
 BIAS = {"BLOCK_ROWS": 64, "BLOCK_WIDTH": 64}
-
-# For heads as wide as 64; wider ones take MANY_WARPS, and smaller tiles where those would not fit registers.
-HEAD_WIDTH, MANY_WARPS = 64, 8
-FORWARD: Configs = {
-    0: {"BLOCK_TOKENS": 64, "BLOCK_KEYS": 256},
-    80: {"BLOCK_TOKENS": 64, "BLOCK_KEYS": 32, "num_warps": 4, "num_stages": 3},
-    90: {"BLOCK_TOKENS": 64, "BLOCK_KEYS": 64, "num_warps": 4, "num_stages": 3},
-}
-QUERY_BACKWARD: Configs = {0: FORWARD[0], 80: FORWARD[80], 90: FORWARD[80] | {"num_stages": 2}}
-KEY_BACKWARD: Configs = {
-    0: FORWARD[0],
-    80: {"BLOCK_TOKENS": 32, "BLOCK_KEYS": 32, "num_warps": 4, "num_stages": 3},
-    90: {"BLOCK_TOKENS": 32, "BLOCK_KEYS": 64, "num_warps": 4, "num_stages": 3},
-    100: {"BLOCK_TOKENS": 32, "BLOCK_KEYS": 64, "num_warps": 4, "num_stages": 2},
-}
-# fp32: exact products are no matter of tensor cores and need more registers.
-FORWARD_SINGLE: Configs = {0: FORWARD[0], 80: {"BLOCK_TOKENS": 32, "BLOCK_KEYS": 16, "num_warps": 8, "num_stages": 2}}
-KEY_BACKWARD_SINGLE: Configs = {
-    0: FORWARD[0],
-    80: {"BLOCK_TOKENS": 16, "BLOCK_KEYS": 32, "num_warps": 8, "num_stages": 3, "maxnreg": 128},
-    90: {"BLOCK_TOKENS": 16, "BLOCK_KEYS": 32, "num_warps": 8, "num_stages": 4},
-}
 
 
 @triton.jit
@@ -301,31 +285,6 @@ def _bias_backward(at_bias, bias_grad, rows, width, BLOCK_ROWS: tl.constexpr, BL
     tl.store(bias_grad + column, tl.sum(total, 0), mask=column < width)
 
 
-def _options(half: Configs, single: Configs, query: Tensor, key: Tensor, *values: Tensor) -> dict[str, Any]:
-    """Constants of a launch, blocks fitted to the problem. A product has its two tensors' type, fp32 if they differ."""
-    in_single = torch.float32 in {tensor.dtype for tensor in (query, key, *values)}
-    options = config(single if in_single else half, query) | dots(query, key) | {"VALUE_DOT": dots(*values)["DOT"]}
-    width, value_width = query.shape[3], values[0].shape[3]
-    blocks = {"BLOCK_WIDTH": _block(width), "BLOCK_VALUE": _block(value_width)}
-    wider = max(blocks.values()) // HEAD_WIDTH
-    options |= {"num_warps": MANY_WARPS, "maxnreg": None} if wider > 1 else {}
-    fewer = max(1, wider if in_single else wider // 2)
-    for name, size in (("BLOCK_TOKENS", query.shape[2]), ("BLOCK_KEYS", values[0].shape[2])):
-        blocks[name] = max(16, min(options[name] // fewer, _block(size)))
-    return options | blocks | {"WIDTH": width, "VALUE_WIDTH": value_width}
-
-
-def _factors(*tensors: Tensor, factor: str = "FACTOR", precision: str = "FACTOR_PRECISION") -> dict[str, Any]:
-    """The type of the tensors' products with probabilities and gradients at logits."""
-    chosen = factor_dots(*tensors)
-    return {factor: chosen["DOT"], precision: chosen["PRECISION"]}
-
-
-def _block(size: int) -> int:
-    """A power of two, and what products take at least."""
-    return max(16, triton.next_power_of_2(size))
-
-
 def _tokens_first(tensor: Tensor, width: int) -> Tensor:
     """Empty [N, H, T, width] laid out as [N, T, H, width]; no view, which could not be changed in place."""
     first, heads, tokens, _ = tensor.shape
@@ -348,7 +307,7 @@ def forward(
     query, key, value, weight, index, bias, ignore = readable(*inputs)
     out = _tokens_first(query, value.shape[3])
     (pairs, heads, tokens, _), (images, _, keys, _) = query.shape, key.shape
-    options = _options(FORWARD, FORWARD_SINGLE, query, key, value)
+    options = options_of(FORWARD, FORWARD_SINGLE, query, key, value)
     launch(
         _forward, (heads * pairs * triton.cdiv(tokens, options["BLOCK_TOKENS"]),),
         query, key, value, weight, index, bias, ignore, out,
@@ -375,7 +334,8 @@ def backward(
     grad, query, key, value, weight, index, ignore = readable(*inputs)
     query_grad, key_grad, value_grad = (_tokens_first(tensor, tensor.shape[3]) for tensor in (query, key, value))
     (pairs, heads, tokens, _), (images, _, keys, value_width) = query.shape, value.shape
-    options = _options(QUERY_BACKWARD, FORWARD_SINGLE, query, key, value, grad) | _factors(query, key)
+    tables = query_backward_tables(query, value, padded=ignore is not None)
+    options = options_of(*tables, query, key, value, grad) | factors_of(query, key)
     tiles = triton.cdiv(tokens, options["BLOCK_TOKENS"])
     biased = value_bias is not None
     statistics = [query.new_empty(query.shape[:3], dtype=torch.float32) for _ in range(3)]
@@ -387,8 +347,9 @@ def backward(
         grad, query, key, value, weight, index, ignore, query_grad, *statistics, at_bias if biased else None,
         images, pairs, heads, tokens, keys, scale, *strides, **options,
     )  # fmt: skip
-    options = _options(KEY_BACKWARD, KEY_BACKWARD_SINGLE, query, key, value, grad) | _factors(query, key)
-    options |= _factors(grad, factor="VALUE_FACTOR", precision="VALUE_PRECISION")
+    tables = key_backward_tables(query, value, padded=ignore is not None)
+    options = options_of(*tables, query, key, value, grad) | factors_of(query, key)
+    options |= factors_of(grad, factor="VALUE_FACTOR", precision="VALUE_PRECISION")
     launch(
         _key_backward, (images * heads * triton.cdiv(keys, options["BLOCK_KEYS"]),),
         grad, query, key, value, weight, index, ignore, *statistics, key_grad, value_grad,
