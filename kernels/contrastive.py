@@ -31,6 +31,14 @@ TILES: Configs = {
     0: {"BLOCK_M": 256, "BLOCK_N": 256, "BLOCK_K": 32},
     80: {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
 }
+# Of exact products of fp32 with ids, whose comparisons take registers too: half a tile for half the threads, which may
+# have more of them.
+TILES_WITH_IDS: Configs = {
+    0: TILES[0],
+    80: TILES[80] | {"BLOCK_M": 64, "num_warps": 4, "maxnreg": 168},
+    90: TILES[80] | {"maxnreg": REGISTERS},
+    100: TILES[80] | {"BLOCK_M": 64, "num_warps": 4, "maxnreg": REGISTERS},
+}
 FINISH: Configs = {
     0: {"BLOCK_M": 256, "BLOCK_N": 256, "BLOCK_K": 32},
     80: {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2},
@@ -70,6 +78,10 @@ def _tiles(
     sign, steep = steepness(tl.load(scale).to(tl.float32))
     x = sign * multiply(left, right, i, j, depth, BLOCK_K, DOT, PRECISION)
     x = tl.where((i < height)[:, None] & (j < width)[None, :], x, float("-inf"))
+    NUMBERS: tl.constexpr = 2 if row_ids is None else 4
+    _store_sums(row_sums, x, steep, n, i, height, 1, NUMBERS)
+    if column_sums is not None:
+        _store_sums(column_sums, x, steep, m, j, width, 0, NUMBERS)
     if row_ids is not None:
         same = same_ids(row_ids, column_ids, i, j, height, width)
         _store_positives(row_sums, x, same, n, i, height, 1)
@@ -79,10 +91,6 @@ def _tiles(
         positive = i + first_row
         product = tl.sum(tl.where(j[None, :] == positive[:, None], x, 0.0), 1)
         tl.store(positives + i, product, mask=(i < height) & (positive // BLOCK_N == n))
-    NUMBERS: tl.constexpr = 2 if row_ids is None else 4
-    _store_sums(row_sums, x, steep, n, i, height, 1, NUMBERS)
-    if column_sums is not None:
-        _store_sums(column_sums, x, steep, m, j, width, 0, NUMBERS)
 
 
 @triton.jit
@@ -209,9 +217,11 @@ def forward(
     statistic, one over the number of positives."""
     sides = as_read(rows, columns, row_ids, column_ids)
     (height, depth), width = rows.shape, len(columns)
-    options = _config(TILES, rows, width, with_ids=row_ids is not None)
-    if rows.dtype == torch.float32 and options["PRECISION"] == "ieee":
-        options["maxnreg"] = REGISTERS
+    exact = rows.dtype == torch.float32 and dots(rows)["PRECISION"] == "ieee"
+    table = TILES_WITH_IDS if exact and row_ids is not None else TILES
+    options = _config(table, rows, width, with_ids=row_ids is not None)
+    if exact:
+        options.setdefault("maxnreg", REGISTERS)
     row_tiles, column_tiles = triton.cdiv(height, options["BLOCK_M"]), triton.cdiv(width, options["BLOCK_N"])
     per_sample = rows.new_empty((height,), dtype=torch.float32)
     positives = torch.empty_like(per_sample) if row_ids is None else None

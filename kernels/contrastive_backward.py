@@ -41,15 +41,19 @@ FP32: dict[int, Configs] = {
     512: {80: {"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_K": 16, "RESIDENT": False, "num_warps": 8, "num_stages": 2}},
     1024: {80: {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "RESIDENT": False, "num_warps": 8, "num_stages": 2}},
 }
+_NARROWEST = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32, "RESIDENT": True, "num_warps": 4, "num_stages": 2}
+_NARROW_FP32 = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32, "RESIDENT": False, "num_warps": 8, "num_stages": 2}
 # Where ids take registers too, or where few samples want many programs.
 NARROW: dict[int, Configs] = {
-    32: {80: {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32, "RESIDENT": True, "num_warps": 4, "num_stages": 2}},
+    32: {80: _NARROWEST, 90: _NARROWEST | {"maxnreg": 104}, 100: _NARROWEST},
     256: CONFIGS[512],
-    512: {**CONFIGS[512], 80: {**CONFIGS[512][80], "num_stages": 1}},
+    512: {80: CONFIGS[512][80] | {"num_stages": 1}, 90: CONFIGS[512][100]},
     2048: CONFIGS[2048],
 }
 NARROW_FP32: dict[int, Configs] = FP32 | {
-    256: {80: {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32, "RESIDENT": False, "num_warps": 8, "num_stages": 2}},
+    32: {80: _NARROW_FP32, 90: _NARROW_FP32 | {"num_stages": 1}},
+    64: {80: _NARROW_FP32, 100: _NARROW_FP32 | {"num_stages": 1}},
+    256: {80: _NARROW_FP32},
 }
 # Where a tile's gradient of the other side takes registers too.
 WITH_ATOMICS: dict[int, Configs] = {
