@@ -26,6 +26,10 @@ SCORE: Configs = {
     90: {"BLOCK_PATCHES": 128, "ROW_BYTES": 128, "STAGES": 1},
     100: {"BLOCK_PATCHES": 128, "ROW_BYTES": 128, "STAGES": 3},
 }
+# Exact products of fp32 on 80 leave few registers to the next chunk's loads, beside many tokens or where rows are no
+# whole vectors.
+SCORE_MANY_TOKENS: Configs = SCORE | {80: SCORE[80] | {"BLOCK_PATCHES": 64, "STAGES": 1}}
+SCORE_UNALIGNED: Configs = SCORE | {80: SCORE[80] | {"STAGES": 1, "WARPS": 16}}
 SELECT: Configs = {
     0: {"BLOCK_PATCHES": 256, "BLOCK_OTHERS": 256},
     80: {"BLOCK_PATCHES": 128, "BLOCK_OTHERS": 32, "num_warps": 4, "num_stages": 1},
@@ -110,9 +114,15 @@ def forward(patches: Tensor, tokens: Tensor, token_padding_mask: Tensor | None, 
     num_tokens = tokens.shape[1]
     score = patches.new_empty((batch, num_patches), dtype=torch.float32)
     selected = patches.new_empty((batch, num_patches), dtype=torch.bool)
-    options = config(SCORE, patches)
-    row_bytes = options.pop("ROW_BYTES")
     block_tokens = max(triton.next_power_of_2(num_tokens), MIN_BLOCK_TOKENS)
+    types, table = dots(patches, tokens), SCORE
+    if types["DOT"] == tl.float32 and types["PRECISION"] == "ieee":
+        if block_tokens == MAX_BLOCK_TOKENS:
+            table = SCORE_MANY_TOKENS
+        elif width % 4:
+            table = SCORE_UNALIGNED
+    options = config(table, patches)
+    row_bytes, warps = options.pop("ROW_BYTES"), options.pop("WARPS", 8)
     if block_tokens > MAX_BLOCK_TOKENS:  # smaller tiles: the best of earlier blocks takes registers too
         block_tokens = MAX_BLOCK_TOKENS // 2
         options["BLOCK_PATCHES"] //= 2
@@ -122,10 +132,10 @@ def forward(patches: Tensor, tokens: Tensor, token_padding_mask: Tensor | None, 
         num_patches, num_tokens, width,
         *patches.stride()[:2], *tokens.stride()[:2],
         *((0, 0) if token_padding_mask is None else token_padding_mask.stride()),
-        HIGH=high, **dots(patches, tokens),
+        HIGH=high, **types,
         TOKEN_BLOCKS=triton.cdiv(num_tokens, block_tokens), BLOCK_TOKENS=block_tokens,
         BLOCK_WIDTH=row_bytes // max(patches.element_size(), tokens.element_size()),
-        num_warps=max(8, block_tokens // 8), **options,
+        num_warps=max(warps, block_tokens // 8), **options,
     )  # fmt: skip
     options = config(SELECT, patches)
     tiles = triton.cdiv(num_patches, options["BLOCK_PATCHES"])
