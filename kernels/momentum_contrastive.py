@@ -172,9 +172,9 @@ def _types(*tensors: Tensor) -> dict[str, Any]:
     return dots(*tensors) | {"FACTOR": factor["DOT"], "FACTOR_PRECISION": factor["PRECISION"]}
 
 
-def _constants(width: int, *tensors: Tensor) -> tuple[int, int, dict[str, Any]]:
+def _constants(width: int, queued: bool, *tensors: Tensor) -> tuple[int, int, dict[str, Any]]:
     """Programs wanted and tiles that each has at least; the constants, num_warps and num_stages of both streams."""
-    options = config(STREAM, tensors[0])
+    options = config(STREAM, tensors[0]) | _types(*tensors)
     options["WIDTH"], options["WIDE"] = width, width > options.pop("WIDEST")
     options["BLOCK_WIDTH"] = PART if options["WIDE"] else max(triton.next_power_of_2(width), MIN_BLOCK)
     if options["BLOCK_WIDTH"] > PART:
@@ -182,6 +182,13 @@ def _constants(width: int, *tensors: Tensor) -> tuple[int, int, dict[str, Any]]:
     if {tensor.dtype for tensor in tensors} not in ({torch.float16}, {torch.bfloat16}):
         options["BLOCK_KEYS"] = max(options["BLOCK_KEYS"] // 2, MIN_BLOCK)
         options["num_stages"] = max(options["num_stages"] - 1, 1)
+    if options["DOT"] == tl.float32 and options["PRECISION"] == "ieee":
+        options["num_warps"] = 8  # with 16, a thread's share of registers is too small for what exact products take
+        # Loads of the next keys take registers too: more than there are beside masks of wide features, or on sm_100
+        # where there is no queue.
+        masked = PART < width < options["BLOCK_WIDTH"]
+        if masked or not (queued or options["WIDE"]):
+            options["num_stages"] = 1
     options["maxnreg"] = min(REGISTERS // options["num_warps"], MAX_REGISTERS)
     return options.pop("PROGRAMS"), options.pop("FEWEST"), options
 
@@ -213,7 +220,7 @@ def forward(
     rows, width = image.shape
     count, queue_count = (0 if one is None else len(one) for one in keys[::2])
     typed = (image, *(one for one in keys[::2] if one is not None))
-    programs, fewest_tiles, options = _constants(width, *typed)
+    programs, fewest_tiles, options = _constants(width, keys[2] is not None, *typed)
     blocks = triton.cdiv(rows, options["BLOCK_ROWS"])
     tiles = sum(triton.cdiv(number, options["BLOCK_KEYS"]) for number in (count, queue_count))
     tiles_of_split = max(triton.cdiv(tiles, max(programs // max(2 * blocks, 1), 1)), fewest_tiles)
@@ -228,7 +235,7 @@ def forward(
     sizes = (rows, count, queue_count, first_row, tiles, tiles_of_split)
     strides = [stride for one in keys[::2] for stride in ((0, 0) if one is None else one.stride())]
     strides = (image.stride(0), image_teacher.stride(0), *strides)
-    options |= {"GRADIENT": gradient} | _types(*typed)
+    options["GRADIENT"] = gradient
     grid = (splits * 2 * blocks, triton.cdiv(width, options["BLOCK_WIDTH"]) if gradient else 1)
     launch(
         first_stream, grid, *tensors, scale, gamma, ids, key_ids, queue_ids,
@@ -239,6 +246,8 @@ def forward(
         statistics, terms, sums[2], *sizes, *strides, BLOCK_SPLITS=block_splits, **options,
     )  # fmt: skip
     options = config(FINISH, image)
+    if width % 4:  # no vectors: every load has a pointer and a mask in registers
+        options["num_warps"] = 8
     elements = options.pop("ELEMENTS") // (block_splits * options["BLOCK_ROWS"])
     block_columns = min(triton.next_power_of_2(width), elements)
     launch(

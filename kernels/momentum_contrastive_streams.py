@@ -124,14 +124,16 @@ def _logits(
     WIDE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Of student and teacher at a tile of keys k, [BLOCK_ROWS, BLOCK_KEYS] each; with WIDE by parts of the features."""
+    """Of student and teacher at a tile of keys k, [BLOCK_ROWS, BLOCK_KEYS] each; with WIDE by parts of the features,
+    in fp32 by halves: its products take their factors from registers."""
     if WIDE:
         z = tl.zeros([BLOCK_ROWS, BLOCK_KEYS], tl.float32)
         t = z
-        for column in range(0, WIDTH, BLOCK_WIDTH):
-            part = tl.trans(_key_tile(keys_of_tile, column, WIDTH, BLOCK_KEYS, BLOCK_WIDTH).to(DOT))
-            student = _row_tile(rows_of[0], column, WIDTH, BLOCK_ROWS, BLOCK_WIDTH).to(DOT)
-            teacher = _row_tile(rows_of[1], column, WIDTH, BLOCK_ROWS, BLOCK_WIDTH).to(DOT)
+        PART: tl.constexpr = BLOCK_WIDTH // 2 if tl.float32 == DOT else BLOCK_WIDTH
+        for column in range(0, WIDTH, PART):
+            part = tl.trans(_key_tile(keys_of_tile, column, WIDTH, BLOCK_KEYS, PART).to(DOT))
+            student = _row_tile(rows_of[0], column, WIDTH, BLOCK_ROWS, PART).to(DOT)
+            teacher = _row_tile(rows_of[1], column, WIDTH, BLOCK_ROWS, PART).to(DOT)
             z = tl.dot(student, part, z, input_precision=PRECISION)
             t = tl.dot(teacher, part, t, input_precision=PRECISION)
     else:
