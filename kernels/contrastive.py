@@ -31,6 +31,8 @@ TILES: Configs = {
     0: {"BLOCK_M": 256, "BLOCK_N": 256, "BLOCK_K": 32},
     80: {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
 }
+# Half precision without ids, in whole chunks of features: so few registers that a third block fits.
+THREE_BLOCKS: Configs = {0: {}, 80: {}, 100: {"maxnreg": 80}}
 # Of exact products of fp32 with ids, whose comparisons take registers too: half a tile for half the threads, which may
 # have more of them.
 TILES_WITH_IDS: Configs = {
@@ -220,8 +222,9 @@ def forward(
     exact = rows.dtype == torch.float32 and dots(rows)["PRECISION"] == "ieee"
     table = TILES_WITH_IDS if exact and row_ids is not None else TILES
     options = _config(table, rows, width, with_ids=row_ids is not None)
-    if exact:
-        options.setdefault("maxnreg", REGISTERS)
+    if row_ids is None:
+        whole = rows.dtype != torch.float32 and depth % options["BLOCK_K"] == 0
+        options |= {"maxnreg": REGISTERS} if exact else config(THREE_BLOCKS, rows) if whole else {}
     row_tiles, column_tiles = triton.cdiv(height, options["BLOCK_M"]), triton.cdiv(width, options["BLOCK_N"])
     per_sample = rows.new_empty((height,), dtype=torch.float32)
     positives = torch.empty_like(per_sample) if row_ids is None else None
