@@ -23,7 +23,7 @@ from benchmarks.ablation import table as ablation_table
 from benchmarks.ablation.rows import STUDIES, AblationError, Row, Study
 from softmask.evaluation.captioning import CaptionOptions
 from softmask.evaluation.command import positive, write_atomically
-from softmask.training.checkpoint.store import CheckpointError, read_json
+from softmask.training.checkpoint.state import CheckpointError, read_json
 from softmask.training.config import Config, ConfigError, flatten, load_config
 from softmask.training.launchers import free_port
 from softmask.training.logs import say

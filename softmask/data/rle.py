@@ -39,7 +39,10 @@ def decode(rle: Mapping[str, Any]) -> np.ndarray:
         ValueError: a run is negative, or the runs don't add up to ``H * W``.
     """
     height, width = rle["size"]
-    counts = np.asarray(rle["counts"], dtype=np.int64)
+    try:
+        counts = np.asarray(rle["counts"], dtype=np.int64)
+    except OverflowError as error:
+        raise ValueError(f"rle.decode: a run is too long ({error})") from error
     if (counts < 0).any() or counts.sum() != height * width:
         raise ValueError(
             f"rle.decode: expected non-negative runs that add up to {height} x {width} = {height * width} pixels, "

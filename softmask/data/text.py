@@ -19,6 +19,8 @@ from softmask.lfs import refuse_pointer
 SPECIAL_TOKENS = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
 SPECIAL_TOKENS |= {"mask_token": "[MASK]"}
 _PRIVATE_USE = 0xF0000
+LONGEST_TOKEN = 400  # characters, blanks around it included
+LONGEST_WORD = 100  # longer ones are [UNK] to a WordPiece
 
 
 @dataclass
@@ -92,6 +94,11 @@ class CaptionTokenizer:
         unknown = self._tokenizer.token_to_id(self._tokens.get("unk_token", ""))
         return counts[unknown] / max(1, sum(counts.values()))
 
+    def same_words(self, other: CaptionTokenizer) -> bool:
+        """Whether both give every word the same number."""
+        words, others = (one._tokenizer.get_vocab(with_added_tokens=True) for one in (self, other))
+        return words == others and self.special_ids == other.special_ids
+
     def save(self, path: str | os.PathLike) -> None:
         """Writes a directory that `load` and transformers' AutoTokenizer read."""
         os.makedirs(path, exist_ok=True)
@@ -119,7 +126,9 @@ class CaptionTokenizer:
             tokens = "[CLS], a token, [SEP]" if append_sep else "[CLS], a token"
             raise ValueError(f"max_length: expected at least {least} ({tokens}), got {max_length}")
         room, ends = max_length - 1 - append_sep, [self.sep_id] * append_sep
-        read = [plain_words(text) if clean else Plain(text) for text in captions]
+        longest = LONGEST_TOKEN * max_length  # a caption of megabytes is not tokenized to its end
+        read = [plain_words(text[:longest]) if clean else Plain(text[:longest]) for text in captions]
+        shortened = [plain.cut or len(text) > longest for plain, text in zip(read, captions, strict=True)]
         encodings = self._tokenizer.encode_batch([plain.text for plain in read], add_special_tokens=False)
         rows = [self._row(plain, encoding, room, ends) for plain, encoding in zip(read, encodings, strict=True)]
         width = max((len(row[0]) for row in rows), default=0)
@@ -134,7 +143,7 @@ class CaptionTokenizer:
             attention_mask=torch.arange(width) < lengths[:, None],
             word_ids=padded(1, -1).view(len(rows), width),
             offsets=padded(2, (0, 0)).view(len(rows), width, 2),
-            cut=torch.tensor([plain.cut for plain in read], dtype=torch.bool) | (counts > room),
+            cut=torch.tensor(shortened, dtype=torch.bool) | (counts > room),
         )
 
     def decode(self, input_ids: Tensor) -> list[str]:
@@ -175,8 +184,9 @@ def train_wordpiece(captions: Iterable[str], path: str | os.PathLike, *, vocab_s
     normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
     counts: Counter[str] = Counter()
     for chunk, n in Counter(chunk for caption in captions for chunk in caption.split()).items():
-        for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(chunk)):
-            counts[word] += n
+        for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(chunk[: 10 * LONGEST_WORD])):
+            if len(word) <= LONGEST_WORD:
+                counts[word] += n
     if not counts:
         raise ValueError("train: its captions hold no words to train a WordPiece on")
     if vocab_size < len(SPECIAL_TOKENS) + 2:
@@ -184,7 +194,7 @@ def train_wordpiece(captions: Iterable[str], path: str | os.PathLike, *, vocab_s
     tokens = [*SPECIAL_TOKENS.values(), *_learn_pieces(counts, vocab_size - len(SPECIAL_TOKENS))]
     vocabulary = {token: number for number, token in enumerate(tokens)}
 
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=LONGEST_WORD))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
     tokenizer.decoder = decoders.WordPiece()
     tokenizer.post_processor = processors.TemplateProcessing(

@@ -100,9 +100,14 @@ def square(picture: Image.Image, side: int) -> Image.Image:
 
 
 def middle(picture: Image.Image, side: int) -> Image.Image:
-    """The shorter side resized to `side`, then the square in the middle: torchvision's Resize and CenterCrop."""
+    """The shorter side resized to `side`, then the square in the middle: torchvision's Resize and CenterCrop. Of
+    pictures longer than eight times their width only the middle is resized: what is cut off would take gigabytes."""
     width, height = picture.size
     short = min(width, height)
+    if max(width, height) > 8 * short:
+        left, top = (max(0, (length - 8 * short) // 2) for length in (width, height))
+        picture = picture.crop((left, top, width - left, height - top))
+        width, height = picture.size
     picture = picture.resize((side * width // short, side * height // short), Image.Resampling.BICUBIC)
     return picture.crop(middle_box(picture.size))
 

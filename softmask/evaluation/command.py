@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import sys
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any
 
 import torch
 
-from softmask.data import open_source
+from softmask.data import DataError, open_source
 from softmask.evaluation.readers import Reader, Scorer
 from softmask.training.checkpoint.store import load_model
 from softmask.training.config import ConfigError
+from softmask.training.run_folder import check_vocabulary, first_captions
 
 
 def load_scorer(
@@ -23,8 +25,9 @@ def load_scorer(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer, config = load_model(checkpoint, device=device, image_size=image_size)
     longest = config.model.text.max_positions
-    if not 3 <= (length := text_length or config.data.max_length) <= longest:
-        raise ConfigError(f"--text-length: expected 3 to {longest} (model.text.max_positions), got {length}")
+    least = 2 + config.data.append_sep
+    if not least <= (length := text_length or config.data.max_length) <= longest:
+        raise ConfigError(f"--text-length: expected {least} to {longest} (model.text.max_positions), got {length}")
     config.data.max_length = length
     config.data.eval_resize = resize or config.data.eval_resize
     return Scorer(model, tokenizer, config, device=device, batch_size=batch_size)
@@ -38,7 +41,12 @@ def sizes(options: argparse.Namespace) -> dict[str, Any]:
 def open_reader(scorer: Scorer, data: str, image_root: str | None = None) -> Reader:
     """Shards, or a JSON list, whose pictures lie in `image_root`; None: where those of training did."""
     root = scorer.config.data.image_root if image_root is None else image_root
-    return Reader(open_source(data, image_root=root), scorer.config.data)
+    source = open_source(data, image_root=root)
+    try:
+        check_vocabulary(scorer.tokenizer, first_captions(scorer.config, source))
+    except ValueError as error:
+        raise DataError(f"{data}: {error}") from error
+    return Reader(source, scorer.config.data)
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
@@ -64,11 +72,13 @@ def evaluation_facts(scorer: Scorer, reader: Reader, checkpoint: Path) -> dict:
     """What was evaluated, and how it was read: a report of the same says so."""
     data = scorer.config.data
     read = {"text_length": data.max_length, "image_size": data.image_size, "resize": data.eval_resize}
-    return {"checkpoint": checkpoint.name, "digest": reader.source.digest, **read}
+    state = hashlib.sha256((checkpoint / "trainer.json").read_bytes()).hexdigest()
+    return {"checkpoint": checkpoint.name, "trainer": state, "digest": reader.source.digest, **read}
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Either the whole text or the file as it was before."""
+    """Either the whole text or the file as it was before, that which a link names."""
+    path = path.resolve()
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         part.write_text(text, encoding="utf-8")
@@ -77,14 +87,16 @@ def write_atomically(path: Path, text: str) -> None:
         part.unlink(missing_ok=True)
 
 
-def check_output(path: Path) -> None:
-    """Before the work, not after it: can the file be written at all?"""
+def check_output(path: Path, ending: str) -> None:
+    """Before the work, not after it: can the file be written at all, and may what is there be replaced?"""
     if not path.parent.is_dir():
         raise FileNotFoundError(f"--output: no folder {str(path.parent)!r}")
     if not os.access(path.parent, os.W_OK):
         raise PermissionError(f"--output: cannot write into {str(path.parent)!r}")
     if path.is_dir():
         raise IsADirectoryError(f"--output: expected a file, got the folder {str(path)!r}")
+    if path.exists() and not (path.is_file() and path.name.endswith(ending)):
+        raise FileExistsError(f"--output: {str(path)!r} is there and no {ending} file: name another")
 
 
 def name_skipped(reader: Reader) -> None:
@@ -95,15 +107,15 @@ def name_skipped(reader: Reader) -> None:
         print(f"left out: {count} objects that cannot be used, the first: {where}: {reason}", file=sys.stderr)
 
 
-def count(text: str) -> int:
+MOST = 2**31 - 1
+
+
+def count(text: str, least: int = 0) -> int:
     number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"expected 0 or more, got {number}")
+    if not least <= number <= MOST:
+        raise argparse.ArgumentTypeError(f"expected {least} to {MOST}, got {number}")
     return number
 
 
 def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected 1 or more, got {number}")
-    return number
+    return count(text, least=1)

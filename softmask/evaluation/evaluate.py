@@ -55,7 +55,8 @@ from softmask.evaluation.command import (
 from softmask.evaluation.retrieval import RerankBy
 from softmask.evaluation.sections import Evaluation, Section, evaluate, sections_of
 from softmask.evaluation.zero_shot import Class, read_classes
-from softmask.training.checkpoint.store import CheckpointError, find_checkpoint, read_json
+from softmask.training.checkpoint.state import CheckpointError, read_state
+from softmask.training.checkpoint.store import find_checkpoint
 from softmask.training.config import ConfigError
 from softmask.training.failures import explain
 from softmask.training.launchers import check_environment
@@ -70,7 +71,7 @@ def known_classes(data: str, file: Path | None) -> list[Class]:
 
 def training_facts(checkpoint: Path) -> dict:
     """Seconds and steps of training behind a step_... folder, from its trainer.json."""
-    state = read_json(checkpoint / "trainer.json", "seconds", "step")
+    state = read_state(checkpoint)
     return {"seconds": state["seconds"], "steps": state["step"]}
 
 
@@ -78,6 +79,18 @@ def summary(result: dict, sections: list[Section], given: Evaluation) -> str:
     """The numbers in a few lines for the terminal."""
     shown = [section for section in sections if section.name in result]
     return "\n".join(line for section in shown for line in section.lines(result[section.name], given))
+
+
+def unused(options: argparse.Namespace, result: dict) -> list[str]:
+    """Options that were given and changed nothing."""
+    lines = []
+    if options.rerank_by != "match" and "itm" not in result.get("retrieval", {}):
+        lines.append(f"--rerank-by {options.rerank_by}: the model matches no pairs")
+    if options.training and "captioning" not in result:
+        lines.append("--training: the model writes no captions to compare")
+    if options.classes and "zero_shot" not in result:
+        lines.append(f"--classes: no picture of {options.data} shows one single object of a class")
+    return lines
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -108,7 +121,7 @@ def run(options: argparse.Namespace) -> str:
     start = time.perf_counter()
     output = options.output or options.checkpoint / "metrics.json"
     checkpoint = find_checkpoint(options.checkpoint)
-    check_output(output)
+    check_output(output, ".json")
     classes = known_classes(options.data, options.classes)
     scorer = load_scorer(checkpoint, **sizes(options))
     sections = sections_of(scorer)
@@ -127,6 +140,8 @@ def run(options: argparse.Namespace) -> str:
     finally:
         for one in filter(None, (given.reader, given.training)):
             name_skipped(one)
+    for line in unused(options, result):
+        print(f"not used: {line}", file=sys.stderr)
     result["training"] = training_facts(checkpoint)
     seconds = round(time.perf_counter() - start, 1)
     facts = evaluation_facts(scorer, given.reader, checkpoint)
@@ -144,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"evaluate: {error}", file=sys.stderr)
         return 1
     except Exception as error:
-        if (line := explain(error, smaller="lower --batch-size")) is None:
+        if (line := explain(error, smaller="lower --batch-size or --beams")) is None:
             raise
         print(f"evaluate: {line}", file=sys.stderr)
         return 1

@@ -47,16 +47,16 @@ def _word(sample: Sample, entry: Any, offsets: Tensor) -> Word:
         text, (start, end) = entry["phrase"], entry["span"]
         if not (type(start) is type(end) is int and 0 <= start < end <= len(sample.caption)):
             raise ValueError(f"span {entry['span']} of a caption of {len(sample.caption)} characters")
+        size = [sample.picture.height, sample.picture.width]
+        if list(entry["mask"]["size"]) != size:  # before it takes memory
+            raise ValueError(f"mask size {entry['mask']['size']!r:.80}, expected the picture's {size}")
         mask = torch.as_tensor(rle.decode(entry["mask"])).bool()  # of the stored picture
         found = sample.caption[start:end]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"expected phrase, span [start, end] and mask {{size, counts}}: {reason}") from error
     if found != text:
         raise ValueError(f"span [{start}, {end}] of the caption is {found!r}, expected the phrase {text!r}")
-    if mask.shape != (sample.picture.height, sample.picture.width):
-        size = [sample.picture.height, sample.picture.width]
-        raise ValueError(f"mask size {list(mask.shape)}, expected the picture's {size}")
     left, top, right, bottom = sample.box
     return Word(text, (start, end), metrics.tokens_of_span(offsets, (start, end)), mask[top:bottom, left:right])
 

@@ -37,7 +37,9 @@ def read_classes(path: Path) -> list[Class]:
         classes = [Class(entry["name"], entry["phrase"]) for entry in entries]
         if not all(isinstance(text, str) for one in classes for text in (one.name, one.phrase)):
             raise TypeError("a name or a phrase is no text")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        for one in classes:
+            one.phrase.encode()  # lone surrogates, which JSON escapes can smuggle in
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise DataError(f"{path}: expected a JSON list of classes with name and phrase: {reason}") from error
     if len({one.name for one in classes}) != len(classes) or not classes:

@@ -38,13 +38,15 @@ from softmask.evaluation.command import (
 from softmask.evaluation.grounding import Word
 from softmask.evaluation.readers import Reader, Sample, Scorer, batches
 from softmask.evaluation.retrieval import Gallery, RerankBy
-from softmask.report.facts import OF_STATE, facts, lead
+from softmask.report.facts import facts, lead
 from softmask.report.generated import generated
+from softmask.report.metrics_file import is_number, read_metrics
 from softmask.report.page import Candidate, Page, Query, SceneView, WordView, render
 from softmask.report.pictures import data_uri, heat_overlay, limited, soft_masked
 from softmask.report.svg import Series, outline_path
 from softmask.tasks.base import Curve
-from softmask.training.checkpoint.store import CheckpointError, find_checkpoint, read_json
+from softmask.training.checkpoint.state import CheckpointError, read_state
+from softmask.training.checkpoint.store import find_checkpoint
 from softmask.training.config import ConfigError
 from softmask.training.failures import explain
 from softmask.training.launchers import check_environment
@@ -78,12 +80,12 @@ def read_log(path: Path) -> list[dict]:
 def curves(rows: list[dict], known: dict[str, Curve]) -> list[Series]:
     """One series for each number that was logged: the loss, what is known of the task, then the others by their name in
     the log."""
-    logged = dict.fromkeys(key for row in rows for key in row if key not in NO_CURVE)
+    logged = dict.fromkeys(key for row in rows for key in row if key not in NO_CURVE and is_number(row[key]))
     titles = {"loss": GENERAL["loss"]} | known | GENERAL
     keys = [key for key in titles if key in logged] + [key for key in logged if key not in titles]
     series = []
     for key in keys:
-        points = [(row["step"], row[key]) for row in rows if key in row]
+        points = [(row["step"], float(row[key])) for row in rows if is_number(row.get(key))]
         curve = titles.get(key, Curve(key))
         series.append(Series(curve.title, curve.unit, [step for step, _ in points], [value for _, value in points]))
     return series
@@ -221,7 +223,7 @@ def check_evaluation(path: Path, was: dict, now: dict) -> None:
 def build_page(options: argparse.Namespace) -> Page:
     run, data, scenes = options.run, options.data, options.scenes
     checkpoint = find_checkpoint(run)
-    result = read_json(run / "metrics.json", "retrieval", "training", "evaluation")
+    result = read_metrics(run / "metrics.json")
     rows = read_log(run / "log.jsonl")
     scorer = load_scorer(checkpoint, **sizes(options))
     reader = open_reader(scorer, data, options.image_root)
@@ -240,7 +242,7 @@ def build_page(options: argparse.Namespace) -> Page:
         method=scorer.config.task.title(scorer.config.model),
         run=run.resolve().name,
         lead=lead(scorer),
-        facts=facts(scorer, read_json(checkpoint / "trainer.json", *OF_STATE), rows),
+        facts=facts(scorer, read_state(checkpoint), rows),
         curves=curves(rows, scorer.config.task.curves),
         metrics=result,
         captions=captions,
@@ -265,7 +267,7 @@ def main(argv: list[str] | None = None) -> int:
     output = options.output or options.run / "report.html"
     try:
         check_environment()
-        check_output(output)
+        check_output(output, ".html")
         page = build_page(options)
         write_atomically(output, render(page))
     except (DataError, CheckpointError, ConfigError, BackendError, OSError) as error:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import statistics
 
 from softmask.evaluation.readers import Scorer
+from softmask.report.metrics_file import is_number
 from softmask.report.page import duration
-
-OF_STATE = ("step", "seconds", "world_size", "skipped_samples")  # of trainer.json
 
 
 def facts(scorer: Scorer, state: dict, rows: list[dict]) -> list[tuple[str, str]]:
@@ -16,7 +15,7 @@ def facts(scorer: Scorer, state: dict, rows: list[dict]) -> list[tuple[str, str]
     model, train = config.model, config.train
     ranks = state["world_size"]
     learned = sum(weight.numel() for weight in scorer.model.parameters() if weight.requires_grad)
-    rates = [row["samples_per_second"] for row in rows if "samples_per_second" in row]
+    rates = [row["samples_per_second"] for row in rows if is_number(row.get("samples_per_second"))]
     return [
         ("Steps", f"{state['step']:,}"),
         ("Training time", duration(state["seconds"])),

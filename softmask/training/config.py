@@ -96,6 +96,8 @@ class Config:
 
     def __post_init__(self) -> None:
         _require(bool(self.output), "output", "the folder of the run", self.output)
+        for key, path in (("output", self.output), ("init", self.init)):
+            _require(_is_path(path), key, "a path", path)
         _require(0 <= self.seed < 1 << 63, "seed", "an integer >= 0, below 2^63", self.seed)
         task = self.task
         self.model = task.Config() if self.model is None else self.model
@@ -169,6 +171,13 @@ def chosen(config: Config) -> dict[str, Any]:
         ("output", "method", "train.steps", "train.epochs", "data.train", "data.image_size"),
     )
     return {key: value for key, value in flatten(config).items() if key not in aside and value != defaults[key]}
+
+
+def _is_path(text: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeError:
+        return False
 
 
 def _require(condition: bool, key: str, expected: str, value: Any) -> None:

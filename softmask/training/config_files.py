@@ -62,6 +62,10 @@ def dump(tree: dict[str, Any]) -> str:
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False)
 
 
+# UnicodeDecodeError and JSON's errors are ValueErrors; tags such as !!int raise what their constructors do.
+NOT_YAML = (yaml.YAMLError, ValueError, RecursionError, KeyError, IndexError, AttributeError, TypeError)
+
+
 def read_mapping(path: Path, what: str) -> dict[str, Any]:
     """The mapping in a YAML file, or in a JSON file where the name ends in .json.
 
@@ -78,7 +82,7 @@ def read_mapping(path: Path, what: str) -> dict[str, Any]:
         raise ConfigError(f"{what}: cannot read {path}: {error.strerror}") from error
     except ConfigError:
         raise
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # UnicodeDecodeError and JSON's are ValueErrors
+    except NOT_YAML as error:
         raise ConfigError(f"{what}: {path} is not {kind}: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{what}: expected keys and values in {path}, got {describe(tree)}")
@@ -115,7 +119,7 @@ def override(tree: dict[str, Any], overrides: list[str]) -> None:
 def _put(tree: dict[str, Any], key: str, text: str) -> None:
     try:
         value = parse(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except NOT_YAML as error:
         raise ConfigError(f"{key}: the value {text!r} of the override is not YAML") from error
     *parents, last = key.split(".")
     node = tree

@@ -20,6 +20,8 @@ def explain(error: BaseException, *, smaller: str) -> str | None:
         return f"out of memory: {smaller} ({_head(text) or type(error).__name__})"
     if not isinstance(error, RuntimeError):
         return None
+    if "unable to find address for" in lower or "no socket interface found" in lower:
+        return f"GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME: this machine has no such network interface ({_head(text)})"
     if "dataloader worker" in lower:
         return f"data.workers: a worker ended, mostly for lack of memory or of /dev/shm: use fewer ({_head(text)})"
     if isinstance(error, NETWORK) and "eaddrinuse" in lower:

@@ -93,7 +93,7 @@ def read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
             content = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if line.endswith("\n") and isinstance(content, dict) and isinstance(content.get("step"), int):
             found.append((line, content))

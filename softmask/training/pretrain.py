@@ -21,14 +21,8 @@ import torch.distributed as dist
 
 from softmask import BackendError
 from softmask.data import DataError
-from softmask.training.checkpoint.store import (
-    CheckpointError,
-    complete_checkpoints,
-    config_differences,
-    find_checkpoint,
-    read_json,
-    step_of,
-)
+from softmask.training.checkpoint.state import CheckpointError, read_json
+from softmask.training.checkpoint.store import complete_checkpoints, config_differences, find_checkpoint, step_of
 from softmask.training.config import Config, ConfigError, load_config
 from softmask.training.failures import explain
 from softmask.training.launchers import check_environment, complete_environment
@@ -86,7 +80,7 @@ def already_done(config: Config) -> str | None:
     run = Path(config.output)
     if not (run / "done.json").is_file():
         return None
-    saved, done = load_config(run / "config.yaml"), read_json(run / "done.json")
+    saved, done = load_config(run / "config.yaml"), read_json(run / "done.json", "steps")
     differences = config_differences(saved, config)
     if differences:
         raise CheckpointError(f"{run}: made with another configuration: {', '.join(differences)}")

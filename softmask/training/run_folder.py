@@ -15,7 +15,8 @@ import torch.distributed as dist
 
 from softmask.data import CaptionTokenizer, DataError, Source, train_wordpiece
 from softmask.data.cleaning import plain_words
-from softmask.training.checkpoint.store import CheckpointError, find_checkpoint
+from softmask.training.checkpoint.state import CheckpointError
+from softmask.training.checkpoint.store import check_no_debris, find_checkpoint, step_of
 from softmask.training.config import Config, ConfigError, save_config
 
 SAMPLED_CAPTIONS = 1000
@@ -53,14 +54,19 @@ def prepare_run(config: Config, source: Source, checkpoint: Path | None) -> Capt
 
 def _prepare(config: Config, source: Source, checkpoint: Path | None) -> None:
     run = Path(config.output)
+    if run.exists() and not run.is_dir():
+        raise ConfigError(f"output: expected the folder of the run, got the file {run}")
     run.mkdir(parents=True, exist_ok=True)
     lock(run)
+    check_no_debris(run, 0 if checkpoint is None else step_of(checkpoint))
     (run / "done.json").unlink(missing_ok=True)  # of a shorter run that goes on now
     own = checkpoint is not None and checkpoint.resolve().parents[1] == run.resolve()
     try:
         if not own or not (run / "tokenizer").exists():
             _write_tokenizer(config, source, checkpoint)
-        check_vocabulary(CaptionTokenizer.load(run / "tokenizer"), first_captions(config, source))
+        tokenizer = CaptionTokenizer.load(run / "tokenizer")
+        check_same_words(tokenizer, checkpoint, config)
+        check_vocabulary(tokenizer, first_captions(config, source))
     except ValueError as error:
         raise ConfigError(f"data.{error}") from error
     save_config(config, run / "config.yaml")
@@ -95,6 +101,15 @@ def captions_read(config: Config, source: Source) -> Iterator[str]:
 
 def first_captions(config: Config, source: Source) -> list[str]:
     return list(islice(captions_read(config, source), SAMPLED_CAPTIONS))
+
+
+def check_same_words(tokenizer: CaptionTokenizer, checkpoint: Path | None, config: Config) -> None:
+    """ValueError where weights that were trained with one vocabulary would read another."""
+    if checkpoint is None and not config.init:
+        return
+    origin = checkpoint if checkpoint is not None else find_checkpoint(config.init)
+    if not tokenizer.same_words(CaptionTokenizer.load(origin / "tokenizer")):
+        raise ValueError(f"tokenizer: its words are not those that the weights of {origin} were trained with")
 
 
 def check_vocabulary(tokenizer: CaptionTokenizer, captions: list[str]) -> None:

@@ -23,8 +23,8 @@ from softmask.data import Batch, CaptionTokenizer, Loader, Source, open_source
 from softmask.data.loader import check_bad_share
 from softmask.models import SoftMaskPPOutput, SyCoCaOutput
 from softmask.training.checkpoint.initial import text_facts, weights_from, words_from
+from softmask.training.checkpoint.state import Progress, write_json
 from softmask.training.checkpoint.store import (
-    Progress,
     build_model,
     check_data,
     check_resumable,
@@ -32,7 +32,6 @@ from softmask.training.checkpoint.store import (
     load_checkpoint,
     save_checkpoint,
     without_files,
-    write_json,
 )
 from softmask.training.config import Config, ConfigError, chosen
 from softmask.training.engine.startup import start_distributed

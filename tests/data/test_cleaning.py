@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 
 import numpy as np
 import pytest
@@ -78,6 +79,15 @@ def test_without_sep_there_is_room_for_one_piece_more(tokenizer) -> None:
     assert tokenizer(["a"], max_length=2, append_sep=False).input_ids.shape == (1, 2)
     with pytest.raises(ValueError, match=r"max_length: expected at least 2 \(\[CLS\], a token\), got 1"):
         tokenizer(["a"], max_length=1, append_sep=False)
+
+
+def test_captions_of_megabytes_cost_little(tokenizer, tmp_path) -> None:
+    begin = time.perf_counter()
+    for text in ("a dodo " * 1_000_000, "w" * 5_000_000):
+        batch = tokenizer([text], max_length=25)
+        assert batch.cut.tolist() == [True] and batch.input_ids.shape[1] <= 25
+    train_wordpiece(["a dodo", "w" * 5_000_000, "x" * 99], tmp_path, vocab_size=60)
+    assert time.perf_counter() - begin < 20
 
 
 def test_cut_captions_are_counted_by_words_too(tokenizer) -> None:

@@ -139,7 +139,7 @@ def test_eval_transform(size):
         transform(b"")
 
 
-@pytest.mark.parametrize("size", [(90, 50), (51, 90), (64, 64), (33, 200), (7, 5)])
+@pytest.mark.parametrize("size", [(90, 50), (51, 90), (64, 64), (33, 200), (7, 5), (40, 320)])
 def test_the_middle_of_a_picture_is_torchvisions(size):
     config = DataConfig(image_size=24, eval_resize="crop")
     image = photo(1, size)
@@ -149,6 +149,12 @@ def test_the_middle_of_a_picture_is_torchvisions(size):
     left, top, right, bottom = T.middle_box(size)
     assert right - left == bottom - top == min(size) and left >= 0 and right <= size[0] and bottom <= size[1]
     assert abs((left + right) - size[0]) <= 1 and abs((top + bottom) - size[1]) <= 1
+
+
+def test_the_middle_of_a_very_long_picture_takes_little_memory():
+    config = DataConfig(image_size=384, eval_resize="crop")
+    image = Image.new("RGB", (1, 60_000), (10, 20, 30))
+    assert eval_transform(config)(image).shape == (3, 384, 384)  # 26 GB as a whole
 
 
 def test_crop_boxes():

@@ -122,6 +122,11 @@ def test_truncated_phrases_and_hidden_objects_are_counted_not_played(tmp_path):
         (lambda entry: entry.update(span=[-9, 10]), r"objects\[1\]: expected .*span \[-9, 10\] of a caption"),
         (lambda entry: entry.pop("mask"), r"objects\[1\]: expected phrase, span .* KeyError: 'mask'"),
         (lambda entry: entry["mask"].update(counts=[5]), r"objects\[1\]: expected .*1024"),
+        (lambda entry: entry["mask"].update(counts=[2**70]), r"expected .*a run is too long"),
+        (
+            lambda entry: entry["mask"].update(size=[2**20, 2**14], counts=[2**34]),
+            r"mask size \[1048576, 16384\], exp",
+        ),
         (lambda entry: entry["mask"].update(size=[16, 64]), r"mask size \[16, 64\], expected the picture's \[32, 32\]"),
     ],
 )
@@ -286,6 +291,38 @@ def test_a_list_elsewhere_at_other_sizes(run, tmp_path, capsys):
         assert evaluate.main([*command, wrong]) == 1
         error = capsys.readouterr().err
         assert said in error and len(error.splitlines()) == 1
+
+
+def test_files_that_are_no_results_are_left_alone(run, tmp_path, capsys):
+    data = write_scenes(tmp_path / "test.tar")
+    before = (tmp_path / "test.tar").read_bytes()
+    for output in (data, "/dev/null"):
+        assert evaluate.main([str(run), "--data", data, "--output", output]) == 1
+        assert f"--output: {output!r} is there and no .json file: name another" in capsys.readouterr().err
+    assert (tmp_path / "test.tar").read_bytes() == before
+    (tmp_path / "target.json").write_text("old")
+    (tmp_path / "link.json").symlink_to(tmp_path / "target.json")
+    assert evaluate.main([str(run), "--data", data, "--output", str(tmp_path / "link.json")]) == 0
+    assert (tmp_path / "link.json").is_symlink() and "retrieval" in (tmp_path / "target.json").read_text()
+
+
+def test_captions_of_unknown_words_are_refused(run, tmp_path, capsys):
+    data = write_plain(tmp_path / "plain.tar", ["一只红色的盒子", "一个绿色的盒子"])
+    assert evaluate.main([str(run), "--data", data, "--output", str(tmp_path / "metrics.json")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "of the tokens in the first 2 captions are [UNK]" in line
+
+
+def test_options_that_change_nothing_are_named(run, tmp_path, capsys):
+    data = write_scenes(tmp_path / "test.tar")
+    (tmp_path / "classes.json").write_text('[{"name": "owl", "phrase": "an owl"}]')
+    command = [str(run), "--data", data, "--output", str(tmp_path / "metrics.json"), "--training", data]
+    assert evaluate.main([*command, "--classes", str(tmp_path / "classes.json")]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[1] for line in lines if line.startswith("not used: ")] == [" --training", " --classes"]
+    for wrong in ("--pairs", "--batch-size"):
+        with pytest.raises(SystemExit):
+            evaluate.main([*command, wrong, "100000000000000000000"])
 
 
 def test_captions_without_objects_have_no_grounding(run, tmp_path, capsys):

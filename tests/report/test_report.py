@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import math
 import re
 import shutil
@@ -163,11 +164,41 @@ def test_metrics_of_another_evaluation_are_refused(run, tmp_path, capsys):
     assert "checkpoint 'step_00000005', not 'step_00000007'" in capsys.readouterr().err
     (newer / "trainer.json").write_text("{}")
     assert evaluate.main([str(copy), "--data", data]) == 1
-    assert "trainer.json: lacks seconds, step" in capsys.readouterr().err
+    assert "trainer.json: lacks step, micro_batches, seconds" in capsys.readouterr().err
     (copy / "metrics.json").write_text('{"retrieval": {}}')
     assert report.main([str(copy), "--data", data, *output]) == 1
     assert "metrics.json: lacks training, evaluation" in capsys.readouterr().err
     assert not (tmp_path / "new.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("retrieval", 3), ("retrieval.samples", "many"), ("retrieval.samples", -1), ("retrieval.itc.i2t.r1", None),
+        ("retrieval.rerank", "16"), ("retrieval.rerank_by", "foo"), ("training", {}), ("training.seconds", "long"),
+        ("evaluation", None), ("grounding", {}), ("zero_shot", {}), ("captioning", {}), ("reconstruction", []),
+    ],
+)  # fmt: skip
+def test_damaged_metrics_are_named(run, tmp_path, capsys, key, value):
+    shutil.copytree(run, tmp_path / "run")
+    metrics = json.loads((run / "metrics.json").read_text())
+    *parents, last = key.split(".")
+    node = metrics
+    for name in parents:
+        node = node[name]
+    node[last] = value
+    (tmp_path / "run" / "metrics.json").write_text(json.dumps(metrics))
+    (tmp_path / "run" / "report.html").unlink()
+    assert report.main([str(tmp_path / "run"), "--data", str(run.parent / "test.tar")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"metrics.json: {key}" in line and "run train/evaluate.py again" in line
+    assert not (tmp_path / "run" / "report.html").exists()
+
+
+def test_values_of_the_log_that_cannot_be_drawn_are_left_out():
+    rows = [{"step": 1, "a": "x", "b": 10**400, "c": 1e308, "d": None}, {"step": 2, "a": 1.0, "e": math.nan}]
+    (series,) = report.curves(rows, {})
+    assert (series.title, series.steps, series.values) == ("a", [2], [1.0])
 
 
 def test_log_without_its_last_line_and_with_a_broken_one(tmp_path):

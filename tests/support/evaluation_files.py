@@ -89,7 +89,7 @@ def write_run(folder: Path, data: str) -> Path:
     save_config(config, checkpoint / "config.yaml")
     torch.manual_seed(0)
     torch.save({"module": build_model(config, tokenizer).state_dict()}, checkpoint / MODEL_FILE)
-    state = {"step": 5, "seconds": 2.5, "micro_batches": 5, "skipped_samples": 0, "world_size": 1}
+    state = {"step": 5, "seconds": 2.5, "micro_batches": 5, "skipped_samples": 0, "nonfinite": 0, "world_size": 1}
     (checkpoint / "trainer.json").write_text(json.dumps(state), encoding="utf-8")
     rows = [{"step": s, "loss": 9 / s, "itc": 5 / s, "lr": 1e-3, "samples_per_second": 10.0} for s in range(1, 6)]
     (run / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -114,6 +114,10 @@ class Words:
         table = torch.tensor([row + [(0, 0, 0, -1)] * (width - len(row)) for row in rows])
         cut = torch.tensor([len(caption.split()) > max_length - 2 for caption in captions])
         return TokenBatch(table[..., 0], table[..., 0] > 0, table[..., 3], table[..., 1:3], cut)
+
+    def unknown(self, captions) -> float:
+        words = [word for caption in captions for word in caption.split()]
+        return sum(word not in self.vocabulary for word in words) / len(words)
 
 
 class Oracle:

@@ -9,7 +9,8 @@ import torch
 
 from softmask.models import SoftMaskPP, SpecialIds, SyCoCa
 from softmask.training.checkpoint.initial import start_from
-from softmask.training.checkpoint.store import CheckpointError, find_checkpoint
+from softmask.training.checkpoint.state import CheckpointError
+from softmask.training.checkpoint.store import find_checkpoint
 from softmask.training.config import Config, load_config
 from softmask.training.optim import parameter_groups
 from tests.support.train_fixtures import ROOT, make_config, make_trainer, run_here, write_shard

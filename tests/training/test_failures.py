@@ -35,7 +35,7 @@ class Killed(Dataset):
 
 
 def raised(call) -> Exception:
-    with pytest.raises(Exception) as caught:  # noqa: PT011: the text is what is tested
+    with pytest.raises(Exception) as caught:  # the text is what is tested
         call()
     return caught.value
 
@@ -48,6 +48,8 @@ def test_real_failures_are_explained() -> None:
     for expected, call in cases.items():
         line = explain(raised(call), smaller="less")
         assert line.startswith(expected) and "\n" not in line and len(line) < 400, line
+    named = RuntimeError("[enforce fail at ../device.cc:84] ifa != nullptr. Unable to find address for: nope0")
+    assert explain(named, smaller="").startswith("GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME: this machine has no such")
     assert explain(ValueError("x"), smaller="") is explain(RuntimeError("size mismatch"), smaller="") is None
 
 
@@ -127,7 +129,10 @@ def test_commands_end_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(report, "build_page", fail)
     for call, advice in (
         (lambda: pretrain.main(["--config", str(config)]), "error: out of memory: lower train.batch_size and raise"),
-        (lambda: evaluate.main([str(run), "--data", data]), "evaluate: out of memory: lower --batch-size (CUDA"),
+        (
+            lambda: evaluate.main([str(run), "--data", data]),
+            "evaluate: out of memory: lower --batch-size or --beams (CUDA",
+        ),
         (lambda: report.main([str(run), "--data", data]), "report: out of memory: lower --batch-size (CUDA"),
     ):
         assert call() in (1, 2)

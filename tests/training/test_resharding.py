@@ -12,7 +12,8 @@ import torch
 
 from softmask.data import open_source
 from softmask.training.checkpoint.reshard import MOMENTS, SavedState
-from softmask.training.checkpoint.store import CheckpointError, check_resumable, find_checkpoint, load_model
+from softmask.training.checkpoint.state import CheckpointError
+from softmask.training.checkpoint.store import check_resumable, find_checkpoint, load_model
 from softmask.training.config import Config, load_config, save_config
 from softmask.training.engine.startup import start_distributed
 from softmask.training.optim import parameter_groups

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from softmask.training.checkpoint.store import CheckpointError, complete_checkpoints, find_checkpoint
+from softmask.training.checkpoint.state import CheckpointError
+from softmask.training.checkpoint.store import complete_checkpoints, find_checkpoint
 from softmask.training.config import Config, save_config
 from softmask.training.logs import RunLog
 from softmask.training.pretrain import choose_checkpoint

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from softmask.data import open_source
-from softmask.training.checkpoint.store import CheckpointError, find_checkpoint, load_model
+from softmask.training.checkpoint.state import CheckpointError
+from softmask.training.checkpoint.store import find_checkpoint, load_model
 from softmask.training.config import ConfigError, save_config
 from softmask.training.engine.zero import deepspeed_config
 from softmask.training.logs import cut_back

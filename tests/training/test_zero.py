@@ -12,7 +12,8 @@ import pytest
 import torch
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
-from softmask.training.checkpoint.store import CheckpointError, check_resumable, find_checkpoint
+from softmask.training.checkpoint.state import CheckpointError
+from softmask.training.checkpoint.store import check_resumable, find_checkpoint
 from softmask.training.config import load_config, save_config
 from tests.support.train_fixtures import (
     PRETRAIN,

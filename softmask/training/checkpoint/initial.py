@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from softmask.data import CaptionTokenizer, Source
 from softmask.training.checkpoint.reshard import read_weights
-from softmask.training.checkpoint.store import UNREADABLE, CheckpointError, find_checkpoint, first_line, fit_positions
+from softmask.training.checkpoint.state import CheckpointError
+from softmask.training.checkpoint.store import UNREADABLE, find_checkpoint, first_line, fit_positions
 from softmask.training.config import Config
 from softmask.training.run_folder import first_captions
 

@@ -8,12 +8,9 @@ complete checkpoint or a folder that nobody reads.
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import pickle
 import re
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +22,14 @@ from torch import Tensor, nn
 from softmask.data import CaptionTokenizer, Source
 from softmask.models import SpecialIds
 from softmask.training.checkpoint.reshard import load_resharded, read_weights
+from softmask.training.checkpoint.state import CheckpointError, Progress, read_state, write_json
 from softmask.training.config import Config, ConfigError, flatten, load_config, save_config
+from softmask.training.failures import explain
 
 POSITIONS = "vision.vit.pos_embed"
-UNREADABLE = (OSError, EOFError, ValueError, RuntimeError, pickle.UnpicklingError, KeyError)  # of torch.load
+UNREADABLE = (  # of torch.load, and of what it gives where that is no checkpoint
+    OSError, EOFError, ValueError, RuntimeError, pickle.UnpicklingError, KeyError, AttributeError, TypeError,
+)  # fmt: skip
 COMPLETE = re.compile(r"step_\d{8,}")
 # Keys that may change when a run goes on; all others of `model` and `data` must stay as they were.
 FREE_KEYS = (
@@ -44,21 +45,6 @@ FREE_KEYS = (
 FIXED_KEYS = ("seed", "train.accumulation", "train.precision", "optimizer.lr_scales")
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint or run folder that cannot be used; the message names it."""
-
-
-@dataclass
-class Progress:
-    """Where a run stands, beside the engine's own state."""
-
-    step: int = 0  # optimizer steps done
-    micro_batches: int = 0  # consumed by every rank, those that were skipped included
-    seconds: float = 0.0  # of training, over all resumes
-    skipped_samples: int = 0  # unreadable ones that were replaced, over all ranks
-    nonfinite: int = 0  # micro-batches and steps skipped because a loss or gradient was not finite
-
-
 def checkpoint_name(step: int) -> str:
     return f"step_{step:08d}"
 
@@ -68,6 +54,13 @@ def complete_checkpoints(run: Path) -> list[Path]:
     folders = (run / "checkpoints").glob("step_*")
     found = [path for path in folders if COMPLETE.fullmatch(path.name) and (path / "trainer.json").is_file()]
     return sorted(found, key=step_of)
+
+
+def check_no_debris(run: Path, step: int) -> None:
+    """CheckpointError where a folder without trainer.json lies where a later checkpoint of the run would go."""
+    for path in sorted((run / "checkpoints").glob("step_*")):
+        if COMPLETE.fullmatch(path.name) and step_of(path) > step and not (path / "trainer.json").is_file():
+            raise CheckpointError(f"{path}: no complete checkpoint (it lacks trainer.json) is in the way: remove it")
 
 
 def step_of(checkpoint: Path) -> int:
@@ -86,30 +79,6 @@ def find_checkpoint(path: str | Path) -> Path:
     return found[-1]
 
 
-def read_json(path: Path, *needed: str) -> dict[str, Any]:
-    """The object in a JSON file of a run.
-
-    Raises:
-        CheckpointError: unreadable, no JSON object, or one that lacks a needed key.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    if lacking := [key for key in needed if key not in content]:
-        raise CheckpointError(f"{path}: lacks {', '.join(lacking)}: another program's, or an older one's")
-    return content
-
-
-def write_json(content: dict[str, Any], path: Path) -> None:
-    """Replace a JSON file in one step."""
-    partial = path.with_name(f"{path.name}.tmp")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-
-
 def save_checkpoint(engine: Any, config: Config, progress: Progress, extra: dict[str, Any]) -> Path:
     """Write a checkpoint into the run; all ranks call it. `extra` goes into trainer.json beside the progress."""
     run = Path(config.output)
@@ -119,7 +88,7 @@ def save_checkpoint(engine: Any, config: Config, progress: Progress, extra: dict
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob("step_*.tmp"):
-            shutil.rmtree(leftover)
+            leftover.unlink() if leftover.is_file() else shutil.rmtree(leftover)
     dist.barrier()
     try:
         engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False)
@@ -153,7 +122,9 @@ def load_checkpoint(engine: Any, checkpoint: Path, config: Config) -> tuple[Prog
     Raises:
         CheckpointError: files that lack or cannot be read, or parameters that do not fit.
     """
-    state = read_json(checkpoint / "trainer.json")
+    state = read_state(checkpoint)
+    if "loss_scale" not in state:
+        raise CheckpointError(f"{checkpoint / 'trainer.json'}: lacks loss_scale: not written by the trainer")
     try:
         if not _same_layout(checkpoint, state, config):
             load_resharded(engine, checkpoint, config.optimizer)
@@ -183,7 +154,7 @@ def check_data(checkpoint: Path, source: Source) -> None:
     Raises:
         CheckpointError: with the numbers of both.
     """
-    was, now = read_json(checkpoint / "trainer.json").get("data"), data_facts(source)
+    was, now = read_state(checkpoint).get("data"), data_facts(source)
     if was is not None and was != now:
         texts = [f"{one['captions']:,} captions of {one['pictures']:,} pictures" for one in (was, now)]
         other = " with other bytes" if texts[0] == texts[1] else ""
@@ -198,7 +169,7 @@ def check_resumable(checkpoint: Path, config: Config, *, world_size: int) -> Non
     """
     saved = load_config(checkpoint / "config.yaml")
     differences = config_differences(saved, config)
-    made_by = read_json(checkpoint / "trainer.json").get("world_size", 0)
+    made_by = read_state(checkpoint)["world_size"]
     old, new = saved.train.batch_size, config.train.batch_size
     if made_by * old != world_size * new:
         if old != new:
@@ -243,6 +214,8 @@ def build_model(config: Config, tokenizer: CaptionTokenizer) -> nn.Module:
     try:
         return config.task.build(model, ids)
     except (ValueError, FileNotFoundError, RuntimeError, TypeError) as error:  # the last two: timm has no such ViT
+        if explain(error, smaller=""):
+            raise
         raise ConfigError(f"model: {first_line(error)}") from error
 
 

@@ -1,0 +1,66 @@
+"""metrics.json as the report reads it: every number that is drawn is looked at first."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, get_args
+
+from softmask.evaluation.retrieval import RerankBy
+from softmask.training.checkpoint.state import CheckpointError, read_json
+
+BOTH_WAYS = {way: {"r1": float, "r5": float, "r10": float} for way in ("i2t", "t2i")}
+SCORES = {"cider": float, "bleu4": float, "rouge_l": float}
+NEEDED: dict[str, Any] = {
+    "retrieval": {"samples": int, "images": int, "itc": BOTH_WAYS, "chance": BOTH_WAYS},
+    "training": {"seconds": float, "steps": int},
+    "evaluation": {},
+}
+OPTIONAL: dict[str, Any] = {
+    "grounding": {name: float for name in ("pointing", "random", "attention")} | {"words": int, "samples": int},
+    "captioning": SCORES | {"samples": int, "beams": int},
+    "reconstruction": {name: float for name in ("right", "wrong", "gap", "low", "high")} | {"samples": int},
+    "zero_shot": {name: float for name in ("top1", "top5", "chance")} | {"samples": int, "classes": int},
+}
+
+
+def is_number(value: object) -> bool:
+    """A finite number that can be drawn."""
+    return type(value) in (int, float) and abs(value) < 1e300 and math.isfinite(value)
+
+
+def read_metrics(path: Path) -> dict[str, Any]:
+    """metrics.json of a run.
+
+    Raises:
+        CheckpointError: it cannot be read, or is not what train/evaluate.py writes; it names the key.
+    """
+    result = read_json(path, *NEEDED)
+    for name, spec in (NEEDED | OPTIONAL).items():
+        if name in NEEDED or name in result:
+            _check(path, name, result[name], spec)
+    if "itm" in (retrieval := result["retrieval"]):
+        _check(path, "retrieval", retrieval, {"itm": BOTH_WAYS, "rerank": int})
+        if retrieval.get("rerank_by") not in get_args(RerankBy):
+            known = ", ".join(get_args(RerankBy))
+            raise _wrong(path, "retrieval.rerank_by", f"one of {known}", retrieval.get("rerank_by"))
+    for name in ("beams_alone", "nearest", "random"):
+        if name in (captioning := result.get("captioning", {})):
+            _check(path, f"captioning.{name}", captioning[name], SCORES)
+    return result
+
+
+def _check(path: Path, name: str, value: Any, spec: Any) -> None:
+    if isinstance(spec, dict):
+        if not isinstance(value, dict):
+            raise _wrong(path, name, "an object", value)
+        for key, inner in spec.items():
+            _check(path, f"{name}.{key}", value.get(key), inner)
+    elif spec is int and not (type(value) is int and 0 <= value < 1 << 31):
+        raise _wrong(path, name, "a number of things", value)
+    elif spec is float and not is_number(value):
+        raise _wrong(path, name, "a number", value)
+
+
+def _wrong(path: Path, name: str, expected: str, value: Any) -> CheckpointError:
+    return CheckpointError(f"{path}: {name}: expected {expected}, got {value!r:.80}; run train/evaluate.py again")

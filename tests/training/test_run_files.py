@@ -1,0 +1,113 @@
+"""Damaged and exchanged files of a run are one line that names the file and what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from softmask.data import CaptionTokenizer, open_source, train_wordpiece
+from softmask.training.checkpoint.state import CheckpointError, read_state
+from softmask.training.checkpoint.store import check_no_debris, find_checkpoint
+from softmask.training.config import Config, ConfigError
+from softmask.training.pretrain import main
+from softmask.training.run_folder import check_same_words, prepare_run
+from tests.support.train_fixtures import make_config, run_here
+
+STATE = {"step": 2, "micro_batches": 2, "seconds": 1.5, "skipped_samples": 0, "nonfinite": 0, "world_size": 1}
+GONE = object()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    config = make_config(tmp_path_factory.mktemp("finished"), "train.steps=2")
+    run_here(config)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("seconds", "long", "seconds: expected a number that is not negative, got 'long'"),
+        ("step", "2", "step: expected a number that is not negative, got '2'"),
+        ("step", -5, "step: expected a number that is not negative, got -5"),
+        ("step", 1000, "step: expected that of the folder's name, got 1000"),
+        ("step", True, "step: expected a number that is not negative, got True"),
+        ("micro_batches", -1, "micro_batches: expected a number that is not negative, got -1"),
+        ("world_size", "1", "world_size: expected a number that is not negative, got '1'"),
+        ("world_size", 0, "world_size: expected a number that is not negative, got 0"),
+        ("skipped_samples", GONE, "lacks skipped_samples"),
+        ("loss_scale", {}, "loss_scale: expected value, good_steps, got {}"),
+        ("data", 3, "data: expected captions, pictures, digest, got 3"),
+        ("data", {}, "data: expected captions, pictures, digest, got {}"),
+    ],
+)
+def test_a_damaged_trainer_json_is_named(tmp_path: Path, key: str, value: object, said: str) -> None:
+    folder = tmp_path / "step_00000002"
+    folder.mkdir()
+    state = {name: old for name, old in (STATE | {key: value}).items() if old is not GONE}
+    (folder / "trainer.json").write_text(json.dumps(state))
+    with pytest.raises(CheckpointError) as error:
+        read_state(folder)
+    assert str(error.value).startswith(f"{folder / 'trainer.json'}: {said}")
+
+
+def test_json_nested_beyond_all_reason(tmp_path: Path) -> None:
+    (tmp_path / "trainer.json").write_text("[" * 200_000)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_state(tmp_path)
+
+
+def test_words_that_the_weights_do_not_know(finished: Config, tmp_path: Path) -> None:
+    """Of equal number: nothing else would notice."""
+    checkpoint = find_checkpoint(finished.output)
+    own = CaptionTokenizer.load(checkpoint / "tokenizer")
+    check_same_words(own, checkpoint, finished)
+    letters = [f"{a}{b} x" for a in "qrstuvw" for b in "ghijklm"]
+    other = train_wordpiece(letters, tmp_path / "other", vocab_size=own.vocab_size)
+    with pytest.raises(ValueError, match="tokenizer: its words are not those that the weights of .* were trained with"):
+        check_same_words(other, checkpoint, finished)
+    given = [f"init={finished.output}", f"output={tmp_path / 'new'}", f"data.tokenizer={tmp_path / 'other'}"]
+    config = make_config(tmp_path, *given, data=Path(finished.data.train))
+    with pytest.raises(ConfigError, match="data.tokenizer: its words are not those"):
+        prepare_run(config, open_source(config.data.train), None)
+    shutil.copytree(finished.output, tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / "tokenizer")
+    shutil.copytree(tmp_path / "other", tmp_path / "copy" / "tokenizer")
+    config = make_config(tmp_path, f"output={tmp_path / 'copy'}", "train.steps=4", data=Path(finished.data.train))
+    with pytest.raises(ConfigError, match="data.tokenizer: its words are not those"):
+        prepare_run(config, open_source(config.data.train), find_checkpoint(config.output))
+
+
+def test_half_a_checkpoint_in_the_way(tmp_path: Path) -> None:
+    for step in (2, 4):
+        (tmp_path / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step_00000002" / "trainer.json").write_text("{}")
+    check_no_debris(tmp_path, 4)
+    with pytest.raises(CheckpointError, match=r"step_00000004: no complete checkpoint .* is in the way: remove it"):
+        check_no_debris(tmp_path, 2)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("output=a\0b", "output: the value"),
+        ('output="\\uD800"', "output: expected a path"),
+        ("seed=!!int ''", "seed: the value"),
+        ("data.flip=!!bool abc", "data.flip: the value"),
+    ],
+)
+def test_overrides_that_are_nothing(tmp_path: Path, override: str, said: str, capfd: pytest.CaptureFixture) -> None:
+    (tmp_path / "config.yaml").write_text(f"output: {tmp_path}/run\ntrain: {{steps: 1}}\n")
+    assert main(["--config", str(tmp_path / "config.yaml"), override]) == 2
+    (line,) = "".join(capfd.readouterr()).strip().splitlines()
+    assert line.startswith(f"error: {said}")
+
+
+def test_a_file_where_the_run_should_be(finished: Config, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    config = make_config(tmp_path, f"output={tmp_path / 'file'}", data=Path(finished.data.train))
+    with pytest.raises(ConfigError, match="output: expected the folder of the run, got the file"):
+        prepare_run(config, open_source(config.data.train), None)
