@@ -3,6 +3,8 @@ needs to be saved."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import random
 from collections.abc import Callable
@@ -57,6 +59,14 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
         group = {"params": [], **group_options(config, lr_scale=scale, decayed=decayed)}
         groups.setdefault((scale, decayed), group)["params"].append(parameter)
     return [groups[key] for key in sorted(groups, reverse=True)]
+
+
+def groups_digest(model: nn.Module, config: OptimizerConfig) -> str:
+    """Of which parameter is in which group: an optimizer's state fits no other."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = parameter_groups(model, config)
+    text = [[group["lr_scale"], group["decayed"], [names[id(p)] for p in group["params"]]] for group in groups]
+    return hashlib.sha256(json.dumps(text).encode()).hexdigest()
 
 
 def _spared(model: nn.Module) -> set[str]:

@@ -37,7 +37,7 @@ from softmask.training.config import Config, ConfigError, chosen
 from softmask.training.engine.startup import start_distributed
 from softmask.training.engine.zero import apply_hyperparameters, create_engine, full_size
 from softmask.training.logs import RunLog, clock, say
-from softmask.training.optim import lr_factor, seed_everything
+from softmask.training.optim import groups_digest, lr_factor, seed_everything
 from softmask.training.run_folder import prepare_run
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -294,7 +294,8 @@ class Trainer:
 
     def _save(self) -> None:
         self._report_skipped()
-        extra = {"loss_scale": self.guard.state_dict(), "data": data_facts(self._source)}
+        groups = groups_digest(self.model, self.config.optimizer)
+        extra = {"loss_scale": self.guard.state_dict(), "data": data_facts(self._source), "groups": groups}
         save_checkpoint(self.engine, self.config, self.progress, extra)
 
     @contextmanager

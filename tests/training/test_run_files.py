@@ -14,6 +14,7 @@ from softmask.training.checkpoint.store import check_no_debris, find_checkpoint
 from softmask.training.config import Config, ConfigError
 from softmask.training.pretrain import main
 from softmask.training.run_folder import check_same_words, prepare_run
+from softmask.training.trainer import train
 from tests.support.train_fixtures import make_config, run_here
 
 STATE = {"step": 2, "micro_batches": 2, "seconds": 1.5, "skipped_samples": 0, "nonfinite": 0, "world_size": 1}
@@ -79,6 +80,18 @@ def test_words_that_the_weights_do_not_know(finished: Config, tmp_path: Path) ->
     config = make_config(tmp_path, f"output={tmp_path / 'copy'}", "train.steps=4", data=Path(finished.data.train))
     with pytest.raises(ConfigError, match="data.tokenizer: its words are not those"):
         prepare_run(config, open_source(config.data.train), find_checkpoint(config.output))
+
+
+def test_an_optimizer_of_other_groups_is_refused(finished: Config, tmp_path: Path) -> None:
+    """As a checkpoint of a version whose weight decay was of other parameters: its sizes may fit, its meaning not."""
+    shutil.copytree(finished.output, tmp_path / "copy")
+    path = find_checkpoint(tmp_path / "copy") / "trainer.json"
+    state = json.loads(path.read_text())
+    for groups in ("0" * 64, None):
+        path.write_text(json.dumps(state | {"groups": groups}))
+        config = make_config(tmp_path, f"output={tmp_path / 'copy'}", "train.steps=4", data=Path(finished.data.train))
+        with pytest.raises(CheckpointError, match="its optimizer groups the parameters otherwise.*init="):
+            train(config, checkpoint=find_checkpoint(config.output))
 
 
 def test_half_a_checkpoint_in_the_way(tmp_path: Path) -> None:

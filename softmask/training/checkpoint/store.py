@@ -25,6 +25,7 @@ from softmask.training.checkpoint.reshard import load_resharded, read_weights
 from softmask.training.checkpoint.state import CheckpointError, Progress, read_state, write_json
 from softmask.training.config import Config, ConfigError, flatten, load_config, save_config
 from softmask.training.failures import explain
+from softmask.training.optim import groups_digest
 
 POSITIONS = "vision.vit.pos_embed"
 UNREADABLE = (  # of torch.load, and of what it gives where that is no checkpoint
@@ -125,6 +126,9 @@ def load_checkpoint(engine: Any, checkpoint: Path, config: Config) -> tuple[Prog
     state = read_state(checkpoint)
     if "loss_scale" not in state:
         raise CheckpointError(f"{checkpoint / 'trainer.json'}: lacks loss_scale: not written by the trainer")
+    if state.get("groups") != groups_digest(engine.module, config.optimizer):
+        reason = "its optimizer groups the parameters otherwise, as other versions do"
+        raise CheckpointError(f"{checkpoint}: cannot be resumed: {reason}; begin a new run with init={checkpoint}")
     try:
         if not _same_layout(checkpoint, state, config):
             load_resharded(engine, checkpoint, config.optimizer)
