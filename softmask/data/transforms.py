@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from softmask.lfs import NOT_THE_FILE, is_pointer
@@ -44,6 +44,8 @@ def decode_image(data: bytes) -> Image.Image:
             image = image.convert("RGBA")
             return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
         return image.convert("RGB")
+    except UnidentifiedImageError:  # its own text is of an object in memory
+        raise ValueError(f"picture cannot be decoded ({len(data):,} bytes of no format that Pillow knows)") from None
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error, ... on foreign bytes
         raise ValueError(f"picture cannot be decoded ({type(error).__name__}: {error})") from error
 

@@ -107,6 +107,14 @@ def name_skipped(reader: Reader) -> None:
         print(f"left out: {count} objects that cannot be used, the first: {where}: {reason}", file=sys.stderr)
 
 
+def show(text: str) -> None:
+    """On stdout, if anybody still reads it."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 MOST = 2**31 - 1
 
 

@@ -49,6 +49,7 @@ from softmask.evaluation.command import (
     name_skipped,
     open_reader,
     positive,
+    show,
     sizes,
     write_atomically,
 )
@@ -163,7 +164,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"evaluate: {line}", file=sys.stderr)
         return 1
-    print(said)
+    show(said)
     return 0
 
 

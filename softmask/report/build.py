@@ -32,6 +32,7 @@ from softmask.evaluation.command import (
     name_skipped,
     open_reader,
     positive,
+    show,
     sizes,
     write_atomically,
 )
@@ -278,7 +279,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"report: {line}", file=sys.stderr)
         return 1
-    print(f"written: {output} ({math.ceil(output.stat().st_size / 1e6)} MB)")
+    show(f"written: {output} ({math.ceil(output.stat().st_size / 1e6)} MB)")
     return 0
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,6 +29,7 @@ from tests.support.evaluation_files import (
     write_scenes,
 )
 
+ROOT = Path(__file__).resolve().parents[2]
 PERFECT = {"r1": 1.0, "r5": 1.0, "r10": 1.0}
 LOST = {"r1": 0.0, "r5": 0.0, "r10": 0.0}
 
@@ -330,3 +334,12 @@ def test_captions_without_objects_have_no_grounding(run, tmp_path, capsys):
     assert evaluate.main([str(run), "--data", data, "--output", str(tmp_path / "metrics.json")]) == 0
     assert list(json.loads((tmp_path / "metrics.json").read_text())) == ["retrieval", "training", "evaluation"]
     assert "pointing" not in capsys.readouterr().out
+
+
+def test_nobody_reads_the_numbers(run, tmp_path):
+    command = [sys.executable, "train/evaluate.py", str(run), "--data", str(run.parent / "test.tar"), "--output"]
+    process = subprocess.Popen(
+        [*command, str(tmp_path / "metrics.json")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    process.stdout.close()
+    assert "Traceback" not in process.stderr.read() and process.wait() == 0
