@@ -276,4 +276,6 @@ def load_model(
 
 def first_line(error: Exception) -> str:
     text = str(error).strip() or type(error).__name__
+    if isinstance(error, KeyError):
+        text = f"no entry {text}"
     return " ".join(text.splitlines()[:2])
