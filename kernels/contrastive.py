@@ -31,8 +31,6 @@ TILES: Configs = {
     0: {"BLOCK_M": 256, "BLOCK_N": 256, "BLOCK_K": 32},
     80: {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
 }
-# Half precision without ids, in whole chunks of features: so few registers that a third block fits.
-THREE_BLOCKS: Configs = {0: {}, 80: {}, 100: {"maxnreg": 80}}
 # Of exact products of fp32 with ids, whose comparisons take registers too: half a tile for half the threads, which may
 # have more of them.
 TILES_WITH_IDS: Configs = {
@@ -58,6 +56,14 @@ def _store_sums(sums, x, steep, tile, index, size, AXIS: tl.constexpr, NUMBERS: 
 
 
 @triton.jit
+def _store_both(row_sums, column_sums, x, steep, m, n, i, j, height, width, NUMBERS: tl.constexpr):
+    """A tile's part of the sums of its rows and, where they are wanted, of its columns."""
+    _store_sums(row_sums, x, steep, n, i, height, 1, NUMBERS)
+    if column_sums is not None:
+        _store_sums(column_sums, x, steep, m, j, width, 0, NUMBERS)
+
+
+@triton.jit
 def _store_positives(sums, x, same, tile, index, size, AXIS: tl.constexpr):
     """The third and fourth of four sums: the products of positives, and their number."""
     place = sums + tile.to(tl.int64) * (4 * size) + index
@@ -80,10 +86,12 @@ def _tiles(
     sign, steep = steepness(tl.load(scale).to(tl.float32))
     x = sign * multiply(left, right, i, j, depth, BLOCK_K, DOT, PRECISION)
     x = tl.where((i < height)[:, None] & (j < width)[None, :], x, float("-inf"))
+    # Exact products leave few registers to what follows: the sums first, then the positives. Else the other order takes
+    # fewer.
     NUMBERS: tl.constexpr = 2 if row_ids is None else 4
-    _store_sums(row_sums, x, steep, n, i, height, 1, NUMBERS)
-    if column_sums is not None:
-        _store_sums(column_sums, x, steep, m, j, width, 0, NUMBERS)
+    SUMS_FIRST: tl.constexpr = tl.float32 == DOT and PRECISION == "ieee"
+    if SUMS_FIRST:
+        _store_both(row_sums, column_sums, x, steep, m, n, i, j, height, width, NUMBERS)
     if row_ids is not None:
         same = same_ids(row_ids, column_ids, i, j, height, width)
         _store_positives(row_sums, x, same, n, i, height, 1)
@@ -93,6 +101,8 @@ def _tiles(
         positive = i + first_row
         product = tl.sum(tl.where(j[None, :] == positive[:, None], x, 0.0), 1)
         tl.store(positives + i, product, mask=(i < height) & (positive // BLOCK_N == n))
+    if not SUMS_FIRST:
+        _store_both(row_sums, column_sums, x, steep, m, n, i, j, height, width, NUMBERS)
 
 
 @triton.jit
@@ -222,9 +232,8 @@ def forward(
     exact = rows.dtype == torch.float32 and dots(rows)["PRECISION"] == "ieee"
     table = TILES_WITH_IDS if exact and row_ids is not None else TILES
     options = _config(table, rows, width, with_ids=row_ids is not None)
-    if row_ids is None:
-        whole = rows.dtype != torch.float32 and depth % options["BLOCK_K"] == 0
-        options |= {"maxnreg": REGISTERS} if exact else config(THREE_BLOCKS, rows) if whole else {}
+    if exact:
+        options.setdefault("maxnreg", REGISTERS)
     row_tiles, column_tiles = triton.cdiv(height, options["BLOCK_M"]), triton.cdiv(width, options["BLOCK_N"])
     per_sample = rows.new_empty((height,), dtype=torch.float32)
     positives = torch.empty_like(per_sample) if row_ids is None else None
