@@ -184,5 +184,5 @@ def test_the_method_says_what_the_model_section_is(tmp_path: Path) -> None:
         make_sycoca_config(tmp_path, "b", "model.cam_layer=1")
     (difference,) = config_differences(make_sycoca_config(tmp_path, "a"), make_config(tmp_path))
     assert difference == "method (was 'sycoca', now 'softmask_pp')"
-    with pytest.raises(ConfigError, match="method: expected softmask_pp or sycoca, got str 'coca'"):
+    with pytest.raises(ConfigError, match="method: expected softmask_pp, sycoca or module:Class .* got 'coca'"):
         make_sycoca_config(tmp_path, "c", "method=coca")
