@@ -42,7 +42,7 @@ def copy_block(block: Block, theirs: nn.Module) -> None:
 
 @torch.no_grad()
 def test_text_tower_and_decoder_are_open_clips() -> None:
-    """With `correct_cls_mask`: without it, open_clip's [CLS] sees a caption's padding and not its last token."""
+    """With `correct_cls_mask`: without it, open_clip's mask is shifted by one and [CLS] sees padding, not itself."""
     towers = pytest.importorskip("open_clip.transformer")
     sizes = {"width": WIDTH, "heads": HEADS, "layers": LAYERS, "context_length": LENGTH}
     text = towers.TextTransformer(
