@@ -76,6 +76,7 @@ def _tiles(
     rows, columns, row_ids, column_ids, scale, row_sums, column_sums, positives,
     height, width, depth, first_row, row_stride, column_stride,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    SUMS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """Sums of one tile, and without ids the logits of the positives in it."""
     row_tiles, column_tiles = tl.cdiv(height, BLOCK_M), tl.cdiv(width, BLOCK_N)
@@ -89,7 +90,6 @@ def _tiles(
     # Exact products leave few registers to what follows: the sums first, then the positives. Else the other order takes
     # fewer.
     NUMBERS: tl.constexpr = 2 if row_ids is None else 4
-    SUMS_FIRST: tl.constexpr = tl.float32 == DOT and PRECISION == "ieee"
     if SUMS_FIRST:
         _store_both(row_sums, column_sums, x, steep, m, n, i, j, height, width, NUMBERS)
     if row_ids is not None:
@@ -243,7 +243,7 @@ def forward(
     launch(
         _tiles, (row_tiles * column_tiles,),
         *sides, scale, row_sums, column_sums, positives,
-        height, width, depth, first_row, *(side.stride(0) for side in sides[:2]), **options,
+        height, width, depth, first_row, *(side.stride(0) for side in sides[:2]), SUMS_FIRST=exact, **options,
     )  # fmt: skip
     loss = torch.empty_like(per_sample)
     statistics = per_sample.new_empty(((6 if both else 3) + (row_ids is not None), height))
