@@ -6,15 +6,20 @@ import argparse
 import hashlib
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from softmask import BackendError
 from softmask.data import DataError, open_source
 from softmask.evaluation.readers import Reader, Scorer
+from softmask.training.checkpoint.state import CheckpointError
 from softmask.training.checkpoint.store import load_model
 from softmask.training.config import ConfigError
+from softmask.training.failures import explain
+from softmask.training.launchers import check_environment
 from softmask.training.run_folder import check_vocabulary, first_captions
 
 
@@ -105,6 +110,23 @@ def name_skipped(reader: Reader) -> None:
     for where, reason in list(reader.bad_objects.items())[:1]:
         count = len(reader.bad_objects)
         print(f"left out: {count} objects that cannot be used, the first: {where}: {reason}", file=sys.stderr)
+
+
+def finish(name: str, work: Callable[[], str], *, smaller: str) -> int:
+    """Do a command's work and show what it says, or one line of what went wrong; the exit status."""
+    try:
+        check_environment()
+        said = work()
+    except (DataError, CheckpointError, ConfigError, BackendError, OSError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if (line := explain(error, smaller=smaller)) is None:
+            raise
+        print(f"{name}: {line}", file=sys.stderr)
+        return 1
+    show(said)
+    return 0
 
 
 def show(text: str) -> None:

@@ -36,8 +36,6 @@ import time
 from pathlib import Path
 from typing import get_args
 
-from softmask import BackendError
-from softmask.data import DataError
 from softmask.data.sources import expand_pattern
 from softmask.evaluation.captioning import CaptionOptions
 from softmask.evaluation.command import (
@@ -45,22 +43,19 @@ from softmask.evaluation.command import (
     check_output,
     count,
     evaluation_facts,
+    finish,
     load_scorer,
     name_skipped,
     open_reader,
     positive,
-    show,
     sizes,
     write_atomically,
 )
 from softmask.evaluation.retrieval import RerankBy
 from softmask.evaluation.sections import Evaluation, Section, evaluate, sections_of
 from softmask.evaluation.zero_shot import Class, read_classes
-from softmask.training.checkpoint.state import CheckpointError, read_state
+from softmask.training.checkpoint.state import read_state
 from softmask.training.checkpoint.store import find_checkpoint
-from softmask.training.config import ConfigError
-from softmask.training.failures import explain
-from softmask.training.launchers import check_environment
 
 
 def known_classes(data: str, file: Path | None) -> list[Class]:
@@ -152,20 +147,8 @@ def run(options: argparse.Namespace) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        options = parse(argv)
-        check_environment()
-        said = run(options)
-    except (DataError, CheckpointError, ConfigError, BackendError, OSError) as error:
-        print(f"evaluate: {error}", file=sys.stderr)
-        return 1
-    except Exception as error:
-        if (line := explain(error, smaller="lower --batch-size or --beams")) is None:
-            raise
-        print(f"evaluate: {line}", file=sys.stderr)
-        return 1
-    show(said)
-    return 0
+    options = parse(argv)
+    return finish("evaluate", lambda: run(options), smaller="lower --batch-size or --beams")
 
 
 if __name__ == "__main__":

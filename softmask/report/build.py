@@ -20,19 +20,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from softmask import BackendError
-from softmask.data import DataError, TokenBatch
+from softmask.data import TokenBatch
 from softmask.data.sources import expand_pattern
 from softmask.evaluation import grounding, metrics, retrieval
 from softmask.evaluation.command import (
     add_data_options,
     check_output,
     evaluation_facts,
+    finish,
     load_scorer,
     name_skipped,
     open_reader,
     positive,
-    show,
     sizes,
     write_atomically,
 )
@@ -48,9 +47,6 @@ from softmask.report.svg import Series, outline_path
 from softmask.tasks.base import Curve
 from softmask.training.checkpoint.state import CheckpointError, read_state
 from softmask.training.checkpoint.store import find_checkpoint
-from softmask.training.config import ConfigError
-from softmask.training.failures import explain
-from softmask.training.launchers import check_environment
 from softmask.training.logs import read_lines
 
 ANSWERS = 5
@@ -263,24 +259,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def run(options: argparse.Namespace) -> str:
+    """Write report.html; what to say of it."""
+    output = options.output or options.run / "report.html"
+    check_output(output, ".html")
+    write_atomically(output, render(build_page(options)))
+    return f"written: {output} ({math.ceil(output.stat().st_size / 1e6)} MB)"
+
+
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
-    output = options.output or options.run / "report.html"
-    try:
-        check_environment()
-        check_output(output, ".html")
-        page = build_page(options)
-        write_atomically(output, render(page))
-    except (DataError, CheckpointError, ConfigError, BackendError, OSError) as error:
-        print(f"report: {error}", file=sys.stderr)
-        return 1
-    except Exception as error:
-        if (line := explain(error, smaller="lower --batch-size")) is None:
-            raise
-        print(f"report: {line}", file=sys.stderr)
-        return 1
-    show(f"written: {output} ({math.ceil(output.stat().st_size / 1e6)} MB)")
-    return 0
+    return finish("report", lambda: run(options), smaller="lower --batch-size")
 
 
 if __name__ == "__main__":
