@@ -1,4 +1,4 @@
-"""What the data gives and the models take: captioned pictures as tensors."""
+"""What the data gives and the models take: captioned images as tensors."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 
 @dataclass
 class Batch:
-    """B captioned pictures."""
+    """B captioned images."""
 
     images: Tensor  # [B, 3, H, W] float32, normalized
     input_ids: Tensor  # [B, T] int64
     attention_mask: Tensor  # [B, T] bool, True = real token
     word_ids: Tensor  # [B, T] int64, see TokenBatch
-    image_id: Tensor  # [B] int64, equal for captions of the same picture
+    image_id: Tensor  # [B] int64, equal for captions of the same image
     skipped: list[str] = field(default_factory=list)  # "shard.tar:key: reason" of samples that were replaced
     num_tokens: int | None = None  # real ones; None: counted where it is asked for, which waits for a device
 

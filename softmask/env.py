@@ -29,7 +29,7 @@ PACKAGES = (
 )
 DEVICES = ("cpu", "cuda")
 # Where "auto" takes no kernel, since none pays.
-LEFT_TO_PYTORCH = {("soft_mask", "cpp"): "one map per picture, without gradient,"}
+LEFT_TO_PYTORCH = {("soft_mask", "cpp"): "one map per image, without gradient,"}
 
 
 def op_names() -> list[str]:

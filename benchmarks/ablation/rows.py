@@ -149,11 +149,11 @@ STUDIES = (
             "All rows have the demo's weight 2 of ITC (the paper's is 1) and its focal factor, gamma 1; CoCa is "
             "trained without a pooler. The paper's rows are read so: with attentive masking on IC the caption is "
             "told from the half of the patches that are most similar to one of its tokens; TG-MIM with random masks "
-            "paints random patches again, and the caption is told from the whole picture. The paper's figures are of "
+            "paints random patches again, and the caption is told from the whole image. The paper's figures are of "
             "zero-shot retrieval on COCO after training on CC3M. CIDEr is of the captions that the model writes, "
-            "of the whole picture in every row, chosen by both heads as in evaluation; the gap is how much larger "
+            "of the whole image in every row, chosen by both heads as in evaluation; the gap is how much larger "
             "the error of hidden patches, the row's own choice of them, is when they are painted by another "
-            "picture's caption; both times 100. Attentive masks follow the right caption and random ones do not, so "
+            "image's caption; both times 100. Attentive masks follow the right caption and random ones do not, so "
             "that gaps under the one and the other are of different patches and compare only roughly."
         ),
         config=CONFIGS / "sycoca_demo.yaml",
@@ -168,7 +168,7 @@ STUDIES = (
         title="SoftMask++",
         note=(
             "Each of the three middle rows adds one thing to ALBEF, the last adds all three. Multi-modal "
-            "augmentation is masked captions for every loss and distorted pictures, as strong as at full size; the "
+            "augmentation is masked captions for every loss and distorted images, as strong as at full size; the "
             "demo itself leaves the distortions off, because at this size they halve the speed of learning "
             "([demo.md](../../docs/demo.md)). All rows, ALBEF among them, are the demo's: no queue, no soft targets, "
             "ITC at "

@@ -30,7 +30,7 @@ from softmask.training.logs import say
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "train"
 TEST_DATA = "data/scenes/test-*.tar"
-GALLERY = 256  # pictures that retrieval ranks
+GALLERY = 256  # images that retrieval ranks
 SEEDS = 3  # of every row, before rows are compared
 # What comes out of a run does not depend on them.
 NEUTRAL_KEYS = (

@@ -22,9 +22,9 @@ from them; it is not edited by hand. The runs recorded so far, of 22 and 23 Nove
 since.
 
 Figures are percentages on test scenes never seen in training: mean over the seeds and, behind ±, their sample standard
-deviation. mTR and mIR are the means of R@1, R@5 and R@10 by ITC, picture to caption and caption to picture. Two rows
+deviation. mTR and mIR are the means of R@1, R@5 and R@10 by ITC, image to caption and caption to image. Two rows
 are compared once all seeds of both are finished; equal means agree with any order. The spread that a difference is held
-against is the larger of the two rows' standard deviations. The papers trained on millions of pictures, a run here for
+against is the larger of the two rows' standard deviations. The papers trained on millions of images, a run here for
 minutes on tens of thousands of drawn scenes: what does not show here is not refuted.
 """
 
@@ -65,7 +65,7 @@ def render(results: Sequence[Results]) -> str:
 def section(results: Results) -> str:
     study = results.study
     size = gallery(results)
-    length = f"`{study.config.name}`, {results.steps} steps" + (f"; retrieval among {size} pictures" if size else "")
+    length = f"`{study.config.name}`, {results.steps} steps" + (f"; retrieval among {size} images" if size else "")
     paragraphs = [
         f"## {study.title}",
         _wrapped(f"{length}. {study.note}"),
@@ -76,16 +76,16 @@ def section(results: Results) -> str:
 
 
 def gallery(results: Results) -> int | None:
-    """The number of pictures that retrieval ranked; None where nothing is evaluated yet.
+    """The number of images that retrieval ranked; None where nothing is evaluated yet.
 
     Raises:
-        AblationError: runs were evaluated among different numbers of pictures.
+        AblationError: runs were evaluated among different numbers of images.
     """
     rows = results.metrics.values()
     sizes = {metrics["retrieval"]["images"] for row in rows for metrics in row}
     if len(sizes) > 1:
         raise AblationError(
-            f"{results.study.method}: expected retrieval among equally many pictures in every metrics.json, "
+            f"{results.study.method}: expected retrieval among equally many images in every metrics.json, "
             f"got {sorted(sizes)}; those removed are made anew"
         )
     return sizes.pop() if sizes else None

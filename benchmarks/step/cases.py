@@ -39,7 +39,7 @@ class Case:
 
 
 def make_case(config: SoftMaskPPConfig | SyCoCaConfig, size: int) -> Case:
-    """`size` captioned pictures for the configuration's model, without dropout."""
+    """`size` captioned images for the configuration's model, without dropout."""
     text = replace(config.text, vocab_size=config.text.vocab_size or VOCABULARY[type(config)])
     torch.manual_seed(0)
     if isinstance(config, SyCoCaConfig):
@@ -57,8 +57,8 @@ def make_softmask_pp(config: SoftMaskPPConfig) -> SoftMaskPP:
     with torch.no_grad():
         for queue in (model.contrast.image_queue, model.contrast.text_queue):
             queue.copy_(torch.nn.functional.normalize(torch.randn_like(queue), dim=-1))
-        model.itm_head.weight.mul_(10.0)  # for matches that depend on the picture
-        for parameter in model.twin.parameters():
+        model.itm_head.weight.mul_(10.0)  # for matches that depend on the image
+        for parameter in model.momentum_encoder.parameters():
             parameter.add_(0.1 * parameter.std(correction=0) * torch.randn_like(parameter))
     return model.train()
 

@@ -94,17 +94,19 @@ class PlainSoftMaskPP:
 
     @torch.no_grad()
     def update_momentum(self) -> None:
-        for theirs, ours in zip(self.model.twin.parameters(), self.model.backbone.parameters(), strict=True):
+        for theirs, ours in zip(
+            self.model.momentum_encoder.parameters(), self.model.backbone.parameters(), strict=True
+        ):
             theirs.data = theirs.data * self.config.momentum + ours.data * (1.0 - self.config.momentum)
 
     def losses(self, batch: Batch, draws: Draws, *, alpha: float) -> dict[str, Tensor]:
-        student, twin = self.model.backbone, self.model.twin
+        student, teacher = self.model.backbone, self.model.momentum_encoder
         mask = batch.attention_mask
         image = student.vision(batch.images)
         text = self.text(student, batch.input_ids, mask)
         with torch.no_grad():
-            image_teacher = twin.vision(batch.images)
-            text_teacher = self.text(twin, batch.input_ids, mask)
+            image_teacher = teacher.vision(batch.images)
+            text_teacher = self.text(teacher, batch.input_ids, mask)
         losses = {"itc": self.contrastive(image, text, image_teacher, text_teacher, alpha)}
 
         seen = AttentionMap() if self.config.soft_mask else None
@@ -138,12 +140,12 @@ class PlainSoftMaskPP:
     def contrastive(
         self, image: Tensor, text: Tensor, image_teacher: Tensor, text_teacher: Tensor, alpha: float
     ) -> Tensor:
-        student, twin, queues = self.model.backbone, self.model.twin, self.model.contrast
+        student, teacher, queues = self.model.backbone, self.model.momentum_encoder, self.model.contrast
         scale = 1.0 / self.model.temperature
         image, text = self.feature(student.image_projection, image), self.feature(student.text_projection, text)
         with torch.no_grad():
-            image_teacher = self.feature(twin.image_projection, image_teacher)
-            text_teacher = self.feature(twin.text_projection, text_teacher)
+            image_teacher = self.feature(teacher.image_projection, image_teacher)
+            text_teacher = self.feature(teacher.text_projection, text_teacher)
             images, texts = (
                 torch.cat([teacher.T, queue.clone().T.to(teacher.dtype)], dim=1)
                 for teacher, queue in ((image_teacher, queues.image_queue), (text_teacher, queues.text_queue))
@@ -161,14 +163,14 @@ class PlainSoftMaskPP:
         return total
 
     def masked_tokens(self, batch: Batch, draws: Draws, image: Tensor, image_teacher: Tensor, alpha: float) -> Tensor:
-        """Logits at every position, of student and twin."""
+        """Logits at every position, of student and teacher."""
 
         def logits(network: nn.Module, image_tokens: Tensor) -> Tensor:
             text = self.text(network, draws.masked_ids, batch.attention_mask)
             return at_least_fp32(network.predict_tokens(self.fuse(network, text, batch.attention_mask, image_tokens)))
 
         with torch.no_grad():
-            target = logits(self.model.twin, image_teacher).softmax(dim=-1)
+            target = logits(self.model.momentum_encoder, image_teacher).softmax(dim=-1)
         scores = logits(self.model.backbone, image)
         hard = F.cross_entropy(scores.flatten(0, 1), draws.labels.flatten(), ignore_index=-100)
         soft = -(scores.log_softmax(dim=-1) * target).sum(dim=-1)[draws.labels != -100].mean()

@@ -1,7 +1,7 @@
 """SyCoCa's training step as one who extends open_clip's CoCa writes it: what the engine is measured against.
 
 Captions padded to `max_positions`, attention materialized with additive masks, the similarity of all patches and tokens
-kept and sorted, the whole picture projected in every cross-attention whatever the caption may see of it, logits over
+kept and sorted, the whole image projected in every cross-attention whatever the caption may see of it, logits over
 the vocabulary at every position, the error of all patches, of which the masked ones count.
 
 It reads the weights of a SyCoCa and shares its image encoder and feed-forwards, nothing else. By

@@ -131,7 +131,7 @@ def softmask_pp(case: Case) -> Side:
     clock.wrap(model, "_contrastive _hard_negatives", "contrastive loss")
     clock.wrap(model, "_soft_mask _map_source", "map")
     clock.wrap(model, "_mlm", "masked tokens")
-    for network in (model.backbone, model.twin):
+    for network in (model.backbone, model.momentum_encoder):
         clock.watch(network.vision)
         clock.wrap(network.text, "forward", "text encoder")
         clock.wrap(network.fusion, "forward start project", "fusion")
@@ -155,7 +155,7 @@ def plain_softmask_pp(case: Case) -> Side:
     clock.wrap(recipe, "masked_tokens", "masked tokens")
     clock.wrap(recipe, "text", "text encoder")
     clock.wrap(recipe, "fuse", "fusion")
-    for network in (model.backbone, model.twin):
+    for network in (model.backbone, model.momentum_encoder):
         clock.watch(network.vision)
 
     def losses() -> dict[str, Tensor]:
@@ -171,7 +171,7 @@ def sycoca(case: Case) -> Side:
     model, clock = case.model, Clock()
     clock.watch(model.vision)
     clock.wrap(model.text, "forward", "text encoder")
-    clock.wrap(model, "_masks _told_from", "masks")
+    clock.wrap(model, "_masks _decoder_context", "masks")
     clock.wrap(model.caption_decoder, "forward", "caption decoder")
     clock.wrap(model, "_caption_loss", "caption head and loss")
     clock.wrap(model.image_decoder, "forward", "image decoder")

@@ -1,4 +1,4 @@
-"""Endless batches of captioned pictures that depend on (seed, epoch, position) only: two ranks with B/2 read what one
+"""Endless batches of captioned images that depend on (seed, epoch, position) only: two ranks with B/2 read what one
 rank with B reads, and a run resumes at any micro-batch at no cost.
 """
 
@@ -34,12 +34,12 @@ class DataConfig:
     image_root: str = ""  # for JSON lists; empty: the list's folder
     tokenizer: str = ""  # Hugging Face tokenizer directory; empty: a WordPiece is trained on the captions of `train`
     vocab_size: int = 4096  # of that WordPiece
-    captions: Captions = "all"  # of a picture in an epoch; "random": one of them
+    captions: Captions = "all"  # of an image in an epoch; "random": one of them
     clean_captions: bool = False  # lower case without punctuation, as ALBEF reads captions (cleaning.py)
     append_sep: bool = True  # behind the caption; ALBEF's own tokenizer gives it none
     max_length: int = 25  # tokens, [CLS] and [SEP] included
     image_size: int = 256
-    # evaluation's pictures: whole, made square, as ALBEF's; or cut to their middle, as open_clip's; "auto": as those of
+    # evaluation's images: whole, made square, as ALBEF's; or cut to their middle, as open_clip's; "auto": as those of
     # the method's base
     eval_resize: Literal["auto", "squash", "crop"] = "auto"
     crop_scale: tuple[float, float] = (0.2, 1.0)
@@ -50,7 +50,7 @@ class DataConfig:
     jitter_probability: float = 0.8
     grayscale_probability: float = 0.2
     blur_probability: float = 0.5
-    blur_radius: tuple[float, float] = (0.1, 2.0)  # standard deviation in pixels of a picture of 224
+    blur_radius: tuple[float, float] = (0.1, 2.0)  # standard deviation in pixels of an image of 224
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     workers: int = 0
@@ -160,7 +160,7 @@ class Loader:
             world_size=world_size, seed=seed, start=start_batch,
         )  # fmt: skip
         if not self._plans.batches_per_epoch:
-            samples = f"{self._plans.per_epoch} {'samples' if config.captions == 'all' else 'pictures'}"
+            samples = f"{self._plans.per_epoch} {'samples' if config.captions == 'all' else 'images'}"
             raise DataError(f"{samples} are fewer than one batch of {world_size} x {batch_size}")
         self._reader = _BatchReader(source, config, tokenizer, seed)
         self.batches_per_epoch = self._plans.batches_per_epoch

@@ -11,7 +11,7 @@ import numpy as np
 SHUFFLE_WINDOW = 65_536
 
 Captions = Literal["all", "random"]
-"""What an epoch reads: every caption once, or every picture once with one of its captions, as ALBEF reads its lists."""
+"""What an epoch reads: every caption once, or every image once with one of its captions, as ALBEF reads its lists."""
 
 
 @dataclass
@@ -39,22 +39,22 @@ def epoch_order(group_sizes: np.ndarray, *, seed: int, epoch: int, window: int =
     return order
 
 
-class Pictures:
-    """The captions of every picture; a picture lies where its first caption does."""
+class Images:
+    """The captions of every image; an image lies where its first caption does."""
 
     def __init__(self, group_sizes: np.ndarray, image_ids: np.ndarray):
-        self._samples = np.argsort(image_ids, kind="stable")  # [n], by picture
+        self._samples = np.argsort(image_ids, kind="stable")  # [n], by image
         _, starts = np.unique(image_ids[self._samples], return_index=True)
         by_place = np.argsort(self._samples[starts], kind="stable")
         ends = np.append(starts[1:], len(image_ids))
-        self._starts, self._counts = starts[by_place], (ends - starts)[by_place]  # [pictures]
+        self._starts, self._counts = starts[by_place], (ends - starts)[by_place]  # [images]
         bounds = np.searchsorted(self._samples[self._starts], np.cumsum(group_sizes))
         self.group_sizes = np.diff(bounds, prepend=0)
 
-    def captions(self, pictures: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
-        """One random sample of each picture."""
-        share = np.random.default_rng([seed, epoch, 1]).random(len(self._starts))[pictures]
-        return self._samples[self._starts[pictures] + (share * self._counts[pictures]).astype(np.int64)]
+    def captions(self, images: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
+        """One random sample of each image."""
+        share = np.random.default_rng([seed, epoch, 1]).random(len(self._starts))[images]
+        return self._samples[self._starts[images] + (share * self._counts[images]).astype(np.int64)]
 
 
 @dataclass
@@ -74,8 +74,8 @@ class Plans:
     start: int
 
     def __post_init__(self) -> None:
-        self._pictures = Pictures(self.group_sizes, self.image_ids) if self.captions == "random" else None
-        self._groups = self.group_sizes if self._pictures is None else self._pictures.group_sizes
+        self._images = Images(self.group_sizes, self.image_ids) if self.captions == "random" else None
+        self._groups = self.group_sizes if self._images is None else self._images.group_sizes
         self.per_epoch = int(self._groups.sum())
         self.batches_per_epoch = self.per_epoch // (self.batch_size * self.world_size)
 
@@ -90,4 +90,4 @@ class Plans:
 
     def _order(self, epoch: int) -> np.ndarray:
         order = epoch_order(self._groups, seed=self.seed, epoch=epoch)
-        return order if self._pictures is None else self._pictures.captions(order, seed=self.seed, epoch=epoch)
+        return order if self._images is None else self._images.captions(order, seed=self.seed, epoch=epoch)

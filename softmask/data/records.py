@@ -1,4 +1,4 @@
-"""What a source of captioned pictures hands out, and how its failures are named."""
+"""What a source of captioned images hands out, and how its failures are named."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ class LeftOut:
 
 @dataclass
 class Record:
-    """One caption and its picture, still encoded.
+    """One caption and its image, still encoded.
 
-    `image_id` is shared by all captions of one picture. `extra` is the sample's parsed .json (or the entry of a
+    `image_id` is shared by all captions of one image. `extra` is the sample's parsed .json (or the entry of a
     JSON list) when it was asked for, otherwise None.
     """
 
@@ -60,7 +60,7 @@ class Source(Protocol):
     """Captions by number. Sources are picklable and may be read from forked or spawned processes.
 
     `group_sizes` [groups] int64: sizes of the consecutive runs of samples that lie together on disk (shards).
-    `image_ids` [n]: equal for captions of one picture. `pictures`: their number, each counted once. `problems`: a line
+    `image_ids` [n]: equal for captions of one image. `images`: their number, each counted once. `problems`: a line
     per thing that was wrong but left the rest usable. `digest`: of what the data is, wherever it lies. `paths`: of its
     shards or lists.
     """
@@ -69,7 +69,7 @@ class Source(Protocol):
     group_sizes: np.ndarray
     image_ids: np.ndarray
     problems: list[str]
-    pictures: int
+    images: int
     digest: str
 
     def __len__(self) -> int: ...

@@ -1,7 +1,7 @@
-"""The samples of a tar shard: where their parts lie, which pictures are the same, and what was left out.
+"""The samples of a tar shard: where their parts lie, which images are the same, and what was left out.
 
 Members that follow each other and share the name up to the first dot of the file name are one sample (webdataset's
-rule): a picture with KEY.txt, of which every line is a caption, or with KEY.json, whose "caption" is a text or a list
+rule): an image with KEY.txt, of which every line is a caption, or with KEY.json, whose "caption" is a text or a list
 of texts; .txt wins. A shard is gone through once; what was found is kept in a cache file named by its path, size and
 time.
 """
@@ -29,15 +29,15 @@ logger = logging.getLogger("softmask.data")
 COMPRESSED = b"jpg jpeg jpe jfif png apng webp avif avifs jp2 j2k gif qoi".split()
 PLAIN = b"bmp dib tif tiff ppm pgm pbm pnm tga".split()
 PARTS = {name: "image" for name in COMPRESSED + PLAIN} | {b"txt": "txt", b"json": "json"}
-PIECE = 1024  # bytes, from the middle and from the end of a compressed picture, that tell it from others of its size
+PIECE = 1024  # bytes, from the middle and from the end of a compressed image, that tell it from others of its size
 # Positions count blocks of 512 bytes, so that 32 bits reach 2 TiB; position 0 (always a header) means "no such member".
-# A sample is one caption: number `line`, from 1, of several, or 0 for the only one. Equal `digest`: the same picture.
+# A sample is one caption: number `line`, from 1, of several, or 0 for the only one. Equal `digest`: the same image.
 SAMPLE = np.dtype(
     [(part + of, "<u4") for part in ("image", "txt", "json") for of in ("_block", "_size")]
     + [("line", "<u4"), ("digest", "<u8")]
 )
-SORT = "; picture and caption of a sample must follow each other, as tar --sort=name packs them"
-CACHE_VERSION = 4
+SORT = "; image and caption of a sample must follow each other, as tar --sort=name packs them"
+CACHE_VERSION = 5
 
 
 @dataclass
@@ -47,20 +47,20 @@ class ShardIndex:
     samples: np.ndarray
     broken: str = ""  # where and how the archive breaks off
     digest: str = ""  # of the samples, the bytes of their captions included
-    pictures: LeftOut = field(default_factory=LeftOut)  # without a caption
-    captions: LeftOut = field(default_factory=LeftOut)  # .txt or .json without a picture
-    others: LeftOut = field(default_factory=LeftOut)  # members: neither, or links, or a second picture
+    images: LeftOut = field(default_factory=LeftOut)  # without a caption
+    captions: LeftOut = field(default_factory=LeftOut)  # .txt or .json without an image
+    others: LeftOut = field(default_factory=LeftOut)  # members: neither, or links, or a second image
 
     def problems(self) -> list[str]:
         """A line, without the shard's name, for everything that is wrong."""
         found = [f"{self.broken}: the {len(self.samples)} samples before are used"] if self.broken else []
-        if self.pictures.count:
-            found.append(f"has {self.pictures.count} pictures without .txt or .json, {self.pictures}")
+        if self.images.count:
+            found.append(f"has {self.images.count} images without .txt or .json, {self.images}")
         if self.captions.count:
             line = (
-                f"has {self.captions.count} captions without a picture, left out; the first is {self.captions.first!r}"
+                f"has {self.captions.count} captions without an image, left out; the first is {self.captions.first!r}"
             )
-            apart = self.pictures.count and not len(self.samples)
+            apart = self.images.count and not len(self.samples)
             found.append(line + SORT * bool(apart))
         return found
 
@@ -87,7 +87,7 @@ class _Scan:
         self.found = ShardIndex(np.empty(0, SAMPLE))
         self.key: bytes | None = None
         self.parts: dict[str, tuple[int, int]] = {}
-        self.plain = False  # the picture's bytes are not compressed
+        self.plain = False  # the image's bytes are not compressed
         self.content = hashlib.blake2b(digest_size=16)
 
     def index(self) -> ShardIndex:
@@ -96,7 +96,7 @@ class _Scan:
                 self._member(name, start, size)
         except BrokenTarError as error:
             self.found.broken = str(error)
-        if not self.found.broken or len(self.parts) > 1:  # a caption beyond the break is no fault of its picture
+        if not self.found.broken or len(self.parts) > 1:  # a caption beyond the break is no fault of its image
             self._close_sample()
         self.found.samples = np.array(self.rows, SAMPLE)
         self.content.update(self.found.samples["digest"].tobytes())
@@ -125,7 +125,7 @@ class _Scan:
                 self.found.captions.add(self.key)
             return
         if "txt" not in parts and "json" not in parts:
-            return self.found.pictures.add(self.key)
+            return self.found.images.add(self.key)
         places = [n for part in ("image", "txt", "json") for n in self._place(part)]
         digest = self._digest(*parts["image"])
         self.rows += [(*places, line, digest) for line in self._lines()]
@@ -153,7 +153,7 @@ class _Scan:
         return os.pread(self.file.fileno(), size, start)
 
     def _digest(self, start: int, size: int) -> int:
-        """Of all bytes of a small or plain picture, else of its size and of two pieces of its compressed bytes."""
+        """Of all bytes of a small or plain image, else of its size and of two pieces of its compressed bytes."""
         digest = hashlib.blake2b(size.to_bytes(8, "little"), digest_size=8)
         if self.plain or size <= 2 * PIECE:
             pieces = [(start, size)]
@@ -174,7 +174,7 @@ def _cache_file(path: str) -> Path:
     return cache_folder() / f"{hashlib.sha256(identity.encode('utf-8', 'surrogateescape')).hexdigest()[:40]}.npz"
 
 
-LEFT_OUT = ("pictures", "captions", "others")
+LEFT_OUT = ("images", "captions", "others")
 
 
 def _load_cache(file: Path) -> ShardIndex | None:

@@ -45,7 +45,7 @@ class OpenFiles:
 
 
 class ShardSource:
-    """The samples of tar shards, in the order of `paths`: every caption is one. Captions whose pictures have the same
+    """The samples of tar shards, in the order of `paths`: every caption is one. Captions whose images have the same
     bytes share `image_id`, the number of the first of them.
 
     12 million samples take 390 MB. Raises DataError where nothing usable is found.
@@ -64,11 +64,11 @@ class ShardSource:
         self._files = OpenFiles()
         if not len(samples):
             detail = f" ({'; '.join(self.problems[:2])})" if self.problems else ""
-            raise DataError(f"no captioned pictures in {len(self.paths)} shards, {self.paths[:1]}{detail}")
+            raise DataError(f"no captioned images in {len(self.paths)} shards, {self.paths[:1]}{detail}")
         _, first, of_sample = np.unique(samples["digest"], return_index=True, return_inverse=True)
         self.image_ids = first[of_sample].astype(np.uint32)  # [n]
         self._samples = repack_fields(samples[[name for name in SAMPLE.names if name != "digest"]])
-        self.pictures = len(first)
+        self.images = len(first)
         self.digest = hashlib.sha256("".join(index.digest for index in found).encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -78,7 +78,7 @@ class ShardSource:
         """Sample `index` in [0, len). Raises SampleError where its caption or .json cannot be used."""
         path, row = self._locate(index)
         shard = os.path.basename(path)
-        # the header before the picture holds its name
+        # the header before the image holds its name
         start, size = (int(row["image_block"]) - 1) * BLOCK, BLOCK + int(row["image_size"])
         data = self._bytes(path, start, size, f"{shard}:#{index}")
         name = f"{shard}:{split_name(header_name(data[:BLOCK]))[0].decode('utf-8', 'replace')}"
@@ -140,6 +140,6 @@ def _problems(paths: Sequence[str], found: Sequence[ShardIndex]) -> Iterator[str
     if unread:
         count, (path, first) = sum(others.count for _, others in unread), unread[0]
         yield (
-            f"{count} members of {len(unread)} shards are not read (links, names that end like no picture, .txt or "
+            f"{count} members of {len(unread)} shards are not read (links, names that end like no image, .txt or "
             f".json, or a sample's second one); the first is {first.first!r} of {path}"
         )

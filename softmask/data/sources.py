@@ -101,7 +101,7 @@ class _Texts:
 
 
 class JsonSource:
-    """ALBEF-style JSON lists. Every caption is a sample; captions of the same picture share `image_id`."""
+    """ALBEF-style JSON lists. Every caption is a sample; captions of the same image share `image_id`."""
 
     def __init__(self, paths: Sequence[str], *, image_root: str = ""):
         images: dict[str, int] = {}
@@ -123,8 +123,8 @@ class JsonSource:
             logger.warning("%s", line)
         if not captions:
             detail = f" ({self.problems[0]})" if self.problems else ""
-            raise DataError(f"no captioned pictures in {', '.join(paths)}{detail}")
-        self.paths, self.pictures = list(paths), len(images)
+            raise DataError(f"no captioned images in {', '.join(paths)}{detail}")
+        self.paths, self.images = list(paths), len(images)
         self.digest = content.hexdigest()
         self.group_sizes = np.array([len(captions)], np.int64)
         self._captions, self._images = _Texts(captions), _Texts(list(images))
@@ -134,7 +134,7 @@ class JsonSource:
         return len(self.image_ids)
 
     def read(self, index: int, *, extra: bool = False) -> Record:
-        """Sample `index` in [0, len). Raises SampleError where its caption or picture cannot be read."""
+        """Sample `index` in [0, len). Raises SampleError where its caption or image cannot be read."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         image_id = int(self.image_ids[index])

@@ -1,4 +1,4 @@
-"""Pictures to normalized tensors: ALBEF's crop, flip and RandAugment, SoftMask++'s distortions.
+"""Images to normalized tensors: ALBEF's crop, flip and RandAugment, SoftMask++'s distortions.
 
 Everything works on PIL images, which at 64 to 256 pixels is several times as fast as tensors, and takes its random
 numbers from the `random.Random` it is given, so that a sample depends on its seed alone.
@@ -30,10 +30,10 @@ RAND_AUGMENT_OPS = (
 
 
 def decode_image(data: bytes) -> Image.Image:
-    """The picture as RGB, upright as its EXIF orientation says, transparent parts on white, of an animation the first
-    frame. Raises ValueError where the bytes are no complete picture."""
+    """The image as RGB, upright as its EXIF orientation says, transparent parts on white, of an animation the first
+    frame. Raises ValueError where the bytes are no complete image."""
     if is_pointer(data):
-        raise ValueError(f"picture {NOT_THE_FILE}")
+        raise ValueError(f"image {NOT_THE_FILE}")
     try:
         image = Image.open(io.BytesIO(data))
         image.load()
@@ -45,9 +45,9 @@ def decode_image(data: bytes) -> Image.Image:
             return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
         return image.convert("RGB")
     except UnidentifiedImageError:  # its own text is of an object in memory
-        raise ValueError(f"picture cannot be decoded ({len(data):,} bytes of no format that Pillow knows)") from None
+        raise ValueError(f"image cannot be decoded ({len(data):,} bytes of no format that Pillow knows)") from None
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error, ... on foreign bytes
-        raise ValueError(f"picture cannot be decoded ({type(error).__name__}: {error})") from error
+        raise ValueError(f"image cannot be decoded ({type(error).__name__}: {error})") from error
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -75,47 +75,47 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(levels)
 
 
-def normalize_images(pictures: Sequence[np.ndarray], mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """B pictures [H, W, 3] uint8 to [B, 3, H, W] float32: (x / 255 - mean) / std."""
-    pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous().float()
+def normalize_images(images: Sequence[np.ndarray], mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """B images [H, W, 3] uint8 to [B, 3, H, W] float32: (x / 255 - mean) / std."""
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous().float()
     mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (mean, std))
     return pixels.mul_((1 / (255 * std)).float()).sub_((mean / std).float())
 
 
 def eval_transform(config: DataConfig) -> Callable[[bytes | Image.Image], Tensor]:
-    """For evaluation: encoded or decoded picture to [3, image_size, image_size] float32.
+    """For evaluation: encoded or decoded image to [3, image_size, image_size] float32.
 
     Resized to a square (bicubic, antialiased), or by its shorter side and cut to the square in its middle, as
-    `eval_resize` says ("auto": the former), and normalized. Raises ValueError where bytes are no picture.
+    `eval_resize` says ("auto": the former), and normalized. Raises ValueError where bytes are no image.
     """
 
     def transform(image: bytes | Image.Image) -> Tensor:
-        picture = decode_image(image) if isinstance(image, bytes) else image.convert("RGB")
-        picture = (middle if config.eval_resize == "crop" else square)(picture, config.image_size)
-        return normalize_images([np.asarray(picture)], config.mean, config.std)[0]
+        image = decode_image(image) if isinstance(image, bytes) else image.convert("RGB")
+        image = (middle if config.eval_resize == "crop" else square)(image, config.image_size)
+        return normalize_images([np.asarray(image)], config.mean, config.std)[0]
 
     return transform
 
 
-def square(picture: Image.Image, side: int) -> Image.Image:
-    return picture.resize((side, side), Image.Resampling.BICUBIC)
+def square(image: Image.Image, side: int) -> Image.Image:
+    return image.resize((side, side), Image.Resampling.BICUBIC)
 
 
-def middle(picture: Image.Image, side: int) -> Image.Image:
+def middle(image: Image.Image, side: int) -> Image.Image:
     """The shorter side resized to `side`, then the square in the middle: torchvision's Resize and CenterCrop. Of
-    pictures longer than eight times their width only the middle is resized: what is cut off would take gigabytes."""
-    width, height = picture.size
+    images longer than eight times their width only the middle is resized: what is cut off would take gigabytes."""
+    width, height = image.size
     short = min(width, height)
     if max(width, height) > 8 * short:
         left, top = (max(0, (length - 8 * short) // 2) for length in (width, height))
-        picture = picture.crop((left, top, width - left, height - top))
-        width, height = picture.size
-    picture = picture.resize((side * width // short, side * height // short), Image.Resampling.BICUBIC)
-    return picture.crop(middle_box(picture.size))
+        image = image.crop((left, top, width - left, height - top))
+        width, height = image.size
+    image = image.resize((side * width // short, side * height // short), Image.Resampling.BICUBIC)
+    return image.crop(middle_box(image.size))
 
 
 def middle_box(size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) of the largest square in the middle of a picture of (width, height)."""
+    """(left, top, right, bottom) of the largest square in the middle of an image of (width, height)."""
     side = min(size)
     left, top = (round((length - side) / 2) for length in size)
     return left, top, left + side, top + side
@@ -154,7 +154,7 @@ def crop_box(
         if 0 < w <= width and 0 < h <= height:
             left, top = rng.randint(0, width - w), rng.randint(0, height - h)
             return left, top, left + w, top + h
-    # no such box in a very long picture: the largest one in the middle with an admitted ratio
+    # no such box in a very long image: the largest one in the middle with an admitted ratio
     w = min(width, max(1, round(height * ratio[1])))
     h = min(height, max(1, round(width / ratio[0])))
     left, top = (width - w) // 2, (height - h) // 2

@@ -2,7 +2,7 @@
 
 A model's caption is that one of its beams which both of its heads find best together (`rerank` of
 models/sycoca/generation.py); what the beams give by themselves stands beside it. So do two that write nothing: a
-caption of the training set drawn at random, and the caption of the training picture that looks most alike to the image
+caption of the training set drawn at random, and the caption of the training image that looks most alike to the image
 encoder.
 
 Captions are split into words by the PTB tokenizer, as COCO's server does, where there is Java, which METEOR needs too;
@@ -30,7 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from softmask.data import DataError
-from softmask.evaluation.readers import Reader, Sample, Scorer, batches, each_picture_once, pixels
+from softmask.evaluation.readers import Reader, Sample, Scorer, batches, each_image_once, pixels
 from softmask.models.sycoca.generation import generate_captions, search_captions
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 JAVA_SECONDS = 600.0  # for one answer
 
 Words = dict[int, list[str]]
-"""Number of a picture -> its captions, words separated by blanks."""
+"""Number of an image -> its captions, words separated by blanks."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,13 @@ class CaptionOptions:
     """How captions are made and what they are compared with."""
 
     beams: int = 24
-    neighbours: int = 0  # training pictures that the nearest is sought among, spread evenly; 0: all
+    neighbours: int = 0  # training images that the nearest is sought among, spread evenly; 0: all
     seed: int = 0  # of the captions drawn at random
 
 
 @dataclass
 class Captions:
-    """Of pictures, in their order: the best of their beams by both heads, and the best by the decoder alone."""
+    """Of images, in their order: the best of their beams by both heads, and the best by the decoder alone."""
 
     chosen: list[str] = field(default_factory=list)
     beams_alone: list[str] = field(default_factory=list)
@@ -62,7 +62,7 @@ class Captions:
 def captioning(scorer: Scorer, samples: Iterable[Sample], training: Reader | None, options: CaptionOptions) -> dict:
     """The metrics.json section: scores of the model, of its beams alone and, with `training`, of both comparisons."""
     references: dict[int, list[str]] = {}
-    written, features = describe(scorer, each_picture_once(samples, references), beams=options.beams)
+    written, features = describe(scorer, each_image_once(samples, references), beams=options.beams)
     given = list(references.values())
     result = {"samples": len(given), "beams": options.beams}
     texts = {"beams_alone": written.beams_alone} if options.beams > 1 else {}
@@ -77,7 +77,7 @@ def captioning(scorer: Scorer, samples: Iterable[Sample], training: Reader | Non
 
 @torch.no_grad()
 def describe(scorer: Scorer, samples: Iterable[Sample], *, beams: int) -> tuple[Captions, Tensor]:
-    """Captions of all pictures and their normalized features [N, d]; keeps none of the pictures.
+    """Captions of all images and their normalized features [N, d]; keeps none of the images.
 
     Raises:
         DataError: there is none.
@@ -94,7 +94,7 @@ def describe(scorer: Scorer, samples: Iterable[Sample], *, beams: int) -> tuple[
 
 
 def write_captions(scorer: Scorer, samples: Sequence[Sample], *, beams: int) -> Captions:
-    """Captions of pictures, so few at a time that their beams make no more than a batch. One beam: no choice."""
+    """Captions of images, so few at a time that their beams make no more than a batch. One beam: no choice."""
     options = {"max_length": min(scorer.config.data.max_length, scorer.config.model.text.max_positions)}
     written = Captions()
     for some in batches(samples, max(1, scorer.batch_size // beams)):
@@ -122,8 +122,8 @@ def chosen_numbers(total: int, wanted: int) -> list[int]:
 def nearest_captions(
     scorer: Scorer, features: Tensor, training: Reader, numbers: Sequence[int]
 ) -> tuple[list[str], list[str]]:
-    """For each of the features [B, d], normalized, the caption of the most similar training picture; then the captions
-    of all, one a picture. Their features are dropped batch by batch: there may be millions.
+    """For each of the features [B, d], normalized, the caption of the most similar training image; then the captions
+    of all, one an image. Their features are dropped batch by batch: there may be millions.
 
     Raises:
         DataError: no training sample can be read.
@@ -131,8 +131,8 @@ def nearest_captions(
     captions: list[str] = []
     nearness = features.new_full((len(features),), -torch.inf)
     nearest = torch.zeros(len(features), dtype=torch.long, device=features.device)
-    found = batches(each_picture_once(training.read(numbers), {}), scorer.batch_size)
-    for batch in tqdm(found, desc="training pictures", disable=None, leave=False):
+    found = batches(each_image_once(training.read(numbers), {}), scorer.batch_size)
+    for batch in tqdm(found, desc="training images", disable=None, leave=False):
         known = scorer.model.encode_image(pixels(scorer, batch))[1]
         similarity, place = (features @ known.T).max(dim=1)
         nearest = torch.where(similarity > nearness, place + len(captions), nearest)

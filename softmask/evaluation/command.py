@@ -44,7 +44,7 @@ def sizes(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def open_reader(scorer: Scorer, data: str, image_root: str | None = None) -> Reader:
-    """Shards, or a JSON list, whose pictures lie in `image_root`; None: where those of training did."""
+    """Shards, or a JSON list, whose images lie in `image_root`; None: where those of training did."""
     root = scorer.config.data.image_root if image_root is None else image_root
     source = open_source(data, image_root=root)
     try:
@@ -57,19 +57,17 @@ def open_reader(scorer: Scorer, data: str, image_root: str | None = None) -> Rea
 def add_data_options(parser: argparse.ArgumentParser) -> None:
     """What evaluation and report may read otherwise than training did."""
     parser.add_argument("--data", required=True, help="glob or brace pattern of shards, or a JSON list")
-    parser.add_argument(
-        "--image-root", help="folder of a JSON list's pictures; '': the list's own (default: training's)"
-    )
+    parser.add_argument("--image-root", help="folder of a JSON list's images; '': the list's own (default: training's)")
     parser.add_argument("--text-length", type=count, default=0, help="tokens of a caption; 0: training's (default)")
-    parser.add_argument("--image-size", type=count, default=0, help="side of a picture; 0: training's (default)")
+    parser.add_argument("--image-size", type=count, default=0, help="side of an image; 0: training's (default)")
     parser.add_argument(
         "--resize",
         choices=("squash", "crop"),
         default="",
-        help="whole pictures made square, or the middle of them (default: data.eval_resize, by the method's base)",
+        help="whole images made square, or the middle of them (default: data.eval_resize, by the method's base)",
     )
     parser.add_argument(
-        "--batch-size", type=positive, default=64, help="pictures, captions, beams or pairs at a time (default 64)"
+        "--batch-size", type=positive, default=64, help="images, captions, beams or pairs at a time (default 64)"
     )
 
 

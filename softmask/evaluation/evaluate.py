@@ -10,16 +10,16 @@ where that is empty.
 
 Retrieval takes the first `--pairs` readable samples in the order of the shards (0: all) and reports R@1, R@5 and R@10
 both ways, as fractions, by cosine similarity of the ITC features and with the `--rerank` best of them re-ranked by
-ITM, where the model has it (SyCoCa has not). Captions of one picture are all right answers.
+ITM, where the model has it (SyCoCa has not). Captions of one image are all right answers.
 
 Grounding takes every sample whose .json holds objects and plays the pointing game with each phrase: does the word's
 map peak inside the object's mask? The format, with mask pixels as COCO's uncompressed run lengths (column-major,
-starting with the zeros) of the stored picture's [height, width]:
+starting with the zeros) of the stored image's [height, width]:
 
     {"caption": "a dodo above a red apple",
      "objects": [{"phrase": "red apple", "span": [15, 24], "mask": {"size": [256, 256], "counts": [1200, 31, ...]}}]}
 
-SyCoCa has no word maps; it writes a caption of each picture of the first `--pairs` samples, the best of its beams,
+SyCoCa has no word maps; it writes a caption of each image of the first `--pairs` samples, the best of its beams,
 scored against the true ones beside captions of `--training`, and paints hidden patches again (captioning.py,
 reconstruction.py).
 Zero-shot classification takes `--classes`, by default the concepts.json beside the data (zero_shot.py).
@@ -85,7 +85,7 @@ def unused(options: argparse.Namespace, result: dict) -> list[str]:
     if options.training and "captioning" not in result:
         lines.append("--training: the model writes no captions to compare")
     if options.classes and "zero_shot" not in result:
-        lines.append(f"--classes: no picture of {options.data} shows one single object of a class")
+        lines.append(f"--classes: no image of {options.data} shows one single object of a class")
     return lines
 
 

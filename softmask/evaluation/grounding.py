@@ -47,10 +47,10 @@ def _word(sample: Sample, entry: Any, offsets: Tensor) -> Word:
         text, (start, end) = entry["phrase"], entry["span"]
         if not (type(start) is type(end) is int and 0 <= start < end <= len(sample.caption)):
             raise ValueError(f"span {entry['span']} of a caption of {len(sample.caption)} characters")
-        size = [sample.picture.height, sample.picture.width]
+        size = [sample.image.height, sample.image.width]
         if list(entry["mask"]["size"]) != size:  # before it takes memory
-            raise ValueError(f"mask size {entry['mask']['size']!r:.80}, expected the picture's {size}")
-        mask = torch.as_tensor(rle.decode(entry["mask"])).bool()  # of the stored picture
+            raise ValueError(f"mask size {entry['mask']['size']!r:.80}, expected the image's {size}")
+        mask = torch.as_tensor(rle.decode(entry["mask"])).bool()  # of the stored image
         found = sample.caption[start:end]
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         reason = f"{type(error).__name__}: {error}"
@@ -86,7 +86,7 @@ def word_maps(
 
 @dataclass
 class Tally:
-    """Counts of the pointing game. A random point's expected hits are the masks' shares of the picture."""
+    """Counts of the pointing game. A random point's expected hits are the masks' shares of the image."""
 
     samples: int = 0
     words: int = 0

@@ -17,7 +17,7 @@ RECALL_AT = (1, 5, 10)
 
 
 def right_answers(query_ids: Tensor, gallery_ids: Tensor) -> Tensor:
-    """Which gallery items answer which query: equal picture numbers. [Q] and [G] int64 -> [Q, G] bool."""
+    """Which gallery items answer which query: equal image numbers. [Q] and [G] int64 -> [Q, G] bool."""
     return query_ids[:, None] == gallery_ids[None, :]
 
 
@@ -113,7 +113,7 @@ def peak(plane: Tensor) -> tuple[int, int] | None:
     """The pixel (row, column) of the maximum; None where the map is constant and so points nowhere. plane [h, w].
 
     Outside the outermost patch centres bilinear upsampling repeats the border, so a maximum in a border patch is a
-    plateau that reaches the picture's edge. Of equal pixels the one nearest to the middle of the picture is taken,
+    plateau that reaches the image's edge. Of equal pixels the one nearest to the middle of the image is taken,
     which is the patch's centre, on all four sides alike.
 
     Raises:

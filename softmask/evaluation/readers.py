@@ -1,4 +1,4 @@
-"""A trained model's scores and maps on captioned pictures: what evaluate.py counts and report.py shows.
+"""A trained model's scores and maps on captioned images: what evaluate.py counts and report.py shows.
 
 Reading never stops at a broken sample: it is left out and named. Everything runs under `torch.no_grad()`, in batches,
 and keeps the order of the source.
@@ -45,13 +45,13 @@ class Model(Protocol):
 
 @dataclass
 class Scorer:
-    """A model with all it needs to look at pictures and captions.
+    """A model with all it needs to look at images and captions.
 
     Attributes:
         model: in evaluation mode, on `device`.
         tokenizer: captions -> TokenBatch.
         config: the run's; its `data:` section holds image size, normalization and max_length.
-        batch_size: pictures, captions, beams or pairs at a time.
+        batch_size: images, captions, beams or pairs at a time.
     """
 
     model: Model
@@ -66,11 +66,11 @@ class Scorer:
 
 @dataclass
 class Sample:
-    """One caption and its picture (RGB, at the stored size); `index` is its number in the source."""
+    """One caption and its image (RGB, at the stored size); `index` is its number in the source."""
 
     index: int
     name: str
-    picture: Image.Image
+    image: Image.Image
     caption: str
     image_id: int
     objects: list | None
@@ -80,12 +80,12 @@ class Sample:
     @property
     def box(self) -> tuple[int, int, int, int]:
         """(left, top, right, bottom) of what the model looks at."""
-        return middle_box(self.picture.size) if self.crop else (0, 0, *self.picture.size)
+        return middle_box(self.image.size) if self.crop else (0, 0, *self.image.size)
 
     @property
     def seen(self) -> Image.Image:
-        """The part of the picture that the model looks at."""
-        return self.picture.crop(self.box) if self.crop else self.picture
+        """The part of the image that the model looks at."""
+        return self.image.crop(self.box) if self.crop else self.image
 
 
 @dataclass
@@ -106,7 +106,7 @@ class Reader:
                 record = self.source.read(index, extra=True)
                 if self.data.clean_captions:
                     require_words(record)
-                picture = decode_image(record.image_bytes)
+                image = decode_image(record.image_bytes)
             except SampleError as error:
                 self.skipped[index] = str(error)
                 continue
@@ -118,7 +118,7 @@ class Reader:
                 self.bad_objects[f"{record.name}: objects"] = f"expected a list, got {type(objects).__name__}"
                 objects = None
             crop = self.data.eval_resize == "crop"
-            yield Sample(index, record.name, picture, record.caption, record.image_id, objects, self.bad_objects, crop)
+            yield Sample(index, record.name, image, record.caption, record.image_id, objects, self.bad_objects, crop)
 
     def all(self) -> Iterator[Sample]:
         return self.read(range(len(self.source)))
@@ -130,8 +130,8 @@ def batches(items: Iterable, size: int) -> Iterator[list]:
         yield batch
 
 
-def each_picture_once(samples: Iterable[Sample], captions: dict[int, list[str]]) -> Iterator[Sample]:
-    """The first sample of every picture; `captions` gets all that each has, by image_id, in the same order."""
+def each_image_once(samples: Iterable[Sample], captions: dict[int, list[str]]) -> Iterator[Sample]:
+    """The first sample of every image; `captions` gets all that each has, by image_id, in the same order."""
     for sample in samples:
         is_new = sample.image_id not in captions
         captions.setdefault(sample.image_id, []).append(sample.caption)
@@ -140,6 +140,6 @@ def each_picture_once(samples: Iterable[Sample], captions: dict[int, list[str]])
 
 
 def pixels(scorer: Scorer, samples: Sequence[Sample]) -> Tensor:
-    """Normalized square pictures [B, 3, S, S] on the scorer's device."""
+    """Normalized square images [B, 3, S, S] on the scorer's device."""
     transform = eval_transform(scorer.config.data)
-    return torch.stack([transform(sample.picture) for sample in samples]).to(scorer.device)
+    return torch.stack([transform(sample.image) for sample in samples]).to(scorer.device)

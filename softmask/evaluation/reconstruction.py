@@ -1,7 +1,7 @@
 """How far captions guide the reconstruction: the error of hidden patches with the right caption and with a wrong one.
 
 The patches most relevant to the right caption, or by `masks: random` any, are hidden both times; the wrong caption is
-the next picture's. If the gap between both errors is not above zero, pictures are painted without listening.
+the next image's. If the gap between both errors is not above zero, images are painted without listening.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from softmask import ops
-from softmask.evaluation.readers import Sample, Scorer, batches, each_picture_once, pixels
+from softmask.evaluation.readers import Sample, Scorer, batches, each_image_once, pixels
 
 SEED = 0  # of patches that are drawn (`masks: random`)
 Z_95 = 1.96  # of a normal distribution, two-sided
@@ -22,7 +22,7 @@ Z_95 = 1.96  # of a normal distribution, two-sided
 
 @dataclass
 class Repainted:
-    """Of B pictures: what was hidden [B, P] bool, predicted pixels [B, P, 3 * p**2] and error [B], per caption."""
+    """Of B images: what was hidden [B, P] bool, predicted pixels [B, P, 3 * p**2] and error [B], per caption."""
 
     images: Tensor  # [B, 3, S, S], normalized
     hidden: Tensor
@@ -42,26 +42,26 @@ def repaint(scorer: Scorer, samples: Sequence[Sample], wrong_captions: Sequence[
         torch.manual_seed(SEED)
         hidden = model.hidden_patches(images, *right)
     painted = [model.repaint(images, hidden, *caption) for caption in (right, wrong)]
-    errors = [error_by_picture(scorer, one, images, hidden) for one in painted]
+    errors = [error_by_image(scorer, one, images, hidden) for one in painted]
     return Repainted(images, hidden, *painted, *errors)
 
 
-def error_by_picture(scorer: Scorer, painted: Tensor, images: Tensor, hidden: Tensor) -> Tensor:
-    """TG-MIM's loss of each picture by itself, [B]."""
+def error_by_image(scorer: Scorer, painted: Tensor, images: Tensor, hidden: Tensor) -> Tensor:
+    """TG-MIM's loss of each image by itself, [B]."""
     options = {"patch_size": scorer.model.patch_size, "normalize": scorer.config.model.normalize_pixels}
     loss = ops.masked_patch_loss(painted, images, hidden, reduction="none", **options)
     return (loss.sum(1) / hidden.sum(1)).double().cpu()
 
 
 def with_another(samples: Iterable[Sample]) -> Iterator[tuple[Sample, str]]:
-    """The first sample of each picture with the next picture's caption, the last with the first's; left out is a
-    picture whose next has the same caption. Two are held at a time."""
+    """The first sample of each image with the next image's caption, the last with the first's; left out is a
+    image whose next has the same caption. Two are held at a time."""
     return ((sample, other) for sample, other in _with_next(samples) if other != sample.caption)
 
 
 def _with_next(samples: Iterable[Sample]) -> Iterator[tuple[Sample, str]]:
     first = last = None
-    for sample in each_picture_once(samples, {}):
+    for sample in each_image_once(samples, {}):
         if last is None:
             first = sample.caption
         else:
@@ -72,8 +72,8 @@ def _with_next(samples: Iterable[Sample]) -> Iterator[tuple[Sample, str]]:
 
 
 def reconstruction(scorer: Scorer, samples: Iterable[Sample]) -> dict | None:
-    """The metrics.json section: mean errors, and their gap with its 95 % interval over pictures; None where there are
-    not two pictures with captions that differ."""
+    """The metrics.json section: mean errors, and their gap with its 95 % interval over images; None where there are
+    not two images with captions that differ."""
     gaps, rights = [], []
     for batch in batches(with_another(samples), scorer.batch_size):
         one = repaint(scorer, [sample for sample, _ in batch], [other for _, other in batch])

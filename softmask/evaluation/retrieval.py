@@ -1,4 +1,4 @@
-"""Retrieval both ways: a gallery of encoded pictures and captions, ranked by ITC and re-ranked by ITM."""
+"""Retrieval both ways: a gallery of encoded images and captions, ranked by ITC and re-ranked by ITM."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from softmask.evaluation.readers import Sample, Scorer, batches, pixels
 
 @dataclass
 class Gallery:
-    """Encoded pictures (each once) and captions; `image_ids` and `caption_ids` say which belong together. Tokens are
+    """Encoded images (each once) and captions; `image_ids` and `caption_ids` say which belong together. Tokens are
     kept where the model matches pairs by them."""
 
     captions: list[str]
-    pictures: list[int]  # for each picture the number of its first sample in the source
+    images: list[int]  # for each image the number of its first sample in the source
     image_ids: Tensor  # [I] int64
     caption_ids: Tensor  # [C] int64
     image_tokens: Tensor | None  # [I, P, D]
@@ -43,8 +43,8 @@ class Gallery:
 
 
 @dataclass
-class Encoded:
-    """Tokens and features of pictures or captions, batch by batch; tokens of a model that matches pairs alone."""
+class EncodedBatches:
+    """Tokens and features of images or captions, batch by batch; tokens of a model that matches pairs alone."""
 
     with_tokens: bool
     tokens: list[Tensor] = field(default_factory=list)  # [B, T, D]
@@ -60,7 +60,7 @@ class Encoded:
 
 
 def matches(scorer: Scorer) -> bool:
-    """Whether the model can say of a picture and a caption that they belong together (ITM)."""
+    """Whether the model can say of an image and a caption that they belong together (ITM)."""
     return scorer.config.task.matches_pairs
 
 
@@ -70,7 +70,7 @@ def encode_captions(scorer: Scorer, captions: Sequence[str]) -> tuple[Tensor | N
     batch = scorer.tokens(captions)
     ids = batch.input_ids.to(scorer.device).split(scorer.batch_size)
     masks = batch.attention_mask.to(scorer.device).split(scorer.batch_size)
-    texts = Encoded(matches(scorer))
+    texts = EncodedBatches(matches(scorer))
     for one, mask in zip(ids, masks, strict=True):
         texts.add(*scorer.model.encode_text(one, mask))
     return *texts.cat(), batch
@@ -78,14 +78,14 @@ def encode_captions(scorer: Scorer, captions: Sequence[str]) -> tuple[Tensor | N
 
 @torch.no_grad()
 def build_gallery(scorer: Scorer, samples: Iterable[Sample]) -> Gallery:
-    """Encodes every picture once (equal image_id: the same picture) and every caption; keeps no pixels."""
-    captions, caption_ids, pictures, images = [], [], {}, Encoded(matches(scorer))
+    """Encodes every image once (equal image_id: the same image) and every caption; keeps no pixels."""
+    captions, caption_ids, first_samples, images = [], [], {}, EncodedBatches(matches(scorer))
     for batch in tqdm(batches(samples, scorer.batch_size), desc="encoding", disable=None, leave=False):
         captions += [sample.caption for sample in batch]
         caption_ids += [sample.image_id for sample in batch]
         new = []
         for sample in batch:
-            if pictures.setdefault(sample.image_id, sample.index) == sample.index:
+            if first_samples.setdefault(sample.image_id, sample.index) == sample.index:
                 new.append(sample)
         if new:
             images.add(*scorer.model.encode_image(pixels(scorer, new)))
@@ -95,8 +95,8 @@ def build_gallery(scorer: Scorer, samples: Iterable[Sample]) -> Gallery:
     text_tokens, text_features, read = encode_captions(scorer, captions)
     return Gallery(
         captions=captions,
-        pictures=list(pictures.values()),
-        image_ids=torch.tensor(list(pictures)),
+        images=list(first_samples.values()),
+        image_ids=torch.tensor(list(first_samples)),
         caption_ids=torch.tensor(caption_ids),
         image_tokens=image_tokens,
         image_features=image_features,
@@ -160,7 +160,7 @@ def retrieval(scorer: Scorer, samples: Iterable[Sample], *, rerank: int, by: Rer
     ranking = rank_both_ways(scorer, gallery, rerank=rerank, by=by)
     result = {
         "samples": len(gallery.captions),
-        "images": len(gallery.pictures),
+        "images": len(gallery.images),
         "cut": gallery.cut,
         "itc": {way: metrics.recall(rank.itc, rank.relevant) for way, rank in ranking.items()},
         "chance": {way: metrics.chance_recall(rank.relevant) for way, rank in ranking.items()},

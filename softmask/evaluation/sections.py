@@ -67,7 +67,7 @@ class Retrieval(Section):
         return retrieval.retrieval(given.scorer, given.first(), rerank=given.rerank, by=given.rerank_by)
 
     def lines(self, result: dict, given: Evaluation) -> list[str]:
-        size = f"{result['images']} pictures and {result['samples']} captions"
+        size = f"{result['images']} images and {result['samples']} captions"
         lines = [f"retrieval among {size}, R@1 / R@5 / R@10:"]
         if result["cut"]:
             lines.append(
@@ -98,7 +98,7 @@ class Captioning(Section):
         return captioning.captioning(given.scorer, given.first(), given.training, given.captions)
 
     def lines(self, result: dict, given: Evaluation) -> list[str]:
-        lines = [f"captions of {result['samples']} pictures, CIDEr / BLEU-4 / ROUGE-L:"]
+        lines = [f"captions of {result['samples']} images, CIDEr / BLEU-4 / ROUGE-L:"]
         others = {key.replace("_", " "): result.get(key) for key in ("beams_alone", "nearest", "random")}
         for name, scores in {"model": result, **others}.items():
             if scores:
@@ -126,7 +126,7 @@ class ZeroShot(Section):
 
     def lines(self, result: dict, given: Evaluation) -> list[str]:
         shares = f"top-1 {100 * result['top1']:.1f} %, top-5 {100 * result['top5']:.1f} %"
-        return [f"zero-shot, {result['samples']} pictures of {result['classes']} classes: {shares}"]
+        return [f"zero-shot, {result['samples']} images of {result['classes']} classes: {shares}"]
 
 
 SECTIONS = {kind.name: kind for kind in (Retrieval, Grounding, Captioning, Reconstruction, ZeroShot)}

@@ -1,6 +1,6 @@
-"""Zero-shot classification: the class whose name, put into templates as CLIP does, lies nearest to the picture.
+"""Zero-shot classification: the class whose name, put into templates as CLIP does, lies nearest to the image.
 
-Pictures are those of the data whose .json names one object, an entry of "objects" whose "concept" is a class, whose
+Images are those of the data whose .json names one object, an entry of "objects" whose "concept" is a class, whose
 phrase is the class's name, not its plural, and whose "count", where there is one, is 1. Classes are read from a JSON
 list of {"name", "phrase"}, such as {"name": "red apple", "phrase": "a red apple"}; the scenes' is `concepts.json`.
 """
@@ -48,7 +48,7 @@ def read_classes(path: Path) -> list[Class]:
 
 
 def zero_shot(scorer: Scorer, samples: Iterable[Sample], classes: Sequence[Class]) -> dict | None:
-    """The metrics.json section; None where no picture shows one single object of a class."""
+    """The metrics.json section; None where no image shows one single object of a class."""
     number = {one.name: index for index, one in enumerate(classes)}
     prompts = class_features(scorer, classes)
     hits, total = dict.fromkeys(TOP, 0), 0
@@ -66,7 +66,7 @@ def zero_shot(scorer: Scorer, samples: Iterable[Sample], classes: Sequence[Class
 
 
 def only_class(sample: Sample, number: dict[str, int]) -> int | None:
-    """The class of the one object in the picture; None where there are others, several of it, or none."""
+    """The class of the one object in the image; None where there are others, several of it, or none."""
     if not sample.objects or len(sample.objects) > 1:
         return None
     (entry,) = sample.objects

@@ -57,7 +57,7 @@ def check_library(name: str) -> None:
 
 @dataclass
 class ConvViTConfig:
-    """A small ViT behind a convolutional stem, for small pictures and small budgets."""
+    """A small ViT behind a convolutional stem, for small images and small budgets."""
 
     patch_size: int = 8
     width: int = 192

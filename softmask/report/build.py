@@ -3,7 +3,7 @@
     python train/report.py RUN --data 'data/test-*.tar' [--output RUN/report.html] [--scenes 12]
 
 RUN is a run's folder with log.jsonl, a complete checkpoint and metrics.json (train/evaluate.py writes it). Every
-picture is inside the page, nothing is loaded from elsewhere. Of SoftMask++ it shows the regions that words point to:
+image is inside the page, nothing is loaded from elsewhere. Of SoftMask++ it shows the regions that words point to:
 the phrases of "objects" in a sample's .json (format: train/evaluate.py), or all content words where there are none; of
 SyCoCa captions that it writes and hidden patches that it paints. An ATTRIBUTION.txt beside the shards goes
 into the footer. Unreadable samples are left out and named on stderr; on any failure nothing is written.
@@ -40,9 +40,9 @@ from softmask.evaluation.readers import Reader, Sample, Scorer, batches
 from softmask.evaluation.retrieval import Gallery, RerankBy
 from softmask.report.facts import facts, lead
 from softmask.report.generated import generated
+from softmask.report.images import data_uri, heat_overlay, limited, soft_masked
 from softmask.report.metrics_file import is_number, read_metrics
 from softmask.report.page import Candidate, Page, Query, SceneView, WordView, render
-from softmask.report.pictures import data_uri, heat_overlay, limited, soft_masked
 from softmask.report.svg import Series, outline_path
 from softmask.tasks.base import Curve
 from softmask.training.checkpoint.state import CheckpointError, read_state
@@ -51,8 +51,8 @@ from softmask.training.logs import read_lines
 
 ANSWERS = 5
 CAPTION_QUERIES = 5
-PICTURE_QUERIES = 6
-THUMBNAIL = 200  # pixels of a retrieval picture's longer side
+IMAGE_QUERIES = 6
+THUMBNAIL = 200  # pixels of a retrieval image's longer side
 OVERLAY = 512  # pixels of a map's longer side
 WORDS = 8  # content words shown of a caption without objects
 # Words that name nothing to be seen; English, as only captions without objects need it.
@@ -129,27 +129,27 @@ def answers(
 def retrieval_examples(
     scorer: Scorer, reader: Reader, *, samples: int, rerank: int | None, by: RerankBy | None
 ) -> tuple[list[Query], list[Query]]:
-    """Caption queries and picture queries over the same gallery as in metrics.json; rerank is None without ITM."""
+    """Caption queries and image queries over the same gallery as in metrics.json; rerank is None without ITM."""
     gallery = retrieval.build_gallery(scorer, islice(reader.all(), samples))
     asked_texts = spread(len(gallery.captions), CAPTION_QUERIES)
-    asked_pictures = spread(len(gallery.pictures), PICTURE_QUERIES)
+    asked_images = spread(len(gallery.images), IMAGE_QUERIES)
     by_text = answers(scorer, gallery, asked_texts, rerank=rerank, by=by, by_text=True)
-    by_picture = answers(scorer, gallery, asked_pictures, rerank=rerank, by=by, by_text=False)
+    by_image = answers(scorer, gallery, asked_images, rerank=rerank, by=by, by_text=False)
 
-    def shown(picture: int) -> tuple[str, str]:
-        (sample,) = reader.read([gallery.pictures[picture]])
+    def shown(image: int) -> tuple[str, str]:
+        (sample,) = reader.read([gallery.images[image]])
         return sample.caption, data_uri(limited(sample.seen, THUMBNAIL), quality=84)
 
     captions = []
     for asked, (best, right, rank) in zip(asked_texts, by_text, strict=True):
-        found = [(*shown(picture), hit) for picture, hit in zip(best, right, strict=True)]
+        found = [(*shown(image), hit) for image, hit in zip(best, right, strict=True)]
         captions.append(Query(gallery.captions[asked], [Candidate(text, hit, uri) for text, uri, hit in found], rank))
-    pictures = []
-    for asked, (best, right, rank) in zip(asked_pictures, by_picture, strict=True):
+    images = []
+    for asked, (best, right, rank) in zip(asked_images, by_image, strict=True):
         found = [Candidate(gallery.captions[caption], hit) for caption, hit in zip(best, right, strict=True)]
         text, uri = shown(asked)
-        pictures.append(Query(text, found, rank, uri))
-    return captions, pictures
+        images.append(Query(text, found, rank, uri))
+    return captions, images
 
 
 # -- scenes ----------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ def word_view(scorer: Scorer, sample: Sample, word: Word, patches: Tensor) -> Wo
 
 
 def scene_views(scorer: Scorer, samples: list[Sample]) -> list[SceneView]:
-    """Picture, caption and words of each sample, in batches of the scorer's size."""
+    """Image, caption and words of each sample, in batches of the scorer's size."""
     views = []
     for batch in batches(samples, scorer.batch_size):
         tokens = scorer.tokens([sample.caption for sample in batch])
@@ -229,7 +229,7 @@ def build_page(options: argparse.Namespace) -> Page:
         examples = result["retrieval"]
         reranked = {"rerank": examples.get("rerank"), "by": examples.get("rerank_by")}
         reranked |= {"samples": examples["samples"]}
-        captions, pictures = retrieval_examples(scorer, reader, **reranked)
+        captions, images = retrieval_examples(scorer, reader, **reranked)
         shown = list(reader.read(spread(len(reader.source), scenes)))
         drawn = scene_views(scorer, shown) if scorer.config.task.shows_word_maps(scorer.config.model) else []
         written = generated(scorer, shown, result)
@@ -243,7 +243,7 @@ def build_page(options: argparse.Namespace) -> Page:
         curves=curves(rows, scorer.config.task.curves),
         metrics=result,
         captions=captions,
-        pictures=pictures,
+        images=images,
         scenes=drawn,
         generated=written,
         attribution=attribution(data),
@@ -255,7 +255,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("run", type=Path, help="a run's folder")
     add_data_options(parser)
     parser.add_argument("--output", type=Path, help="default: report.html in RUN")
-    parser.add_argument("--scenes", type=positive, default=12, help="pictures with their words' maps (default 12)")
+    parser.add_argument("--scenes", type=positive, default=12, help="images with their words' maps (default 12)")
     return parser.parse_args(argv)
 
 

@@ -37,6 +37,6 @@ def lead(scorer: Scorer) -> str:
     parts = task.additions(model)
     additions = f" with {' and '.join(parts)}" if parts else ""
     return (
-        f"A vision-language model pre-trained from pictures and their captions alone{additions}. No boxes, no labels: "
+        f"A vision-language model pre-trained from images and their captions alone{additions}. No boxes, no labels: "
         f"{task.learned(model)} was learned from the captions."
     )

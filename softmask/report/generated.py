@@ -12,24 +12,24 @@ from torch import Tensor
 from softmask.evaluation.captioning import write_captions
 from softmask.evaluation.readers import Sample, Scorer, batches
 from softmask.evaluation.reconstruction import Repainted, repaint, with_another
-from softmask.report.pictures import data_uri, limited
+from softmask.report.images import data_uri, limited
 
-SHOWN = 256  # pixels of a picture's longer side
+SHOWN = 256  # pixels of an image's longer side
 PATCH_VARIANCE_EPS = 1e-6  # of ops.masked_patch_loss
 
 
 @dataclass
 class Written:
-    """A picture, what the model says of it and what people said."""
+    """An image, what the model says of it and what people said."""
 
-    picture: str
+    image: str
     written: str
     given: str
 
 
 @dataclass
 class Painting:
-    """A picture, the same with patches hidden, and painted with the right caption and a wrong one; pictures as URIs."""
+    """An image, the same with patches hidden, and painted with the right caption and a wrong one; images as URIs."""
 
     whole: str
     hidden: str
@@ -70,7 +70,7 @@ def paintings(scorer: Scorer, samples: list[Sample]) -> list[Painting]:
         ours, others = [sample for sample, _ in batch], [other for _, other in batch]
         one = repaint(scorer, ours, others)
         errors = zip(one.right_error.tolist(), one.wrong_error.tolist(), strict=True)
-        views = zip(*(map(data_uri, row) for row in painted_pictures(scorer, one)), strict=True)
+        views = zip(*(map(data_uri, row) for row in painted_images(scorer, one)), strict=True)
         for sample, other, view, error in zip(ours, others, views, errors, strict=True):
             drawn.append(Painting(*view, sample.caption, other, error))
     return drawn
@@ -79,7 +79,7 @@ def paintings(scorer: Scorer, samples: list[Sample]) -> list[Painting]:
 # -- pixels ----------------------------------------------------------------------------------------
 
 
-def painted_pictures(scorer: Scorer, one: Repainted) -> tuple[list[Image.Image], ...]:
+def painted_images(scorer: Scorer, one: Repainted) -> tuple[list[Image.Image], ...]:
     """Whole, with patches hidden, and painted with either caption; what was not hidden stays as it was."""
     size, grid = scorer.model.patch_size, scorer.model.patch_grid
     true = to_patches(one.images, size)
@@ -89,11 +89,11 @@ def painted_pictures(scorer: Scorer, one: Repainted) -> tuple[list[Image.Image],
         for paint in (one.right, one.wrong)
     )
     rows = (true, true.masked_fill(hidden, 0.0), right, wrong)
-    return tuple(to_pictures(scorer, from_patches(row, size, grid)) for row in rows)
+    return tuple(to_images(scorer, from_patches(row, size, grid)) for row in rows)
 
 
 def restored(paint: Tensor, true: Tensor, *, normalized: bool) -> Tensor:
-    """Predicted patches in the picture's range: a normalized patch gets back its true mean and deviation, as in MAE."""
+    """Predicted patches in the image's range: a normalized patch gets back its true mean and deviation, as in MAE."""
     if not normalized:
         return paint
     variance, mean = torch.var_mean(true, dim=-1, keepdim=True)
@@ -111,8 +111,8 @@ def from_patches(patches: Tensor, size: int, grid: tuple[int, int]) -> Tensor:
     return rows.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
-def to_pictures(scorer: Scorer, images: Tensor) -> list[Image.Image]:
-    """Normalized pixels as pictures, enlarged to what is shown."""
+def to_images(scorer: Scorer, images: Tensor) -> list[Image.Image]:
+    """Normalized pixels as images, enlarged to what is shown."""
     data = scorer.config.data
     mean, std = (images.new_tensor(values)[:, None, None] for values in (data.mean, data.std))
     pixels = (255 * (images * std + mean)).round().clamp(0, 255).to(torch.uint8).movedim(1, -1).cpu().numpy()
@@ -124,7 +124,7 @@ def to_pictures(scorer: Scorer, images: Tensor) -> list[Image.Image]:
 
 def written_cards(captions: list[Written]) -> str:
     cards = "".join(
-        f'<div class="card"><img src="{one.picture}" alt="{escape(one.given)}"><div><p class="quote">'
+        f'<div class="card"><img src="{one.image}" alt="{escape(one.given)}"><div><p class="quote">'
         f"{escape(one.written)}</p><small>true caption: {escape(one.given)}</small></div></div>"
         for one in captions
     )
@@ -137,7 +137,7 @@ def painted_rows(paintings: list[Painting]) -> str:
 
 def _painted_row(one: Painting) -> str:
     views = [
-        (one.whole, "The picture", one.caption),
+        (one.whole, "The image", one.caption),
         (one.hidden, "What is painted from", ""),
         (one.right, f"With its caption, error {one.errors[0]:.3f}", one.caption),
         (one.wrong, f"With another, error {one.errors[1]:.3f}", one.wrong_caption),
@@ -154,7 +154,7 @@ def caption_table(captioning: dict) -> str:
     """Scores of the model, of its beams alone and of the two comparisons, where they were made."""
     scores = [("cider", "CIDEr"), ("bleu4", "BLEU-4"), ("rouge_l", "ROUGE-L"), ("meteor", "METEOR")]
     scores = [(key, name) for key, name in scores if key in captioning]
-    nearest = f"Nearest of {captioning.get('neighbours', 0):,} training pictures'"
+    nearest = f"Nearest of {captioning.get('neighbours', 0):,} training images'"
     beams, alone = f"{captioning['beams']} beams", captioning.get("beams_alone")
     rows = {
         f"Best of {beams} by both heads" if alone else "Generated": captioning,
@@ -168,9 +168,9 @@ def caption_table(captioning: dict) -> str:
         for name, row in rows.items()
         if row
     )
-    pictures = f"Captions of {captioning['samples']:,} pictures"
+    images = f"Captions of {captioning['samples']:,} images"
     return (
-        f'<div class="scroll apart"><table>\n<thead><tr><th scope="col" rowspan="1">{pictures}</th>{head}</tr>'
+        f'<div class="scroll apart"><table>\n<thead><tr><th scope="col" rowspan="1">{images}</th>{head}</tr>'
         f"</thead>\n<tbody>{body}</tbody></table></div>\n"
     )
 
@@ -178,6 +178,6 @@ def caption_table(captioning: dict) -> str:
 def reconstruction_note(section: dict) -> str:
     right, wrong, gap, low, high = (f"{section[key]:.4f}" for key in ("right", "wrong", "gap", "low", "high"))
     return (
-        f'<p class="note apart">Hidden patches of {section["samples"]:,} pictures: error {right} with the right '
-        f"caption, {wrong} with another picture's. The gap is {gap}, 95 % interval {low} to {high}.</p>\n"
+        f'<p class="note apart">Hidden patches of {section["samples"]:,} images: error {right} with the right '
+        f"caption, {wrong} with another image's. The gap is {gap}, 95 % interval {low} to {high}.</p>\n"
     )

@@ -12,14 +12,14 @@ from softmask.report.generated import (
     reconstruction_note,
     written_cards,
 )
-from softmask.report.pictures import heat_gradient
+from softmask.report.images import heat_gradient
 from softmask.report.style import STYLE
 from softmask.report.svg import Series, line_chart
 
 
 @dataclass
 class Candidate:
-    """One answer to a retrieval query: a picture (`uri`) or a caption, and whether it is right."""
+    """One answer to a retrieval query: an image (`uri`) or a caption, and whether it is right."""
 
     text: str
     right: bool
@@ -28,7 +28,7 @@ class Candidate:
 
 @dataclass
 class Query:
-    """A caption (`uri` empty) or a picture, with its best answers; `rank` counts wrong answers above the right one."""
+    """A caption (`uri` empty) or an image, with its best answers; `rank` counts wrong answers above the right one."""
 
     text: str
     candidates: list[Candidate]
@@ -38,7 +38,7 @@ class Query:
 
 @dataclass
 class WordView:
-    """A word of a scene: its map over the picture and the picture masked by it.
+    """A word of a scene: its map over the image and the image masked by it.
 
     Attributes:
         outline: path of the object's border in pixels; empty without a mask.
@@ -57,11 +57,11 @@ class WordView:
 
 @dataclass
 class SceneView:
-    """A picture at its stored size (height, width), its caption and its words."""
+    """An image at its stored size (height, width), its caption and its words."""
 
     name: str
     caption: str
-    picture: str
+    image: str
     size: tuple[int, int]
     words: list[WordView]
 
@@ -77,7 +77,7 @@ class Page:
     curves: list[Series]  # the first is drawn large
     metrics: dict  # metrics.json
     captions: list[Query]
-    pictures: list[Query]
+    images: list[Query]
     scenes: list[SceneView]
     attribution: str
     generated: Generated = field(default_factory=Generated)
@@ -90,7 +90,7 @@ def render(page: Page) -> str:
         facts_section(page.facts),
         curves_section(page.curves),
         metrics_section(page.metrics),
-        retrieval_section(page.captions, page.pictures, reranked="itm" in page.metrics["retrieval"]),
+        retrieval_section(page.captions, page.images, reranked="itm" in page.metrics["retrieval"]),
         *([scenes_section(page.scenes)] if page.scenes else []),
         *generated_sections(page.generated),
         footer(page),
@@ -121,8 +121,8 @@ def header(page: Page) -> str:
     best = retrieval.get("itm", retrieval["itc"])
     among = f"R@1 among {retrieval['images']}"
     tiles = [
-        tile(percent(best["i2t"]["r1"]), "Picture → caption", among),
-        tile(percent(best["t2i"]["r1"]), "Caption → picture", among),
+        tile(percent(best["i2t"]["r1"]), "Image → caption", among),
+        tile(percent(best["t2i"]["r1"]), "Caption → image", among),
     ]
     if "grounding" in page.metrics:
         ground = page.metrics["grounding"]
@@ -194,7 +194,7 @@ def metrics_section(metrics: dict) -> str:
     retrieval = metrics["retrieval"]
     by = RERANKED_BY.get(retrieval.get("rerank_by"), "")
     reranked = f"ITM re-ranks the {retrieval['rerank']} best of ITC{by}. " if "itm" in retrieval else ""
-    note = f"A gallery of {retrieval['images']:,} pictures and {retrieval['samples']:,} captions. {reranked}"
+    note = f"A gallery of {retrieval['images']:,} images and {retrieval['samples']:,} captions. {reranked}"
     note += "All numbers in percent."
     body = retrieval_table(retrieval)
     if "grounding" in metrics:
@@ -211,7 +211,7 @@ def metrics_section(metrics: dict) -> str:
 def retrieval_table(retrieval: dict) -> str:
     stages = [("itc", "ITC"), ("itm", "ITC, re-ranked by ITM"), ("chance", "chance")]
     stages = [(stage, name) for stage, name in stages if stage in retrieval]
-    ways = [("i2t", "Picture → caption"), ("t2i", "Caption → picture")]
+    ways = [("i2t", "Image → caption"), ("t2i", "Caption → image")]
     groups = "".join(f'<th scope="colgroup" colspan="3">{name}</th>' for _, name in stages)
     columns = "".join(f'<th scope="col"{edge(k)}>R@{k}</th>' for _ in stages for k in (1, 5, 10))
     rows = []
@@ -249,7 +249,7 @@ def grounding_bars(grounding: dict) -> str:
 
 def zero_shot_bars(section: dict) -> str:
     caption = (
-        f"Zero-shot classification of {section['samples']:,} pictures of one object, {section['classes']:,} classes."
+        f"Zero-shot classification of {section['samples']:,} images of one object, {section['classes']:,} classes."
     )
     rows = [("Right at once", section["top1"], "strong"), ("Among the first five", section["top5"], "")]
     return bars(caption, [*rows, ("Chance", section["chance"], "faint")])
@@ -268,14 +268,14 @@ def bars(caption: str, rows: list[tuple[str, float, str]]) -> str:
 # -- retrieval examples ----------------------------------------------------------------------------
 
 
-def retrieval_section(captions: list[Query], pictures: list[Query], *, reranked: bool) -> str:
+def retrieval_section(captions: list[Query], images: list[Query], *, reranked: bool) -> str:
     rows = "".join(caption_query(query) for query in captions)
-    cards = "".join(picture_query(query) for query in pictures)
+    cards = "".join(image_query(query) for query in images)
     when = " after re-ranking" if reranked else ""
     note = f"The first five answers{when}, best first, for queries spread evenly over the gallery. "
     note += f"{mark(True)} marks the right one."
-    body = f'<h3>From a caption to pictures</h3>\n<div class="queries">{rows}</div>\n'
-    body += f'<h3>From a picture to captions</h3>\n<div class="cards">{cards}</div>'
+    body = f'<h3>From a caption to images</h3>\n<div class="queries">{rows}</div>\n'
+    body += f'<h3>From an image to captions</h3>\n<div class="cards">{cards}</div>'
     return section("retrieval", "Retrieval", note, body)
 
 
@@ -290,7 +290,7 @@ def standing(query: Query) -> str:
 
 
 def caption_query(query: Query) -> str:
-    pictures = "".join(
+    images = "".join(
         f'<figure class="thumb{" right" if candidate.right else ""}">'
         f'<img src="{candidate.uri}" alt="{escape(candidate.text)}">'
         f"{mark(True) if candidate.right else ''}</figure>"
@@ -298,11 +298,11 @@ def caption_query(query: Query) -> str:
     )
     return (
         f'<div class="query"><p class="quote">{escape(query.text)}<br><small>{standing(query)}</small></p>'
-        f'<div class="thumbs">{pictures}</div></div>'
+        f'<div class="thumbs">{images}</div></div>'
     )
 
 
-def picture_query(query: Query) -> str:
+def image_query(query: Query) -> str:
     lines = "".join(
         f"<li{' class=right' if candidate.right else ''}>{escape(candidate.text)}"
         f"{' ' + mark(True) if candidate.right else ''}</li>"
@@ -320,7 +320,7 @@ def picture_query(query: Query) -> str:
 def scenes_section(scenes: list[SceneView]) -> str:
     note = (
         "For each phrase of the caption: its Grad-CAM map with a ring on the peak and the object's true outline, and "
-        "the picture softly masked by that map, as training masks its tokens. The scenes are spread evenly over the "
+        "the image softly masked by that map, as training masks its tokens. The scenes are spread evenly over the "
         "data, not chosen."
     )
     legend = (
@@ -333,7 +333,7 @@ def scenes_section(scenes: list[SceneView]) -> str:
 def scene(view: SceneView) -> str:
     words = "".join(word(item, view.size) for item in view.words)
     return (
-        f'<article class="scene">\n<div class="whole"><img src="{view.picture}" alt="{escape(view.caption)}" '
+        f'<article class="scene">\n<div class="whole"><img src="{view.image}" alt="{escape(view.caption)}" '
         f'width="{view.size[1]}" height="{view.size[0]}">'
         f'<p class="quote">{marked_caption(view)}</p><p class="name">{escape(view.name)}</p></div>\n'
         f'<div class="words{" few" if len(view.words) <= 2 else ""}">{words}</div>\n</article>'
@@ -364,7 +364,7 @@ def word(item: WordView, size: tuple[int, int]) -> str:
         f'<div class="word"><p class="label"><span>{name}</span>{verdict}</p>'
         f'<div class="pair"><div class="layers"><img src="{item.overlay}" alt="Map of “{name}”{seen}">'
         f'<svg viewBox="0 0 {width} {height}" aria-hidden="true">{drawing}</svg></div>'
-        f'<img src="{item.masked}" alt="The picture with “{name}” softly masked"></div></div>'
+        f'<img src="{item.masked}" alt="The image with “{name}” softly masked"></div></div>'
     )
 
 
@@ -374,11 +374,11 @@ def word(item: WordView, size: tuple[int, int]) -> str:
 def generated_sections(found: Generated) -> list[str]:
     sections = []
     if found.captions:
-        note = "What the model writes of pictures that are spread evenly over the data, not chosen."
+        note = "What the model writes of images that are spread evenly over the data, not chosen."
         sections.append(section("captions", "Captions", note, written_cards(found.captions)))
     if found.paintings:
         note = (
-            f"{found.hidden} and painted from the rest and a caption: the picture's own, and the next picture's. Of "
+            f"{found.hidden} and painted from the rest and a caption: the image's own, and the next image's. Of "
             "normalized patches the true mean and contrast are put back, as MAE's figures do."
         )
         sections.append(section("paintings", "Reconstructions", note, painted_rows(found.paintings)))

@@ -23,7 +23,7 @@ class SoftMaskPPTask(Task):
     curves = {
         "itc": Curve("ITC: focal contrast", "nats"),
         "itm": Curve("ITM: image-text matching", "nats"),
-        "itm_soft": Curve("ITM on softly masked pictures", "nats"),
+        "itm_soft": Curve("ITM on softly masked images", "nats"),
         "mlm": Curve("MLM: masked words", "nats"),
         "temperature": Curve("Temperature of ITC"),
     }

@@ -32,7 +32,7 @@ class SyCoCaTask(Task):
         check_queue(config.queue_size, batch)
 
     def sections(self, config: SyCoCaConfig) -> tuple[str, ...]:
-        generated = ("captioning",) * config.tells + ("reconstruction",) * config.paints
+        generated = ("captioning",) * config.has_caption_loss + ("reconstruction",) * config.has_reconstruction
         return ("retrieval", *generated, "zero_shot")
 
     def title(self, config: SyCoCaConfig) -> str:
@@ -42,14 +42,14 @@ class SyCoCaTask(Task):
         text = config.text
         return [
             ("Text and captions", f"{text.layers} + 2 x {text.decoder_layers} layers, width {text.width}"),
-            ("Image decoder", f"2 x {config.image_decoder_layers} layers" if config.paints else "off"),
+            ("Image decoder", f"2 x {config.image_decoder_layers} layers" if config.has_reconstruction else "off"),
             ("Masks", config.masks if _has_masks(config) else "off"),
             ("Focal gamma", f"{config.gamma:g}"),
         ]
 
     def additions(self, config: SyCoCaConfig) -> list[str]:
         masked = config.masks == "attentive" and _has_masks(config)
-        return ["attentive masks"] * masked + ["text-guided reconstruction"] * config.paints
+        return ["attentive masks"] * masked + ["text-guided reconstruction"] * config.has_reconstruction
 
     def hidden_patches(self, config: SyCoCaConfig) -> str:
         which = "those most similar to a token of the caption" if config.masks == "attentive" else "drawn at random"
@@ -57,9 +57,9 @@ class SyCoCaTask(Task):
         return f"{100 * config.reconstruct_ratio:g} % of the patches, {which}, are hidden {where}"
 
     def learned(self, config: SyCoCaConfig) -> str:
-        verbs = ["writes"] * config.tells + ["paints"] * config.paints or ["finds"]
+        verbs = ["writes"] * config.has_caption_loss + ["paints"] * config.has_reconstruction or ["finds"]
         return f"what it {' and '.join(verbs)}"
 
 
 def _has_masks(config: SyCoCaConfig) -> bool:
-    return config.paints or (config.tells and config.caption_masking != "none")
+    return config.has_reconstruction or (config.has_caption_loss and config.caption_masking != "none")

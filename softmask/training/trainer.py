@@ -1,6 +1,6 @@
 """The training loop: batches in, optimizer steps, logs and checkpoints out.
 
-Exact resumption rests on three things: the engine's checkpoint holds weights, momentum twin, queue, optimizer and
+Exact resumption rests on three things: the engine's checkpoint holds weights, momentum encoder, queue, optimizer and
 schedule; data order is a function of the number of micro-batches consumed; and so is the random state of every
 micro-step (`seed_everything`).
 """
@@ -134,7 +134,7 @@ class Trainer:
         for what, origin in self._origins.items():
             say(f"{what:8s} {origin}")
         source = self._source
-        say(f"data     {len(source):,} captions of {source.pictures:,} pictures in {len(source.paths):,} files")
+        say(f"data     {len(source):,} captions of {source.images:,} images in {len(source.paths):,} files")
         say(f"text     {text_facts(self._tokenizer, self.config, source)}")
         say(f"batch    {batch} = {parts}")
         options = [f"{key}={value}" for key, value in chosen(self.config).items()]

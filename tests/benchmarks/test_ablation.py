@@ -272,7 +272,7 @@ def test_table_has_mean_spread_and_unfinished_rows() -> None:
     assert line_of(text, "ITC")[2:] == ["2", "15.0 ± 7.1", "15.0 ± 7.1", "", "", "13.5 / 14.8"]
     assert line_of(text, "CoCa (ITC + IC)")[2:] == ["1 of 2, not finished", "30.0", "30.0", "", "", "16.1 / 16.0"]
     assert line_of(text, "SyCoCa")[2:] == ["0 of 2, not finished", "", "", "", "", "18.3 / 18.4"]
-    assert "`sycoca_demo.yaml`, 700 steps; retrieval among 256 pictures." in text
+    assert "`sycoca_demo.yaml`, 700 steps; retrieval among 256 images." in text
     assert "\n20 of 20 comparisons wait for rows that are not finished.\n" in text
 
 
@@ -327,7 +327,7 @@ def test_order_of_finished_rows_alone_and_of_one_seed() -> None:
 def test_galleries_of_different_sizes_are_refused() -> None:
     results = sycoca_results(IN_ORDER)
     results.metrics["itc"][0]["retrieval"]["images"] = 12
-    with pytest.raises(AblationError, match=r"expected retrieval among equally many pictures .* got \[12, 256\]"):
+    with pytest.raises(AblationError, match=r"expected retrieval among equally many images .* got \[12, 256\]"):
         ablation_table.section(results)
 
 
@@ -360,5 +360,5 @@ def test_two_rows_from_data_to_table(tmp_path: Path) -> None:
     for study, title in zip(studies, ("ITC", "SoftMask++ (all)"), strict=True):
         cells = line_of(text, title)[3:]
         assert all(0 <= float(cell) <= 100 for cell in cells[: len(study.figures)])
-    assert text.count("retrieval among 12 pictures") == 2 and text.count("0 of 3, not finished") == 8
+    assert text.count("retrieval among 12 images") == 2 and text.count("0 of 3, not finished") == 8
     assert rows(plan.runs / "sycoca/itc/seed_0")[-1].keys() & {"itc", "caption"} == {"itc"}

@@ -90,7 +90,9 @@ def test_time_memory_and_products_are_reported(case) -> None:
     assert "all but the image encoder" in text and "x faster" in text
     assert ("soft masks cost" in text) == ("no masks" in steppers)
     for name, value in case.model.named_parameters():
-        assert name.startswith("twin.") or torch.equal(value, before[name]), "steps at a rate of 0 leave the weights"
+        assert name.startswith("momentum_encoder.") or torch.equal(value, before[name]), (
+            "steps at a rate of 0 leave the weights"
+        )
     plain, ours = (bench_step.products(steppers[name].side) for name in ("plain", "engine"))
     of_vision = [part for part in plain if part.startswith("image encoder")]
     assert len(of_vision) == 2 and all(ours[part] == plain[part] for part in of_vision)

@@ -1,4 +1,4 @@
-"""Captions as ALBEF reads them: cleaned, without [SEP], one of a picture's an epoch."""
+"""Captions as ALBEF reads them: cleaned, without [SEP], one of an image's an epoch."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 from softmask.data import DataConfig, Loader, SampleError, open_source, train_wordpiece
 from softmask.data.cleaning import plain_words
 from softmask.data.loader import require_words
-from softmask.data.order import Pictures
-from tests.support.data_files import picture, write_tar
+from softmask.data.order import Images
+from tests.support.data_files import make_image, write_tar
 
 
 @pytest.mark.parametrize(
@@ -101,13 +101,13 @@ def test_cut_captions_are_counted_by_words_too(tokenizer) -> None:
 
 @pytest.fixture(scope="module")
 def several(tmp_path_factory):
-    """Nine captions of five pictures in two shards; a picture of the first is in the second again."""
+    """Nine captions of five images in two shards; an image of the first is in the second again."""
     folder = tmp_path_factory.mktemp("several")
     for shard, numbers in enumerate([{0: 3, 1: 1, 2: 2}, {3: 1, 0: 1, 4: 1}]):
         members = []
         for number, lines in numbers.items():
             text = "\n".join(f"a red apple {number} {shard} {line}" for line in range(lines))
-            members += [(f"{number:04d}.png", picture(number)), (f"{number:04d}.txt", text.encode())]
+            members += [(f"{number:04d}.png", make_image(number)), (f"{number:04d}.txt", text.encode())]
         write_tar(folder / f"train-{shard}.tar", members)
     return open_source(str(folder / "train-{0..1}.tar"))
 
@@ -121,30 +121,30 @@ def captions_of(source, tokenizer, *, epochs: int, batch_size: int = 5, **option
     return [next(batches).image_id.tolist() for _ in range(epochs * loader.batches_per_epoch)]
 
 
-def test_every_picture_once_an_epoch(several, tokenizer) -> None:
-    assert (len(several), several.pictures) == (9, 5)
+def test_every_image_once_an_epoch(several, tokenizer) -> None:
+    assert (len(several), several.images) == (9, 5)
     for ids in captions_of(several, tokenizer, epochs=6):
         assert sorted(ids) == sorted(set(several.image_ids.tolist()))
 
 
-def test_every_caption_of_a_picture_has_the_same_chance(several) -> None:
-    pictures = Pictures(several.group_sizes, several.image_ids)
-    assert pictures.group_sizes.tolist() == [3, 2]  # the picture of both shards is the first one's
+def test_every_caption_of_a_image_has_the_same_chance(several) -> None:
+    images = Images(several.group_sizes, several.image_ids)
+    assert images.group_sizes.tolist() == [3, 2]  # the image of both shards is the first one's
     everything = np.arange(5)
-    drawn = np.stack([pictures.captions(everything, seed=3, epoch=epoch) for epoch in range(4000)])
+    drawn = np.stack([images.captions(everything, seed=3, epoch=epoch) for epoch in range(4000)])
     assert (several.image_ids[drawn] == several.image_ids[drawn[0]]).all()
     counts = np.bincount(drawn.ravel(), minlength=9)
     for image in set(several.image_ids.tolist()):
         own = counts[several.image_ids == image]
         assert abs(own - 4000 / len(own)).max() < 5 * (4000 / len(own)) ** 0.5
-    again = pictures.captions(everything[::-1], seed=3, epoch=7)
+    again = images.captions(everything[::-1], seed=3, epoch=7)
     assert again[::-1].tolist() == drawn[7].tolist()  # whatever the order
 
 
 def test_captions_without_words_are_left_out_where_they_are_cleaned(tmp_path, tokenizer) -> None:
     members = []
     for number, caption in enumerate(["a red apple", "!!!", "two cherries"]):
-        members += [(f"{number}.png", picture(number)), (f"{number}.txt", caption.encode())]
+        members += [(f"{number}.png", make_image(number)), (f"{number}.txt", caption.encode())]
     source = open_source(str(write_tar(tmp_path / "train.tar", members)))
     with pytest.raises(SampleError, match=r"train.tar:1: caption '!!!' has no words once it is cleaned"):
         require_words(source.read(1))

@@ -8,7 +8,7 @@ import pickle
 import pytest
 
 from softmask.data import DataError, SampleError, open_source
-from tests.support.data_files import picture, write_shards
+from tests.support.data_files import make_image, write_shards
 
 
 def write_list(folder, entries, name="list.json"):
@@ -19,7 +19,7 @@ def write_list(folder, entries, name="list.json"):
 def test_json_list(tmp_path):
     (tmp_path / "images").mkdir()
     for number in range(2):
-        (tmp_path / "images" / f"{number}.png").write_bytes(picture(number))
+        (tmp_path / "images" / f"{number}.png").write_bytes(make_image(number))
     entries = [
         {"image": "images/0.png", "caption": [" one ", "two"]},
         {"image": "images/1.png", "caption": "three", "image_id": "x"},
@@ -28,15 +28,15 @@ def test_json_list(tmp_path):
     source = open_source(write_list(tmp_path, entries))
     records = [source.read(i, extra=True) for i in range(4)]
     assert [r.caption for r in records] == list(source.captions()) == ["one", "two", "three", "four"]
-    assert [r.image_id for r in records] == [0, 0, 1, 0], "captions of one picture share its number"
-    assert [r.image_bytes for r in records] == [picture(n) for n in (0, 0, 1, 0)]
+    assert [r.image_id for r in records] == [0, 0, 1, 0], "captions of one image share its number"
+    assert [r.image_bytes for r in records] == [make_image(n) for n in (0, 0, 1, 0)]
     assert source.group_sizes.tolist() == [4]
     assert pickle.loads(pickle.dumps(source)).read(2) == source.read(2)
 
     moved = tmp_path / "lists"
     moved.mkdir()
     elsewhere = write_list(moved, entries)
-    assert open_source(elsewhere, image_root=str(tmp_path)).read(2).image_bytes == picture(1)
+    assert open_source(elsewhere, image_root=str(tmp_path)).read(2).image_bytes == make_image(1)
     both = open_source(
         [elsewhere, write_list(moved, [{"image": "images/1.png", "caption": "five"}], "b.json")],
         image_root=str(tmp_path),
@@ -44,7 +44,7 @@ def test_json_list(tmp_path):
     assert [both.read(i).image_id for i in range(5)] == [0, 0, 1, 0, 1]
 
 
-def test_json_entry_without_its_picture(tmp_path):
+def test_json_entry_without_its_image(tmp_path):
     source = open_source(
         write_list(tmp_path, [{"image": "gone.png", "caption": "a"}, {"image": "x\0.png", "caption": "b"}])
     )
@@ -67,14 +67,14 @@ def test_json_entry_without_its_picture(tmp_path):
     ],
 )
 def test_a_bad_entry_is_left_out_and_named(tmp_path, entry, reason, caplog):
-    (tmp_path / "a.png").write_bytes(picture(0))
+    (tmp_path / "a.png").write_bytes(make_image(0))
     good = {"image": "a.png", "caption": "one"}
     source = open_source(write_list(tmp_path, [good, entry, entry, good]))
     assert [source.read(i).caption for i in range(len(source))] == ["one", "one"]
     (problem,) = source.problems
     assert "list.json has 2 entries that cannot be used, left out; the first is 'entry 1: " in problem
     assert reason in problem and [r.getMessage() for r in caplog.records] == [problem]
-    with pytest.raises(DataError, match="no captioned pictures in .*list.json .*entry 0"):
+    with pytest.raises(DataError, match="no captioned images in .*list.json .*entry 0"):
         open_source(write_list(tmp_path, [entry]))
 
 
@@ -89,7 +89,7 @@ def test_the_other_captions_of_an_entry_stay(tmp_path):
         ({"image": "a"}, "expected a list of entries, got dict$"),
         ({"images": [{"sentences": []}], "dataset": "coco"}, "as Karpathy's splits: write one entry"),
         ({"images": [], "annotations": []}, "as COCO's: write one entry"),
-        ([], "no captioned pictures"),
+        ([], "no captioned images"),
     ],
 )
 def test_what_is_no_list_is_named(tmp_path, content, said):

@@ -13,7 +13,7 @@ import torch
 from softmask.data import Batch, DataConfig, DataError, Loader, open_source, train_wordpiece
 from softmask.data.loader import check_bad_share
 from softmask.data.order import epoch_order
-from tests.support.data_files import CAPTION, picture, sample, write_shards, write_tar
+from tests.support.data_files import CAPTION, make_image, sample, write_shards, write_tar
 
 SMALL = {"image_size": 16}
 
@@ -155,7 +155,7 @@ def test_small_data_is_shuffled_in_full():
 def broken(tmp_path):
     """30 samples of which 3 are unreadable, each in its own way."""
     members = [member for n in range(27) for member in sample(n)]
-    members += [("cut.png", picture(1)[:200]), ("cut.txt", CAPTION.encode())]
+    members += [("cut.png", make_image(1)[:200]), ("cut.txt", CAPTION.encode())]
     members += sample(98, b"  ") + sample(99, b"\xff\xfe")
     return open_source(str(write_tar(tmp_path / "a.tar", members)))
 
@@ -169,7 +169,7 @@ def test_unreadable_samples_are_replaced_and_named(broken, data):
     assert ids.max() < 27
     skipped = [line for batch in batches for line in batch.skipped]
     for start in (
-        "a.tar:cut: picture cannot be decoded",
+        "a.tar:cut: image cannot be decoded",
         "a.tar:000098: caption is empty",
         "a.tar:000099: caption is not",
     ):

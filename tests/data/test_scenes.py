@@ -1,4 +1,4 @@
-"""Generated scenes: what the captions say is in the picture, what the masks cover is seen, and no split leaks."""
+"""Generated scenes: what the captions say is in the image, what the masks cover is seen, and no split leaks."""
 
 from __future__ import annotations
 
@@ -93,9 +93,9 @@ def test_folder_is_complete_and_attributed(folder):
         assert len(samples) == getattr(SMALL, split)
         for sample in samples:
             record = json.loads(sample["json"])
-            picture = Image.open(scenes.io.BytesIO(sample["png"]))
+            image = Image.open(scenes.io.BytesIO(sample["png"]))
             side = SMALL.test_size if split == "test" else SMALL.size
-            assert picture.mode == "RGB" and picture.size == (side, side)
+            assert image.mode == "RGB" and image.size == (side, side)
             assert record["caption"] == sample["txt"].decode() and record["split"] == split
             for entry in record["objects"]:
                 start, end = entry["span"]
@@ -139,8 +139,8 @@ def test_command_line(tmp_path, capsys):
 
 
 def test_splits_are_disjoint(folder, sampled):
-    pictures = [hashlib.sha256(s["png"]).digest() for split in scenes.SPLITS for s in read(folder, split)]
-    assert len(set(pictures)) == len(pictures)
+    images = [hashlib.sha256(s["png"]).digest() for split in scenes.SPLITS for s in read(folder, split)]
+    assert len(set(images)) == len(images)
     layouts = [scene.placements for split in scenes.SPLITS for scene in sampled[split]]
     assert len(set(layouts)) == len(layouts)
 
@@ -248,7 +248,7 @@ def test_masks_leave_out_what_is_hidden(sampled):
     assert hidden > 20
 
 
-def test_small_picture_looks_like_a_reduced_large_one(sampled):
+def test_small_image_looks_like_a_reduced_large_one(sampled):
     some = sampled["test"][:12]
     small = [np.asarray(scenes.render(scene, 64)[0], dtype=np.float64) for scene in some]
     large = [np.asarray(scenes.render(scene, 256)[0].reduce(4), dtype=np.float64) for scene in some]

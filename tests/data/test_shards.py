@@ -15,7 +15,7 @@ import webdataset
 from softmask.data import DataError, SampleError, open_source, shard_index, shards
 from softmask.data.tar import tar_members
 from softmask.data.transforms import decode_image
-from tests.support.data_files import CAPTION, picture, sample, write_shards, write_tar
+from tests.support.data_files import CAPTION, make_image, sample, write_shards, write_tar
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +31,7 @@ def test_reads_what_img2dataset_writes(tmp_path):
     assert source.problems == []
     for number in range(6):
         record = source.read(number)
-        assert record.image_bytes == picture(number)
+        assert record.image_bytes == make_image(number)
         assert record.caption == f"{CAPTION} number {number}"
         assert record.name == f"train-00000{number // 3}.tar:{number:06d}"
         assert (record.image_id, record.extra) == (number, None)
@@ -55,9 +55,15 @@ def test_agrees_with_tarfile_on_every_tar_format(tmp_path, form, mtime):
 
 def test_groups_members_as_webdataset_does(tmp_path):
     """Keys with folders, extensions with dots and capitals, a folder entry, samples in any member order."""
-    members = [("x/1.txt", b"one"), ("x/1.JPG", picture(1, form="JPEG")), ("x/1.seg.png", b"other"),
-               ("y/1.webp", picture(2, form="WEBP")), ("y/1.txt", b"two"), ("z.v2/1.jpeg", picture(3, form="JPEG")),
-               ("z.v2/1.json", json.dumps({"caption": "three"}).encode())]  # fmt: skip
+    members = [
+        ("x/1.txt", b"one"),
+        ("x/1.JPG", make_image(1, form="JPEG")),
+        ("x/1.seg.png", b"other"),
+        ("y/1.webp", make_image(2, form="WEBP")),
+        ("y/1.txt", b"two"),
+        ("z.v2/1.jpeg", make_image(3, form="JPEG")),
+        ("z.v2/1.json", json.dumps({"caption": "three"}).encode()),
+    ]
     path = write_tar(tmp_path / "a.tar", members)
     source = open_source(str(path))
     theirs = list(webdataset.WebDataset(str(path), shardshuffle=False))
@@ -70,9 +76,9 @@ def test_groups_members_as_webdataset_does(tmp_path):
 
 def test_reads_shards_written_by_webdataset(tmp_path):
     with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
-        writer.write({"__key__": "folder/k1", "png": picture(1), "txt": "a dodo"})
+        writer.write({"__key__": "folder/k1", "png": make_image(1), "txt": "a dodo"})
     record = open_source(str(tmp_path / "a.tar")).read(0)
-    assert (record.caption, record.image_bytes, record.name) == ("a dodo", picture(1), "a.tar:folder/k1")
+    assert (record.caption, record.image_bytes, record.name) == ("a dodo", make_image(1), "a.tar:folder/k1")
 
 
 @pytest.mark.parametrize(
@@ -91,7 +97,7 @@ def test_bad_caption_is_a_named_sample_error(tmp_path, text, reason):
      (b'{"caption": ""}', "empty"), (b'{"caption": "\\ud800"}', "not UTF-8"), (b"\xff\xfe", "malformed")],
 )  # fmt: skip
 def test_bad_json_caption_is_a_named_sample_error(tmp_path, text, reason):
-    source = open_source(str(write_tar(tmp_path / "a.tar", [("k.png", picture(0)), ("k.json", text)])))
+    source = open_source(str(write_tar(tmp_path / "a.tar", [("k.png", make_image(0)), ("k.json", text)])))
     with pytest.raises(SampleError, match=rf"^a\.tar:k: .*{reason}"):
         source.read(0)
 
@@ -105,7 +111,7 @@ def test_truncated_tar_keeps_the_samples_before(tmp_path, member, cut, caplog):
         last = tar.getmember(member).offset
     os.truncate(path, last + cut)
     source = open_source(str(path))
-    assert [source.read(i).image_bytes for i in range(len(source))] == [picture(0), picture(1)]
+    assert [source.read(i).image_bytes for i in range(len(source))] == [make_image(0), make_image(1)]
     assert len(source.problems) == 1 and str(path) in source.problems[0]
     assert [r.getMessage() for r in caplog.records] == source.problems
 
@@ -122,29 +128,29 @@ def test_damage_in_the_middle_is_told(tmp_path):
     ]
 
 
-def test_picture_without_caption_is_left_out_and_told(tmp_path):
+def test_image_without_caption_is_left_out_and_told(tmp_path):
     source = open_source(
-        str(write_tar(tmp_path / "a.tar", [*sample(0), ("x.png", picture(1)), ("y.txt", b"only text")]))
+        str(write_tar(tmp_path / "a.tar", [*sample(0), ("x.png", make_image(1)), ("y.txt", b"only text")]))
     )
     assert len(source) == 1
     assert source.problems == [
-        f"{tmp_path}/a.tar has 1 pictures without .txt or .json, left out; the first is 'x'",
-        f"{tmp_path}/a.tar has 1 captions without a picture, left out; the first is 'y'",
+        f"{tmp_path}/a.tar has 1 images without .txt or .json, left out; the first is 'x'",
+        f"{tmp_path}/a.tar has 1 captions without an image, left out; the first is 'y'",
     ]
 
 
-def test_pictures_first_and_captions_after_is_told(tmp_path):
+def test_images_first_and_captions_after_is_told(tmp_path):
     members = sorted([*sample(0), *sample(1)], key=lambda member: not member[0].endswith(".png"))
     with pytest.raises(DataError, match="must follow each other, as tar --sort=name packs them"):
         open_source(str(write_tar(tmp_path / "a.tar", members)))
 
 
 @pytest.mark.parametrize("kind", [".txt", ".json"])
-def test_captions_without_pictures_are_counted(tmp_path, kind):
+def test_captions_without_images_are_counted(tmp_path, kind):
     members = [member for member in sample(1) if member[0].endswith(kind)]
     source = open_source(str(write_tar(tmp_path / "a.tar", [*sample(0), *members])))
     (problem,) = source.problems
-    assert problem.endswith("a.tar has 1 captions without a picture, left out; the first is '000001'")
+    assert problem.endswith("a.tar has 1 captions without an image, left out; the first is '000001'")
 
 
 def test_shards_that_cat_joined_are_told(tmp_path):
@@ -163,13 +169,13 @@ def test_files_named_twice_are_told(tmp_path, caplog):
 @pytest.mark.parametrize("form", ["BMP", "GIF", "TIFF", "AVIF", "PPM"])
 def test_reads_what_pillow_reads(tmp_path, form):
     name = {"PPM": "a.ppm", "TIFF": "a.tif"}.get(form, f"a.{form}")
-    content = picture(3, form=form)
+    content = make_image(3, form=form)
     record = open_source(str(write_tar(tmp_path / "a.tar", [(name, content), ("a.txt", b"one")]))).read(0)
-    assert record.image_bytes == content and decode_image(content).size == decode_image(picture(3)).size
+    assert record.image_bytes == content and decode_image(content).size == decode_image(make_image(3)).size
 
 
 def test_members_that_nobody_reads_are_counted(tmp_path):
-    """Links, attributes that macOS keeps, dotted names, other files and second pictures of a sample."""
+    """Links, attributes that macOS keeps, dotted names, other files and second images of a sample."""
     path = write_tar(tmp_path / "a.tar", [*sample(0), ("._000001.png", b"x"), ("._000001.txt", b"y"), *sample(1)])
     with tarfile.open(path, "a") as tar:
         link = tarfile.TarInfo("000002.png")
@@ -177,35 +183,37 @@ def test_members_that_nobody_reads_are_counted(tmp_path):
         tar.addfile(link)
         for name in ("b.v2.png", "notes.md", "b.npy"):
             tar.addfile(tarfile.TarInfo(name))
-    other = write_tar(tmp_path / "b.tar", [("k.png", picture(5)), ("k.jpg", picture(6, form="JPEG")), ("k.txt", b"k")])
+    other = write_tar(
+        tmp_path / "b.tar", [("k.png", make_image(5)), ("k.jpg", make_image(6, form="JPEG")), ("k.txt", b"k")]
+    )
     source = open_source([str(path), str(other)])
     assert [source.read(i).name for i in range(len(source))] == ["a.tar:000000", "a.tar:000001", "b.tar:k"]
     (problem,) = source.problems
     assert problem.startswith("7 members of 2 shards are not read") and problem.endswith(f"'._000001.png' of {path}")
 
 
-def test_lines_are_captions_of_one_picture(tmp_path):
-    """So are copies of a picture: COCO's, say, once per caption. Other pictures of the same size are others."""
+def test_lines_are_captions_of_one_image(tmp_path):
+    """So are copies of an image: COCO's, say, once per caption. Other images of the same size are others."""
     members = [
-        ("a.png", picture(1)),
+        ("a.png", make_image(1)),
         ("a.txt", b"one\n\n two \r\nthree\n"),
-        ("b.png", picture(1)),
+        ("b.png", make_image(1)),
         ("b.txt", b"four\n"),
     ]
-    members += [("c.json", json.dumps({"caption": ["five", "six"]}).encode()), ("c.png", picture(2))]
+    members += [("c.json", json.dumps({"caption": ["five", "six"]}).encode()), ("c.png", make_image(2))]
     members += [
-        ("d.bmp", picture(3, form="BMP")),
+        ("d.bmp", make_image(3, form="BMP")),
         ("d.txt", b"seven"),
-        ("e.bmp", picture(4, form="BMP")),
+        ("e.bmp", make_image(4, form="BMP")),
         ("e.txt", b"eight"),
     ]
-    members += [("f.json", b'{"caption": ["only"]}'), ("f.png", picture(2))]
-    other = write_tar(tmp_path / "b.tar", [("z.jpg", picture(1)), ("z.txt", b"again")])
+    members += [("f.json", b'{"caption": ["only"]}'), ("f.png", make_image(2))]
+    other = write_tar(tmp_path / "b.tar", [("z.jpg", make_image(1)), ("z.txt", b"again")])
     source = open_source([str(write_tar(tmp_path / "a.tar", members)), str(other)])
     records = [source.read(i) for i in range(len(source))]
     assert " ".join(record.caption for record in records) == "one two three four five six seven eight only again"
     assert [record.image_id for record in records] == [0, 0, 0, 0, 4, 4, 6, 7, 4, 0]
-    assert (source.group_sizes.tolist(), source.pictures) == ([9, 1], 4)
+    assert (source.group_sizes.tolist(), source.images) == ([9, 1], 4)
 
 
 @pytest.mark.parametrize(
@@ -293,15 +301,15 @@ def test_index_cache(tmp_path, cache, monkeypatch, caplog):
     assert not scanned, "a rebuilt cache is not used"
 
     stat = os.stat(path)
-    write_tar(path, sample(0) + sample(2))  # same size, other pictures
+    write_tar(path, sample(0) + sample(2))  # same size, other images
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
-    assert open_source(str(path)).read(1).image_bytes == picture(2)
+    assert open_source(str(path)).read(1).image_bytes == make_image(2)
     assert len(scanned) == 1
     assert [f.suffix for f in cache.iterdir()] == [".npz"] * 2, "temporary files are left"
 
 
 def test_problems_survive_the_cache(tmp_path):
-    path = write_tar(tmp_path / "a.tar", sample(0) + [("x.png", picture(1))])
+    path = write_tar(tmp_path / "a.tar", sample(0) + [("x.png", make_image(1))])
     assert open_source(str(path)).problems == open_source(str(path)).problems != []
 
 
@@ -325,7 +333,7 @@ def test_open_files_are_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "OPEN_FILES", 2)
     source = open_source(write_shards(tmp_path, 4, 1))
     before = len(os.listdir("/proc/self/fd"))
-    assert [source.read(i % 4).image_bytes for i in range(8)] == [picture(i % 4) for i in range(8)]
+    assert [source.read(i % 4).image_bytes for i in range(8)] == [make_image(i % 4) for i in range(8)]
     assert len(os.listdir("/proc/self/fd")) <= before + 2
 
 

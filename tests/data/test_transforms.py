@@ -16,7 +16,7 @@ from torchvision.transforms import functional as tv
 
 from softmask.data import DataConfig, decode_image, eval_transform
 from softmask.data import transforms as T
-from tests.support.data_files import picture
+from tests.support.data_files import make_image
 
 
 def encoded(image: Image.Image, form: str = "PNG", **options) -> bytes:
@@ -26,7 +26,7 @@ def encoded(image: Image.Image, form: str = "PNG", **options) -> bytes:
 
 
 def photo(seed: int = 0, size: tuple[int, int] = (48, 40)) -> Image.Image:
-    small = Image.open(io.BytesIO(picture(seed, size=(6, 5))))
+    small = Image.open(io.BytesIO(make_image(seed, size=(6, 5))))
     return small.resize(size, Image.Resampling.BICUBIC)
 
 
@@ -66,8 +66,8 @@ def test_decode_is_upright():
     ],
 )
 def test_decode_of_many_bits(levels, expected):
-    picture = decode_image(encoded(Image.fromarray(levels), "TIFF"))
-    assert [picture.getpixel((x, 0)) for x in range(3)] == [(level,) * 3 for level in expected]
+    image = decode_image(encoded(Image.fromarray(levels), "TIFF"))
+    assert [image.getpixel((x, 0)) for x in range(3)] == [(level,) * 3 for level in expected]
 
 
 def test_decode_of_sixteen_bits_with_a_transparent_level():
@@ -79,8 +79,8 @@ def test_decode_of_sixteen_bits_with_a_transparent_level():
     assert [decode_image(data).getpixel((x, 0))[0] for x in range(3)] == [0, 255, 0x80]
 
 
-def test_a_pointer_of_git_lfs_is_no_picture():
-    with pytest.raises(ValueError, match="picture is a pointer of git-lfs, not the file: git lfs pull"):
+def test_a_pointer_of_git_lfs_is_no_image():
+    with pytest.raises(ValueError, match="image is a pointer of git-lfs, not the file: git lfs pull"):
         decode_image(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
 
 
@@ -100,18 +100,18 @@ def test_transparent_parts_are_white():
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
-def test_truncated_pictures_are_refused(form):
-    data = picture(0, form=form)
+def test_truncated_images_are_refused(form):
+    data = make_image(0, form=form)
     assert decode_image(data).size == (40, 32)
     for broken in (data[: len(data) // 2], data[:40], b"", b"<html>not found</html>"):
-        with pytest.raises(ValueError, match="picture cannot be decoded"):
+        with pytest.raises(ValueError, match="image cannot be decoded"):
             decode_image(broken)
 
 
 def test_decompression_bomb_is_refused(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(ValueError, match="DecompressionBombError"):
-        decode_image(picture(0))
+        decode_image(make_image(0))
 
 
 def test_normalize_against_float64():
@@ -140,7 +140,7 @@ def test_eval_transform(size):
 
 
 @pytest.mark.parametrize("size", [(90, 50), (51, 90), (64, 64), (33, 200), (7, 5), (40, 320)])
-def test_the_middle_of_a_picture_is_torchvisions(size):
+def test_the_middle_of_a_image_is_torchvisions(size):
     config = DataConfig(image_size=24, eval_resize="crop")
     image = photo(1, size)
     resized = tv.center_crop(tv.resize(image, 24, tv.InterpolationMode.BICUBIC), [24, 24])
@@ -151,7 +151,7 @@ def test_the_middle_of_a_picture_is_torchvisions(size):
     assert abs((left + right) - size[0]) <= 1 and abs((top + bottom) - size[1]) <= 1
 
 
-def test_the_middle_of_a_very_long_picture_takes_little_memory():
+def test_the_middle_of_a_very_long_image_takes_little_memory():
     config = DataConfig(image_size=384, eval_resize="crop")
     image = Image.new("RGB", (1, 60_000), (10, 20, 30))
     assert eval_transform(config)(image).shape == (3, 384, 384)  # 26 GB as a whole
@@ -205,7 +205,7 @@ def test_jitter_equals_torchvision(seed):
 
 @pytest.mark.parametrize(("name", "probability"), [("jitter", 0.8), ("grayscale", 0.2), ("blur", 0.5)])
 def test_distortions_have_their_probability(name, probability):
-    """Only one distortion on; how often does the picture change? Within 4 standard deviations of the binomial."""
+    """Only one distortion on; how often does the image change? Within 4 standard deviations of the binomial."""
     options = {f"{other}_probability": 0.0 for other in ("jitter", "grayscale", "blur") if other != name}
     config = DataConfig(image_size=224, **options)
     image, trials = photo(), 1500
@@ -221,7 +221,7 @@ def test_grayscale_has_three_equal_channels():
     assert (out[..., :1] == out).all() and np.array_equal(out[..., 0], np.asarray(photo().convert("L")))
 
 
-def test_blur_scales_with_the_picture():
+def test_blur_scales_with_the_image():
     config = dict(jitter_probability=0, grayscale_probability=0, blur_probability=1, blur_radius=(2.0, 2.0))
 
     def sharpness(size):

@@ -15,7 +15,7 @@ from torch import Tensor
 from softmask import reference
 from softmask.data import DataError, open_source
 from softmask.evaluation import captioning, reconstruction, zero_shot
-from softmask.evaluation.readers import Reader, Sample, Scorer, each_picture_once, pixels
+from softmask.evaluation.readers import Reader, Sample, Scorer, each_image_once, pixels
 from softmask.report import generated as report_generation
 from tests.support.evaluation_files import ALL, COLOURS, PAIRS, Oracle, Words, small_config, write_scenes
 
@@ -97,25 +97,25 @@ def test_rouge_is_the_longest_common_subsequence(monkeypatch: pytest.MonkeyPatch
     assert captioning.score(["the cat sat down"], [["the cat ran"]])["rouge_l"] == pytest.approx(expected)
 
 
-def test_captions_of_one_picture_are_all_references(samples: list[Sample]) -> None:
+def test_captions_of_one_image_are_all_references(samples: list[Sample]) -> None:
     samples[3].image_id = samples[0].image_id
     references: dict[int, list[str]] = {}
-    pictures = list(each_picture_once(samples, references))
-    assert [sample.index for sample in pictures] == [0, 1, 2, *range(4, 12)]
+    images = list(each_image_once(samples, references))
+    assert [sample.index for sample in images] == [0, 1, 2, *range(4, 12)]
     assert list(references.values())[0] == [samples[0].caption, samples[3].caption]
 
 
-def test_no_picture_is_an_error(scorer: Scorer) -> None:
+def test_no_image_is_an_error(scorer: Scorer) -> None:
     with pytest.raises(DataError, match="no readable sample to caption"):
         captioning.captioning(scorer, [], None, captioning.CaptionOptions())
 
 
 @pytest.mark.parametrize(("total", "wanted", "expected"), [(4, 0, [0, 1, 2, 3]), (3, 9, [0, 1, 2]), (10, 3, [0, 3, 6])])
-def test_training_pictures_are_spread(total: int, wanted: int, expected: list[int]) -> None:
+def test_training_images_are_spread(total: int, wanted: int, expected: list[int]) -> None:
     assert captioning.chosen_numbers(total, wanted) == expected
 
 
-def test_the_nearest_picture_lends_its_caption(scorer, samples, tmp_path) -> None:
+def test_the_nearest_image_lends_its_caption(scorer, samples, tmp_path) -> None:
     training = Reader(open_source(write_scenes(tmp_path / "train.tar", reversed(ALL))))
     features = scorer.model.encode_image(pixels(scorer, samples))[1]
     nearest, known = captioning.nearest_captions(scorer, features, training, range(12))
@@ -147,7 +147,7 @@ def test_the_section_compares_with_training_captions(scorer, samples, tmp_path, 
 
 
 class Boxes:
-    """Pictures' features are the colour of their left box; a prompt's the colour that it names, two of them swapped."""
+    """Images' features are the colour of their left box; a prompt's the colour that it names, two of them swapped."""
 
     def __init__(self, oracle: Oracle, swapped: tuple[str, ...] = ()) -> None:
         self.oracle, self.swapped = oracle, swapped
@@ -166,7 +166,7 @@ class Boxes:
 
 
 @pytest.mark.parametrize(("swapped", "hits"), [((), 7), (("red", "green"), 1)])  # blue is found either way
-def test_zero_shot_counts_pictures_of_one_object(scorer, samples, monkeypatch, swapped, hits) -> None:
+def test_zero_shot_counts_images_of_one_object(scorer, samples, monkeypatch, swapped, hits) -> None:
     monkeypatch.setattr(zero_shot, "TEMPLATES", ("{}", "a {}"))
     scorer.model = Boxes(scorer.model, swapped)
     for sample in samples[:10]:  # scenes 0 to 8 begin with red, green and blue, three each; the last with black
@@ -206,7 +206,7 @@ def test_a_class_list_that_is_none_is_refused(tmp_path: Path) -> None:
 
 
 class Painter:
-    """Hides the left half; paints zeros, or the truth (normalized) where the caption names the picture's left box."""
+    """Hides the left half; paints zeros, or the truth (normalized) where the caption names the image's left box."""
 
     patch_size, patch_grid = 8, (4, 4)
 
@@ -234,7 +234,7 @@ def test_the_gap_is_what_the_caption_tells(scorer: Scorer, samples: list[Sample]
     hidden = scorer.model.hidden_patches(images, None, None)
     blind = reference.masked_patch_loss(torch.zeros(12, 16, 192), images, hidden, patch_size=8, reduction="none")
     blind = blind.sum(1) / 8
-    wrong = [PAIRS[i][0] != PAIRS[(i + 1) % 12][0] for i in range(12)]  # the next picture's left box is another one
+    wrong = [PAIRS[i][0] != PAIRS[(i + 1) % 12][0] for i in range(12)]  # the next image's left box is another one
     expected = torch.where(torch.tensor(wrong), blind, 0.0) if listens else torch.zeros(12)
     assert section["gap"] == pytest.approx(expected.mean().item(), abs=1e-6)
     half = 1.96 * expected.std().item() / 12**0.5
@@ -273,7 +273,7 @@ def test_patches_that_are_drawn_are_the_same_each_time(scorer: Scorer, samples: 
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_another_caption_of_the_same_picture_is_no_wrong_one(scorer: Scorer, samples: list[Sample]) -> None:
+def test_another_caption_of_the_same_image_is_no_wrong_one(scorer: Scorer, samples: list[Sample]) -> None:
     scorer.model = Painter(scorer.model, listens=True)
     scorer.config.model = SimpleNamespace(normalize_pixels=True)
     doubled = [one for s in samples for one in (s, dataclasses.replace(s, caption=f"{s.caption} and a box"))]

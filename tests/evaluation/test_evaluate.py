@@ -70,18 +70,18 @@ def test_itm_finds_what_blind_features_leave_among_the_candidates(tmp_path, rera
     assert scorer.model.fused == 144 - (12 - first) ** 2  # each pair that either direction wants, once
 
 
-@pytest.mark.parametrize("image_root", ["", "pictures"])
-def test_captions_of_one_picture_share_it(tmp_path, image_root):
-    """A JSON list, its pictures beside it or where the run's were."""
-    pictures = tmp_path / image_root
-    pictures.mkdir(exist_ok=True)
+@pytest.mark.parametrize("image_root", ["", "images"])
+def test_captions_of_one_image_share_it(tmp_path, image_root):
+    """A JSON list, its images beside it or where the run's were."""
+    images = tmp_path / image_root
+    images.mkdir(exist_ok=True)
     for number in range(12):
-        (pictures / f"{number}.png").write_bytes(scene(number)[0][1])
+        (images / f"{number}.png").write_bytes(scene(number)[0][1])
     captions = [[f"a {a} box beside a {b} one", f"a {a} one beside a {b} box"] for a, b in PAIRS]
     entries = [{"image": f"{number}.png", "caption": texts} for number, texts in enumerate(captions)]
     (tmp_path / "list.json").write_text(json.dumps(entries), encoding="utf-8")
     scorer = make_scorer(tmp_path)
-    scorer.config.data.image_root = image_root and str(pictures)
+    scorer.config.data.image_root = image_root and str(images)
     reader = command.open_reader(scorer, str(tmp_path / "list.json"))
     result = all_sections(scorer, reader, pairs=0, rerank=3)
     assert (result["retrieval"]["samples"], result["retrieval"]["images"]) == (24, 12)
@@ -97,7 +97,7 @@ def test_pairs_bounds_retrieval_but_not_grounding(tmp_path):
     assert result["retrieval"]["samples"] == 4  # scene 1 is broken: 0, 2, 3 and 4
     assert (result["grounding"]["samples"], result["grounding"]["words"]) == (10, 20)
     assert sorted(reader.skipped) == [1, 11]
-    assert reader.skipped[11].startswith("test.tar:0011: picture cannot be decoded")
+    assert reader.skipped[11].startswith("test.tar:0011: image cannot be decoded")
 
 
 def test_truncated_phrases_and_hidden_objects_are_counted_not_played(tmp_path):
@@ -131,7 +131,7 @@ def test_truncated_phrases_and_hidden_objects_are_counted_not_played(tmp_path):
             lambda entry: entry["mask"].update(size=[2**20, 2**14], counts=[2**34]),
             r"mask size \[1048576, 16384\], exp",
         ),
-        (lambda entry: entry["mask"].update(size=[16, 64]), r"mask size \[16, 64\], expected the picture's \[32, 32\]"),
+        (lambda entry: entry["mask"].update(size=[16, 64]), r"mask size \[16, 64\], expected the image's \[32, 32\]"),
     ],
 )
 def test_malformed_objects_name_sample_and_entry(tmp_path, change, message):
@@ -146,12 +146,12 @@ def test_malformed_objects_name_sample_and_entry(tmp_path, change, message):
 
 
 def wide(number: int, *, shift: int) -> list[tuple[str, bytes]]:
-    """Scene `number`, `shift` pixels from the left in a white picture of twice its width."""
+    """Scene `number`, `shift` pixels from the left in a white image of twice its width."""
     (name, data), text, (json_name, meta) = scene(number)
-    picture = Image.new("RGB", (64, 32), "white")
-    picture.paste(Image.open(io.BytesIO(data)), (shift, 0))
+    image = Image.new("RGB", (64, 32), "white")
+    image.paste(Image.open(io.BytesIO(data)), (shift, 0))
     file = io.BytesIO()
-    picture.save(file, "PNG")
+    image.save(file, "PNG")
     content = json.loads(meta)
     for entry in content["objects"]:
         mask = np.zeros((32, 64), bool)
@@ -160,8 +160,8 @@ def wide(number: int, *, shift: int) -> list[tuple[str, bytes]]:
     return [(name, file.getvalue()), text, (json_name, json.dumps(content).encode())]
 
 
-def test_masks_are_cut_as_pictures_are(tmp_path):
-    """Cut to their middle, wide pictures are the scenes; an object at the side is hidden."""
+def test_masks_are_cut_as_images_are(tmp_path):
+    """Cut to their middle, wide images are the scenes; an object at the side is hidden."""
     write_tar(tmp_path / "test.tar", [member for number in range(12) for member in wide(number, shift=16)])
     write_tar(tmp_path / "aside.tar", wide(0, shift=0))
     scorer = make_scorer(tmp_path)
@@ -172,7 +172,7 @@ def test_masks_are_cut_as_pictures_are(tmp_path):
     assert (result["pointing"], result["words"], result["hidden"]) == (1.0, 24, 0)
     assert result["random"] == pytest.approx(128 / 1024)
     sample = next(reader.all())
-    assert sample.seen.size == (32, 32) and sample.picture.size == (64, 32)
+    assert sample.seen.size == (32, 32) and sample.image.size == (64, 32)
     result = grounding.grounding(scorer, Reader(open_source(str(tmp_path / "aside.tar")), scorer.config.data).all())
     assert (result["words"], result["hidden"]) == (1, 1)  # the left box lies outside, half of the right one inside
 
@@ -256,7 +256,7 @@ def test_failures_end_in_one_line_and_leave_the_old_file(run, tmp_path, capsys):
 def test_unreadable_samples_are_named_on_stderr(run, tmp_path, capsys):
     data = write_scenes(tmp_path / "test.tar", broken=(3,))
     assert evaluate.main([str(run), "--data", data, "--output", str(tmp_path / "metrics.json")]) == 0
-    assert capsys.readouterr().err.startswith("left out: test.tar:0003: picture cannot be decoded")
+    assert capsys.readouterr().err.startswith("left out: test.tar:0003: image cannot be decoded")
     assert json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))["retrieval"]["samples"] == 11
 
 
@@ -273,8 +273,8 @@ def test_objects_that_cannot_be_used_stop_nothing(run, tmp_path, capsys, objects
 
 
 def test_a_list_elsewhere_at_other_sizes(run, tmp_path, capsys):
-    """Pictures in a folder of their own, larger pictures and shorter captions than training's."""
-    folder = tmp_path / "pictures"
+    """Images in a folder of their own, larger images and shorter captions than training's."""
+    folder = tmp_path / "images"
     folder.mkdir()
     for number in range(3):
         (folder / f"{number}.png").write_bytes(scene(number)[0][1])

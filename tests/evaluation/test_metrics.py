@@ -43,7 +43,7 @@ def test_recall_of_a_perfect_and_of_a_constant_model():
     assert metrics.recall(-relevant.float(), relevant, ks=(39, 40)) == {"r39": 0.0, "r40": 1.0}
 
 
-def test_every_caption_of_the_picture_is_right():
+def test_every_caption_of_the_image_is_right():
     caption_of = torch.tensor([0, 0, 1, 2, 2])
     relevant = metrics.right_answers(torch.tensor([0, 1, 2]), caption_of)
     scores = torch.tensor([[1.0, 9, 5, 0, 0], [8, 1, 5, 1, 9], [0, 0, 9, 1, 2]])

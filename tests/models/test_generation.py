@@ -33,8 +33,8 @@ def log_probabilities(model, images: Tensor, input_ids: Tensor) -> Tensor:
     """[B, T, V] of the token behind every token, by the training pass over whole captions."""
     _, image = model.pool(model.vision(images))
     texts = model.read(input_ids, Packing.full(*input_ids.shape, input_ids.device))
-    pictures = Packing.full(*image.shape[:2], image.device)
-    states = model.caption_decoder(texts.tokens, texts.packing, image.flatten(0, 1), pictures)
+    image_packing = Packing.full(*image.shape[:2], image.device)
+    states = model.caption_decoder(texts.tokens, texts.packing, image.flatten(0, 1), image_packing)
     return model.caption_head(states).log_softmax(-1).unflatten(0, input_ids.shape)
 
 
@@ -42,7 +42,7 @@ def test_greedy_is_the_likeliest_token_each_time(model, images: Tensor) -> None:
     got = generate_captions(model, images, max_length=10)
     assert (got[:, 0] == SPECIAL.cls).all()
     first = log_probabilities(model, images, got[:, :1])[:, 0]
-    assert (first[1:] - first[0]).abs().max() > 1e-3, "all pictures say the same: nothing is tested"
+    assert (first[1:] - first[0]).abs().max() > 1e-3, "all images say the same: nothing is tested"
     expected = got[:, :1]
     done = torch.zeros(len(images), dtype=torch.bool)
     for _ in range(got.shape[1] - 1):
@@ -68,13 +68,13 @@ def test_a_step_reads_one_token(model, images: Tensor, monkeypatch: pytest.Monke
 
 
 @torch.no_grad()
-def all_captions(model, picture: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def all_captions(model, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Every caption of up to two tokens behind [CLS]: ids [C, 3], their number of tokens [C], log-probability [C]."""
     pairs = product(range(VOCABULARY), repeat=2)
     captions = torch.tensor(
         [(SPECIAL.cls, *pair) for pair in pairs if pair[0] != SPECIAL.sep or pair[1] == SPECIAL.pad]
     )
-    log_p = log_probabilities(model, picture.expand(len(captions), -1, -1, -1), captions)
+    log_p = log_probabilities(model, image.expand(len(captions), -1, -1, -1), captions)
     tokens = log_p[:, :-1].gather(-1, captions[:, 1:, None])[..., 0]  # [C, 2]
     count = 3 - (captions[:, 1] == SPECIAL.sep).long()
     return captions, count, tokens[:, 0] + tokens[:, 1] * (count - 2)
@@ -84,8 +84,8 @@ def all_captions(model, picture: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def test_beams_find_the_likeliest_caption(model, images: Tensor) -> None:
     """With as many beams as there are first tokens, the best of all captions of up to two tokens behind [CLS]."""
     got = generate_captions(model, images[:2], max_length=3, num_beams=VOCABULARY)
-    for picture, caption in zip(images[:2], got, strict=True):
-        captions, count, log_p = all_captions(model, picture)
+    for image, caption in zip(images[:2], got, strict=True):
+        captions, count, log_p = all_captions(model, image)
         best = captions[(log_p / (count - 1)).argmax()]
         assert torch.equal(caption[: len(best)], best[: len(caption)])
 
@@ -96,21 +96,21 @@ def test_both_heads_choose_among_the_beams(model, images: Tensor) -> None:
     options = {"max_length": 3, "num_beams": VOCABULARY}
     got = generate_captions(model, images, **options, rerank=True)
     assert not torch.equal(got, generate_captions(model, images, **options)), "nothing is chosen: nothing is tested"
-    for picture, caption in zip(images, got, strict=True):
-        captions, count, log_p = all_captions(model, picture)
+    for image, caption in zip(images, got, strict=True):
+        captions, count, log_p = all_captions(model, image)
         kept = (log_p / (count - 1)).topk(VOCABULARY).indices
         _, text = model.encode_text(captions[kept], torch.arange(3) < count[kept, None])
-        _, image = model.encode_image(picture[None])
-        best = captions[kept[(log_p[kept] + model.logit_scale.exp() * text @ image[0]).argmax()]]
+        _, feature = model.encode_image(image[None])
+        best = captions[kept[(log_p[kept] + model.logit_scale.exp() * text @ feature[0]).argmax()]]
         assert torch.equal(caption[: len(best)], best[: len(caption)])
 
 
 @pytest.mark.parametrize("rerank", [False, True])
-def test_pictures_of_a_batch_do_not_mix(model, images: Tensor, rerank: bool) -> None:
+def test_images_of_a_batch_do_not_mix(model, images: Tensor, rerank: bool) -> None:
     options = {"max_length": 8, "num_beams": 3, "rerank": rerank}
     together = generate_captions(model, images, **options)
-    for row, picture in enumerate(images):
-        (alone,) = generate_captions(model, picture[None], **options)
+    for row, image in enumerate(images):
+        (alone,) = generate_captions(model, image[None], **options)
         assert torch.equal(together[row, : len(alone)], alone)
         assert (together[row, len(alone) :] == SPECIAL.pad).all()
 
@@ -132,12 +132,12 @@ def test_beams_of_several_lengths_come_with_both_heads_opinions(short_spoken, im
     count = torch.where(ends.any(1), ends.long().argmax(1) + 1, captions.shape[1])
     assert len(set(count.tolist())) > 2
     mask = torch.arange(captions.shape[1]) < count[:, None]
-    pictures = images.repeat_interleave(4, 0)
-    log_p = log_probabilities(short_spoken, pictures, captions)[:, :-1].gather(-1, captions[:, 1:, None])[..., 0]
+    of_beams = images.repeat_interleave(4, 0)
+    log_p = log_probabilities(short_spoken, of_beams, captions)[:, :-1].gather(-1, captions[:, 1:, None])[..., 0]
     expected = (log_p * mask[:, 1:]).sum(1).view(-1, 4)
     torch.testing.assert_close(beams.log_prob, expected.float())  # transformers adds up in fp32
     _, texts = short_spoken.encode_text(captions, mask)
-    similarity = (texts * short_spoken.encode_image(pictures)[1]).sum(1).view(-1, 4)
+    similarity = (texts * short_spoken.encode_image(of_beams)[1]).sum(1).view(-1, 4)
     torch.testing.assert_close(beams.similarity, short_spoken.logit_scale.exp() * similarity)
     mean = beams.log_prob / (count.view(-1, 4) - 1)
     assert (mean.diff(dim=1) <= 1e-6).all()
@@ -188,8 +188,8 @@ def test_what_cannot_be_is_refused(model, images: Tensor, options: dict, message
         generate_captions(model, images, **options)
 
 
-def test_no_picture_is_refused(model, images: Tensor) -> None:
-    message = r"images: expected at least one picture \[B, 3, S, S\], got shape \[0, 3, "
+def test_no_image_is_refused(model, images: Tensor) -> None:
+    message = r"images: expected at least one image \[B, 3, S, S\], got shape \[0, 3, "
     with pytest.raises(ValueError, match=message):
         generate_captions(model, images[:0], max_length=5)
     with pytest.raises(ValueError, match=message):

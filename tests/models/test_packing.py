@@ -1,4 +1,4 @@
-"""Captions without padding: there and back, captions taken again, tokens that are wanted."""
+"""Captions without padding: there and back, captions taken again, tokens whose states are computed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from softmask.models.layers.packing import HostInts, Packing, Wanted
+from softmask.models.layers.packing import HostInts, OutputPositions, Packing
 
 MASKS = {
     "ragged": torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]]).bool(),
@@ -23,8 +23,8 @@ def test_there_and_back(mask: Tensor) -> None:
     packed = packing.pack(padded)
     assert torch.equal(packed, padded[mask])
     assert torch.equal(packing.pad(packed), padded * mask[..., None])
-    assert packing.starts.tolist() == [0, *mask.sum(1).cumsum(0).tolist()]
-    assert torch.equal(packing.rank[packing.place], torch.arange(packing.size))
+    assert packing.cu_seqlens.tolist() == [0, *mask.sum(1).cumsum(0).tolist()]
+    assert torch.equal(packing.token_index[packing.flat_index], torch.arange(packing.size))
 
 
 @of_each_mask
@@ -41,17 +41,19 @@ def test_captions_taken_again(mask: Tensor) -> None:
     tokens = packing.pack(torch.arange(mask.numel()).view(mask.shape))
     taken, index = packing.take(rows, int(mask[rows].sum()))
     assert torch.equal(taken.mask, mask[rows])
-    assert torch.equal(tokens[index], torch.cat([tokens[packing.starts[r] : packing.starts[r + 1]] for r in rows]))
+    assert torch.equal(
+        tokens[index], torch.cat([tokens[packing.cu_seqlens[r] : packing.cu_seqlens[r + 1]] for r in rows])
+    )
 
 
 def test_wanted_tokens() -> None:
     packing = Packing.of(MASKS["ragged"])
     chosen = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0], [0, 1, 1, 1]]).bool()
-    wanted = Wanted.of(packing, chosen, size=5, longest=3)
-    places = packing.place[wanted.index]
+    outputs = OutputPositions.of(packing, chosen, size=5, longest=3)
+    places = packing.flat_index[outputs.index]
     assert torch.equal(places, chosen.flatten().nonzero()[:, 0])
-    assert wanted.packing.mask.tolist() == [[True, True, False], [False] * 3, [True] * 3]
-    nothing = Wanted.of(packing, torch.zeros_like(chosen), size=0, longest=0)
+    assert outputs.packing.mask.tolist() == [[True, True, False], [False] * 3, [True] * 3]
+    nothing = OutputPositions.of(packing, torch.zeros_like(chosen), size=0, longest=0)
     assert len(nothing.index) == 0 and nothing.packing.mask.shape == (3, 1)
 
 

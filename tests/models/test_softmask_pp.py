@@ -155,7 +155,7 @@ def test_maps_leave_grad_alone_and_need_no_gradient_mode():
 
 
 def test_maps_by_another_pass_are_the_same():
-    """`recompute` gives the step's own map and gradients; `momentum` another map, of the twin."""
+    """`recompute` gives the step's own map and gradients; `momentum` another map, of the momentum encoder."""
     results = {}
     for source in ("online", "recompute", "momentum"):
         model, batch = small_model(cam_source=source).double(), small_batch(dtype=torch.float64)
@@ -164,19 +164,19 @@ def test_maps_by_another_pass_are_the_same():
         torch.manual_seed(2)
         model(batch).loss.backward()
         results[source] = seen["w"], gradients(model)
-        assert not any(p.grad is not None for p in model.twin.parameters())
-    online, again, twin = (weight for weight, _ in results.values())
+        assert not any(p.grad is not None for p in model.momentum_encoder.parameters())
+    online, again, momentum = (weight for weight, _ in results.values())
     torch.testing.assert_close(again, online)
     assert worst_error(results["recompute"][1], results["online"][1]) < 1e-9
-    assert (twin - online).abs().max() > 1e-3
+    assert (momentum - online).abs().max() > 1e-3
 
 
-def test_the_twins_map_is_the_one_of_a_model_with_its_weights():
-    """With the student's weights in the twin, its map is the student's."""
+def test_the_momentum_encoders_map_is_the_one_of_a_model_with_its_weights():
+    """With the student's weights in the momentum encoder, its map is the student's."""
     weights = []
     for source in ("online", "momentum"):
         model, batch = small_model(cam_source=source).double(), small_batch(dtype=torch.float64)
-        model.twin.load_state_dict(model.backbone.state_dict())
+        model.momentum_encoder.load_state_dict(model.backbone.state_dict())
         original = model._soft_mask
         model._soft_mask = lambda *args, _original=original: weights.append(_original(*args)) or weights[-1]
         torch.manual_seed(2)
@@ -212,11 +212,11 @@ def test_activation_checkpointing_changes_nothing(cam_source):
         torch.testing.assert_close(results[1][1][name], value, rtol=1e-5, atol=1e-7, msg=name)
 
 
-def test_momentum_twin_and_queue():
+def test_momentum_encoder_of_and_queue():
     model, batch = small_model(), small_batch()
-    before = {name: p.clone() for name, p in model.twin.named_parameters()}
+    before = {name: p.clone() for name, p in model.momentum_encoder.named_parameters()}
     model.update_momentum()
-    for name, parameter in model.twin.named_parameters():
+    for name, parameter in model.momentum_encoder.named_parameters():
         student = dict(model.backbone.named_parameters())[name]
         torch.testing.assert_close(parameter, 0.995 * before[name] + 0.005 * student, rtol=1e-5, atol=1e-7)
         assert not parameter.requires_grad

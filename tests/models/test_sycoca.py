@@ -18,10 +18,10 @@ from tests.support.model_fixtures import COCA, POOLED, SPECIAL, VOCABULARY, smal
 
 
 def dense_logits(model: SyCoCa, batch) -> Tensor:
-    """[B, T - 1, vocabulary] of the caption decoder that sees the whole picture, zeros at padding."""
+    """[B, T - 1, vocabulary] of the caption decoder that sees the whole image, zeros at padding."""
     image, texts = model.vision(batch.images), model._encode_text(batch)
-    pictures = Packing.full(*image.shape[:2], image.device)
-    states = model.caption_decoder(texts.tokens, texts.packing, image.flatten(0, 1), pictures)
+    images = Packing.full(*image.shape[:2], image.device)
+    states = model.caption_decoder(texts.tokens, texts.packing, image.flatten(0, 1), images)
     return texts.packing.pad(model.caption_head(states))[:, :-1]
 
 
@@ -105,12 +105,12 @@ def test_a_temperature_far_beyond_the_limit_keeps_scale_and_gradient(logit_scale
     assert model.logit_scale.grad.item() == pytest.approx(100.0, rel=1e-5)
 
 
-def test_captions_are_told_from_the_spoken_patches_alone() -> None:
+def test_captions_are_decoder_context_the_spoken_patches_alone() -> None:
     model, batch = small_sycoca(), small_batch(dtype=torch.float64)
     image, texts = model.vision(batch.images).detach().requires_grad_(), model._encode_text(batch)
     spoken = model._masks(image, texts).kept
     assert (spoken.sum(1) == 8).all()
-    model._caption_loss(batch, texts, model._told_from(image, image, spoken, None)).backward()
+    model._caption_loss(batch, texts, model._decoder_context(image, image, spoken, None)).backward()
     seen = image.grad.abs().amax(-1)[:, 1:] > 0
     assert torch.equal(seen, spoken)
 
@@ -255,7 +255,7 @@ def test_a_text_without_layers_is_refused(name: str) -> None:
         SyCoCaWeights(caption=-1.0)
 
 
-def test_a_patch_is_projected_as_if_it_alone_were_the_picture() -> None:
+def test_a_patch_is_projected_as_if_it_alone_were_the_image() -> None:
     model = small_sycoca(pool="mean")
     tokens, prefix = model.vision(small_batch(dtype=torch.float64).images), model.num_prefix_tokens
     found = model.project_patches(tokens[:, prefix:])

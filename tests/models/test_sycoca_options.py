@@ -50,8 +50,8 @@ def test_patches_may_be_compared_with_words_alone() -> None:
 
 
 def test_attentive_masks_follow_the_caption() -> None:
-    """Projections by hand: a patch of one picture is like every token of one caption, another like the other's."""
-    patches = torch.eye(4).repeat(2, 1, 1)  # two times the same picture
+    """Projections by hand: a patch of one image is like every token of one caption, another like the other's."""
+    patches = torch.eye(4).repeat(2, 1, 1)  # two times the same image
     tokens = torch.tensor([[[9.0, 1, 1, 0]] * 3, [[0, 1, 1, 9.0]] * 3])
     padding = torch.tensor([[False, False, True], [False, True, True]])
     masks = attentive_masks(patches, tokens, padding, ratios={0.25, 0.75})
@@ -134,12 +134,12 @@ def test_masks_by_pixels_are_another_pass_for_both_heads() -> None:
         expected = plain_encoding(model, batch.images, unseen)
         torch.testing.assert_close(model._encode_masked(batch.images, masks)[name], expected)
     texts = model._encode_text(batch)
-    told_from = plain_encoding(model, batch.images, ~masks.kept)
-    torch.testing.assert_close(output.terms["caption"], model._caption_loss(batch, texts, told_from).detach())
+    decoder_context = plain_encoding(model, batch.images, ~masks.kept)
+    torch.testing.assert_close(output.terms["caption"], model._caption_loss(batch, texts, decoder_context).detach())
 
 
 @pytest.mark.parametrize(("caption_masking", "leaks"), [("tokens", True), ("pixels", False)])
-def test_what_the_caption_is_told_from(caption_masking: str, leaks: bool) -> None:
+def test_what_the_caption_is_decoder_context(caption_masking: str, leaks: bool) -> None:
     """The pixels of other patches: by tokens they reach the caption through self-attention, by pixels they do not."""
     options = {"vit": "vit_tiny_patch16_224", "image_size": 64, "image_decoder_heads": 3}
     model = small_sycoca(caption_masking=caption_masking, **options).eval()
@@ -147,16 +147,16 @@ def test_what_the_caption_is_told_from(caption_masking: str, leaks: bool) -> Non
     kept = (torch.arange(16) % 2 == 0).expand(2, -1)
     pixels = kept.view(2, 1, 4, 4).repeat_interleave(16, 2).repeat_interleave(16, 3)
 
-    def told_from(images: Tensor) -> Tensor:
+    def decoder_context(images: Tensor) -> Tensor:
         image, masks = model.vision(images), PatchMasks(kept=kept, hidden=kept)
         encoded = model._encode_masked(images, masks).get("caption")
-        return model._told_from(image, image, kept, encoded)
+        return model._decoder_context(image, image, kept, encoded)
 
     with torch.no_grad():
-        before = told_from(images)
+        before = decoder_context(images)
         assert before.shape == (2, 9 if caption_masking == "tokens" else 17, 192)
-        assert ((told_from(images.where(pixels, 9.0)) - before).abs().max() > 1e-3) == leaks
-        assert (told_from(images.where(~pixels, 9.0)) - before).abs().max() > 1e-3
+        assert ((decoder_context(images.where(pixels, 9.0)) - before).abs().max() > 1e-3) == leaks
+        assert (decoder_context(images.where(~pixels, 9.0)) - before).abs().max() > 1e-3
 
 
 def test_masking_changes_its_own_head_alone() -> None:
@@ -171,7 +171,7 @@ def test_reconstruction_from_replaced_tokens() -> None:
     model, batch = small_sycoca(reconstruct_masking="tokens"), small_batch(dtype=torch.float64)
     image, texts = model.vision(batch.images).detach().requires_grad_(), model._encode_text(batch)
     hidden = model._masks(image, texts).hidden
-    began = model._painted_from(image, hidden, None)
+    began = model._image_decoder_input(image, hidden, None)
     expected = image.detach().clone()
     for row in range(6):
         for patch in hidden[row].nonzero().flatten():
@@ -221,13 +221,13 @@ def albef_loss(students: list[Tensor], teachers: list[Tensor], queues: list[Tens
 def test_the_queues_loss_is_albefs(alpha: float) -> None:
     model, batch = small_sycoca(queue_size=12, alpha=alpha), small_batch(dtype=torch.float64)
     with torch.no_grad():
-        for parameter in model.twin.parameters():
+        for parameter in model.momentum_encoder.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    twin, texts = model.twin, model._encode_text(batch)
+    teacher, texts = model.momentum_encoder, model._encode_text(batch)
     feature = model.image_feature(model.pool(model.vision(batch.images))[0])
     teachers = [
-        twin.image_feature(twin.pool(twin.vision(batch.images))[0]),
-        twin.read(batch.input_ids, texts.packing).feature,
+        teacher.image_feature(teacher.pool(teacher.vision(batch.images))[0]),
+        teacher.read(batch.input_ids, texts.packing).feature,
     ]
     queues = [model.contrast.image_queue.clone(), model.contrast.text_queue.clone()]
     output = model(batch)
@@ -241,32 +241,32 @@ def test_the_queues_loss_is_albefs(alpha: float) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"caption_masking": "none"} | POOLED], ids=["plain", "pooler"])
-def test_the_twin_follows_the_encoders(options: dict) -> None:
+def test_the_momentum_encoder_follows_the_encoders(options: dict) -> None:
     model, batch = small_sycoca(queue_size=12, momentum=0.9, **options), small_batch(dtype=torch.float64)
     parts = ("vision.", "text.", "pooler.", "image_projection.", "text_projection.")
     encoders = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(parts)}
-    assert model.twin.state_dict().keys() == encoders.keys()
-    assert all(torch.equal(tensor, encoders[name]) for name, tensor in model.twin.state_dict().items())
-    before = {name: parameter.clone() for name, parameter in model.twin.named_parameters()}
+    assert model.momentum_encoder.state_dict().keys() == encoders.keys()
+    assert all(torch.equal(tensor, encoders[name]) for name, tensor in model.momentum_encoder.state_dict().items())
+    before = {name: parameter.clone() for name, parameter in model.momentum_encoder.named_parameters()}
     model(batch).loss.backward()
-    assert all(parameter.grad is None for parameter in model.twin.parameters())
+    assert all(parameter.grad is None for parameter in model.momentum_encoder.parameters())
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.sub_(parameter.grad)
     model.update_momentum()
-    for name, parameter in model.twin.named_parameters():
+    for name, parameter in model.momentum_encoder.named_parameters():
         expected = 0.9 * before[name] + 0.1 * model.get_parameter(name)
         torch.testing.assert_close(parameter, expected.detach())
-    for name, buffer in model.twin.named_buffers():
+    for name, buffer in model.momentum_encoder.named_buffers():
         assert torch.equal(buffer, model.get_buffer(name))
     restored = {buffer.data_ptr() for buffer in model.statistics()}
-    assert restored == {b.data_ptr() for part in (model.vision, model.twin) for b in part.buffers()}
+    assert restored == {b.data_ptr() for part in (model.vision, model.momentum_encoder) for b in part.buffers()}
 
 
-def test_without_a_queue_there_is_no_twin() -> None:
+def test_without_a_queue_there_is_no_momentum_encoder() -> None:
     model = small_sycoca()
-    assert not any(name.startswith(("twin.", "contrast.")) for name in model.state_dict())
+    assert not any(name.startswith(("momentum_encoder.", "contrast.")) for name in model.state_dict())
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     output = model.eval()(small_batch(dtype=torch.float64))
     model.update_momentum()

@@ -90,7 +90,7 @@ def test_patch_sizes_that_do_not_fit_are_refused(options: dict, message: str) ->
 
 @pytest.mark.parametrize("training", [False, True])
 def test_masked_patches_are_not_seen_by_their_neighbours(training: bool) -> None:
-    """Two maskings of every picture at once; BatchNorm keeps the statistics of whole pictures."""
+    """Two maskings of every image at once; BatchNorm keeps the statistics of whole images."""
     torch.manual_seed(0)
     encoder = VisionEncoder(
         VisionConfig(name="conv_vit", image_size=32, pool="mean", conv_vit=ConvViTConfig(width=16, depth=1, heads=2))
@@ -112,7 +112,7 @@ def test_masked_patches_are_not_seen_by_their_neighbours(training: bool) -> None
 
 
 def test_the_stem_of_a_hybrid_does_not_see_masked_patches() -> None:
-    """Its convolutions reach across patches, and its norms over the whole picture."""
+    """Its convolutions reach across patches, and its norms over the whole image."""
     torch.manual_seed(0)
     encoder = VisionEncoder(VisionConfig(name="vit_tiny_r_s16_p8_224", image_size=64))
     images, token, masked = torch.randn(1, 3, 64, 64), torch.randn(192), torch.tensor([[True, False, False, True]])

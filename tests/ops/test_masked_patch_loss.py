@@ -20,7 +20,7 @@ def make(rows: int = 2, columns: int = 3, patch: int = 4, *, batch: int = 2, see
 
 
 def mae(prediction: Tensor, images: Tensor, mask: Tensor, patch: int, normalize: bool) -> tuple[Tensor, Tensor]:
-    """patchify and forward_loss as in MAE's code, for pictures that need not be square: mean, and per patch."""
+    """patchify and forward_loss as in MAE's code, for images that need not be square: mean, and per patch."""
     batch, _, height, width = images.shape
     h, w = height // patch, width // patch
     target = images.reshape(batch, 3, h, patch, w, patch)

@@ -243,9 +243,9 @@ def test_module_equals_function() -> None:
             case.image, case.text, 5.0, alpha=0.7, ids=case.ids, queue_ids=module.queue_ids, **common
         ),
     )
-    twin = ops.MomentumContrastiveLoss(4, 7).double()
-    twin.load_state_dict(module.state_dict())
-    assert twin.queue_pointer.item() == 5 and torch.equal(twin.image_queue, module.image_queue)
+    restored = ops.MomentumContrastiveLoss(4, 7).double()
+    restored.load_state_dict(module.state_dict())
+    assert restored.queue_pointer.item() == 5 and torch.equal(restored.image_queue, module.image_queue)
 
 
 def test_no_queue() -> None:
@@ -261,7 +261,7 @@ def test_compile() -> None:
     """Loss and queue under fullgraph, hence without a host synchronization; alpha and gamma may change."""
     case = make()
     module = ops.MomentumContrastiveLoss(4, 7).double()
-    twin = ops.MomentumContrastiveLoss(4, 7).double()
+    restored = ops.MomentumContrastiveLoss(4, 7).double()
     from torch._dynamo.testing import CompileCounterWithBackend  # slow to import, and the two ranks import this file
 
     counter = CompileCounterWithBackend("aot_eager")
@@ -274,15 +274,17 @@ def test_compile() -> None:
     enqueue = torch.compile(module.enqueue, fullgraph=True, backend="aot_eager")
     for alpha in (0.0, 0.2, 0.4):
         losses, gradients = [], []
-        for function, loss in ((compiled, module), (step, twin)):
+        for function, loss in ((compiled, module), (step, restored)):
             image = case.image.clone().requires_grad_()
             losses.append(function(loss, image, torch.tensor(alpha)))
             gradients += torch.autograd.grad(losses[-1], image)
         torch.testing.assert_close(*losses)
         torch.testing.assert_close(*gradients)
         enqueue(case.image_teacher, case.text_teacher, ids=case.ids)
-        twin.enqueue(case.image_teacher, case.text_teacher, ids=case.ids)
-        assert torch.equal(module.queue_ids, twin.queue_ids) and torch.equal(module.image_queue, twin.image_queue)
+        restored.enqueue(case.image_teacher, case.text_teacher, ids=case.ids)
+        assert torch.equal(module.queue_ids, restored.queue_ids) and torch.equal(
+            module.image_queue, restored.image_queue
+        )
     assert counter.frame_count == 1
 
 

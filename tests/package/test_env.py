@@ -50,7 +50,7 @@ def test_table_says_what_a_named_backend_does() -> None:
 @needs_cpp
 def test_table_says_what_auto_leaves_to_pytorch() -> None:
     (row,) = re.findall(r"^soft_mask +cpu .*$", env.report(), re.MULTILINE)
-    assert row.endswith("one map per picture, without gradient, is left to the reference")
+    assert row.endswith("one map per image, without gradient, is left to the reference")
 
 
 def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:

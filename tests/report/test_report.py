@@ -17,8 +17,8 @@ from PIL import Image
 
 from softmask.evaluation import evaluate
 from softmask.report import build as report
+from softmask.report.images import HEAT, data_uri, heat_colours, heat_overlay, limited, soft_masked
 from softmask.report.page import marked_caption
-from softmask.report.pictures import HEAT, data_uri, heat_colours, heat_overlay, limited, soft_masked
 from softmask.report.svg import Series, line_chart, outline_path, smooth, ticks
 from tests.support.evaluation_files import Words, write_plain, write_run, write_scenes
 
@@ -83,10 +83,10 @@ def test_page_is_well_formed_and_loads_nothing(page, run):
     assert styles.count("{") == styles.count("}")
 
 
-def test_every_picture_has_a_text_and_can_be_decoded(page):
-    pictures = page.all("img")
-    assert all(picture["alt"] for picture in pictures)
-    for uri in {picture["src"] for picture in pictures}:
+def test_every_image_has_a_text_and_can_be_decoded(page):
+    images = page.all("img")
+    assert all(image["alt"] for image in images)
+    for uri in {image["src"] for image in images}:
         Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))).load()
 
 
@@ -95,7 +95,7 @@ def test_page_is_complete(page):
     assert len(page.all("article", "scene")) == 5
     assert len(page.all("div", "word")) == 10
     assert len(page.all("div", "query")) == report.CAPTION_QUERIES
-    assert len(page.all("div", "card")) == report.PICTURE_QUERIES
+    assert len(page.all("div", "card")) == report.IMAGE_QUERIES
     assert len(page.all("figure", "thumb")) == report.CAPTION_QUERIES * report.ANSWERS
     assert len(page.all("svg", "chart")) == 3  # loss, itc, lr
     assert "Drawings by <someone>, CC BY-SA 4.0" in text
@@ -271,24 +271,24 @@ def test_heat_runs_through_its_anchors_and_fades_out():
     assert np.allclose(heat_colours(np.array([-1.0, 2.0])), HEAT[[0, -1]])
     middle = (anchors[0] + anchors[1]) / 2
     assert np.allclose(heat_colours(np.array(middle)), (HEAT[0] + HEAT[1]) / 2)
-    picture = Image.new("RGB", (2, 1), (10, 200, 30))
-    cold, hot = np.asarray(heat_overlay(picture, torch.tensor([[0.0, 1.0]]))).astype(int)[0]
+    image = Image.new("RGB", (2, 1), (10, 200, 30))
+    cold, hot = np.asarray(heat_overlay(image, torch.tensor([[0.0, 1.0]]))).astype(int)[0]
     assert cold.max() == cold.min()  # grey
     assert abs(hot - HEAT[-1]).max() < abs(cold - HEAT[-1]).max()
 
 
 def test_soft_mask_fades_to_the_mean_colour():
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (3, 4, 3), np.uint8))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (3, 4, 3), np.uint8))
     plane = torch.rand(3, 4, generator=torch.Generator().manual_seed(0))
     mean, strength = (0.5, 0.25, 0.75), 0.8
-    result = np.asarray(soft_masked(picture, plane, mean=mean, strength=strength)).astype(np.float64)
+    result = np.asarray(soft_masked(image, plane, mean=mean, strength=strength)).astype(np.float64)
     grey = 255 * np.array(mean)
     weight = 1 - strength * plane.double().numpy()[..., None]
-    expected = grey + (np.asarray(picture) - grey) * weight
+    expected = grey + (np.asarray(image) - grey) * weight
     assert np.abs(result - expected).max() <= 0.5 + 1e-9  # rounding to whole numbers
 
 
-def test_limited_keeps_small_pictures_and_proportions():
+def test_limited_keeps_small_images_and_proportions():
     small, large = Image.new("RGB", (50, 40)), Image.new("RGB", (1000, 500))
     assert limited(small, 100) is small
     assert limited(large, 100).size == (100, 50)

@@ -1,4 +1,4 @@
-"""Small pictures, tar shards and tokenizer folders for the tests of softmask.data."""
+"""Small images, tar shards and tokenizer folders for the tests of softmask.data."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from PIL import Image
 CAPTION = "a red apple above two cherries"
 
 
-def picture(seed: int, *, size: tuple[int, int] = (40, 32), form: str = "PNG", mode: str = "RGB") -> bytes:
-    """An encoded picture of random pixels, `size` = (width, height)."""
+def make_image(seed: int, *, size: tuple[int, int] = (40, 32), form: str = "PNG", mode: str = "RGB") -> bytes:
+    """An encoded image of random pixels, `size` = (width, height)."""
     channels = {"RGB": 3, "RGBA": 4}[mode]
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], channels), np.uint8)
     file = io.BytesIO()
@@ -39,7 +39,7 @@ def sample(number: int, caption: str | bytes = CAPTION, **options) -> list[tuple
     text = caption if isinstance(caption, bytes) else caption.encode()
     meta = json.dumps({"caption": "from the json", "number": number}).encode()
     return [
-        (f"{number:06d}.png", picture(number, **options)),
+        (f"{number:06d}.png", make_image(number, **options)),
         (f"{number:06d}.txt", text),
         (f"{number:06d}.json", meta),
     ]

@@ -1,4 +1,4 @@
-"""Pictures of two coloured boxes with captions and masks, an oracle that knows them, and the files of a tiny run."""
+"""Images of two coloured boxes with captions and masks, an oracle that knows them, and the files of a tiny run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LEFT, RIGHT = (slice(8, 24), slice(0, 8)), (slice(8, 24), slice(24, 32))  # rows
 
 
 def scene(number: int, *, broken: bool = False, caption: str = "") -> list[tuple[str, bytes]]:
-    """Members of scene `number`: a picture with two boxes, its caption and the boxes' masks."""
+    """Members of scene `number`: an image with two boxes, its caption and the boxes' masks."""
     left, right = PAIRS[number]
     pixels = np.full((SIDE, SIDE, 3), 255, np.uint8)
     pixels[LEFT], pixels[RIGHT] = COLOURS[left], COLOURS[right]
@@ -43,8 +43,8 @@ def scene(number: int, *, broken: bool = False, caption: str = "") -> list[tuple
         phrase, start = f"{colour} {'box' if place is LEFT else 'one'}", text.index(colour)
         objects.append({"phrase": phrase, "span": [start, start + len(phrase)], "mask": rle.encode(mask)})
     meta = json.dumps({"caption": text, "objects": objects}).encode()
-    picture = b"no picture" if broken else file.getvalue()
-    return [(f"{number:04d}.png", picture), (f"{number:04d}.txt", text.encode()), (f"{number:04d}.json", meta)]
+    image = b"no image" if broken else file.getvalue()
+    return [(f"{number:04d}.png", image), (f"{number:04d}.txt", text.encode()), (f"{number:04d}.json", meta)]
 
 
 def write_scenes(path: Path, numbers: Iterable[int] = ALL, *, broken: tuple[int, ...] = ()) -> str:

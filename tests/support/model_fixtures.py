@@ -49,7 +49,7 @@ def small_config(**options) -> SoftMaskPPConfig:
 
 def small_model(*, spread: float = 4.0, seed: int = 0, **options) -> SoftMaskPP:
     """Weights `spread` times larger than at initialization, so that attention and logits are far from uniform, and
-    a twin that differs from the student."""
+    a momentum encoder that differs from the student."""
     torch.manual_seed(seed)
     model = SoftMaskPP(small_config(**options), special_ids=SPECIAL)
     with torch.no_grad():
@@ -57,7 +57,7 @@ def small_model(*, spread: float = 4.0, seed: int = 0, **options) -> SoftMaskPP:
             if name.startswith("temperature") or "norm" in name:
                 continue
             parameter.mul_(spread) if parameter.ndim > 1 else parameter.normal_(std=0.1)
-        for parameter in model.twin.parameters():
+        for parameter in model.momentum_encoder.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     return model
 

@@ -91,16 +91,16 @@ class TwoEncodersTask(Task):
 
 
 class Brightness(Section):
-    """The mean level of the gallery's pictures."""
+    """The mean level of the gallery's images."""
 
     name = "brightness"
 
     def run(self, given: Evaluation) -> dict:
-        levels = [torch.tensor(list(sample.picture.convert("L").tobytes())).float().mean() for sample in given.first()]
+        levels = [torch.tensor(list(sample.image.convert("L").tobytes())).float().mean() for sample in given.first()]
         return {"samples": len(levels), "level": float(torch.stack(levels).mean())}
 
     def lines(self, result: dict, given: Evaluation) -> list[str]:
-        return [f"mean level of {result['samples']} pictures: {result['level']:.1f}"]
+        return [f"mean level of {result['samples']} images: {result['level']:.1f}"]
 
 
 class NoTask:

@@ -88,8 +88,8 @@ class PlainALBEF:
         image = self.model.backbone.vision(batch.images)
         text = self.text("backbone", batch.input_ids, mask)
         with torch.no_grad():
-            image_m = self.model.twin.vision(batch.images)
-            text_m = self.text("twin", batch.input_ids, mask)
+            image_m = self.model.momentum_encoder.vision(batch.images)
+            text_m = self.text("momentum_encoder", batch.input_ids, mask)
         size = len(image)
         itc = self.itc(image, text, image_m, text_m, alpha)
 
@@ -105,7 +105,8 @@ class PlainALBEF:
         )
         with torch.no_grad():
             teacher = self.token_logits(
-                "twin", self.fuse("twin", self.text("twin", masked_ids, mask), mask, image_m)[0]
+                "momentum_encoder",
+                self.fuse("momentum_encoder", self.text("momentum_encoder", masked_ids, mask), mask, image_m)[0],
             )
         log_p = logits.log_softmax(-1)
         rows = labels != -100
@@ -117,7 +118,10 @@ class PlainALBEF:
         temperature = self.weights["temperature"].clamp(0.001, 0.5)
         image, text = self.feature("backbone", "image", image), self.feature("backbone", "text", text)
         with torch.no_grad():
-            image_m, text_m = self.feature("twin", "image", image_m), self.feature("twin", "text", text_m)
+            image_m, text_m = (
+                self.feature("momentum_encoder", "image", image_m),
+                self.feature("momentum_encoder", "text", text_m),
+            )
             image_all = torch.cat([image_m.T, self.weights["contrast.image_queue"].T.clone()], dim=1)
             text_all = torch.cat([text_m.T, self.weights["contrast.text_queue"].T.clone()], dim=1)
             onehot = torch.zeros(len(image), image_all.shape[1], dtype=image.dtype)

@@ -68,16 +68,16 @@ data: {{train: {data}, image_size: 32, vocab_size: 64, max_length: 16}}
 
 
 def write_shard(path: Path, *, count: int = 64, broken: tuple[int, ...] = ()) -> Path:
-    """A tar shard of `count` two-coloured pictures; those numbered in `broken` cannot be decoded."""
+    """A tar shard of `count` two-coloured images; those numbered in `broken` cannot be decoded."""
     rng = random.Random(0)
     with tarfile.open(path, "w") as shard:
         for number in range(count):
             one, two = rng.sample(sorted(COLOURS), 2)
-            picture = Image.new("RGB", (32, 32), COLOURS[one])
-            picture.paste(COLOURS[two], (rng.randrange(20), rng.randrange(20), 30, 30))
+            image = Image.new("RGB", (32, 32), COLOURS[one])
+            image.paste(COLOURS[two], (rng.randrange(20), rng.randrange(20), 30, 30))
             encoded = io.BytesIO()
-            picture.save(encoded, "PNG")
-            pixels = b"no picture" if number in broken else encoded.getvalue()
+            image.save(encoded, "PNG")
+            pixels = b"no image" if number in broken else encoded.getvalue()
             _add(shard, f"{number:06d}.png", pixels)
             _add(shard, f"{number:06d}.txt", f"a {two} box on {one} paper".encode())
     return path
@@ -188,7 +188,7 @@ def assert_rows_close(logged: list[dict], expected: list[dict]) -> None:
 
 
 def saved_state(path: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of the newest checkpoint: weights, momentum twin, queue and optimizer state of all ranks."""
+    """Every tensor of the newest checkpoint: weights, momentum encoder, queue and optimizer state of all ranks."""
     checkpoint = find_checkpoint(path)
     tensors: dict[str, torch.Tensor] = {}
     for file in sorted(checkpoint.glob("*.pt")):
@@ -213,12 +213,16 @@ def different(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> l
     return [name for name in one if not torch.equal(one[name], other[name])]
 
 
-def weights(trainer, *, twin: bool = True) -> dict[str, torch.Tensor]:
+def weights(trainer, *, momentum_encoder: bool = True) -> dict[str, torch.Tensor]:
     from deepspeed import zero
 
     with zero.GatheredParameters(list(trainer.model.parameters())):  # does nothing before stage 3
         state = trainer.model.state_dict()
-        return {name: tensor.clone() for name, tensor in state.items() if twin or not name.startswith("twin.")}
+        return {
+            name: tensor.clone()
+            for name, tensor in state.items()
+            if momentum_encoder or not name.startswith("momentum_encoder.")
+        }
 
 
 def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:

@@ -103,7 +103,7 @@ VIT = ["model.vision.name=vit_tiny_patch16_224", "train.steps=1", "train.batch_s
 
 
 def test_a_run_begins_with_the_weights_of_another(tmp_path: Path) -> None:
-    """Weights, twin, queue and tokenizer; position embeddings for larger pictures. The heads of MLM are not trained."""
+    """Weights, momentum encoder, queue and tokenizer, and position embeddings for larger images."""
     write_shard(tmp_path / "train.tar")
     first = run_here(make_config(tmp_path, *VIT, f"output={tmp_path / 'first'}"))
     larger = ["model.vision.image_size=64", "data.image_size=64", "model.weights.mlm=0", "model.mask_text=mlm"]
@@ -113,7 +113,7 @@ def test_a_run_begins_with_the_weights_of_another(tmp_path: Path) -> None:
     for name, tensor in before.items():
         if name.endswith("pos_embed"):
             assert after[name].shape == (1, 17, 192) and torch.equal(after[name][:, :1], tensor[:, :1])
-        elif name == "contrast.queue_ids":  # numbers of other pictures
+        elif name == "contrast.queue_ids":  # numbers of other images
             assert (tensor >= 0).any() and (after[name] == -1).all()
         else:
             assert torch.equal(after[name], tensor), name

@@ -49,7 +49,7 @@ def test_it_is_trained_evaluated_and_shown(config: Config, tmp_path: Path, capsy
     result = json.loads((Path(config.output) / "metrics.json").read_text())
     assert list(result) == ["retrieval", "brightness", "training", "evaluation"]
     assert "itm" not in result["retrieval"] and result["brightness"]["samples"] == 12
-    assert f"mean level of 12 pictures: {result['brightness']['level']:.1f}" in capsys.readouterr().out
+    assert f"mean level of 12 images: {result['brightness']['level']:.1f}" in capsys.readouterr().out
     assert report.main(command) == 0
     page = (Path(config.output) / "report.html").read_text()
     for text in ("Two encoders", "Two encoders: contrast", "Width of features", "what it finds"):

@@ -122,14 +122,14 @@ def test_evaluation_writes_and_paints(run: Config) -> None:
     names = ["cider", "bleu4", "rouge_l"] + ["meteor"] * captioning.has_java()
     for scores in (section, section["beams_alone"], section["nearest"], section["random"]):
         assert all(scores[name] >= 0 for name in names)
-    assert section["nearest"]["bleu4"] == pytest.approx(1.0)  # these pictures are of the training set
+    assert section["nearest"]["bleu4"] == pytest.approx(1.0)  # these images are of the training set
     gap = result["reconstruction"]
     assert gap["low"] < gap["gap"] < gap["high"] and gap["right"] > 0
-    assert "zero_shot" not in result  # no picture has objects
+    assert "zero_shot" not in result  # no image has objects
 
 
 def test_the_gap_is_of_the_models_own_loss(run: Config) -> None:
-    """All pictures in one batch, by the model's own calls: the same patches painted by either caption."""
+    """All images in one batch, by the model's own calls: the same patches painted by either caption."""
     scorer = command.load_scorer(find_checkpoint(run.output), batch_size=5)
     model = scorer.model
     with torch.no_grad():
@@ -174,7 +174,7 @@ def test_captions_do_not_depend_on_the_batch_size(run: Config) -> None:
     assert torch.equal(back, shown.images)
     true = (whole - whole.mean(-1, keepdim=True)) / (whole.var(-1, keepdim=True) + 1e-6).sqrt()
     torch.testing.assert_close(report_generation.restored(true, whole, normalized=True), whole)
-    error = reconstruction.error_by_picture(scorer, true, shown.images, shown.hidden)
+    error = reconstruction.error_by_image(scorer, true, shown.images, shown.hidden)
     assert error.max() < 1e-10
 
 

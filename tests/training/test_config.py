@@ -170,11 +170,11 @@ def test_what_is_given_twice_is_refused(write, tmp_path) -> None:
 
 def test_home_is_expanded(write, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/of/me")
-    paths = ["output=~/run", "init=~/first", "data.tokenizer=~/words", "data.image_root=~/pictures"]
+    paths = ["output=~/run", "init=~/first", "data.tokenizer=~/words", "data.image_root=~/images"]
     config = load_config(write(MINIMAL), [*paths, "model.text.checkpoint=~/bert", "model.vision.checkpoint=~/vit"])
     assert (config.output, config.init, config.data.tokenizer) == ("/of/me/run", "/of/me/first", "/of/me/words")
     assert (config.model.text.checkpoint, config.model.vision.checkpoint) == ("/of/me/bert", "/of/me/vit")
-    assert config.data.image_root == "/of/me/pictures"
+    assert config.data.image_root == "/of/me/images"
 
 
 def test_a_pointer_of_git_lfs_is_named(write) -> None:

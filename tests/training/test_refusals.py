@@ -13,7 +13,7 @@ import yaml
 from softmask.training import pretrain
 from softmask.training.config import ConfigError, flatten, load_config
 from softmask.training.launchers import LAUNCHERS, rank_variables
-from tests.support.data_files import picture
+from tests.support.data_files import make_image
 from tests.support.train_fixtures import DISTRIBUTED, PRETRAIN, SYCOCA_YAML, YAML, make_config, make_sycoca_config
 
 WRONG = ("", "x", "-1", "1e999", ".nan", "true", "[]", "[x]", "{}", "{a: 1}", "2020-01-01", "'", "~", "0")
@@ -71,7 +71,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     (folder / "folder").mkdir()
     (folder / "empty").touch()
     (folder / "bytes").write_bytes(bytes(range(256)) * 8)
-    (folder / "picture.png").write_bytes(picture(0))
+    (folder / "image.png").write_bytes(make_image(0))
     (folder / "pointer").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
     (folder / "loop").symlink_to(folder / "loop")
     (folder / "a.json").write_text("{}")

@@ -74,7 +74,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def contents(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Weights, twin, queue, buffers and moments by name, of a checkpoint of any kind."""
+    """Weights, momentum encoder, queue, buffers and moments by name, of a checkpoint of any kind."""
     model, _, config = load_model(checkpoint)
     names = {parameter: name for name, parameter in model.named_parameters()}
     order = [names[p] for group in parameter_groups(model, config.optimizer) for p in group["params"]]

@@ -196,8 +196,8 @@ def test_what_the_data_is_decides_not_where_it_lies(tmp_path) -> None:
     write_shard(tmp_path / "train.tar", count=63)
     write_shard(tmp_path / "other.tar", broken=(3,))
     for train, said in (
-        ("train.tar", "was 64 captions of 64 pictures, now 63 captions of 63 pictures"),
-        ("other.tar", "was 64 captions of 64 pictures, now 64 captions of 64 pictures with other bytes"),
+        ("train.tar", "was 64 captions of 64 images, now 63 captions of 63 images"),
+        ("other.tar", "was 64 captions of 64 images, now 64 captions of 64 images with other bytes"),
     ):
         other = make_config(tmp_path, "train.steps=3", "data.max_bad_share=1", data=tmp_path / train)
         with pytest.raises(CheckpointError, match=f"made with other data .{said}"):

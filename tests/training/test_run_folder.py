@@ -45,7 +45,7 @@ def test_files_of_a_run(tmp_path, capfd) -> None:
     assert (state["step"], state["micro_batches"], state["world_size"]) == (6, 12, 1)
     output = capfd.readouterr().err
     for line in (
-        "data     64 captions of 64 pictures in 1 files",
+        "data     64 captions of 64 images in 1 files",
         "batch    16 = 8 x 2 accumulated x 1 ranks",
         "weights  random",
         "words    45 tokens of a WordPiece trained on the captions",

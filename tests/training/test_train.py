@@ -45,7 +45,7 @@ def poison_loss(monkeypatch, broken) -> None:
 
 
 def poison_images(monkeypatch, broken) -> None:
-    """Give some forward passes pictures that are NaN: everything computed from them is."""
+    """Give some forward passes images that are NaN: everything computed from them is."""
     forward, count = SoftMaskPP.forward, iter(range(1 << 30))
 
     def poisoned(self, batch, **options):
@@ -136,7 +136,7 @@ def test_loss_scale_drops_out(tmp_path, monkeypatch, stage: int) -> None:
 
 @pytest.mark.parametrize(("precision", "stage"), [("bf16", 0), ("bf16", 2), ("fp16", 1), ("bf16", 3)])
 def test_low_precision(tmp_path, precision: str, stage: int) -> None:
-    """Products are cast; weights, twin, queue and optimizer state are not."""
+    """Products are cast; weights, momentum encoder, queue and optimizer state are not."""
     overrides = [f"train.precision={precision}", "train.clip_grad=1", f"deepspeed.zero_optimization.stage={stage}"]
     config = make_config(tmp_path, *overrides, "train.steps=4")
     dtypes = set()
@@ -181,8 +181,8 @@ def test_too_many_nonfinite_steps_stop_with_the_weights_unchanged(tmp_path, monk
     with pytest.raises(TrainingError, match="3 times in a row up to micro-batch 4, after step 2"):
         trainer.run()
     model, _, _ = load_model(trainer.config.output)
-    saved = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("twin.")}
-    kept = weights(trainer, twin=False)
+    saved = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("momentum_encoder.")}
+    kept = weights(trainer, momentum_encoder=False)
     if poison is poison_gradients:  # their losses were finite, so queue and running statistics have moved on
         moved = ("contrast.", "running_", "num_batches_tracked")
         saved, kept = (

@@ -1,6 +1,6 @@
-"""Captions of generated scenes: a small grammar that names every object and says only what is true of the picture.
+"""Captions of generated scenes: a small grammar that names every object and says only what is true of the image.
 
-No words for left or right: training flips pictures.
+No words for left or right: training flips images.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Piece = str | int  # literal text, or the number of the group whose phrase stand
 
 @dataclass(frozen=True)
 class Box:
-    """Visible box in units of the picture's side: x to the right, y downwards, both in [0, 1]."""
+    """Visible box in units of the image's side: x to the right, y downwards, both in [0, 1]."""
 
     left: float
     top: float

@@ -47,7 +47,7 @@ SHARD_SAMPLES = 5000
 HELD_OUT_SHARE = 0.1
 MIN_VISIBLE = 0.6
 SUPERSAMPLING = 2
-_GRID = 64  # side of the coarse picture on which drawings are placed, whatever the size rendered later
+_GRID = 64  # side of the coarse image on which drawings are placed, whatever the size rendered later
 _OPAQUE = 96  # alpha from which a pixel belongs to a drawing
 _SIDES = {1: (0.45, 0.7), 2: (0.38, 0.6), 3: (0.33, 0.5), 4: (0.3, 0.42)}
 _COUNTS = ((1,),) * 18 + ((1, 1),) * 36 + ((2,),) * 7 + ((1, 1, 1),) * 20 + ((2, 1),) * 7 + ((3,),) * 2
@@ -64,7 +64,7 @@ _PATTERNS = {"plain": "", "gradient": "", "noise": "", "stripes": "striped ", "d
 
 @dataclass(frozen=True)
 class Placement:
-    """A drawing in a scene: centre and longer side in units of the picture's side, angle in radians."""
+    """A drawing in a scene: centre and longer side in units of the image's side, angle in radians."""
 
     concept: int
     x: float
@@ -76,7 +76,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class Background:
-    """Two colours mixed by a pattern; ``noise`` are the bytes of a square grey picture."""
+    """Two colours mixed by a pattern; ``noise`` are the bytes of a square grey image."""
 
     pattern: str
     name: str
@@ -89,7 +89,7 @@ class Background:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows, whatever its size. ``placements`` from back to front; ``groups[i]`` lists placements."""
+    """What an image shows, whatever its size. ``placements`` from back to front; ``groups[i]`` lists placements."""
 
     placements: tuple[Placement, ...]
     groups: tuple[tuple[int, ...], ...]
@@ -152,10 +152,10 @@ def sample_scene(split: str, index: int, *, seed: int = 0) -> Scene:
 
 
 def render(scene: Scene, size: int) -> tuple[Image.Image, list[np.ndarray]]:
-    """Picture (RGB, ``size`` square) and one mask ``[size, size]`` bool of visible pixels per group.
+    """Image (RGB, ``size`` square) and one mask ``[size, size]`` bool of visible pixels per group.
 
-    Drawn at `SUPERSAMPLING` times the size, then averaged, so that a small picture looks like a reduced large one.
-    Drawings are rasterized for pictures up to 256 pixels; larger ones get soft.
+    Drawn at `SUPERSAMPLING` times the size, then averaged, so that a small image looks like a reduced large one.
+    Drawings are rasterized for images up to 256 pixels; larger ones get soft.
     """
     side = size * SUPERSAMPLING
     canvas = _paint_background(scene.background, side)
@@ -185,8 +185,8 @@ def _count(inside: np.ndarray) -> np.ndarray:
 
 def encode_sample(scene: Scene, split: str, size: int) -> dict[str, bytes]:
     """Members of a sample: "png", "txt" and "json" (the grounding format of the module's docstring)."""
-    picture, masks = render(scene, size)
-    picture.save(stream := io.BytesIO(), "PNG", compress_level=1)
+    image, masks = render(scene, size)
+    image.save(stream := io.BytesIO(), "PNG", compress_level=1)
     objects = [
         {
             "phrase": scene.caption.phrase(i),
@@ -205,8 +205,8 @@ def encode_sample(scene: Scene, split: str, size: int) -> dict[str, bytes]:
 def _drawings() -> tuple[Drawing, ...]:
     drawings = []
     for concept in concepts():
-        picture = rasterize(concept).convert("RGBa")
-        colors = (picture, picture.reduce(2), picture.reduce(4))
+        image = rasterize(concept).convert("RGBa")
+        colors = (image, image.reduce(2), image.reduce(4))
         drawings.append(Drawing(colors, tuple(level.getchannel("a") for level in colors)))
     return tuple(drawings)
 
@@ -259,7 +259,7 @@ def _box(mask: np.ndarray) -> Box:
 
 
 def _warp(levels: Sequence[Image.Image], placement: Placement, side: int) -> tuple[Image.Image, tuple[int, int]]:
-    """The turned and scaled drawing within a picture of ``side`` pixels, and the place of its upper left corner."""
+    """The turned and scaled drawing within an image of ``side`` pixels, and the place of its upper left corner."""
     width, height = levels[0].size
     scale = placement.side * side / max(width, height)
     cos, sin = math.cos(placement.angle), math.sin(placement.angle)
@@ -297,7 +297,7 @@ def _paint_background(background: Background, side: int) -> Image.Image:
 
 
 def _pattern(background: Background, side: int) -> Image.Image:
-    """How much of the second colour stands where: grey picture (L)."""
+    """How much of the second colour stands where: grey image (L)."""
     if background.pattern == "noise":
         grain = math.isqrt(len(background.noise))
         return Image.frombytes("L", (grain, grain), background.noise).resize((side, side), Image.Resampling.BICUBIC)

@@ -59,8 +59,8 @@ def _flash_attn(
         query,
         key,
         value,
-        cu_seqlens_q=queries.starts,
-        cu_seqlens_k=keys.starts,
+        cu_seqlens_q=queries.cu_seqlens,
+        cu_seqlens_k=keys.cu_seqlens,
         max_seqlen_q=queries.length,
         max_seqlen_k=keys.length,
         dropout_p=dropout,
@@ -75,6 +75,6 @@ def _xformers(
     from xformers.ops import memory_efficient_attention
     from xformers.ops.fmha import BlockDiagonalCausalMask, BlockDiagonalMask
 
-    lengths = [packing.starts.diff().tolist() for packing in (queries, keys)]
+    lengths = [packing.cu_seqlens.diff().tolist() for packing in (queries, keys)]
     bias = (BlockDiagonalCausalMask if causal else BlockDiagonalMask).from_seqlens(*lengths)
     return memory_efficient_attention(query[None], key[None], value[None], attn_bias=bias, p=dropout)[0]

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from softmask.models.config import TextConfig
 from softmask.models.layers.attention import attend
-from softmask.models.layers.packing import Packing, Wanted
-from softmask.models.layers.recomputation import run
+from softmask.models.layers.packing import OutputPositions, Packing
+from softmask.models.layers.recomputation import checkpointed
 
 
 class Embeddings(nn.Module):
@@ -32,13 +32,13 @@ class Embeddings(nn.Module):
             raise ValueError(
                 f"input_ids: expected at most text.max_positions = {self.position.num_embeddings} tokens, got {length}"
             )
-        ids, place = packing.pack(input_ids), packing.place
+        ids, place = packing.pack(input_ids), packing.flat_index
         summed = self.word(ids) + self.position(place % length) + self.token_type(torch.zeros_like(ids))
         return self.dropout(self.norm(summed))
 
 
 class SelfAttention(nn.Module):
-    """states [S, D] -> [S, D], or [M, D] of the tokens that are wanted."""
+    """states [S, D] -> [S, D], or [M, D] where `outputs` names the tokens whose states are computed."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -51,9 +51,9 @@ class SelfAttention(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.attention_dropout, self.library = config.attention_dropout, config.attention
 
-    def forward(self, states: Tensor, packing: Packing, wanted: Wanted | None = None) -> Tensor:
+    def forward(self, states: Tensor, packing: Packing, outputs: OutputPositions | None = None) -> Tensor:
         asking, queries = (
-            (states, packing) if wanted is None else (states.index_select(0, wanted.index), wanted.packing)
+            (states, packing) if outputs is None else (states.index_select(0, outputs.index), outputs.packing)
         )
         sources = ((self.query, asking), (self.key, states), (self.value, states))
         by_head = (f(x).unflatten(-1, (self.heads, -1)) for f, x in sources)
@@ -96,7 +96,7 @@ class TextEncoder(nn.Module):
     def forward(self, input_ids: Tensor, packing: Packing) -> Tensor:
         states = self.embeddings(input_ids, packing)
         for layer in self.layers:
-            states = run(layer, states, packing, again=self.activation_checkpointing)
+            states = checkpointed(layer, states, packing, recompute=self.activation_checkpointing)
         return states
 
 

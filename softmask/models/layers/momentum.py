@@ -1,4 +1,4 @@
-"""The momentum twin: a copy of the encoders that follows them by an exponential moving average."""
+"""The momentum encoder: a copy of the encoders that follows them by an exponential moving average."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ import torch
 from torch import Tensor, nn
 
 
-def momentum_twin(student: nn.Module) -> nn.Module:
+def momentum_encoder_of(student: nn.Module) -> nn.Module:
     """A copy without gradients. As in ALBEF, its dropout is on while the model trains."""
     return copy.deepcopy(student).requires_grad_(False)
 
 
 @torch.no_grad()
-def update_twin(twin: nn.Module, student: nn.Module, momentum: float) -> None:
-    """twin = momentum * twin + (1 - momentum) * student, in place; buffers are copied. What of the student has no
-    counterpart of its name in the twin does not count."""
+def update_momentum_encoder(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """teacher = momentum * teacher + (1 - momentum) * student, in place; buffers are copied. What of the student has no
+    counterpart of its name in the momentum encoder does not count."""
     parameters, buffers = dict(student.named_parameters()), dict(student.named_buffers())
     ours, theirs = [], []
-    for name, parameter in twin.named_parameters():
+    for name, parameter in teacher.named_parameters():
         ours += _storages(parameter)
         theirs += _storages(parameters[name])
     torch._foreach_lerp_(ours, theirs, 1.0 - momentum)
-    for name, buffer in twin.named_buffers():
+    for name, buffer in teacher.named_buffers():
         buffer.copy_(buffers[name])
 
 
 def _storages(parameter: nn.Parameter) -> Iterator[Tensor]:
     """What holds the parameter's values on this rank.
 
-    DeepSpeed's ZeRO stage 3 leaves a rank its share of a parameter in `ds_tensor`, the same elements of twin and
+    DeepSpeed's ZeRO stage 3 leaves a rank its share of a parameter in `ds_tensor`, the same elements of teacher and
     student. The parameter itself is empty or, when it is small, the whole that every rank keeps from step to step:
     a copy, or with one rank a view of the share.
     """

@@ -36,17 +36,17 @@ class Packing:
         return Packing(torch.cat([part.mask for part in parts]), sum(part.size for part in parts))
 
     @cached_property
-    def place(self) -> Tensor:
+    def flat_index(self) -> Tensor:
         """[S] where every token stands in [N * T]."""
         return torch.nonzero_static(self.mask.flatten(), size=self.size)[:, 0]
 
     @cached_property
-    def rank(self) -> Tensor:
+    def token_index(self) -> Tensor:
         """[N * T] which token stands at a place; where none does, nothing of use."""
         return self.mask.flatten().cumsum(0) - 1
 
     @cached_property
-    def starts(self) -> Tensor:
+    def cu_seqlens(self) -> Tensor:
         """[N + 1] int32 first token of every caption, and S: cu_seqlens of variable-length attention."""
         return F.pad(self.mask.sum(1).cumsum(0), (1, 0)).to(torch.int32)
 
@@ -61,13 +61,13 @@ class Packing:
     def pack(self, padded: Tensor) -> Tensor:
         """[N, T, ...] -> [S, ...]."""
         flat = padded.flatten(0, 1)
-        return flat if self.is_full else flat.index_select(0, self.place)
+        return flat if self.is_full else flat.index_select(0, self.flat_index)
 
     def pad(self, packed: Tensor) -> Tensor:
         """[S, ...] -> [N, T, ...], zeros where there is no token."""
         if not self.is_full:
             zeros = packed.new_zeros(self.mask.numel(), *packed.shape[1:])
-            packed = zeros.index_copy(0, self.place, packed)
+            packed = zeros.index_copy(0, self.flat_index, packed)
         return packed.unflatten(0, self.mask.shape)
 
     def with_column(self, rows: int) -> Packing:
@@ -77,22 +77,22 @@ class Packing:
     def take(self, rows: Tensor, size: int) -> tuple[Packing, Tensor]:
         """The captions rows [M] with `size` tokens in all, and which of our tokens theirs are, [size]."""
         taken = Packing(self.mask[rows], size)
-        return taken, self.rank.unflatten(0, self.mask.shape)[rows].flatten()[taken.place]
+        return taken, self.token_index.unflatten(0, self.mask.shape)[rows].flatten()[taken.flat_index]
 
 
 @dataclass(frozen=True)
-class Wanted:
+class OutputPositions:
     """Tokens of a packing whose last states are read: which they are, [M], and their own packing [N, T']."""
 
     index: Tensor
     packing: Packing
 
     @staticmethod
-    def of(packing: Packing, chosen: Tensor, *, size: int, longest: int) -> Wanted:
-        """chosen [N, T] bool, `size` in all and at most `longest` in a caption, is what of the packing is wanted."""
-        index = packing.rank[torch.nonzero_static(chosen.flatten(), size=size)[:, 0]]
+    def of(packing: Packing, chosen: Tensor, *, size: int, longest: int) -> OutputPositions:
+        """The tokens of chosen [N, T] bool, `size` in all and at most `longest` in a caption."""
+        index = packing.token_index[torch.nonzero_static(chosen.flatten(), size=size)[:, 0]]
         position = torch.arange(max(longest, 1), device=chosen.device)
-        return Wanted(index, Packing(position < chosen.sum(1, keepdim=True), size))
+        return OutputPositions(index, Packing(position < chosen.sum(1, keepdim=True), size))
 
 
 class HostInts:

@@ -1,4 +1,4 @@
-"""CoCa's attentional pooler: learned queries that read a picture."""
+"""CoCa's attentional pooler: learned queries that read an image."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ class AttentionalPooler(nn.Module):
         )
         asked = len(query)
         packings = {name: Packing.full(rows, n, tokens.device) for name, n in (("queries", asked), ("keys", length))}
-        every = query.expand(rows, -1, -1, -1).flatten(0, 1)  # the same for all pictures
+        every = query.expand(rows, -1, -1, -1).flatten(0, 1)  # the same for all images
         mixed = attend(every, key, value, library=self.library, **packings)
         return self.norm(self.output(mixed.flatten(1))).unflatten(0, (rows, asked))
 
     def each(self, tokens: Tensor) -> Tensor:
-        """[B, P, D] -> [B, P, D]: what every query would give of a picture of this one token."""
+        """[B, P, D] -> [B, P, D]: what every query would give of an image of this one token."""
         return self.norm(self.output(self.value(self.source_norm(tokens))))

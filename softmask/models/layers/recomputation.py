@@ -12,9 +12,9 @@ from torch.utils.checkpoint import checkpoint
 from softmask.ops import _backend
 
 
-def run(function: Callable, *arguments: Any, again: bool) -> Any:
-    """function(*arguments); `again`: its activations are not kept, the backward pass computes them again."""
-    if not (again and torch.is_grad_enabled()):
+def checkpointed(function: Callable, *arguments: Any, recompute: bool) -> Any:
+    """function(*arguments); with `recompute` its activations are not kept: the backward pass computes them again."""
+    if not (recompute and torch.is_grad_enabled()):
         return function(*arguments)
     name = _backend.named()  # the backward pass may run where another is named, on a GPU in a thread of its own
 

@@ -1,4 +1,4 @@
-"""The MLM loss: against the tokens that were masked, and against the momentum twin's opinion of them."""
+"""The MLM loss: against the tokens that were masked, and against the momentum encoder's opinion of them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ CHUNK = 64  # positions whose targets exist at a time
 def masked_token_loss(logits: Tensor, labels: Tensor, *, teacher: Tensor | None = None, alpha: float = 0.0) -> Tensor:
     """``(1 - alpha) CE(logits, labels) + alpha CE(logits, softmax(teacher))``, summed over M positions.
 
-    logits [M, V] fp32 or fp64, labels [M] int64, teacher [M, V] of any type, without gradient: the twin's logits,
-    needed where alpha > 0. Of all that is [M, V], only the gradient at the logits is kept for the backward pass;
-    targets and probabilities exist for `CHUNK` positions at a time.
+    logits [M, V] fp32 or fp64, labels [M] int64, teacher [M, V] of any type, without gradient: the momentum
+    encoder's logits, needed where alpha > 0. Of all that is [M, V], only the gradient at the logits is kept for the
+    backward pass; targets and probabilities exist for `CHUNK` positions at a time.
     """
     return _SoftCrossEntropy.apply(logits, labels, teacher if alpha > 0 else None, alpha)
 

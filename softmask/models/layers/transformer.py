@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softmask.models.layers.attention import attend
-from softmask.models.layers.packing import Packing, Wanted
-from softmask.models.layers.recomputation import run
+from softmask.models.layers.packing import OutputPositions, Packing
+from softmask.models.layers.recomputation import checkpointed
 
 
 class Attention(nn.Module):
     """``x + output(attention(norm(x), norm(source)))``; x [S, D] packed, source [S', D'] packed or, for self-attention,
-    None. Of what is `wanted` alone, [M, D]."""
+    None. With `outputs`, of those tokens alone: [M, D]."""
 
     def __init__(self, width: int, heads: int, *, source_width: int | None = None, library: str = "sdpa") -> None:
         super().__init__()
@@ -35,14 +35,14 @@ class Attention(nn.Module):
         source_packing: Packing | None = None,
         *,
         causal: bool = False,
-        wanted: Wanted | None = None,
+        outputs: OutputPositions | None = None,
     ) -> Tensor:
         asking = self.norm(states)
         told = asking if source is None else self.source_norm(source)
         told_packing = packing if source is None else source_packing
-        if wanted is not None:
-            states, asking = states.index_select(0, wanted.index), asking.index_select(0, wanted.index)
-            packing = wanted.packing
+        if outputs is not None:
+            states, asking = states.index_select(0, outputs.index), asking.index_select(0, outputs.index)
+            packing = outputs.packing
         inputs = ((self.query, asking), (self.key, told), (self.value, told))
         by_head = (f(x).unflatten(-1, (self.heads, -1)) for f, x in inputs)
         mixed = attend(*by_head, library=self.library, causal=causal, queries=packing, keys=told_packing)
@@ -75,16 +75,16 @@ class Block(nn.Module):
         source: Tensor | None = None,
         source_packing: Packing | None = None,
         causal: bool = False,
-        wanted: Wanted | None = None,
+        outputs: OutputPositions | None = None,
     ) -> Tensor:
-        options = {"causal": causal, "wanted": wanted}
+        options = {"causal": causal, "outputs": outputs}
         return self.feed_forward(self.attention(states, packing, source, source_packing, **options))
 
 
 class CrossDecoder(nn.Module):
     """Blocks that attend to themselves and blocks that attend to a source in turn, `layers` of each, and a last norm.
 
-    states [S, D] and source [S', D'], packed as captions or as pictures -> [S, D], or [M, D] of those that are wanted,
+    states [S, D] and source [S', D'], packed as captions or as images -> [S, D], or [M, D] of `outputs`,
     the others left out of the last layer; not of causal decoders.
     """
 
@@ -111,14 +111,14 @@ class CrossDecoder(nn.Module):
         source: Tensor,
         source_packing: Packing,
         *,
-        wanted: Wanted | None = None,
+        outputs: OutputPositions | None = None,
     ) -> Tensor:
-        again = self.activation_checkpointing
+        recompute = self.activation_checkpointing
         for number, (own, cross) in enumerate(zip(self.own, self.cross, strict=True)):
-            last = wanted if number == len(self.own) - 1 else None
-            states = run(own, states, packing, None, None, self.causal, last, again=again)
+            last = outputs if number == len(self.own) - 1 else None
+            states = checkpointed(own, states, packing, None, None, self.causal, last, recompute=recompute)
             packing = packing if last is None else last.packing
-            states = run(cross, states, packing, source, source_packing, again=again)
+            states = checkpointed(cross, states, packing, source, source_packing, recompute=recompute)
         return self.norm(states)
 
 
@@ -175,7 +175,7 @@ class CausalTextEncoder(nn.Module):
         with_cls = packing.with_column(rows)
         states = with_cls.pack(padded) + self.position(with_cls.pack(self._positions(packing)))
         for block in self.blocks:
-            states = run(block, states, with_cls, None, None, True, again=self.activation_checkpointing)
+            states = checkpointed(block, states, with_cls, None, None, True, recompute=self.activation_checkpointing)
         padded = with_cls.pad(self.told(states))
         tokens, cls = packing.pack(padded[:, :-1]), padded[:, -1]
         return tokens, self.norm(cls) if self.open_clip else cls

@@ -47,7 +47,7 @@ class GlobalBatchNorm(nn.BatchNorm2d):
 
 @contextmanager
 def running_statistics(part: nn.Module) -> Iterator[None]:
-    """BatchNorm by its running statistics, which stay as they are: for pictures that are unlike those they are of."""
+    """BatchNorm by its running statistics, which stay as they are: for images that are unlike those they are of."""
     norms = [module for module in part.modules() if isinstance(module, GlobalBatchNorm) and module.training]
     for norm in norms:
         norm.eval()
@@ -84,7 +84,7 @@ class ResidualBlock(nn.Module):
 class ConvStem(nn.Module):
     """Convolutions in place of a patch projection ("Early Convolutions Help Transformers See Better", 2106.14881).
 
-    images [B, 3, S, S] -> tokens [B, (S / patch_size)**2, embed_dim]. Every level halves the picture and doubles the
+    images [B, 3, S, S] -> tokens [B, (S / patch_size)**2, embed_dim]. Every level halves the image and doubles the
     width; the last two have a residual block. The last level looks at nothing but its own patch, so that a token speaks
     of what lies there: with 3 x 3 kernels everywhere a token sees 63 pixels of the demo's 64, and so 30 of them.
     BatchNorm because GroupNorm learned far slower (docs/demo.md).
@@ -114,7 +114,7 @@ class ConvStem(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, images: Tensor) -> Tensor:
-        # Channels last: two thirds of the time on a CPU, and the tokens come out as they are wanted, without a copy.
+        # Channels last takes two thirds of the time on a CPU, and gives the tokens in their order without a copy.
         return self.layers(images.contiguous(memory_format=torch.channels_last)).flatten(2).transpose(1, 2)
 
 
@@ -164,7 +164,7 @@ class VisionEncoder(nn.Module):
         self.stem_sees_across = not isinstance(self.vit.patch_embed, PatchEmbed)
 
     def _patch_size(self, config: VisionConfig) -> int:
-        """ValueError where patches do not cover the picture: timm leaves out what stands over."""
+        """ValueError where patches do not cover the image: timm leaves out what stands over."""
         size = config.conv_vit.patch_size if config.name == CONV_VIT else self.vit.patch_embed.feat_ratio()
         if (size * self.patch_grid[0], size * self.patch_grid[1]) != (config.image_size, config.image_size):
             expected = f"a multiple of {config.name}'s patch size {size}"
@@ -176,7 +176,7 @@ class VisionEncoder(nn.Module):
 
     def forward(self, images: Tensor, *, masked: Tensor | None = None, mask_token: Tensor | None = None) -> Tensor:
         """With `masked` [R * B, patches] bool, `mask_token` [D] stands for those patches from the first block on;
-        R maskings of the B pictures, one after another, give tokens [R * B, P, D]."""
+        R maskings of the B images, one after another, give tokens [R * B, P, D]."""
         if masked is None:
             return self.vit.forward_features(images)
         maskings = len(masked) // len(images)
@@ -196,7 +196,7 @@ class VisionEncoder(nn.Module):
     def _blank(self, images: Tensor, masked: Tensor) -> Tensor:
         """images [B, 3, S, S] with zeros, the mean colour, in patches [B, patches]: neighbours do not see them either.
 
-        The statistics of such pictures are not those of whole ones, which evaluation has.
+        The statistics of such images are not those of whole ones, which evaluation has.
         """
         plane = masked.unflatten(1, self.patch_grid)[:, None]
         for dim in (2, 3):

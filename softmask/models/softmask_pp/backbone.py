@@ -1,4 +1,4 @@
-"""The part of the model that has a momentum twin: both encoders, the fusion, the MLM head and the projections."""
+"""The part of the model that has a momentum encoder: both encoders, the fusion, the MLM head and the projections."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Backbone(nn.Module):
     def text_feature(self, tokens: Tensor, packing: Packing) -> Tensor:
         """tokens [S, D] of B captions -> normalized feature [B, embed_dim] of their CLS token, or of the mean."""
         if self.text_pooling == "cls":
-            pooled = tokens[packing.starts[:-1]]
+            pooled = tokens[packing.cu_seqlens[:-1]]
         else:
             pooled = packing.pad(tokens).sum(dim=1) / packing.mask.sum(dim=1, keepdim=True)
         return F.normalize(at_least_fp32(self.text_projection(pooled)), dim=-1)

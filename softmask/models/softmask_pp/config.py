@@ -32,7 +32,7 @@ class SoftMaskPPConfig:
     text: TextConfig = field(default_factory=TextConfig)
     weights: LossWeights = field(default_factory=LossWeights)
     embed_dim: int = 256
-    # contrastive loss and momentum twin
+    # contrastive loss and momentum encoder
     temperature: float = 0.07
     learn_temperature: bool = True
     queue_size: int = 65536
@@ -52,7 +52,7 @@ class SoftMaskPPConfig:
     soft_negatives: bool = True  # without them, "masked" would come to mean "match"
     cam_layer: int = 2  # fusion layer, from 0; a layer must follow that mixes the words into CLS
     cam_source: str = "online"  # whose match the map explains: "online", of the step itself; "recompute", the same by
-    # another pass, under ZeRO-3 and activation checkpointing; "momentum", the twin's
+    # another pass, under ZeRO-3 and activation checkpointing; "momentum", the momentum encoder's
     strength: float = 1.0
     normalize: str = "minmax"
 

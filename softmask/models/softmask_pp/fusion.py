@@ -2,7 +2,7 @@
 
 An image's keys and values are projected once per layer, without bias (the key's bias drops out of the softmax, the
 value's is added by the op), for all the pairs that read it, soft-masked or not. What the first layer makes of a caption
-before it looks at an image is made once per caption. Of the last layer, only what is wanted is computed.
+before it looks at an image is made once per caption. Of the last layer, only the states that are read are computed.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from softmask import ops
 from softmask.models.config import TextConfig
 from softmask.models.layers.attention import attend
 from softmask.models.layers.bert import FeedForward, SelfAttention
-from softmask.models.layers.packing import Packing, Wanted
-from softmask.models.layers.recomputation import run
+from softmask.models.layers.packing import OutputPositions, Packing
+from softmask.models.layers.recomputation import checkpointed
 
 
 @dataclass
@@ -123,19 +123,19 @@ class FusionLayer(nn.Module):
         self.cross_attention = CrossAttention(config, image_width=image_width)
         self.feed_forward = FeedForward(config)
 
-    def start(self, states: Tensor, packing: Packing, wanted: Wanted | None = None) -> FusionStart:
-        """What comes before the image is looked at, for all tokens or those that are wanted."""
-        states = self.self_attention(states, packing, wanted)
-        return FusionStart(states, self.cross_attention.query(states), packing if wanted is None else wanted.packing)
+    def start(self, states: Tensor, packing: Packing, outputs: OutputPositions | None = None) -> FusionStart:
+        """What comes before the image is looked at, for all tokens or those of `outputs`."""
+        states = self.self_attention(states, packing, outputs)
+        return FusionStart(states, self.cross_attention.query(states), packing if outputs is None else outputs.packing)
 
     def finish(self, start: FusionStart, image: ImageKeys, pairs: PairIndex) -> tuple[Tensor, CrossRecord]:
         states, record = self.cross_attention(start.states, start.query, start.packing, image, pairs)
         return self.feed_forward(states), record
 
     def forward(
-        self, states: Tensor, packing: Packing, image: ImageKeys, pairs: PairIndex, wanted: Wanted | None
+        self, states: Tensor, packing: Packing, image: ImageKeys, pairs: PairIndex, outputs: OutputPositions | None
     ) -> tuple[Tensor, CrossRecord]:
-        return self.finish(self.start(states, packing, wanted), image, pairs)
+        return self.finish(self.start(states, packing, outputs), image, pairs)
 
 
 class FusionEncoder(nn.Module):
@@ -152,7 +152,7 @@ class FusionEncoder(nn.Module):
 
     def start(self, states: Tensor, packing: Packing) -> FusionStart:
         """states [S, D] of the text encoder -> what the first layer has before it looks at an image."""
-        return run(self.layers[0].start, states, packing, again=self.activation_checkpointing)
+        return checkpointed(self.layers[0].start, states, packing, recompute=self.activation_checkpointing)
 
     def forward(
         self,
@@ -160,25 +160,28 @@ class FusionEncoder(nn.Module):
         images: list[ImageKeys],
         pairs: PairIndex | None = None,
         *,
-        wanted: Wanted | None = None,
+        outputs: OutputPositions | None = None,
         record_layer: int | None = None,
         grad_from: int = 0,
     ) -> tuple[Tensor, CrossRecord | None]:
-        """States of all tokens, or of those wanted. `record_layer`: the layer whose query and attention output are
-        returned, for `ops.word_attention`. `grad_from`: the first layer of a graph that is soon left again; those
-        below it have none, those above are not computed twice."""
+        """States of all tokens, or of those of `outputs`.
+
+        `record_layer`: the layer whose query and attention output are returned, for `ops.word_attention`.
+        `grad_from`: the first layer with a graph. The layers below it have none; those above it keep their activations
+        even where activation checkpointing is on, since the graph is used at once.
+        """
         pairs = pairs or PairIndex()
         packing, recorded = start.packing, None
-        if wanted is not None and len(self.layers) == 1:
-            states, query = (x.index_select(0, wanted.index) for x in (start.states, start.query))
-            start = FusionStart(states, query, wanted.packing)
+        if outputs is not None and len(self.layers) == 1:
+            states, query = (x.index_select(0, outputs.index) for x in (start.states, start.query))
+            start = FusionStart(states, query, outputs.packing)
         for number, (layer, image) in enumerate(zip(self.layers, images, strict=True)):
-            again = self.activation_checkpointing and number != record_layer and grad_from == 0
+            recompute = self.activation_checkpointing and number != record_layer and grad_from == 0
             with torch.set_grad_enabled(torch.is_grad_enabled() and number >= grad_from):
                 if number == 0:
-                    states, record = run(layer.finish, start, image, pairs, again=again)
+                    states, record = checkpointed(layer.finish, start, image, pairs, recompute=recompute)
                 else:
-                    last = wanted if number == len(self.layers) - 1 else None
-                    states, record = run(layer, states, packing, image, pairs, last, again=again)
+                    last = outputs if number == len(self.layers) - 1 else None
+                    states, record = checkpointed(layer, states, packing, image, pairs, last, recompute=recompute)
             recorded = record if number == record_layer else recorded
         return states, recorded

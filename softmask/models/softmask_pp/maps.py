@@ -1,4 +1,4 @@
-"""Maps of words over the picture, from one cross-attention of a fused pass."""
+"""Maps of words over the image, from one cross-attention of a fused pass."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """SoftMask++ (Park & Han, CVPR 2023): ALBEF with text-driven soft masks, a focal contrastive loss and masked text.
 
-One step, as `forward` reads: encode, contrast, fuse the positive pairs, look up where the picture made a pair match
+One step, as `forward` reads: encode, contrast, fuse the positive pairs, look up where the image made a pair match
 for one word of its caption; then, in one pass, fuse the negatives, the soft-masked pairs and the masked captions.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from softmask import ops
 from softmask.batch import Batch
 from softmask.models.config import MAX_TEMPERATURE, MIN_TEMPERATURE, SpecialIds
-from softmask.models.layers.momentum import momentum_twin, update_twin
+from softmask.models.layers.momentum import momentum_encoder_of, update_momentum_encoder
 from softmask.models.layers.numerics import at_least_fp32, clamp_value, initialize
 from softmask.models.layers.packing import HostInts, Packing
 from softmask.models.layers.recomputation import all_ranks
@@ -80,7 +80,7 @@ class SoftMaskPP(nn.Module):
         self.itm_head = nn.Linear(config.text.width, 2)
         initialize(self.itm_head, std=config.text.initializer_range)
         self.temperature = nn.Parameter(torch.tensor(config.temperature), requires_grad=config.learn_temperature)
-        self.twin = momentum_twin(self.backbone)
+        self.momentum_encoder = momentum_encoder_of(self.backbone)
         self.contrast = ops.MomentumContrastiveLoss(
             config.embed_dim, config.queue_size, alpha=config.alpha, gamma=config.gamma
         )
@@ -117,8 +117,8 @@ class SoftMaskPP(nn.Module):
         return SoftMaskPPOutput(loss, terms, step.image_teacher.feature, step.text_teacher.feature, batch.image_id)
 
     def update_momentum(self) -> None:
-        """EMA of the twin, once per optimizer step, before the forward pass."""
-        update_twin(self.twin, self.backbone, self.config.momentum)
+        """EMA of the momentum encoder, once per optimizer step, before the forward pass."""
+        update_momentum_encoder(self.momentum_encoder, self.backbone, self.config.momentum)
 
     def enqueue(self, output: SoftMaskPPOutput) -> None:
         """Put the batch's teacher features (of all ranks) into the queue, after its loss was found finite."""
@@ -127,7 +127,7 @@ class SoftMaskPP(nn.Module):
 
     def statistics(self) -> list[Tensor]:
         """What a forward pass in training changes: BatchNorm's running statistics."""
-        return [*self.backbone.buffers(), *self.twin.buffers()]
+        return [*self.backbone.buffers(), *self.momentum_encoder.buffers()]
 
     def _logit_scale(self) -> Tensor:
         """1 / temperature, within ALBEF's limits."""
@@ -151,7 +151,9 @@ class SoftMaskPP(nn.Module):
             ids, captions = torch.cat([ids, text.input_ids]), Packing.cat([packing, packing])
         image, student = self._encode_pairs(self.backbone, batch.images, ids, captions, packing)
         with torch.no_grad():
-            image_teacher, text_teacher = self._encode_pairs(self.twin, batch.images, ids, captions, packing)
+            image_teacher, text_teacher = self._encode_pairs(
+                self.momentum_encoder, batch.images, ids, captions, packing
+            )
         return Step(
             batch=batch,
             labels=text.labels,
@@ -199,16 +201,16 @@ class SoftMaskPP(nn.Module):
     # -- fusion -------------------------------------------------------------------------------------------------------
 
     def _fused_losses(self, step: Step) -> dict[str, Tensor]:
-        """Every term that reads words and picture together: itm, itm_soft and mlm."""
+        """Every term that reads words and image together: itm, itm_soft and mlm."""
         words = self._words(step) if self.config.soft_mask else None
         hard_text, hard_image = self._hard_negatives(step)
         hard_tokens = HostInts(step.batch.attention_mask.sum(1)[hard_text].sum())
         student = self._prepare(self.backbone, step.image, step.text, step)
         teacher, with_mlm = None, self.config.weights.mlm > 0
-        by_twin = self.config.soft_mask and self.config.cam_source == "momentum"
-        if by_twin or (step.alpha > 0 and with_mlm):
+        by_teacher = self.config.soft_mask and self.config.cam_source == "momentum"
+        if by_teacher or (step.alpha > 0 and with_mlm):
             with torch.no_grad():
-                teacher = self._prepare(self.twin, step.image_teacher, step.text_teacher, step)
+                teacher = self._prepare(self.momentum_encoder, step.image_teacher, step.text_teacher, step)
         positive, masked_pairs = self._positive_pairs(step), self._masked_pairs(step)
         most_masked = step.chosen.read()[1]
         read, longest = positive, 1
@@ -278,7 +280,7 @@ class SoftMaskPP(nn.Module):
         if self.config.cam_source == "online":
             return online
         if self.config.cam_source == "momentum":
-            fusion, prepared = self.twin.fusion, teacher
+            fusion, prepared = self.momentum_encoder.fusion, teacher
         else:
             fusion, prepared = self.backbone.fusion, student.detach()
         (cls,), record = fuse(fusion, prepared, [positive], record_layer=layer, grad_from=layer)
@@ -302,14 +304,14 @@ class SoftMaskPP(nn.Module):
     # -- masked language modelling --------------------------------------------------------------------------------
 
     def _mlm(self, states: Tensor, pairs: Pairs, teacher: Prepared | None, step: Step) -> Tensor:
-        """(1 - alpha) * cross-entropy + alpha * soft cross-entropy with the twin, mean over the masked positions."""
+        """``(1 - alpha) CE(logits, labels) + alpha CE(logits, softmax(teacher))``, mean over the masked positions."""
         logits = at_least_fp32(self.backbone.predict_tokens(states))  # [M, vocabulary]
         labels = step.labels.flatten()[pairs.chosen_places]
         targets = None
         if step.alpha > 0:
             with torch.no_grad():
-                (seen,), _ = fuse(self.twin.fusion, teacher, [pairs], longest=max(step.chosen.read()[1], 1))
-                targets = self.twin.predict_tokens(seen)
+                (seen,), _ = fuse(self.momentum_encoder.fusion, teacher, [pairs], longest=max(step.chosen.read()[1], 1))
+                targets = self.momentum_encoder.predict_tokens(seen)
         return masked_token_loss(logits, labels, teacher=targets, alpha=step.alpha) / max(len(labels), 1)
 
     # -- evaluation -----------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from softmask.models.layers.packing import Packing, Wanted
+from softmask.models.layers.packing import OutputPositions, Packing
 from softmask.models.softmask_pp.fusion import CrossRecord, FusionEncoder, FusionStart, ImageKeys, PairIndex
 
 
@@ -65,8 +65,10 @@ def fuse(
     start = prepared.start.take(_cat("texts", kinds), sum(kind.tokens for kind in kinds))
     pairs = PairIndex(kv_index=_cat("images", kinds), key_weight=_key_weight(kinds))
     counts = [kind.count for kind in kinds]
-    wanted = Wanted.of(start.packing, _cat("chosen", kinds), size=sum(counts), longest=longest)
-    states, record = fusion(start, prepared.keys, pairs, wanted=wanted, record_layer=record_layer, grad_from=grad_from)
+    outputs = OutputPositions.of(start.packing, _cat("chosen", kinds), size=sum(counts), longest=longest)
+    states, record = fusion(
+        start, prepared.keys, pairs, outputs=outputs, record_layer=record_layer, grad_from=grad_from
+    )
     return list(states.split(counts)), record
 
 

@@ -63,8 +63,8 @@ class SyCoCaConfig:
     pooler_heads: int = 8
     temperature: float = 0.07  # at first; it is learned
     gamma: float = 0.0
-    # momentum twin of the encoders, which fills a queue and softens the targets as in ALBEF
-    queue_size: int = 0  # 0: no twin, the contrastive loss sees the batch alone
+    # momentum encoder of the encoders, which fills a queue and softens the targets as in ALBEF
+    queue_size: int = 0  # 0: no momentum encoder, the contrastive loss sees the batch alone
     momentum: float = 0.995
     alpha: float = 0.4
     # masks
@@ -113,12 +113,12 @@ class SyCoCaConfig:
             self._check_pooler()
 
     @property
-    def tells(self) -> bool:
+    def has_caption_loss(self) -> bool:
         """Whether captions are told at all."""
         return self.weights.caption > 0
 
     @property
-    def paints(self) -> bool:
+    def has_reconstruction(self) -> bool:
         """Whether masked patches are reconstructed at all."""
         return self.reconstruct and self.weights.tgmim > 0
 

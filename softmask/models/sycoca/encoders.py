@@ -26,7 +26,7 @@ class Texts:
 
 
 class Encoders(nn.Module):
-    """The part of SyCoCa that may have a momentum twin."""
+    """The part of SyCoCa that may have a momentum encoder."""
 
     def __init__(self, config: SyCoCaConfig) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class Encoders(nn.Module):
         return F.normalize(at_least_fp32(self.image_projection(pooled)), dim=-1)
 
     def project_patches(self, patches: Tensor) -> Tensor:
-        """[B, P, D] -> [B, P, embed_dim], every patch as if it alone were the picture."""
+        """[B, P, D] -> [B, P, embed_dim], every patch as if it alone were the image."""
         pool_each = self.vision.pool_each if self.pooler is None else self.pooler.each
         return self.image_projection(pool_each(patches))
 

@@ -1,7 +1,7 @@
-"""Captions for pictures by SyCoCa: greedy, by beam search or by nucleus sampling, through transformers' generation.
+"""Captions for images by SyCoCa: greedy, by beam search or by nucleus sampling, through transformers' generation.
 
 Every step feeds the last token alone: keys and values of the caption's earlier tokens come from transformers' cache,
-those of the picture are made once. Attention of single tokens is PyTorch's, whatever `text.attention` names.
+those of the image are made once. Attention of single tokens is PyTorch's, whatever `text.attention` names.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from softmask.models.sycoca.model import SyCoCa
 
 @dataclass(frozen=True)
 class Beams:
-    """The N captions of each picture that a beam search ends with, the best by the mean of its tokens first."""
+    """The N captions of each image that a beam search ends with, the best by the mean of its tokens first."""
 
     captions: Tensor  # [B, N, T] token ids, as of `generate_captions`
-    log_prob: Tensor  # [B, N] of the caption given the picture; cut at max_length: of what there is
+    log_prob: Tensor  # [B, N] of the caption given the image; cut at max_length: of what there is
     similarity: Tensor  # [B, N] logit_scale * <image feature, text feature>
 
     def best(self) -> Tensor:
@@ -54,12 +54,12 @@ def generate_captions(
 
     With `rerank` both heads choose among the beams: the caption with the largest
 
-        log p(caption | picture) + logit_scale * <image feature, text feature>;
+        log p(caption | image) + logit_scale * <image feature, text feature>;
 
     of one beam there is nothing to choose.
 
     Raises:
-        ValueError: no picture; max_length is not from 2 to text.max_positions, num_beams < 1, top_p is not in (0, 1],
+        ValueError: no image; max_length is not from 2 to text.max_positions, num_beams < 1, top_p is not in (0, 1],
             or given with rerank.
     """
     _check(model, images, max_length=max_length, num_beams=num_beams)
@@ -82,7 +82,7 @@ def search_captions(model: SyCoCa, images: Tensor, *, max_length: int, num_beams
     """images [B, 3, S, S] -> all captions of beam search, with what either head thinks of them.
 
     Raises:
-        ValueError: no picture; max_length is not from 2 to text.max_positions, or num_beams < 2.
+        ValueError: no image; max_length is not from 2 to text.max_positions, or num_beams < 2.
     """
     _check(model, images, max_length=max_length, num_beams=num_beams, fewest=2)
     with evaluating(model):
@@ -105,7 +105,7 @@ def _check(model: SyCoCa, images: Tensor, *, max_length: int, num_beams: int, fe
     if num_beams < fewest:
         raise ValueError(f"num_beams: expected at least {fewest}, got {num_beams}")
     if len(images) == 0:
-        raise ValueError(f"images: expected at least one picture [B, 3, S, S], got shape {list(images.shape)}")
+        raise ValueError(f"images: expected at least one image [B, 3, S, S], got shape {list(images.shape)}")
 
 
 def _generate(model: SyCoCa, tokens: Tensor, **options: object) -> ModelOutput:
@@ -119,7 +119,7 @@ def _generate(model: SyCoCa, tokens: Tensor, **options: object) -> ModelOutput:
         **options,
     )
     start = torch.full((len(tokens), 1), special.cls, device=tokens.device)
-    return generator.generate(start, generation_config=config, pictures=generator.read(tokens))
+    return generator.generate(start, generation_config=config, images=generator.read(tokens))
 
 
 def _up_to(token: int, captions: Tensor) -> Tensor:
@@ -169,7 +169,7 @@ class CaptionGenerator(PreTrainedModel, GenerationMixin):
         return torch.stack(layers, 1)
 
     def forward(
-        self, input_ids: Tensor, pictures: Tensor, past_key_values: Cache, **_unused: object
+        self, input_ids: Tensor, images: Tensor, past_key_values: Cache, **_unused: object
     ) -> CausalLMOutputWithPast:
         """The logits [B, 1, V] behind input_ids [B, T], which follow what the cache holds."""
         text, decoder = self.sycoca.text, self.sycoca.caption_decoder
@@ -181,7 +181,7 @@ class CaptionGenerator(PreTrainedModel, GenerationMixin):
         states = text.told(states)
         for layer, (own, cross) in enumerate(zip(decoder.own, decoder.cross, strict=True)):
             states = _look_back(own, states, past_key_values, len(text.blocks) + layer)
-            states = _look_at(cross, states, *pictures[:, layer].unbind(1))
+            states = _look_at(cross, states, *images[:, layer].unbind(1))
         logits = self.sycoca.caption_head(decoder.norm(states[:, -1:]))
         return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
 
@@ -202,7 +202,7 @@ def _look_back(block: Block, states: Tensor, cache: Cache, layer: int) -> Tensor
 
 
 def _look_at(block: Block, states: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """A block of attention to the picture, key, value [B, H, P, E]."""
+    """A block of attention to the image, key, value [B, H, P, E]."""
     attention = block.attention
     query = _heads(attention, attention.query(attention.norm(states)))
     return _out(block, states, F.scaled_dot_product_attention(query, key, value))

@@ -1,4 +1,4 @@
-"""The patches most relevant to a caption, and pictures without some of their patches."""
+"""The patches most relevant to a caption, and images without some of their patches."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def random_masks(patches: Tensor, *, ratios: Collection[float]) -> dict[float, T
 
 
 def keep_patches(image: Tensor, kept: Tensor, *, ratio: float, num_prefix_tokens: int) -> Tensor:
-    """image [B, P, D] -> [B, P', D]: prefix tokens and the patches of `kept` [B, patches], `ratio` of every picture."""
+    """image [B, P, D] -> [B, P', D]: prefix tokens and the patches of `kept` [B, patches], `ratio` of every image."""
     rows, patches = kept.shape
     count = round(ratio * patches)
     place = torch.nonzero_static(kept.flatten(), size=rows * count)[:, 0]

@@ -1,7 +1,7 @@
 """SyCoCa (Ma et al., ICML 2024): CoCa with an image decoder, and masks that follow what the caption speaks of.
 
 One step, as `forward` reads: encode both, contrast, find the patches that the caption speaks of, tell the caption from
-those alone, and paint them again from the rest of the picture and the caption.
+those alone, and paint them again from the rest of the image and the caption.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from softmask import ops
 from softmask.batch import Batch
 from softmask.models.config import SpecialIds, check
-from softmask.models.layers.momentum import update_twin
+from softmask.models.layers.momentum import update_momentum_encoder
 from softmask.models.layers.numerics import clamp_value, initialize
-from softmask.models.layers.packing import Packing, Wanted
+from softmask.models.layers.packing import OutputPositions, Packing
 from softmask.models.layers.recomputation import all_ranks
 from softmask.models.layers.transformer import CrossDecoder
 from softmask.models.sycoca.caption_head import CaptionHead
@@ -76,15 +76,15 @@ class SyCoCa(Encoders):
             self.mask_token = nn.Parameter(torch.empty(self.vision.width).normal_(std=text.initializer_range))
         if config.reconstruct:
             self._make_image_decoder()
-        self.twin, self.contrast = None, None
+        self.momentum_encoder, self.contrast = None, None
         if config.queue_size:
-            self._make_twin()
+            self._make_momentum_encoder()
 
     def _check_sizes(self) -> None:
         """ValueError where keys do not fit the image encoder."""
         config, width, patches = self.config, self.vision.width, math.prod(self.patch_grid)
-        masked = {"caption_ratio": config.tells and config.caption_masking != "none"}
-        masked["reconstruct_ratio"] = config.paints
+        masked = {"caption_ratio": config.has_caption_loss and config.caption_masking != "none"}
+        masked["reconstruct_ratio"] = config.has_reconstruction
         expected = {
             name: (not used or 0 < round(getattr(config, name) * patches) < patches, f"some but not all of {patches}")
             for name, used in masked.items()
@@ -115,10 +115,10 @@ class SyCoCa(Encoders):
         if config.reconstruct_masking == "tokens":  # what is replaced after the encoder has lost its position
             self.register_buffer("patch_position", patch_positions(self.patch_grid, width), persistent=False)
 
-    def _make_twin(self) -> None:
-        config, twin, own = self.config, Encoders(self.config), self.state_dict()
-        twin.load_state_dict({name: own[name] for name in twin.state_dict()})
-        self.twin = twin.requires_grad_(False)
+    def _make_momentum_encoder(self) -> None:
+        config, teacher, own = self.config, Encoders(self.config), self.state_dict()
+        teacher.load_state_dict({name: own[name] for name in teacher.state_dict()})
+        self.momentum_encoder = teacher.requires_grad_(False)
         self.contrast = ops.MomentumContrastiveLoss(
             config.embed_dim, config.queue_size, alpha=config.alpha, gamma=config.gamma
         )
@@ -129,26 +129,26 @@ class SyCoCa(Encoders):
         config = self.config
         image = self.vision(batch.images)
         texts = self._encode_text(batch)
-        pooled, readable = self.pool(image)
+        pooled, context = self.pool(image)
         scale = self.scale()
         teachers = self._teachers(batch, texts.packing)
         losses = {"itc": self._contrastive(self.image_feature(pooled), texts.feature, scale, teachers)}
         masks = self._masks(image, texts)
         encoded = self._encode_masked(batch.images, masks)
-        if config.tells:
-            told_from = self._told_from(image, readable, masks.kept, encoded.get("caption"))
-            losses["caption"] = self._caption_loss(batch, texts, told_from)
-        if config.paints:
-            painted_from = self._painted_from(image, masks.hidden, encoded.get("tgmim"))
-            losses["tgmim"] = self._reconstruction_loss(batch, texts, painted_from, masks.hidden)
+        if config.has_caption_loss:
+            decoder_context = self._decoder_context(image, context, masks.kept, encoded.get("caption"))
+            losses["caption"] = self._caption_loss(batch, texts, decoder_context)
+        if config.has_reconstruction:
+            image_decoder_input = self._image_decoder_input(image, masks.hidden, encoded.get("tgmim"))
+            losses["tgmim"] = self._reconstruction_loss(batch, texts, image_decoder_input, masks.hidden)
         loss = sum(getattr(config.weights, name) * term for name, term in losses.items())
         terms = {name: term.detach() for name, term in losses.items()}
         return SyCoCaOutput(loss, terms | {"temperature": 1.0 / scale.detach()}, **teachers)
 
     def update_momentum(self) -> None:
-        """EMA of the twin, where there is one, once per optimizer step, before the forward pass."""
-        if self.twin is not None:
-            update_twin(self.twin, self, self.config.momentum)
+        """EMA of the momentum encoder, where there is one, once per optimizer step, before the forward pass."""
+        if self.momentum_encoder is not None:
+            update_momentum_encoder(self.momentum_encoder, self, self.config.momentum)
 
     def enqueue(self, output: SyCoCaOutput) -> None:
         """Put the batch's teacher features (of all ranks) into the queue, where there is one, after its loss was found
@@ -159,11 +159,11 @@ class SyCoCa(Encoders):
 
     def statistics(self) -> list[Tensor]:
         """What a forward pass in training changes: BatchNorm's running statistics."""
-        return [*self.vision.buffers(), *(() if self.twin is None else self.twin.buffers())]
+        return [*self.vision.buffers(), *(() if self.momentum_encoder is None else self.momentum_encoder.buffers())]
 
     def set_activation_checkpointing(self, enable: bool) -> None:
         self.vision.set_activation_checkpointing(enable)
-        painters = [self.image_decoder] if self.config.paints else []
+        painters = [self.image_decoder] if self.config.has_reconstruction else []
         for part in [self.text, self.caption_decoder, *painters]:
             part.activation_checkpointing = enable
 
@@ -180,11 +180,13 @@ class SyCoCa(Encoders):
 
     @torch.no_grad()
     def _teachers(self, batch: Batch, packing: Packing) -> dict[str, Tensor]:
-        """image_teacher and text_teacher [B, embed_dim], the features by the twin; none without one."""
-        if self.twin is None:
+        """image_teacher and text_teacher [B, embed_dim], the features by the momentum encoder; none without one."""
+        if self.momentum_encoder is None:
             return {}
-        image = self.twin.image_feature(self.twin.pool(self.twin.vision(batch.images))[0])
-        return {"image_teacher": image, "text_teacher": self.twin.read(batch.input_ids, packing).feature}
+        image = self.momentum_encoder.image_feature(
+            self.momentum_encoder.pool(self.momentum_encoder.vision(batch.images))[0]
+        )
+        return {"image_teacher": image, "text_teacher": self.momentum_encoder.read(batch.input_ids, packing).feature}
 
     def _contrastive(self, image: Tensor, text: Tensor, scale: Tensor, teachers: dict[str, Tensor]) -> Tensor:
         if self.contrast is None:
@@ -196,8 +198,8 @@ class SyCoCa(Encoders):
     def _masks(self, image: Tensor, texts: Texts) -> PatchMasks:
         """The patches most relevant to the caption; or any."""
         config = self.config
-        keep = config.caption_ratio if config.tells and config.caption_masking != "none" else None
-        hide = config.reconstruct_ratio if config.paints else None
+        keep = config.caption_ratio if config.has_caption_loss and config.caption_masking != "none" else None
+        hide = config.reconstruct_ratio if config.has_reconstruction else None
         ratios = {ratio for ratio in (keep, hide) if ratio is not None}
         if not ratios:
             return PatchMasks(kept=None, hidden=None)
@@ -223,14 +225,14 @@ class SyCoCa(Encoders):
         unseen = {}
         if self.config.caption_masking == "pixels" and masks.kept is not None:
             unseen["caption"] = ~masks.kept
-        if self.config.paints and self.config.reconstruct_masking == "pixels":
+        if self.config.has_reconstruction and self.config.reconstruct_masking == "pixels":
             unseen["tgmim"] = masks.hidden
         if not unseen:
             return {}
         tokens = self.vision(images, masked=torch.cat(list(unseen.values())), mask_token=self.mask_token)
         return dict(zip(unseen, tokens.chunk(len(unseen)), strict=True))
 
-    def _told_from(self, image: Tensor, readable: Tensor, kept: Tensor | None, encoded: Tensor | None) -> Tensor:
+    def _decoder_context(self, image: Tensor, readable: Tensor, kept: Tensor | None, encoded: Tensor | None) -> Tensor:
         """What the caption's decoder reads, [B, P', D]: all that is `readable`, or what is left by `kept`."""
         if self.config.caption_masking == "pixels":
             return self.pool(encoded)[1]
@@ -239,7 +241,7 @@ class SyCoCa(Encoders):
             return keep_patches(image, kept, **options)
         return readable
 
-    def _painted_from(self, image: Tensor, hidden: Tensor, encoded: Tensor | None) -> Tensor:
+    def _image_decoder_input(self, image: Tensor, hidden: Tensor, encoded: Tensor | None) -> Tensor:
         """What the image decoder begins with, [B, P, D]: without the tokens of the patches `hidden`."""
         if self.config.reconstruct_masking == "pixels":
             return encoded
@@ -247,13 +249,13 @@ class SyCoCa(Encoders):
 
     def _caption_loss(self, batch: Batch, texts: Texts, image: Tensor) -> Tensor:
         """Cross-entropy of the next token, mean over all that follow a token; padding is never a target."""
-        pictures = Packing.full(*image.shape[:2], image.device)
-        states = self.caption_decoder(texts.tokens, texts.packing, image.flatten(0, 1), pictures)
+        image_packing = Packing.full(*image.shape[:2], image.device)
+        states = self.caption_decoder(texts.tokens, texts.packing, image.flatten(0, 1), image_packing)
         followed, following = (F.pad(x[:, 1:], (0, 1)) for x in (batch.attention_mask, batch.input_ids))
         size = None if batch.num_tokens is None else batch.num_tokens - len(followed)
         chosen = Packing.of(followed, size)
         labels = chosen.pack(following)
-        told = states.index_select(0, texts.packing.rank[chosen.place])
+        told = states.index_select(0, texts.packing.token_index[chosen.flat_index])
         return self.caption_head(told, labels) / max(len(labels), 1)
 
     def _reconstruction_loss(self, batch: Batch, texts: Texts, image: Tensor, masked: Tensor) -> Tensor:
@@ -261,25 +263,27 @@ class SyCoCa(Encoders):
         count = round(self.config.reconstruct_ratio * masked.shape[1])
         seen = F.pad(masked, (self.num_prefix_tokens, 0))
         index, place = (torch.nonzero_static(x.flatten(), size=len(x) * count)[:, 0] for x in (seen, masked))
-        pixels = self._paint(image, texts, wanted=Wanted(index, Packing.full(len(masked), count, masked.device)))
+        pixels = self._paint(
+            image, texts, outputs=OutputPositions(index, Packing.full(len(masked), count, masked.device))
+        )
         prediction = pixels.new_zeros(masked.numel(), pixels.shape[-1]).index_copy(0, place, pixels)
         options = {"patch_size": self.vision.patch_size, "normalize": self.config.normalize_pixels}
         return ops.masked_patch_loss(prediction.unflatten(0, masked.shape), batch.images, masked, **options)
 
-    def _paint(self, image: Tensor, texts: Texts, *, wanted: Wanted | None = None) -> Tensor:
-        """image [B, P, D], the masked tokens -> pixels [B * P, 3 * patch_size**2], or [M, ...] of the tokens wanted."""
-        pictures = Packing.full(*image.shape[:2], image.device)
+    def _paint(self, image: Tensor, texts: Texts, *, outputs: OutputPositions | None = None) -> Tensor:
+        """image [B, P, D], the masked tokens -> pixels [B * P, 3 * patch_size**2], or [M, ...] of `outputs` alone."""
+        image_packing = Packing.full(*image.shape[:2], image.device)
         return self.pixel_head(
-            self.image_decoder(image.flatten(0, 1), pictures, texts.tokens, texts.packing, wanted=wanted)
+            self.image_decoder(image.flatten(0, 1), image_packing, texts.tokens, texts.packing, outputs=outputs)
         )
 
     def reconstruct(self, images: Tensor, masked: Tensor, texts: Texts) -> Tensor:
-        """Pixels [B, patches, 3 * patch_size**2] of pictures whose patches `masked` [B, patches] are hidden as in
+        """Pixels [B, patches, 3 * patch_size**2] of images whose patches `masked` [B, patches] are hidden as in
         training: from the encoder or, by `reconstruct_masking: tokens`, behind it."""
         by_pixels = self.config.reconstruct_masking == "pixels"
         hidden = {"masked": masked, "mask_token": self.mask_token} if by_pixels else {}
         image = self.vision(images, **hidden)
-        pixels = self._paint(self._painted_from(image, masked, image), texts)
+        pixels = self._paint(self._image_decoder_input(image, masked, image), texts)
         return pixels.unflatten(0, image.shape[:2])[:, self.num_prefix_tokens :]
 
     # -- evaluation -----------------------------------------------------------------------------------------------
@@ -307,9 +311,9 @@ class SyCoCa(Encoders):
         return texts.packing.pad(texts.tokens), texts.feature
 
     def hidden_patches(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """bool [B, patches]: what training would hide of pictures with these captions [B, T]."""
+        """bool [B, patches]: what training would hide of images with these captions [B, T]."""
         return self._masks(self.vision(images), self.read(input_ids, Packing.of(attention_mask))).hidden
 
     def repaint(self, images: Tensor, hidden: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Pixels [B, patches, 3 * patch_size**2] of pictures with hidden patches, guided by captions [B, T]."""
+        """Pixels [B, patches, 3 * patch_size**2] of images with hidden patches, guided by captions [B, T]."""
         return self.reconstruct(images, hidden, self.read(input_ids, Packing.of(attention_mask)))

@@ -1,4 +1,4 @@
-"""Where a run's weights and vocabulary come from: another run, whose pictures may have had another size, files, or
+"""Where a run's weights and vocabulary come from: another run, whose images may have had another size, files, or
 nowhere; and the words that say so."""
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ def text_facts(tokenizer: CaptionTokenizer, config: Config, source: Source) -> s
     cut = int(tokenizer(captions, **data.reading).cut.sum())
     parts = [f"{data.max_length} tokens at most, {cut:,} of the first {len(captions):,} captions are cut there"]
     parts += ["cleaned as ALBEF's"] * data.clean_captions + ["without [SEP]"] * (not data.append_sep)
-    parts += ["one of a picture's an epoch"] * (data.captions == "random")
+    parts += ["one of an image's an epoch"] * (data.captions == "random")
     return "; ".join(parts)
 
 
 def start_from(model: nn.Module, path: str | Path) -> str:
-    """Copy the weights of a run or checkpoint, momentum twin and queue included, into a new model.
+    """Copy the weights of a run or checkpoint, momentum encoder and queue included, into a new model.
 
     Position embeddings of another grid are interpolated; a queue of another length is left as it is. The queue's ids
-    are forgotten: they number the pictures of that run's data, and the same numbers stand for others in this one's.
+    are forgotten: they number the images of that run's data, and the same numbers stand for others in this one's.
     Returns what was done, in words.
 
     Raises:

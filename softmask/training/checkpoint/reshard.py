@@ -1,8 +1,8 @@
 """Checkpoints of any ZeRO stage and number of ranks, read by parameter name and put into an engine of another.
 
 DeepSpeed 0.19's universal checkpoints do not do it: their converter finds no file to read at stage 0 and fails on a
-parameter without dimensions at stages 1 and 2; what it makes of stage 3 loads at stage 3 only, without momentum twin,
-queue and running statistics, and with the first parameter group's weight decay for all.
+parameter without dimensions at stages 1 and 2; what it makes of stage 3 loads at stage 3 only, without momentum
+encoder, queue and running statistics, and with the first parameter group's weight decay for all.
 
 What DeepSpeed writes: up to stage 2 all weights and buffers in one file, which at stage 0 holds the moments too; at
 stages 1 and 2 every rank's piece of each group's flattened moments; at stage 3 every rank's piece of each parameter.
@@ -175,7 +175,7 @@ def _put_whole(engine: Any, weights: dict[str, Pieces]) -> None:
 
 
 def _put_partitioned(engine: Any, weights: dict[str, Pieces]) -> None:
-    """At stage 3 a rank takes its share of every parameter, the twin's too, and all of every buffer."""
+    """At stage 3 a rank takes its share of every parameter, the momentum encoder's too, and all of every buffer."""
     parameters = dict(engine.module.named_parameters())
     expected = set(engine.module.state_dict())
     if weights.keys() != expected:

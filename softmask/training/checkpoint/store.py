@@ -149,7 +149,7 @@ def _same_layout(checkpoint: Path, state: dict[str, Any], config: Config) -> boo
 
 def data_facts(source: Source) -> dict[str, Any]:
     """What a checkpoint says of the data it was trained on."""
-    return {"captions": len(source), "pictures": source.pictures, "digest": source.digest}
+    return {"captions": len(source), "pictures": source.images, "digest": source.digest}
 
 
 def check_data(checkpoint: Path, source: Source) -> None:
@@ -160,7 +160,7 @@ def check_data(checkpoint: Path, source: Source) -> None:
     """
     was, now = read_state(checkpoint).get("data"), data_facts(source)
     if was is not None and was != now:
-        texts = [f"{one['captions']:,} captions of {one['pictures']:,} pictures" for one in (was, now)]
+        texts = [f"{one['captions']:,} captions of {one['pictures']:,} images" for one in (was, now)]
         other = " with other bytes" if texts[0] == texts[1] else ""
         raise CheckpointError(f"{checkpoint}: made with other data (was {texts[0]}, now {texts[1]}{other})")
 
@@ -249,7 +249,7 @@ def load_model(
 ) -> tuple[nn.Module, CaptionTokenizer, Config]:
     """Model (evaluation mode), tokenizer and configuration of a checkpoint or of a run's newest one.
 
-    `image_size`: of the pictures that it will see, 0 for those of training.
+    `image_size`: of the images that it will see, 0 for those of training.
 
     Its weights are fp32, which flash-attn does not take, and neither that nor xformers need be installed here: torch
     computes its attention.

@@ -33,7 +33,7 @@ def deepspeed_config(config: Config, *, parameters: int) -> dict[str, Any]:
         "gradient_clipping": train.clip_grad if config.zero_stage else 0.0,  # at stage 0 the guard clips
     }
     if train.precision in AUTOCAST:
-        # Weights, momentum twin, queue and reduced gradients stay fp32; only the products of the forward are cast.
+        # Weights, momentum encoder, queue and reduced gradients stay fp32; only the products of the forward are cast.
         autocast = {"enabled": True, "dtype": AUTOCAST[train.precision], "lower_precision_safe_modules": []}
         section["torch_autocast"] = autocast
     return section

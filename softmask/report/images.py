@@ -1,4 +1,4 @@
-"""Pictures of the report: heat over a picture, the soft-masked picture, and images as data URIs."""
+"""Images of the report: heat over an image, the soft-masked image, and images as data URIs."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def heat_gradient() -> str:
     return f"linear-gradient(90deg, {stops})"
 
 
-def heat_overlay(picture: Image.Image, plane: Tensor) -> Image.Image:
-    """A map [h, w] in [0, 1] over the picture in pale grey; the stronger, the more opaque."""
-    grey = np.asarray(picture.convert("L"), dtype=np.float64)[..., None]
+def heat_overlay(image: Image.Image, plane: Tensor) -> Image.Image:
+    """A map [h, w] in [0, 1] over the image in pale grey; the stronger, the more opaque."""
+    grey = np.asarray(image.convert("L"), dtype=np.float64)[..., None]
     base = 255 * PALEST + grey * (1 - PALEST)
     values = plane.clamp(0, 1).numpy().astype(np.float64)
     opacity = OPACITY * values[..., None] ** 0.8
@@ -45,25 +45,25 @@ def heat_overlay(picture: Image.Image, plane: Tensor) -> Image.Image:
     return Image.fromarray(mixed.round().astype(np.uint8))
 
 
-def soft_masked(picture: Image.Image, plane: Tensor, *, mean: tuple[float, ...], strength: float) -> Image.Image:
+def soft_masked(image: Image.Image, plane: Tensor, *, mean: tuple[float, ...], strength: float) -> Image.Image:
     """`ops.soft_mask` on pixels: what the map marks fades to the mean colour, the zero of the network's input."""
-    pixels = torch.from_numpy(np.array(picture)).double() / 255 - torch.tensor(mean, dtype=torch.float64)
+    pixels = torch.from_numpy(np.array(image)).double() / 255 - torch.tensor(mean, dtype=torch.float64)
     flat = pixels.reshape(1, -1, 3)
     masked = ops.soft_mask(flat, plane.double().reshape(1, -1), strength=strength, normalize=None, num_prefix_tokens=0)
     faded = masked.reshape(pixels.shape) + torch.tensor(mean, dtype=torch.float64)
     return Image.fromarray((255 * faded).round().clamp(0, 255).to(torch.uint8).numpy())
 
 
-def limited(picture: Image.Image, longest: int) -> Image.Image:
-    """The picture, made smaller where a side is longer than `longest` pixels."""
-    scale = longest / max(picture.size)
+def limited(image: Image.Image, longest: int) -> Image.Image:
+    """The image, made smaller where a side is longer than `longest` pixels."""
+    scale = longest / max(image.size)
     if scale >= 1:
-        return picture
-    return picture.resize([max(1, round(side * scale)) for side in picture.size], Image.Resampling.LANCZOS)
+        return image
+    return image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
 
 
-def data_uri(picture: Image.Image, *, quality: int = 90) -> str:
-    """The picture inside its own address: WebP, which every browser since 2020 shows."""
+def data_uri(image: Image.Image, *, quality: int = 90) -> str:
+    """The image inside its own address: WebP, which every browser since 2020 shows."""
     stream = io.BytesIO()
-    picture.save(stream, "WEBP", quality=quality, method=4)
+    image.save(stream, "WEBP", quality=quality, method=4)
     return "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
