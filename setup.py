@@ -48,7 +48,7 @@ BENCH = [
 ]
 BENCH_GPU = [*BENCH, "inf-cl>=1.2", "liger-kernel>=0.5", "memeff>=0.3"]
 TEST = [*DEMO, "ninja>=1.11", "packaging>=23", "pytest>=8", "pytest-xdist>=3.5", "setuptools>=77", "wheel>=0.43"]
-DEV = [*TEST, "clang-format>=18", "ruff>=0.9"]
+DEV = [*TEST, "clang-format>=18", "mypy>=1.15", "ruff>=0.9", "types-PyYAML", "types-tqdm"]
 
 
 class CannotBuildError(Exception):
