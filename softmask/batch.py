@@ -1,8 +1,10 @@
-"""What the data gives and the models take: captioned images as tensors."""
+"""A batch of captioned images: what the data gives and the models take."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +19,8 @@ class Batch:
     attention_mask: Tensor  # [B, T] bool, True = real token
     word_ids: Tensor  # [B, T] int64, see TokenBatch
     image_id: Tensor  # [B] int64, equal for captions of the same image
-    skipped: list[str] = field(default_factory=list)  # "shard.tar:key: reason" of samples that were replaced
-    num_tokens: int | None = None  # real ones; None: counted where it is asked for, which waits for a device
+    skipped: list[str] = field(default_factory=list)  # "shard.tar:key: reason" for each sample that was replaced
+    num_tokens: int | None = None  # real tokens; None: counted when needed, which waits for a device
 
     def to(self, device: torch.device | str) -> Batch:
         """A copy on `device`; asynchronous from pinned memory."""
@@ -28,6 +30,7 @@ class Batch:
         """A copy in page-locked memory; DataLoader calls this."""
         return self._map(Tensor.pin_memory)
 
-    def _map(self, function) -> Batch:
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{name: function(v) if isinstance(v, Tensor) else v for name, v in values.items()})
+        changed: dict[str, Any] = {n: function(value) for n, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **changed)

@@ -1,4 +1,4 @@
-"""One training step at full size: a published recipe written plainly and the engine, side by side.
+"""One training step at full size: a published recipe, written plainly, and this library side by side.
 
     python -m benchmarks.step.bench_step [--method softmask_pp | sycoca] [--batch 8] [--bf16] [--turns 5]
 
@@ -58,7 +58,7 @@ def values(name: str, case: Case) -> dict[str, Tensor]:
 
 
 def check_values(case: Case) -> str:
-    """The engine's error against the plain recipe in fp64: at most twice that of the plain recipe in fp32, and a unit
+    """This library's error against the plain recipe in fp64: at most twice that of the plain recipe in fp32, and a unit
     of rounding; a loss, whose error is a single draw, has four. The model is fp64 for a while.
 
     Raises:
@@ -67,7 +67,7 @@ def check_values(case: Case) -> str:
     case.model.double()
     truth = values("plain", replace(case, batch=replace(case.batch, images=case.batch.images.double())))
     case.model.float()
-    in_plain, ours = errors("plain", case, truth), errors("engine", case, truth)
+    in_plain, ours = errors("plain", case, truth), errors("softmask", case, truth)
     ratios = {}
     for name, exact in truth.items():
         units = (4 if exact.numel() == 1 else 1) * torch.finfo(torch.float32).eps
@@ -153,17 +153,17 @@ class Measured:
     parts: dict[str, dict[str, float]]  # side -> part -> seconds
     whole: dict[str, float]
     rest: dict[str, float]  # everything but the image encoder
-    faster: float  # the plain step's time over the engine's
+    faster: float  # the plain step's time over softmask's
     rest_faster: float
     memory: dict[str, float]  # MiB at most beyond weights, gradients and optimizer state
-    masks_cost: float | None = None  # of the engine's step, over the one without soft masks
+    masks_cost: float | None = None  # of softmask's step, over the one without soft masks
 
     def lines(self) -> Iterator[str]:
         yield from table("seconds", self.parts, {REST: self.rest, "step": self.whole, "peak MiB": self.memory})
         yield f"step {self.faster:.2f} x faster, {REST} {self.rest_faster:.2f} x"
         if self.masks_cost is not None:
             yield f"soft masks cost {self.masks_cost:.1%} of the step without them"
-        yield f"memory {self.memory['engine'] / self.memory['plain']:.2f} of the plain recipe's"
+        yield f"memory {self.memory['softmask'] / self.memory['plain']:.2f} of the plain recipe's"
 
 
 def table(unit: str, parts: dict[str, dict[str, float]], more: dict[str, dict[str, float]]) -> Iterator[str]:
@@ -193,7 +193,7 @@ def measure(steppers: dict[str, Stepper], *, turns: int) -> Measured:
 
     masks_cost = None
     if "no masks" in steppers:
-        masks_cost = median(lambda turn: _whole(turn["engine"]) / _whole(turn["no masks"])) - 1.0
+        masks_cost = median(lambda turn: _whole(turn["softmask"]) / _whole(turn["no masks"])) - 1.0
     return Measured(
         parts={
             name: {part: median(lambda turn, n=name, p=part: turn[n][p]) for part in taken[0][name]}
@@ -201,8 +201,8 @@ def measure(steppers: dict[str, Stepper], *, turns: int) -> Measured:
         },
         whole={name: median(lambda turn, n=name: _whole(turn[n])) for name in steppers},
         rest={name: median(lambda turn, n=name: _rest(turn[n])) for name in steppers},
-        faster=median(lambda turn: _whole(turn["plain"]) / _whole(turn["engine"])),
-        rest_faster=median(lambda turn: _rest(turn["plain"]) / _rest(turn["engine"])),
+        faster=median(lambda turn: _whole(turn["plain"]) / _whole(turn["softmask"])),
+        rest_faster=median(lambda turn: _rest(turn["plain"]) / _rest(turn["softmask"])),
         memory={name: harness.peak_mib(stepper) for name, stepper in steppers.items()},
         masks_cost=masks_cost,
     )
@@ -220,7 +220,7 @@ def compare(
     case = make_case(config, batch_size)
     mask = case.batch.attention_mask
     yield f"{harness.processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    masked = "" if case.draws is None else f", {int((case.draws.labels >= 0).sum())} masked"
+    masked = "" if case.draws is None else f", {int((case.draws.masked.labels >= 0).sum())} masked"
     yield f"batch {batch_size}: {int(mask.sum())} tokens in {mask.numel()} places{masked}"
     if check:
         yield check_values(case)

@@ -1,9 +1,7 @@
-"""What bench_step times: a model, a batch with captions of real lengths, and what its sides do not draw themselves."""
+"""What bench_step times: a model, a batch with captions of real lengths, and the random draws that all sides use."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,24 +9,12 @@ from torch import Tensor
 
 from softmask.data import Batch
 from softmask.models import SoftMaskPP, SoftMaskPPConfig, SpecialIds, SyCoCa, SyCoCaConfig
-from softmask.models.softmask_pp import model as softmask_pp
-from softmask.models.softmask_pp.masking import MaskedText, mask_tokens
+from softmask.models.softmask_pp.masking import Draws, mask_tokens
 
 BERT = SpecialIds(pad=0, cls=101, sep=102, mask=103)
 VOCABULARY = {SoftMaskPPConfig: 30522, SyCoCaConfig: 64000}  # BERT's and open_clip's coca_base's
 LONGEST = 25  # tokens of a caption, CLS and SEP included
 MASKED = 0.15
-
-
-@dataclass
-class Draws:
-    """What a step of SoftMask++ leaves to chance; one of SyCoCa leaves nothing."""
-
-    masked_ids: Tensor  # [B, T]
-    labels: Tensor  # [B, T], -100 where MLM predicts nothing
-    hard_text: Tensor  # [B]
-    hard_image: Tensor  # [B]
-    word_index: Tensor  # [B, S] token positions of the word that is masked, -1 pads
 
 
 @dataclass
@@ -57,7 +43,7 @@ def make_softmask_pp(config: SoftMaskPPConfig) -> SoftMaskPP:
     with torch.no_grad():
         for queue in (model.contrast.image_queue, model.contrast.text_queue):
             queue.copy_(torch.nn.functional.normalize(torch.randn_like(queue), dim=-1))
-        model.itm_head.weight.mul_(10.0)  # for matches that depend on the image
+        model.itm_head.weight.mul_(10.0)  # so that matches depend on the image
         for parameter in model.momentum_encoder.parameters():
             parameter.add_(0.1 * parameter.std(correction=0) * torch.randn_like(parameter))
     return model.train()
@@ -83,29 +69,10 @@ def make_batch(model: SoftMaskPP | SyCoCa, size: int, *, spare: int = 0) -> Batc
 
 
 def draw(model: SoftMaskPP, batch: Batch) -> Draws:
-    """Masked tokens as in training, a word of one token and other pairs' texts and images with equal chances."""
+    """Masked tokens as in training; a word of one token, and other pairs' captions and images, uniformly."""
     masked = mask_tokens(batch.input_ids, BERT, vocab_size=model.config.text.vocab_size, probability=MASKED)
     size, real = len(batch.images), batch.attention_mask.sum(1)
     own = torch.arange(size)
-    others = [(own + torch.randint(1, size, (size,))) % size for _ in range(2)]
+    hard_text, hard_image = ((own + torch.randint(1, size, (size,))) % size for _ in range(2))
     word = 1 + (torch.rand(size) * (real - 2)).long()
-    return Draws(masked.input_ids, masked.labels, *others, word[:, None])
-
-
-@contextmanager
-def fixed(draws: Draws) -> Iterator[None]:
-    """The engine draws what was drawn before."""
-    negatives = iter([draws.hard_text, draws.hard_image])
-    chosen = {
-        "mask_tokens": lambda *_, **__: MaskedText(draws.masked_ids, draws.labels),
-        "sample_negatives": lambda *_: next(negatives),
-        "word_positions": lambda *_, **__: draws.word_index,
-    }
-    before = {name: getattr(softmask_pp, name) for name in chosen}
-    try:
-        for name, function in chosen.items():
-            setattr(softmask_pp, name, function)
-        yield
-    finally:
-        for name, function in before.items():
-            setattr(softmask_pp, name, function)
+    return Draws(masked=masked, hard_text=hard_text, hard_image=hard_image, word_index=word[:, None])

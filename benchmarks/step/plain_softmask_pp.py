@@ -1,11 +1,11 @@
-"""The training step as ALBEF's recipe has it, with soft masks, written plainly: what the engine is measured against.
+"""SoftMask++'s training step as ALBEF's recipe writes it, in plain PyTorch: the oracle of tests and the step benchmark.
 
-Captions padded to the longest, the positive pairs, the negatives, the soft-masked pairs and the masked captions in
-passes of their own, keys and values projected in each, attention materialized, MLM's logits at every position, the
-momentum queue concatenated, the map from hooks on the attention. The backward pass for the map ends at the attention,
-which is kind: with a plain `score.backward()` it would go on through both encoders.
+Captions are padded to the longest; positive pairs, negatives, soft-masked pairs and masked captions have passes of
+their own, each of which projects keys and values; attention is materialized, MLM has logits at every position, the
+momentum queue is concatenated, and the map comes from hooks on the attention. The map's backward pass stops at the
+attention: a plain `score.backward()` would go on through both encoders and be slower.
 
-It reads the weights of a SoftMaskPP and shares its image encoder, nothing else.
+It reads the weights of a SoftMaskPP by name and shares its image encoder, nothing else.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.step.cases import Draws
 from softmask.data import Batch
 from softmask.models import SoftMaskPP
+from softmask.models.config import MAX_TEMPERATURE, MIN_TEMPERATURE
 from softmask.models.layers.numerics import at_least_fp32
+from softmask.models.softmask_pp.masking import Draws
 
 
 class AttentionMap:
@@ -52,6 +53,15 @@ def attention(
     return block.output((probabilities @ value).transpose(1, 2).flatten(2))
 
 
+def feed_forward(block: nn.Module, x: Tensor) -> Tensor:
+    return block.norm(x + block.down(F.gelu(block.up(x))))
+
+
+def token_logits(network: nn.Module, states: Tensor) -> Tensor:
+    head = network.mlm_head
+    return F.linear(head.norm(F.gelu(head.dense(states))), network.text.embeddings.word.weight, head.bias)
+
+
 class PlainSoftMaskPP:
     def __init__(self, model: SoftMaskPP) -> None:
         self.model, self.config = model, model.config
@@ -72,7 +82,7 @@ class PlainSoftMaskPP:
         position = torch.arange(ids.shape[1], device=ids.device)
         x = part.norm(part.word(ids) + part.position(position) + part.token_type(torch.zeros_like(ids)))
         for layer in network.text.layers:
-            x = layer.feed_forward(self.self_attention(layer.self_attention, x, mask))
+            x = feed_forward(layer.feed_forward, self.self_attention(layer.self_attention, x, mask))
         return x
 
     def fuse(
@@ -83,7 +93,7 @@ class PlainSoftMaskPP:
         for number, layer in enumerate(network.fusion.layers):
             x = self.self_attention(layer.self_attention, x, mask)
             x = self.cross_attention(layer.cross_attention, x, image, into if number == self.config.cam_layer else None)
-            x = layer.feed_forward(x)
+            x = feed_forward(layer.feed_forward, x)
         return x
 
     @staticmethod
@@ -141,7 +151,7 @@ class PlainSoftMaskPP:
         self, image: Tensor, text: Tensor, image_teacher: Tensor, text_teacher: Tensor, alpha: float
     ) -> Tensor:
         student, teacher, queues = self.model.backbone, self.model.momentum_encoder, self.model.contrast
-        scale = 1.0 / self.model.temperature
+        scale = 1.0 / self.model.temperature.clamp(MIN_TEMPERATURE, MAX_TEMPERATURE)
         image, text = self.feature(student.image_projection, image), self.feature(student.text_projection, text)
         with torch.no_grad():
             image_teacher = self.feature(teacher.image_projection, image_teacher)
@@ -166,14 +176,15 @@ class PlainSoftMaskPP:
         """Logits at every position, of student and teacher."""
 
         def logits(network: nn.Module, image_tokens: Tensor) -> Tensor:
-            text = self.text(network, draws.masked_ids, batch.attention_mask)
-            return at_least_fp32(network.predict_tokens(self.fuse(network, text, batch.attention_mask, image_tokens)))
+            text = self.text(network, draws.masked.input_ids, batch.attention_mask)
+            states = self.fuse(network, text, batch.attention_mask, image_tokens)
+            return at_least_fp32(token_logits(network, states))
 
         with torch.no_grad():
             target = logits(self.model.momentum_encoder, image_teacher).softmax(dim=-1)
         scores = logits(self.model.backbone, image)
-        hard = F.cross_entropy(scores.flatten(0, 1), draws.labels.flatten(), ignore_index=-100)
-        soft = -(scores.log_softmax(dim=-1) * target).sum(dim=-1)[draws.labels != -100].mean()
+        hard = F.cross_entropy(scores.flatten(0, 1), draws.masked.labels.flatten(), ignore_index=-100)
+        soft = -(scores.log_softmax(dim=-1) * target).sum(dim=-1)[draws.masked.labels != -100].mean()
         return (1.0 - alpha) * hard + alpha * soft
 
 

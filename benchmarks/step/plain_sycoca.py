@@ -1,11 +1,12 @@
-"""SyCoCa's training step as one who extends open_clip's CoCa writes it: what the engine is measured against.
+"""SyCoCa's training step as an extension of open_clip's CoCa would write it, in plain PyTorch: the oracle of the step
+benchmark.
 
-Captions padded to `max_positions`, attention materialized with additive masks, the similarity of all patches and tokens
-kept and sorted, the whole image projected in every cross-attention whatever the caption may see of it, logits over
-the vocabulary at every position, the error of all patches, of which the masked ones count.
+Captions are padded to `max_positions`; attention is materialized with additive masks; all similarities of patches and
+tokens are kept and sorted; every cross-attention projects the whole image, whatever its mask; every position has logits
+over the vocabulary, and every patch an error, of which the masked ones count.
 
-It reads the weights of a SyCoCa and shares its image encoder and feed-forwards, nothing else. By
-`text.style: own`, CLS has the position behind the caption's last token; in open_clip, that behind the padding.
+It reads the weights of a SyCoCa and shares its image encoder and feed-forwards, nothing else. CLS has the position
+after the caption's last token or, with `text.style: open_clip`, the one after the padding.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class PlainSyCoCa:
     """
 
     def __init__(self, model: SyCoCa) -> None:
-        self.model, self.config = model, model.config
+        self.model, self.backbone, self.config = model, model.backbone, model.config
         self.pad = model.special_ids.pad
         options = {name: (getattr(self.config, name) == value, repr(value)) for name, value in PUBLISHED.items()}
         check(self.config, options)
@@ -81,7 +82,7 @@ class PlainSyCoCa:
 
     def text(self, ids: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
         """ids, real [B, T] -> tokens [B, T, D], CLS [B, D]."""
-        part = self.model.text
+        part = self.backbone.text
         words = part.word(ids)
         position = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         last = (
@@ -116,7 +117,7 @@ class PlainSyCoCa:
         ids = F.pad(batch.input_ids, (0, self.config.text.max_positions - batch.input_ids.shape[1]), value=self.pad)
         labels, ids = ids[:, 1:], ids[:, :-1]
         real = ids != self.pad
-        image = self.model.vision(batch.images)
+        image = self.backbone.vision(batch.images)
         tokens, cls = self.text(ids, real)
         losses = {"itc": self.contrastive(image, cls)}
         kept, hidden = self.spoken_patches(image, tokens, real)
@@ -129,8 +130,8 @@ class PlainSyCoCa:
         return F.normalize(at_least_fp32(projection(states)), dim=-1)
 
     def contrastive(self, image: Tensor, cls: Tensor) -> Tensor:
-        image = self.feature(self.model.image_projection, self.model.vision.pool(image))
-        text = self.feature(self.model.text_projection, cls)
+        image = self.feature(self.backbone.image_projection, self.backbone.vision.pool(image))
+        text = self.feature(self.backbone.text_projection, cls)
         logits = self.model.logit_scale.exp().clamp(max=MAX_LOGIT_SCALE) * image @ text.T
         own = torch.arange(len(image), device=image.device)
         return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
@@ -138,9 +139,9 @@ class PlainSyCoCa:
     @torch.no_grad()
     def spoken_patches(self, image: Tensor, tokens: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
         """[B, patches] bool each: those most like one of the caption's tokens, as many as either head wants."""
-        patches = self.feature(self.model.image_projection, image[:, self.model.vision.num_prefix_tokens :])
-        tokens = self.model.text.norm(tokens) if self.open_clip else tokens
-        similarity = patches @ self.feature(self.model.text_projection, tokens).transpose(-1, -2)  # [B, patches, T]
+        patches = self.feature(self.backbone.image_projection, image[:, self.backbone.vision.num_prefix_tokens :])
+        tokens = self.backbone.text.norm(tokens) if self.open_clip else tokens
+        similarity = patches @ self.feature(self.backbone.text_projection, tokens).transpose(-1, -2)  # [B, patches, T]
         relevance = similarity.masked_fill(~real[:, None], float("-inf")).amax(dim=-1)
         order = relevance.argsort(dim=1, descending=True)
         counts = (round(ratio * order.shape[1]) for ratio in (self.config.caption_ratio, self.config.reconstruct_ratio))
@@ -149,12 +150,12 @@ class PlainSyCoCa:
         return kept, hidden
 
     def caption(self, tokens: Tensor, labels: Tensor, image: Tensor, kept: Tensor) -> Tensor:
-        seen = F.pad(kept, (self.model.vision.num_prefix_tokens, 0), value=True)
+        seen = F.pad(kept, (self.backbone.vision.num_prefix_tokens, 0), value=True)
         logits = at_least_fp32(self.model.caption_head(self.caption_decoder(tokens, image, seen)))
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=self.pad)
 
     def reconstruction(self, images: Tensor, masked: Tensor, tokens: Tensor, real: Tensor) -> Tensor:
-        vision = self.model.vision
+        vision = self.backbone.vision
         image = vision(images, masked=masked, mask_token=self.model.mask_token)
         states = self.image_decoder(image, tokens, real)
         prediction = self.model.pixel_head(states[:, vision.num_prefix_tokens :])

@@ -1,4 +1,4 @@
-"""The recipes that bench_step compares, by method, with their parts under a clock."""
+"""The two sides that bench_step compares for each method, this library's and the plain recipe's, timed by part."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from benchmarks.step.cases import Case, fixed
+from benchmarks.step.cases import Case
 from benchmarks.step.plain_softmask_pp import PlainSoftMaskPP
 from benchmarks.step.plain_sycoca import PlainSyCoCa
 from softmask.models import SoftMaskPP, SoftMaskPPConfig, SyCoCa, SyCoCaConfig, SyCoCaOutput
 from softmask.models.layers.vision import VisionEncoder
 from softmask.models.softmask_pp.model import SoftMaskPPOutput
+from softmask.ranges import observed_by
 
 ALPHA = 0.4
 VIT = "image encoder"
@@ -26,7 +27,7 @@ BACKWARD = "backward"
 
 
 class Clock:
-    """Seconds, or what else is counted, by part; a part within another is not counted in that one too."""
+    """Seconds, or another count, by part. A part inside of another counts for itself alone."""
 
     def __init__(self) -> None:
         self._now: Callable[[], float] = time.perf_counter
@@ -34,10 +35,11 @@ class Clock:
         self._running: list[tuple[str, float]] = []
 
     def measure(self, call: Callable[[], object], *, now: Callable[[], float] = time.perf_counter) -> dict[str, float]:
-        """What each part of the call adds to `now()`."""
+        """How much each part of the call adds to `now()`. The models' named ranges are parts, too."""
         self._now = now
         self._taken.clear()
-        call()
+        with observed_by(self.part):
+            call()
         return dict(self._taken)
 
     @contextmanager
@@ -58,13 +60,13 @@ class Clock:
             self._taken[name] += self._now() - since
 
     def becomes(self, name: str) -> None:
-        """What runs now, if anything, is a part of another name from here on."""
+        """The running part, if any, counts under another name from here on."""
         self._pause()
         if self._running:
             self._running[-1] = (name, self._now())
 
     def wrap(self, owner: object, names: str, part: str) -> None:
-        """Count calls of owner's functions; a module's, of its forward."""
+        """Count the calls of an object's methods."""
         for name in names.split():
             function = getattr(owner, name)
 
@@ -75,7 +77,7 @@ class Clock:
             setattr(owner, name, timed)
 
     def watch(self, vision: VisionEncoder) -> None:
-        """Count an image encoder: forward, and backward from where all of the gradient at its tokens is there."""
+        """Count an image encoder's backward pass, from the moment its tokens' gradient is complete."""
 
         def begin(_module: nn.Module, _inputs: object, tokens: Tensor) -> None:
             if tokens.requires_grad:
@@ -85,13 +87,12 @@ class Clock:
             if patches.requires_grad:
                 _first_node(patches.grad_fn).register_hook(lambda *_: self.becomes(BACKWARD))
 
-        self.wrap(vision, "forward", VIT)
         vision.register_forward_hook(begin)
         vision.vit.patch_embed.register_forward_hook(end)
 
 
 def _first_node(node: Node) -> Node:
-    """The node that is last in the backward pass, by a chain that begins at an input without gradient."""
+    """The last node of the backward pass, along a chain that begins at an input without gradient."""
     while earlier := [before for before, _ in node.next_functions if before is not None and before.next_functions]:
         node = earlier[0]
     return node
@@ -99,7 +100,7 @@ def _first_node(node: Node) -> Node:
 
 @dataclass
 class Side:
-    """One of the recipes: `losses()` of a step, "total" and its terms, and what comes before it."""
+    """`losses()` of a step, "total" and its terms, and the momentum update before it."""
 
     model: SoftMaskPP | SyCoCa
     losses: Callable[[], dict[str, Tensor]]
@@ -118,7 +119,7 @@ def _total(model: SoftMaskPP | SyCoCa, terms: dict[str, Tensor]) -> dict[str, Te
 
 
 def _losses_of(model: SoftMaskPP | SyCoCa, output: SoftMaskPPOutput | SyCoCaOutput) -> dict[str, Tensor]:
-    """The loss and those of the terms that it is made of."""
+    """The loss and its weighted terms."""
     weighted = {name: output.terms[name] for name in vars(model.config.weights) if name in output.terms}
     return {"total": output.loss, **weighted}
 
@@ -128,17 +129,10 @@ def _losses_of(model: SoftMaskPP | SyCoCa, output: SoftMaskPPOutput | SyCoCaOutp
 
 def softmask_pp(case: Case) -> Side:
     model, clock = case.model, Clock()
-    clock.wrap(model, "_contrastive _hard_negatives", "contrastive loss")
-    clock.wrap(model, "_soft_mask _map_source", "map")
-    clock.wrap(model, "_mlm", "masked tokens")
-    for network in (model.backbone, model.momentum_encoder):
-        clock.watch(network.vision)
-        clock.wrap(network.text, "forward", "text encoder")
-        clock.wrap(network.fusion, "forward start project", "fusion")
+    clock.watch(model.backbone.vision)
 
     def losses() -> dict[str, Tensor]:
-        with fixed(case.draws):
-            return _losses_of(model, model(case.batch, alpha=ALPHA))
+        return _losses_of(model, model(case.batch, alpha=ALPHA, draws=case.draws))
 
     return Side(model, losses, model.update_momentum, clock)
 
@@ -151,12 +145,11 @@ def softmask_pp_without_masks(case: Case) -> Side:
 def plain_softmask_pp(case: Case) -> Side:
     model, recipe, clock = case.model, PlainSoftMaskPP(case.model), Clock()
     clock.wrap(recipe, "contrastive", "contrastive loss")
-    clock.wrap(recipe, "image_weight", "map")
+    clock.wrap(recipe, "image_weight", "soft mask")
     clock.wrap(recipe, "masked_tokens", "masked tokens")
     clock.wrap(recipe, "text", "text encoder")
     clock.wrap(recipe, "fuse", "fusion")
-    for network in (model.backbone, model.momentum_encoder):
-        clock.watch(network.vision)
+    clock.watch(model.backbone.vision)
 
     def losses() -> dict[str, Tensor]:
         return _total(model, recipe.losses(case.batch, case.draws, alpha=ALPHA))
@@ -169,19 +162,13 @@ def plain_softmask_pp(case: Case) -> Side:
 
 def sycoca(case: Case) -> Side:
     model, clock = case.model, Clock()
-    clock.watch(model.vision)
-    clock.wrap(model.text, "forward", "text encoder")
-    clock.wrap(model, "_masks _decoder_context", "masks")
-    clock.wrap(model.caption_decoder, "forward", "caption decoder")
-    clock.wrap(model, "_caption_loss", "caption head and loss")
-    clock.wrap(model.image_decoder, "forward", "image decoder")
-    clock.wrap(model, "_reconstruction_loss", "pixel head and loss")
+    clock.watch(model.backbone.vision)
     return Side(model, lambda: _losses_of(model, model(case.batch)), model.update_momentum, clock)
 
 
 def plain_sycoca(case: Case) -> Side:
     model, recipe, clock = case.model, PlainSyCoCa(case.model), Clock()
-    clock.watch(model.vision)
+    clock.watch(model.backbone.vision)
     clock.wrap(recipe, "text", "text encoder")
     clock.wrap(recipe, "spoken_patches", "masks")
     clock.wrap(recipe, "caption_decoder", "caption decoder")
@@ -192,13 +179,13 @@ def plain_sycoca(case: Case) -> Side:
 
 
 SIDES: dict[type, dict[str, Callable[[Case], Side]]] = {
-    SoftMaskPPConfig: {"plain": plain_softmask_pp, "engine": softmask_pp, "no masks": softmask_pp_without_masks},
-    SyCoCaConfig: {"plain": plain_sycoca, "engine": sycoca},
+    SoftMaskPPConfig: {"plain": plain_softmask_pp, "softmask": softmask_pp, "no masks": softmask_pp_without_masks},
+    SyCoCaConfig: {"plain": plain_sycoca, "softmask": sycoca},
 }
 
 
 def make_side(name: str, case: Case) -> Side:
-    """A side whose model is a copy that has its parameters, gradients included, in common with the case's."""
+    """A side with a copy of the case's model that shares its parameters and their gradients."""
     shared = {id(parameter): parameter for parameter in case.model.parameters()}
     return SIDES[type(case.model.config)][name](replace(case, model=copy.deepcopy(case.model, shared)))
 

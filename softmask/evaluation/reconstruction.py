@@ -41,7 +41,7 @@ def repaint(scorer: Scorer, samples: Sequence[Sample], wrong_captions: Sequence[
     with torch.random.fork_rng(devices=[scorer.device] if scorer.device.type == "cuda" else []):
         torch.manual_seed(SEED)
         hidden = model.hidden_patches(images, *right)
-    painted = [model.repaint(images, hidden, *caption) for caption in (right, wrong)]
+    painted = [model.reconstruct(images, hidden, *caption) for caption in (right, wrong)]
     errors = [error_by_image(scorer, one, images, hidden) for one in painted]
     return Repainted(images, hidden, *painted, *errors)
 

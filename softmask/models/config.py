@@ -1,15 +1,16 @@
-"""Typed configuration of the encoders that models share, and the checks of every model's configuration."""
+"""Configuration of the encoders that both models share, and the checks of every model's configuration."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 from dataclasses import dataclass, field
+from typing import Literal, get_args, get_origin, get_type_hints
 
 
 @dataclass(frozen=True)
 class SpecialIds:
-    """Token ids the model must know, read from the tokenizer."""
+    """Token ids that a model needs, read from the tokenizer."""
 
     pad: int
     cls: int
@@ -22,14 +23,19 @@ MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 0.5  # ALBEF's
 
 
 def check(config: object, expected: dict[str, tuple[bool, str]]) -> None:
-    """expected: key -> (whether its value is right, what was expected)."""
+    """ValueError for a wrong value of a dataclass: a choice that is not in its Literal, or a key of `expected`: key ->
+    (whether the value is right, what was expected)."""
+    for name, kind in get_type_hints(type(config)).items():
+        if get_origin(kind) is Literal and getattr(config, name) not in get_args(kind):
+            *others, last = map(repr, get_args(kind))
+            raise ValueError(f"{name}: expected {', '.join(others)} or {last}, got {getattr(config, name)!r}")
     for name, (right, description) in expected.items():
         if not right:
             raise ValueError(f"{name}: expected {description}, got {getattr(config, name)!r}")
 
 
 def at_least_one(config: object, *names: str) -> dict[str, tuple[bool, str]]:
-    """What `check` expects of sizes and numbers."""
+    """For `check`: keys whose values are at least 1."""
     return {name: (getattr(config, name) >= 1, "at least 1") for name in names}
 
 
@@ -38,26 +44,20 @@ def check_heads(width: int, heads: int) -> None:
         raise ValueError(f"text.width: expected a multiple of text.heads ({heads}), got {width}")
 
 
-def _check_pool(name: str, pool: str) -> None:
-    if pool not in ("cls", "mean"):
-        raise ValueError(f"{name}: expected 'cls' or 'mean', got {pool!r}")
+Pool = Literal["cls", "mean"]
+AttentionLibrary = Literal["sdpa", "flash_attn", "xformers", "eager"]
 
 
-LIBRARIES = {"sdpa": "torch", "eager": "torch", "flash_attn": "flash_attn", "xformers": "xformers"}
-"""What a configuration may name -> the package that it needs."""
-
-
-def check_library(name: str) -> None:
-    """ValueError where the name is unknown or its package is not installed."""
-    if name not in LIBRARIES:
-        raise ValueError(f"text.attention: expected one of {', '.join(map(repr, LIBRARIES))}, got {name!r}")
-    if importlib.util.find_spec(LIBRARIES[name]) is None:
-        raise ValueError(f"text.attention: {name!r} needs the package {LIBRARIES[name]}, which is not installed")
+def check_library(name: AttentionLibrary) -> None:
+    """ValueError where the package of the library is not installed."""
+    package = "torch" if name in ("sdpa", "eager") else name
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(f"text.attention: {name!r} needs the package {package}, which is not installed")
 
 
 @dataclass
 class ConvViTConfig:
-    """A small ViT behind a convolutional stem, for small images and small budgets."""
+    """A small ViT after a convolutional stem, for small images and small budgets."""
 
     patch_size: int = 8
     width: int = 192
@@ -79,17 +79,16 @@ class VisionConfig:
 
     name: str = "vit_base_patch16_224"
     image_size: int = 256
-    patch_size: int = 0  # of a timm ViT; 0: the model's own
-    checkpoint: str = ""  # file of timm weights; position embeddings are resized to image_size
+    patch_size: int = 0  # for a timm ViT; 0: the model's default
+    checkpoint: str = ""  # a file of timm weights; position embeddings are resized to image_size
     drop_path: float = 0.0
-    pool: str = "cls"  # what the contrastive loss sees: "cls", or "mean" over patches (conv_vit: before the last norm)
+    pool: Pool = "cls"  # for the contrastive loss: "cls", or "mean" over patches (conv_vit: before the last norm)
     conv_vit: ConvViTConfig = field(default_factory=ConvViTConfig)
 
     def __post_init__(self) -> None:
         self.checkpoint = os.path.expanduser(self.checkpoint)
         check(self, at_least_one(self, "image_size"))
         check(self, {"drop_path": (0 <= self.drop_path < 1, "a number in [0, 1)")})
-        _check_pool("vision.pool", self.pool)
         if self.patch_size and self.name == CONV_VIT:
             own = f"{CONV_VIT} has vision.conv_vit.patch_size"
             raise ValueError(f"vision.patch_size: expected 0 ({own}), got {self.patch_size}")
@@ -102,7 +101,7 @@ class VisionConfig:
 
 @dataclass
 class TextConfig:
-    """BERT: the first `text_layers` read the caption, the following `fusion_layers` also read the image."""
+    """BERT: the first `text_layers` read the caption; the `fusion_layers` after them also read the image."""
 
     vocab_size: int = 0  # 0: the tokenizer's
     width: int = 768
@@ -113,18 +112,14 @@ class TextConfig:
     max_positions: int = 512
     dropout: float = 0.1
     attention_dropout: float = 0.1  # of self-attention; cross-attention maps are never dropped
-    attention: str = "sdpa"  # who computes attention without soft masks: "sdpa", "flash_attn", "xformers", "eager"
+    attention: AttentionLibrary = "sdpa"  # for attention without soft masks
     layer_norm_eps: float = 1e-12
-    initializer_range: float = 0.02  # standard deviation of fresh weights; small widths want more
-    pool: str = (
-        "cls"  # what the contrastive loss sees: "cls", or "mean" over the caption's tokens, CLS and SEP included
-    )
-    checkpoint: str = ""  # folder of a Hugging Face BERT, such as bert-base-uncased
+    initializer_range: float = 0.02  # standard deviation of initial weights; small widths need more
+    pool: Pool = "cls"  # for the contrastive loss: "cls", or "mean" over the caption's tokens, CLS and SEP included
+    checkpoint: str = ""  # a folder with a Hugging Face BERT, such as bert-base-uncased
 
     def __post_init__(self) -> None:
         self.checkpoint = os.path.expanduser(self.checkpoint)
-        _check_pool("text.pool", self.pool)
-        check_library(self.attention)
         sizes = ("width", "heads", "intermediate_size", "text_layers", "fusion_layers", "max_positions")
         shares = {name: getattr(self, name) for name in ("dropout", "attention_dropout")}
         expected = {name: (0 <= share < 1, "a number in [0, 1)") for name, share in shares.items()}
@@ -134,4 +129,5 @@ class TextConfig:
             "initializer_range": (self.initializer_range > 0, "a number > 0"),
         }
         check(self, at_least_one(self, *sizes) | expected)
+        check_library(self.attention)
         check_heads(self.width, self.heads)

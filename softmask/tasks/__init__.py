@@ -1,1 +1,1 @@
-"""What a method is to the trainer, the evaluation and the report."""
+"""Tasks: the interface between a method and the trainer, the evaluation and the report."""

@@ -1,4 +1,4 @@
-"""What the trainer, the evaluation and the report ask of a task: one class for every method."""
+"""The interface between a method and the trainer, the evaluation and the report: one class per method."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Curve:
-    """How the report shows a number of the log."""
+    """How the report shows a number from the log."""
 
     title: str
     unit: str = ""
 
 
 def check_queue(size: int, batch: int) -> None:
-    """ValueError where a queue would not hold a batch."""
+    """ValueError where a queue cannot hold a batch."""
     if 0 < size < batch:
         raise ValueError(f"model.queue_size: expected 0 or at least the batch of all ranks, {batch}, got {size}")
 
@@ -29,41 +29,42 @@ class Task:
     """A method that can be trained, evaluated and shown.
 
     `method:` in a configuration names it: `softmask_pp`, `sycoca`, an entry point of the group `softmask.tasks`, or
-    `module:Class` of a package of your own. A task is never instantiated with arguments and keeps no state.
+    `module:Class` in your own package. A task takes no arguments and keeps no state.
 
     The model that `build` returns has:
 
         forward(batch, **step_options)   -> an output with `loss` and `terms` (detached scalars, by name)
-        update_momentum(), enqueue(out)  once per optimizer step, before and after it
-        statistics()                     -> buffers that a forward pass changes, restored where a step is skipped
+        update_momentum(), enqueue(out)  called before and after every optimizer step
+        statistics()                     -> buffers that a forward pass changes; a skipped step restores them
         set_activation_checkpointing(enable)
         encode_image(images), encode_text(input_ids, attention_mask)   -> tokens, normalized feature
-        patch_grid, num_prefix_tokens    (rows, columns), tokens in front of the patches
+        patch_grid, num_prefix_tokens    (rows, columns), number of tokens before the patches
 
-    and what the evaluation sections that it names need (softmask/evaluation/sections.py).
+    and whatever its evaluation sections need (softmask/evaluation/sections.py).
     """
 
-    # dataclass of the `model:` section; it has vision.image_size, text.max_positions and text.vocab_size (0: the
+    # the dataclass of the `model:` section, with vision.image_size, text.max_positions and text.vocab_size (0: the
     # tokenizer's)
     Config: ClassVar[type]
-    eval_resize: ClassVar[Literal["squash", "crop"]] = "squash"  # where data.eval_resize is "auto"
-    ends_captions: ClassVar[bool] = False  # the model writes captions, whose last token is [SEP]
-    matches_pairs: ClassVar[bool] = False  # the model has `match`, by which evaluation re-ranks
-    curves: ClassVar[dict[str, Curve]] = {}  # of its terms, by their name in the log
+    eval_resize: ClassVar[Literal["squash", "crop"]] = "squash"  # for data.eval_resize "auto"
+    ends_captions: ClassVar[bool] = False  # the model generates captions that end with [SEP]
+    matches_pairs: ClassVar[bool] = False  # the model has `match`, for re-ranking
+    curves: ClassVar[dict[str, Curve]] = {}  # by the names of its terms in the log
+    renamed: ClassVar[dict[str, str]] = {}  # starts of parameter names in older checkpoints -> today's
 
     def build(self, config: Any, special_ids: SpecialIds) -> nn.Module:
-        """The model of a `model:` section."""
+        """The model for a `model:` section."""
         raise NotImplementedError
 
     def check_batch(self, config: Any, batch: int) -> None:
-        """ValueError where the model cannot be trained by so many pairs, of all ranks, a micro-step."""
+        """ValueError where the model cannot train with `batch` pairs per micro-step, over all ranks."""
 
     def step_options(self, config: Any, step: int, *, steps_per_epoch: float) -> dict[str, Any]:
-        """What of a forward pass follows from the number of the optimizer step."""
+        """Options of the forward pass that depend on the optimizer step."""
         return {}
 
     def sections(self, config: Any) -> tuple[str, ...]:
-        """Evaluation sections: names of `softmask.evaluation.sections`, or `module:Class` of one's own."""
+        """Evaluation sections: names from `softmask.evaluation.sections`, or `module:Class` for your own."""
         return ("retrieval", "zero_shot")
 
     def title(self, config: Any) -> str:
@@ -71,21 +72,36 @@ class Task:
         return type(self).__name__
 
     def facts(self, config: Any) -> list[tuple[str, str]]:
-        """Rows of the table at the top of the report: what was trained."""
+        """Rows for the table at the top of the report."""
         return []
 
     def additions(self, config: Any) -> list[str]:
-        """What the method adds to its base, as the report's first sentence names it."""
+        """What the method adds to its baseline, for the report's first sentence."""
         return []
 
     def learned(self, config: Any) -> str:
-        """What the model learned from captions alone, as that sentence ends."""
+        """What the model learned from captions alone, for the end of that sentence."""
         return "what it finds"
 
     def hidden_patches(self, config: Any) -> str:
-        """Which patches the "reconstruction" section hides, as the report's note says it."""
+        """Which patches the "reconstruction" section hides, for the report's note."""
         return ""
 
     def shows_word_maps(self, config: Any) -> bool:
-        """Whether the report draws maps of words (the model has `word_maps`)."""
+        """Whether the report draws word maps (the model has `word_maps`)."""
         return False
+
+    def current_name(self, name: str) -> str:
+        """Today's name of a parameter, buffer or module that an older checkpoint or configuration names."""
+        return _replace_start(name, self.renamed)
+
+    def earlier_name(self, name: str) -> str:
+        """The name that `current_name` maps to this one."""
+        return _replace_start(name, {new: old for old, new in self.renamed.items()})
+
+
+def _replace_start(name: str, starts: dict[str, str]) -> str:
+    for old, new in starts.items():
+        if name == old or name.startswith(f"{old}."):
+            return new + name.removeprefix(old)
+    return name

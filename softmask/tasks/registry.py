@@ -1,4 +1,4 @@
-"""Tasks by the name that a configuration gives them."""
+"""Finds tasks by the name that a configuration gives."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ GROUP = "softmask.tasks"
 
 
 def known() -> dict[str, str]:
-    """Names of the tasks that are installed -> module:Class."""
+    """Names of the installed tasks -> module:Class."""
     return {point.name: point.value for point in entry_points(group=GROUP)} | BUILT_IN
 
 
 @lru_cache
 def find_task(name: str) -> Task:
-    """The task of a name, or of `module:Class`.
+    """The task with a name, or `module:Class`.
 
     Raises:
-        ValueError: there is none; it says which there are, or what is wrong with the module.
+        ValueError: unknown name, a module that cannot be imported, or no subclass of Task.
     """
     names = known()
     place = names.get(name, name)

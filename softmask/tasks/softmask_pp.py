@@ -20,6 +20,7 @@ def alpha_at(step: int, *, alpha: float, warmup_steps: float) -> float:
 class SoftMaskPPTask(Task):
     Config = SoftMaskPPConfig
     matches_pairs = True
+    renamed = {"twin": "momentum_encoder"}
     curves = {
         "itc": Curve("ITC: focal contrast", "nats"),
         "itm": Curve("ITM: image-text matching", "nats"),

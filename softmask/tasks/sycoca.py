@@ -12,10 +12,14 @@ if TYPE_CHECKING:
     from softmask.models.sycoca.model import SyCoCa
 
 
+ENCODERS = ("vision", "text", "pooler", "image_projection", "text_projection")
+
+
 class SyCoCaTask(Task):
     Config = SyCoCaConfig
     eval_resize = "crop"
     ends_captions = True
+    renamed = {"twin": "momentum_encoder"} | {part: f"backbone.{part}" for part in ENCODERS}
     curves = {
         "itc": Curve("ITC: contrast", "nats"),
         "caption": Curve("IC: the next word", "nats"),

@@ -88,7 +88,9 @@ class Config:
     train: TrainConfig
     seed: int = 0
     method: str = "softmask_pp"  # the task, which says what `model` configures: softmask_pp, sycoca, or module:Class
-    init: str = ""  # a run or checkpoint whose weights (and, without data.tokenizer, tokenizer) a new run begins with
+    init: str = ""  # a run or checkpoint whose weights (and, without data.tokenizer, tokenizer) a new run starts from
+    # starts of parameter names, such as itm_head: parts that `init` may lack or have beyond this model
+    init_heads: list[str] = field(default_factory=list)
     model: Any = None  # None: the defaults of the method
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -96,11 +98,14 @@ class Config:
 
     def __post_init__(self) -> None:
         _require(bool(self.output), "output", "the folder of the run", self.output)
+        _require(bool(self.init) or not self.init_heads, "init_heads", "nothing without init", self.init_heads)
         for key, path in (("output", self.output), ("init", self.init)):
             _require(_is_path(path), key, "a path", path)
         _require(0 <= self.seed < 1 << 63, "seed", "an integer >= 0, below 2^63", self.seed)
         task = self.task
         self.model = task.Config() if self.model is None else self.model
+        scales = self.optimizer.lr_scales
+        self.optimizer.lr_scales = {task.current_name(part): scale for part, scale in scales.items()}
         check_deepspeed(self.deepspeed)
         self.output, self.init = os.path.expanduser(self.output), os.path.expanduser(self.init)
         _require(self.zero_stage in ZERO_STAGES, "deepspeed.zero_optimization.stage", "0, 1, 2 or 3", self.zero_stage)

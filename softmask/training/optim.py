@@ -61,9 +61,11 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
     return [groups[key] for key in sorted(groups, reverse=True)]
 
 
-def groups_digest(model: nn.Module, config: OptimizerConfig) -> str:
-    """Of which parameter is in which group: an optimizer's state fits no other."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+def groups_digest(
+    model: nn.Module, config: OptimizerConfig, *, name_of: Callable[[str], str] = lambda name: name
+) -> str:
+    """Which parameter is in which group: an optimizer's state fits no other. `name_of`: names to use instead."""
+    names = {id(parameter): name_of(name) for name, parameter in model.named_parameters()}
     groups = parameter_groups(model, config)
     text = [[group["lr_scale"], group["decayed"], [names[id(p)] for p in group["params"]]] for group in groups]
     return hashlib.sha256(json.dumps(text).encode()).hexdigest()

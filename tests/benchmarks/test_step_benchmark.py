@@ -1,4 +1,4 @@
-"""benchmarks/step/bench_step.py at a small size: the engine's losses and gradients are those of the plain recipes."""
+"""benchmarks/step/bench_step.py at a small size: the models' losses and gradients equal the plain recipes'."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_wrong_gradient_is_found(case, layer: str, factor: float, monkeypatch:
 
     def wrong(name: str, *arguments):
         found = values(name, *arguments)
-        if name == "engine":
+        if name == "softmask":
             found[f"gradient {layer}"] *= factor
         return found
 
@@ -93,7 +93,7 @@ def test_time_memory_and_products_are_reported(case) -> None:
         assert name.startswith("momentum_encoder.") or torch.equal(value, before[name]), (
             "steps at a rate of 0 leave the weights"
         )
-    plain, ours = (bench_step.products(steppers[name].side) for name in ("plain", "engine"))
+    plain, ours = (bench_step.products(steppers[name].side) for name in ("plain", "softmask"))
     of_vision = [part for part in plain if part.startswith("image encoder")]
     assert len(of_vision) == 2 and all(ours[part] == plain[part] for part in of_vision)
     assert plain["image encoder, backward"] < 2 * plain["image encoder"], (

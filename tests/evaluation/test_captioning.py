@@ -216,7 +216,7 @@ class Painter:
     def hidden_patches(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         return (torch.arange(16) % 4 < 2).expand(len(images), -1)
 
-    def repaint(self, images: Tensor, hidden: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def reconstruct(self, images: Tensor, hidden: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         patches = images.unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
         truth = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
         seen, told = self.oracle.encode_image(images)[0][:, 0], self.oracle.encode_text(input_ids, attention_mask)[0]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from softmask.models.layers.packing import Packing
+from softmask.models.layers.packing import Packed, Packing
 from softmask.models.sycoca.generation import CaptionGenerator, generate_captions, search_captions
 from tests.support.model_fixtures import COCA, POOLED, SPECIAL, VOCABULARY, small_batch, small_sycoca
 
@@ -31,10 +31,9 @@ def images() -> Tensor:
 @torch.no_grad()
 def log_probabilities(model, images: Tensor, input_ids: Tensor) -> Tensor:
     """[B, T, V] of the token behind every token, by the training pass over whole captions."""
-    _, image = model.pool(model.vision(images))
-    texts = model.read(input_ids, Packing.full(*input_ids.shape, input_ids.device))
-    image_packing = Packing.full(*image.shape[:2], image.device)
-    states = model.caption_decoder(texts.tokens, texts.packing, image.flatten(0, 1), image_packing)
+    _, image = model.backbone.pool(model.backbone.vision(images))
+    texts = model.backbone.encode_texts(input_ids, Packing.full(*input_ids.shape, input_ids.device))
+    states = model.caption_decoder(texts, Packed.full(image))
     return model.caption_head(states).log_softmax(-1).unflatten(0, input_ids.shape)
 
 
@@ -180,7 +179,7 @@ def test_samples_come_from_the_nucleus(model, images: Tensor) -> None:
         ({"max_length": 17}, r"max_length: expected 2 to .* 16, got 17"),
         ({"max_length": 5, "num_beams": 0}, r"num_beams: expected at least 1, got 0"),
         ({"max_length": 5, "top_p": 1.5}, r"top_p: expected a number in \(0, 1\], got 1.5"),
-        ({"max_length": 5, "top_p": 0.5, "rerank": True}, r"rerank: expected beams, not draws, got top_p 0.5"),
+        ({"max_length": 5, "top_p": 0.5, "rerank": True}, r"rerank: expected beam search without top_p, got top_p 0.5"),
     ],
 )
 def test_what_cannot_be_is_refused(model, images: Tensor, options: dict, message: str) -> None:
@@ -206,10 +205,10 @@ def test_a_model_in_training_stays_as_it_is(model, images: Tensor) -> None:
     expected = generate_captions(model, images, max_length=6)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.train()
-    model.text.eval()
+    model.backbone.text.eval()
     try:
         assert torch.equal(generate_captions(model, images, max_length=6), expected)
-        assert model.training and model.vision.training and not model.text.training
+        assert model.training and model.backbone.vision.training and not model.backbone.text.training
     finally:
         model.eval()
     for name, value in model.state_dict().items():

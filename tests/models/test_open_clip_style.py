@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softmask.models import CausalTextConfig, SyCoCa, SyCoCaConfig, VisionConfig
-from softmask.models.layers.packing import Packing
+from softmask.models.layers.packing import Packed, Packing
 from softmask.models.layers.transformer import Block
 from tests.support.model_fixtures import COCA, SPECIAL, VOCABULARY, small_batch, small_sycoca
 
@@ -52,13 +52,13 @@ def test_text_tower_and_decoder_are_open_clips() -> None:
     decoder = towers.MultimodalTransformer(**sizes, output_dim=VOCABULARY).double()
     nn.init.normal_(decoder.text_projection, std=0.1)
     model = model_of("open_clip").double()
-    for block, theirs in zip(model.text.blocks, text.transformer.resblocks, strict=True):
+    for block, theirs in zip(model.backbone.text.blocks, text.transformer.resblocks, strict=True):
         copy_block(block, theirs)
-    model.text.word.weight.copy_(text.token_embedding.weight)
-    model.text.position.weight.copy_(text.positional_embedding)
-    model.text.cls.copy_(text.cls_emb)
-    model.text.norm.load_state_dict(text.ln_final.state_dict())
-    model.text_projection.weight.copy_(text.text_projection.T)
+    model.backbone.text.word.weight.copy_(text.token_embedding.weight)
+    model.backbone.text.position.weight.copy_(text.positional_embedding)
+    model.backbone.text.cls.copy_(text.cls_emb)
+    model.backbone.text.norm.load_state_dict(text.ln_final.state_dict())
+    model.backbone.text_projection.weight.copy_(text.text_projection.T)
     ours = model.caption_decoder
     for stack, theirs in ((ours.own, decoder.resblocks), (ours.cross, decoder.cross_attn)):
         for block, other in zip(stack, theirs, strict=True):
@@ -68,12 +68,12 @@ def test_text_tower_and_decoder_are_open_clips() -> None:
     batch = small_batch(length=LENGTH, dtype=torch.float64)
     padded = F.pad(batch.input_ids, (0, LENGTH - batch.input_ids.shape[1]), value=SPECIAL.pad)
     feature, tokens = text(padded)
-    read = model.read(batch.input_ids, Packing.of(batch.attention_mask))
+    read = model.encode_texts(batch)
     torch.testing.assert_close(read.feature, F.normalize(feature, dim=-1))
     torch.testing.assert_close(read.tokens, tokens[:, : batch.input_ids.shape[1]][batch.attention_mask])
     image = torch.randn(len(padded), 5, WIDTH, dtype=torch.float64)
     logits = decoder(image, tokens)[:, : batch.input_ids.shape[1]][batch.attention_mask]
-    states = ours(read.tokens, read.packing, image.flatten(0, 1), Packing.full(*image.shape[:2], image.device))
+    states = ours(read, Packed.full(image))
     torch.testing.assert_close(model.caption_head(states), logits)
 
 
@@ -82,7 +82,7 @@ def test_image_encoder_is_open_clips() -> None:
     """A timm ViT of CLIP's kind: a norm before its blocks, no bias in front of it."""
     towers = pytest.importorskip("open_clip.transformer")
     model = model_of("open_clip")
-    vit = model.vision.vit
+    vit = model.backbone.vision.vit
     theirs = towers.VisionTransformer(
         image_size=36, patch_size=18, width=vit.embed_dim, layers=len(vit.blocks), heads=vit.blocks[0].attn.num_heads,
         mlp_ratio=4.0, output_dim=32, output_tokens=True,
@@ -99,7 +99,7 @@ def test_image_encoder_is_open_clips() -> None:
         pairs += [(block.mlp.c_proj, timms.mlp.fc2), (block.ln_1, timms.norm1), (block.ln_2, timms.norm2)]
     for other, ours in pairs:
         other.load_state_dict(ours.state_dict())
-    theirs.proj.copy_(model.image_projection.weight.T)
+    theirs.proj.copy_(model.backbone.image_projection.weight.T)
     images = torch.randn(2, 3, 36, 36)
     pooled, tokens = theirs.eval()(images)
     ours, feature = model.eval().encode_image(images)
@@ -121,7 +121,7 @@ def spreads(blocks: list[Block]) -> dict[str, Tensor]:
 def test_weights_begin_by_the_style(style: str) -> None:
     model = model_of(style, vit="vit_tiny_patch16_224", reconstruct=True, image_decoder_heads=3)
     for stack, width, layers in (
-        (model.text.blocks, WIDTH, LAYERS),
+        (model.backbone.text.blocks, WIDTH, LAYERS),
         ([*model.caption_decoder.own, *model.caption_decoder.cross], WIDTH, LAYERS),
         ([*model.image_decoder.own, *model.image_decoder.cross], 192, 4),
     ):
@@ -130,7 +130,11 @@ def test_weights_begin_by_the_style(style: str) -> None:
             expected = {"within": width**-0.5, "added": (2 * width * layers) ** -0.5, "up": (2 * width) ** -0.5}
         found = spreads(list(stack))
         assert all(found[kind].item() == pytest.approx(std, rel=0.05) for kind, std in expected.items())
-    for layer, width in ((model.caption_head, WIDTH), (model.text_projection, WIDTH), (model.image_projection, 192)):
+    for layer, width in (
+        (model.caption_head, WIDTH),
+        (model.backbone.text_projection, WIDTH),
+        (model.backbone.image_projection, 192),
+    ):
         expected = width**-0.5 if style == "open_clip" else 0.02
         assert layer.weight.std().item() == pytest.approx(expected, rel=0.05)
 
@@ -139,9 +143,9 @@ def test_only_cls_is_normalized_and_stands_last() -> None:
     own, theirs = small_sycoca(**COCA), small_sycoca(**COCA, style="open_clip")
     theirs.load_state_dict(own.state_dict())
     batch = small_batch(dtype=torch.float64)
-    first, second = (model.read(batch.input_ids, Packing.of(batch.attention_mask)) for model in (own, theirs))
-    torch.testing.assert_close(first.tokens, theirs.text.norm(second.tokens))
+    first, second = (model.encode_texts(batch) for model in (own, theirs))
+    torch.testing.assert_close(first.tokens, theirs.backbone.text.norm(second.tokens))
     assert not torch.allclose(first.tokens, second.tokens) and not torch.allclose(first.feature, second.feature)
-    positions = theirs.text._positions(Packing.of(batch.attention_mask))
-    assert (positions[:, -1] == theirs.text.position.num_embeddings - 1).all()
-    assert torch.equal(positions[:, :-1], own.text._positions(Packing.of(batch.attention_mask))[:, :-1])
+    positions = theirs.backbone.text._positions(Packing.of(batch.attention_mask))
+    assert (positions[:, -1] == theirs.backbone.text.position.num_embeddings - 1).all()
+    assert torch.equal(positions[:, :-1], own.backbone.text._positions(Packing.of(batch.attention_mask))[:, :-1])

@@ -42,33 +42,35 @@ def test_pooler_is_open_clips(library: str) -> None:
     torch.testing.assert_close(pooler.each(tokens)[1, 3], pooler(tokens[1:, 3:4])[0, 2])
 
 
-def test_the_first_query_is_contrasted_and_the_others_tell_the_caption() -> None:
+def test_the_first_query_is_contrasted_and_the_others_go_to_the_caption_decoder() -> None:
     model, batch = small_sycoca(**COCA, **POOLED), small_batch(dtype=torch.float64)
-    image = model.vision(batch.images)
-    pooled = model.pooler(image)
-    first, readable = model.pool(image)
-    feature = model.image_feature(first)
-    torch.testing.assert_close(feature, F.normalize(model.image_projection(pooled[:, 0]), dim=-1))
-    assert torch.equal(readable, pooled[:, 1:]) and readable.shape == (6, 5, 24)
-    texts, output = model._encode_text(batch), model(batch)
+    image = model.backbone.vision(batch.images)
+    pooled = model.backbone.pooler(image)
+    first, context = model.backbone.pool(image)
+    feature = model.backbone.image_feature(first)
+    torch.testing.assert_close(feature, F.normalize(model.backbone.image_projection(pooled[:, 0]), dim=-1))
+    assert torch.equal(context, pooled[:, 1:]) and context.shape == (6, 5, 24)
+    texts, output = model.encode_texts(batch), model(batch)
     similarity, own = model.logit_scale.exp() * feature @ texts.feature.T, torch.arange(6)
     itc = (F.cross_entropy(similarity, own) + F.cross_entropy(similarity.T, own)) / 2
     torch.testing.assert_close(output.terms["itc"], itc.detach())
     model.zero_grad()
     output.loss.backward()
-    both = model.pooler.queries.grad.abs().amax(1)
+    both = model.backbone.pooler.queries.grad.abs().amax(1)
     assert (both > 0).all()
     model.zero_grad()
-    model._caption_loss(batch, model._encode_text(batch), model.pool(model.vision(batch.images))[1]).backward()
-    told = model.pooler.queries.grad.abs().amax(1)
-    assert told[0] == 0 and (told[1:] > 0).all()
+    _, context = model.backbone.pool(model.backbone.vision(batch.images))
+    model.caption_loss(batch, model.encode_texts(batch), context).backward()
+    by_caption = model.backbone.pooler.queries.grad.abs().amax(1)
+    assert by_caption[0] == 0 and (by_caption[1:] > 0).all()
 
 
 def test_patches_are_as_relevant_as_the_pooler_finds_them_alone() -> None:
     model, batch = small_sycoca(caption_masking="none", **POOLED), small_batch(dtype=torch.float64)
-    image, texts = model.vision(batch.images), model._encode_text(batch)
-    features = [model.image_feature(model.pool(image[:, 1 + patch : 2 + patch])[0]) for patch in range(16)]
-    tokens = F.normalize(model.text_projection(texts.packing.pad(texts.tokens)), dim=-1)
+    image, texts = model.backbone.vision(batch.images), model.encode_texts(batch)
+    backbone = model.backbone
+    features = [backbone.image_feature(backbone.pool(image[:, 1 + patch : 2 + patch])[0]) for patch in range(16)]
+    tokens = F.normalize(model.backbone.text_projection(texts.packing.pad(texts.tokens)), dim=-1)
     relevance = (torch.stack(features, dim=1) @ tokens.transpose(1, 2)).masked_fill(~texts.packing.mask[:, None], -2.0)
     expected = torch.zeros(6, 16, dtype=torch.bool).scatter(1, relevance.amax(-1).topk(8).indices, True)
-    assert torch.equal(model._masks(image, texts).hidden, expected)
+    assert torch.equal(model.masks(image, texts).hidden, expected)

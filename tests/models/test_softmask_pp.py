@@ -8,13 +8,12 @@ import pytest
 import torch
 
 import softmask
+from benchmarks.step.plain_softmask_pp import AttentionMap, PlainSoftMaskPP
 from softmask import ops
 from softmask.models import SoftMaskPP
-from softmask.models.softmask_pp import masking
-from softmask.models.softmask_pp import model as softmask_pp
+from softmask.models.softmask_pp.masking import Draws
 from tests.support.kernel_cases import needs_cpp
-from tests.support.model_fixtures import SPECIAL, small_batch, small_config, small_model
-from tests.support.plain_albef import PlainALBEF
+from tests.support.model_fixtures import SPECIAL, small_batch, small_config, small_draws, small_model
 from tests.support.two_ranks import own_rows, run_on_two_ranks
 
 ALBEF = {"soft_mask": False, "gamma": 0.0, "mask_text": "mlm"}
@@ -34,99 +33,77 @@ def worst_error(actual: dict[str, torch.Tensor], truth: dict[str, torch.Tensor])
     )
 
 
-@pytest.fixture
-def recorded(monkeypatch):
-    """What the model draws at random, kept for the plain recipe."""
-    kept: dict[str, list] = {"masks": [], "negatives": [], "words": []}
-    for name, key in (("mask_tokens", "masks"), ("sample_negatives", "negatives"), ("word_positions", "words")):
-        original = getattr(masking, name)
-
-        def keep(*args, _original=original, _key=key, **options):
-            result = _original(*args, **options)
-            kept[_key].append(result)
-            return result
-
-        monkeypatch.setattr(softmask_pp, name, keep)
-    return kept
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_without_its_additions_every_term_and_gradient_is_albefs(recorded, dtype):
-    model = small_model(**ALBEF).to(dtype)
-    batch = small_batch(dtype=dtype)
-    output = model(batch, alpha=0.4)
+def test_without_its_additions_every_term_and_gradient_is_albefs(dtype):
+    model, batch = small_model(**ALBEF).to(dtype), small_batch(dtype=dtype)
+    draws = small_draws(batch)
+    output = model(batch, alpha=0.4, draws=draws)
     output.loss.backward()
-    ours, ours_grad = output.terms, gradients(model)
+    ours = gradients(model)
 
-    hard_text, hard_image = recorded["negatives"]
-    masked = recorded["masks"][0]
     plain_model = copy.deepcopy(model)
     plain_model.zero_grad()
-    plain = PlainALBEF(plain_model).losses(
-        batch,
-        labels=masked.labels,
-        masked_ids=masked.input_ids,
-        hard_text=hard_text,
-        hard_image=hard_image,
-        alpha=0.4,
-    )
+    plain = PlainSoftMaskPP(plain_model).losses(batch, draws, alpha=0.4)
     sum(plain.values()).backward()
+    assert plain.keys() == {"itc", "itm", "mlm"}
     rounding = 1e-5 if dtype == torch.float32 else 1e-11
     for name, value in plain.items():
-        assert ours[name].item() == pytest.approx(value.item(), rel=rounding), name
+        assert output.terms[name].item() == pytest.approx(value.item(), rel=rounding), name
     if dtype == torch.float64:
-        assert worst_error(ours_grad, gradients(plain_model)) < 1e-9
+        assert worst_error(ours, gradients(plain_model)) < 1e-9
 
 
-def test_soft_mask_is_the_materialized_gradcam_of_the_word(recorded):
+def test_soft_mask_is_the_materialized_gradcam_of_the_word():
     """dS/dA through a materialized attention, mean over heads of A * relu(dS/dA) at the word's tokens, min-max."""
-    model = small_model().double()
-    batch = small_batch(dtype=torch.float64)
-    seen = {}
-    original = model._soft_mask
-    model._soft_mask = lambda *args: seen.setdefault("weight", original(*args))
-    model(batch)
-    masked, words = recorded["masks"][0], recorded["words"][0]
+    model, batch = small_model().double(), small_batch(dtype=torch.float64)
+    draws = small_draws(batch)
+    weight = model(batch, draws=draws).image_weight
 
-    plain = PlainALBEF(model)
-    text = plain.text("backbone", masked.input_ids, batch.attention_mask)
-    states, maps = plain.fuse("backbone", text, batch.attention_mask, model.backbone.vision(batch.images))
-    plain.linear("itm_head", states[:, 0])[:, 1].sum().backward()
-    attention = maps[model.config.cam_layer]
-    cam = (attention * attention.grad.clamp_min(0)).mean(1)[:, :, model.num_prefix_tokens :]
+    plain, attention = PlainSoftMaskPP(model), AttentionMap()
+    text = plain.text(model.backbone, draws.masked.input_ids, batch.attention_mask)
+    match = plain.match(text, batch.attention_mask, model.backbone.vision(batch.images), attention)
+    match[:, 1].sum().backward()
+    cam = (attention.values * attention.gradient.clamp_min(0)).mean(1)[:, :, model.num_prefix_tokens :]
     assert (cam > 0).any()
-    for row, positions in enumerate(words):
+    for row, positions in enumerate(draws.word_index):
         positions = positions[positions >= 0]
         word = cam[row, positions].mean(0) if len(positions) else torch.zeros_like(cam[row, 0])
         expected = 1 - (word - word.min()) / (word.max() - word.min() + 1e-7)
-        torch.testing.assert_close(seen["weight"][row, model.num_prefix_tokens :], expected)
-    assert (seen["weight"][:, : model.num_prefix_tokens] == 1).all()
+        torch.testing.assert_close(weight[row, model.num_prefix_tokens :], expected.detach())
+    assert (weight[:, : model.num_prefix_tokens] == 1).all()
 
 
-def test_soft_masked_pass_is_the_pass_over_masked_image_tokens(recorded):
-    model = small_model().double()
-    batch = small_batch(dtype=torch.float64)
-    seen = {}
-    original = model._soft_mask
-    model._soft_mask = lambda *args: seen.setdefault("weight", original(*args))
-    output = model(batch)
-    masked = recorded["masks"][0]
-    hard_text, hard_image = recorded["negatives"]
+def test_soft_masked_pass_is_the_pass_over_masked_image_tokens():
+    model, batch = small_model().double(), small_batch(dtype=torch.float64)
+    draws = small_draws(batch)
+    output = model(batch, draws=draws)
 
-    plain = PlainALBEF(model)
+    plain = PlainSoftMaskPP(model)
     image = model.backbone.vision(batch.images)
-    maps = 1 - seen["weight"][:, model.num_prefix_tokens :]
+    maps = 1 - output.image_weight[:, model.num_prefix_tokens :]
     soft = ops.soft_mask(image, maps, normalize=None, num_prefix_tokens=model.num_prefix_tokens)
-    text, mask = plain.text("backbone", masked.input_ids, batch.attention_mask), batch.attention_mask
-    passes = [
-        plain.fuse("backbone", text, mask, soft)[0],
-        plain.fuse("backbone", text, mask, image[hard_image])[0],
-        plain.fuse("backbone", text[hard_text], mask[hard_text], soft)[0],
+    text, mask = plain.text(model.backbone, draws.masked.input_ids, batch.attention_mask), batch.attention_mask
+    logits = [
+        plain.match(text, mask, soft),
+        plain.match(text, mask, image[draws.hard_image]),
+        plain.match(text[draws.hard_text], mask[draws.hard_text], soft),
     ]
-    logits = torch.cat([plain.linear("itm_head", states[:, 0]) for states in passes])
     target = torch.tensor([1] * len(image) + [0] * 2 * len(image))
-    expected = torch.nn.functional.cross_entropy(logits, target)
+    expected = torch.nn.functional.cross_entropy(torch.cat(logits), target)
     assert output.terms["itm_soft"].item() == pytest.approx(expected.item(), rel=1e-11)
+
+
+@pytest.mark.parametrize("given", ["masked", "hard_text", "hard_image", "word_index"])
+def test_every_draw_can_be_given(given):
+    """A draw that is given alone changes the terms, and another seed no longer changes that draw."""
+    model, batch = small_model(mask_probability=0.3).double(), small_batch(dtype=torch.float64)
+    losses = []
+    for seed in (2, 3):
+        draws = Draws(**{given: getattr(small_draws(batch, seed=seed), given)})
+        torch.manual_seed(7)
+        losses.append(model(batch, draws=draws).loss.item())
+    torch.manual_seed(7)
+    assert losses[0] != losses[1] and model(batch).loss.item() not in losses
 
 
 def test_each_addition_can_be_switched_off():
@@ -159,11 +136,9 @@ def test_maps_by_another_pass_are_the_same():
     results = {}
     for source in ("online", "recompute", "momentum"):
         model, batch = small_model(cam_source=source).double(), small_batch(dtype=torch.float64)
-        seen, original = {}, model._soft_mask
-        model._soft_mask = lambda *args, _original=original, _seen=seen: _seen.setdefault("w", _original(*args))
-        torch.manual_seed(2)
-        model(batch).loss.backward()
-        results[source] = seen["w"], gradients(model)
+        output = model(batch, draws=small_draws(batch))
+        output.loss.backward()
+        results[source] = output.image_weight, gradients(model)
         assert not any(p.grad is not None for p in model.momentum_encoder.parameters())
     online, again, momentum = (weight for weight, _ in results.values())
     torch.testing.assert_close(again, online)
@@ -177,10 +152,7 @@ def test_the_momentum_encoders_map_is_the_one_of_a_model_with_its_weights():
     for source in ("online", "momentum"):
         model, batch = small_model(cam_source=source).double(), small_batch(dtype=torch.float64)
         model.momentum_encoder.load_state_dict(model.backbone.state_dict())
-        original = model._soft_mask
-        model._soft_mask = lambda *args, _original=original: weights.append(_original(*args)) or weights[-1]
-        torch.manual_seed(2)
-        model(batch, alpha=0.0)
+        weights.append(model(batch, alpha=0.0, draws=small_draws(batch)).image_weight)
     torch.testing.assert_close(*weights)
 
 
@@ -259,21 +231,15 @@ def test_without_fusion_the_loss_is_the_contrastive_term():
     assert reached == {"vision", "text", "image_projection", "text_projection"}
 
 
-def test_negatives_are_drawn_at_their_own_temperature(monkeypatch):
-    drawn_from = []
-
-    def keep(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        drawn_from.append(logits)
-        return ids.roll(1)
-
-    monkeypatch.setattr(softmask_pp, "sample_negatives", keep)
+def test_negatives_are_drawn_at_their_own_temperature():
+    logits = []
     for temperature in (0.0, 0.5):
         model = small_model(negative_temperature=temperature, temperature=0.1).eval()
-        torch.manual_seed(3)
-        model(small_batch())
-    itc, own = drawn_from[0], drawn_from[2]
-    torch.testing.assert_close(itc * 0.1, own * 0.5)
-    assert (own.abs() <= 2.0 + 1e-5).all()
+        batch = small_batch()
+        logits.append(model.negative_logits(model._encode(batch, 0.4, small_draws(batch), masked=False)))
+    for itc, own in zip(*logits, strict=True):
+        torch.testing.assert_close(itc * 0.1, own * 0.5)
+        assert (own.abs() <= 2.0 + 1e-5).all()
 
 
 def test_temperature_is_clamped_and_can_come_back():
@@ -296,7 +262,7 @@ def test_pooled_features_and_a_fixed_temperature():
     torch.testing.assert_close(feature, expected)
     model(batch).loss.backward()
     assert model.temperature.grad is None
-    with pytest.raises(ValueError, match="text.pool"):
+    with pytest.raises(ValueError, match="pool: expected 'cls' or 'mean', got 'max'"):
         small_config(text={"pool": "max"})
 
 

@@ -12,16 +12,15 @@ from torch import Tensor
 
 from softmask import ops
 from softmask.models import CausalTextConfig, SyCoCa
-from softmask.models.layers.packing import Packing
+from softmask.models.layers.packing import Packed
 from softmask.models.sycoca.config import SyCoCaWeights
 from tests.support.model_fixtures import COCA, POOLED, SPECIAL, VOCABULARY, small_batch, small_sycoca
 
 
 def dense_logits(model: SyCoCa, batch) -> Tensor:
     """[B, T - 1, vocabulary] of the caption decoder that sees the whole image, zeros at padding."""
-    image, texts = model.vision(batch.images), model._encode_text(batch)
-    images = Packing.full(*image.shape[:2], image.device)
-    states = model.caption_decoder(texts.tokens, texts.packing, image.flatten(0, 1), images)
+    image, texts = model.backbone.vision(batch.images), model.encode_texts(batch)
+    states = model.caption_decoder(texts, Packed.full(image))
     return texts.packing.pad(model.caption_head(states))[:, :-1]
 
 
@@ -44,7 +43,7 @@ def test_without_masks_and_reconstruction_the_losses_are_cocas(losses) -> None:
     model, batch = small_sycoca(**COCA), small_batch(dtype=torch.float64)
     output = model(batch)
     _, image = model.encode_image(batch.images)
-    features = image, model._encode_text(batch).feature
+    features = image, model.encode_texts(batch).feature
     logits, labels = dense_logits(model, batch), batch.input_ids[:, 1:]
     contrastive, caption = losses(*features, logits, labels, model.logit_scale.exp())
     torch.testing.assert_close(output.terms["itc"], contrastive)
@@ -57,7 +56,7 @@ def test_no_token_sees_a_later_one_and_cls_sees_all() -> None:
     changed = copy.deepcopy(batch)
     row, last = 1, int(batch.attention_mask[1].sum()) - 1
     changed.input_ids[row, last - 1] = 4 + (batch.input_ids[row, last - 1] - 3) % (VOCABULARY - 4)
-    before, after = (model._encode_text(one) for one in (batch, changed))
+    before, after = (model.encode_texts(one) for one in (batch, changed))
     one, two = (texts.packing.pad(texts.tokens)[row] for texts in (before, after))
     torch.testing.assert_close(one[: last - 1], two[: last - 1])
     assert (one[last - 1] - two[last - 1]).abs().max() > 1e-3
@@ -72,16 +71,16 @@ def test_padding_changes_nothing() -> None:
         input_ids=F.pad(batch.input_ids, (0, 3), value=SPECIAL.pad),
         attention_mask=F.pad(batch.attention_mask, (0, 3)),
     )
-    torch.testing.assert_close(model._encode_text(batch).feature, model._encode_text(longer).feature)
+    torch.testing.assert_close(model.encode_texts(batch).feature, model.encode_texts(longer).feature)
 
 
 def test_training_reads_captions_as_evaluation_does() -> None:
     """[SEP] of the longest caption included, whatever stands beside it in the batch."""
     model, batch = small_sycoca().eval(), small_batch(dtype=torch.float64)
     _, features = model.encode_text(batch.input_ids, batch.attention_mask)
-    torch.testing.assert_close(model._encode_text(batch).feature, features)
+    torch.testing.assert_close(model.encode_texts(batch).feature, features)
     alone = dataclasses.replace(batch, input_ids=batch.input_ids[:1], attention_mask=batch.attention_mask[:1])
-    torch.testing.assert_close(model._encode_text(alone).feature, features[:1])
+    torch.testing.assert_close(model.encode_texts(alone).feature, features[:1])
 
 
 @pytest.mark.parametrize("inverse", [200.0, 14.0])
@@ -105,17 +104,17 @@ def test_a_temperature_far_beyond_the_limit_keeps_scale_and_gradient(logit_scale
     assert model.logit_scale.grad.item() == pytest.approx(100.0, rel=1e-5)
 
 
-def test_captions_are_decoder_context_the_spoken_patches_alone() -> None:
+def test_captions_are_decoded_from_the_relevant_patches_alone() -> None:
     model, batch = small_sycoca(), small_batch(dtype=torch.float64)
-    image, texts = model.vision(batch.images).detach().requires_grad_(), model._encode_text(batch)
-    spoken = model._masks(image, texts).kept
+    image, texts = model.backbone.vision(batch.images).detach().requires_grad_(), model.encode_texts(batch)
+    spoken = model.masks(image, texts).kept
     assert (spoken.sum(1) == 8).all()
-    model._caption_loss(batch, texts, model._decoder_context(image, image, spoken, None)).backward()
+    model.caption_loss(batch, texts, model.decoder_context(image, image, spoken, None)).backward()
     seen = image.grad.abs().amax(-1)[:, 1:] > 0
     assert torch.equal(seen, spoken)
 
 
-def test_what_is_painted_again_was_not_seen() -> None:
+def test_what_is_reconstructed_was_not_seen() -> None:
     """Pixels of masked patches change nothing; the caption and the other patches do."""
     model = small_sycoca(vit="vit_tiny_patch16_224", image_size=64, image_decoder_heads=3).eval()
     batch = small_batch(dtype=torch.float64)
@@ -123,34 +122,34 @@ def test_what_is_painted_again_was_not_seen() -> None:
     masked = torch.arange(16).expand(6, -1) % 3 == 0
     pixels = masked.view(6, 1, 4, 4).repeat_interleave(16, 2).repeat_interleave(16, 3)
     with torch.no_grad():
-        texts, others = model._encode_text(batch), model._encode_text(_shuffled(batch))
-        prediction = model.reconstruct(images, masked, texts)
+        caption, other = ((one.input_ids, one.attention_mask) for one in (batch, _shuffled(batch)))
+        prediction = model.reconstruct(images, masked, *caption)
         assert prediction.shape == (6, 16, 768)
-        torch.testing.assert_close(model.reconstruct(images.where(~pixels, 9.0), masked, texts), prediction)
+        torch.testing.assert_close(model.reconstruct(images.where(~pixels, 9.0), masked, *caption), prediction)
         for changed in (
-            model.reconstruct(images.where(pixels, 9.0), masked, texts),
-            model.reconstruct(images, masked, others),
+            model.reconstruct(images.where(pixels, 9.0), masked, *caption),
+            model.reconstruct(images, masked, *other),
         ):
             assert (changed - prediction).abs().max() > 1e-3
 
 
-def test_the_loss_reads_what_reconstruct_paints() -> None:
+def test_the_loss_reads_what_reconstruct_returns() -> None:
     """Of the image decoder's last layer only the masked patches exist for the loss: same value, same gradients."""
     model, batch = small_sycoca(image_decoder_layers=2), small_batch(dtype=torch.float64)
     masked = torch.rand(6, 16, generator=torch.Generator().manual_seed(0)).argsort(1) < 8
 
-    def whole(texts) -> Tensor:
-        prediction = model.reconstruct(batch.images, masked, texts)
+    def whole() -> Tensor:
+        prediction = model.reconstruct(batch.images, masked, batch.input_ids, batch.attention_mask)
         return ops.masked_patch_loss(prediction, batch.images, masked, patch_size=8)
 
-    def trained(texts) -> Tensor:
-        image = model.vision(batch.images, masked=masked, mask_token=model.mask_token)
-        return model._reconstruction_loss(batch, texts, image, masked)
+    def trained() -> Tensor:
+        image = model.backbone.vision(batch.images, masked=masked, mask_token=model.mask_token)
+        return model.reconstruction_loss(batch, model.encode_texts(batch), image, masked)
 
     found = []
     for loss in (whole, trained):
         model.zero_grad()
-        value = loss(model._encode_text(batch))
+        value = loss()
         value.backward()
         found.append([value.detach()] + [p.grad for p in model.parameters() if p.grad is not None])
     torch.testing.assert_close(*found)
@@ -226,7 +225,7 @@ def test_recomputed_activations_change_nothing(options: dict) -> None:
         loss.backward()
         found.append([loss.detach()] + [p.grad for p in model.parameters() if p.grad is not None])
     torch.testing.assert_close(*found)
-    assert model.text.activation_checkpointing
+    assert model.backbone.text.activation_checkpointing
 
 
 @pytest.mark.parametrize(
@@ -257,8 +256,8 @@ def test_a_text_without_layers_is_refused(name: str) -> None:
 
 def test_a_patch_is_projected_as_if_it_alone_were_the_image() -> None:
     model = small_sycoca(pool="mean")
-    tokens, prefix = model.vision(small_batch(dtype=torch.float64).images), model.num_prefix_tokens
-    found = model.project_patches(tokens[:, prefix:])
+    tokens, prefix = model.backbone.vision(small_batch(dtype=torch.float64).images), model.num_prefix_tokens
+    found = model.backbone.project_patches(tokens[:, prefix:])
     for patch in (0, 7):
         alone = torch.cat([tokens[:, :prefix], tokens[:, prefix + patch, None]], dim=1)
-        torch.testing.assert_close(found[:, patch], model.image_projection(model.vision.pool(alone)))
+        torch.testing.assert_close(found[:, patch], model.backbone.image_projection(model.backbone.vision.pool(alone)))

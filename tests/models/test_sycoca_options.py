@@ -13,7 +13,7 @@ from torch import Tensor
 
 from softmask import ops
 from softmask.models import SyCoCa
-from softmask.models.sycoca.encoders import Texts
+from softmask.models.sycoca.backbone import Texts
 from softmask.models.sycoca.masks import PatchMasks, attentive_masks, patch_positions, random_masks
 from tests.support.model_fixtures import COCA, POOLED, small_batch, small_sycoca
 
@@ -22,16 +22,16 @@ from tests.support.model_fixtures import COCA, POOLED, small_batch, small_sycoca
 
 def most_relevant(model: SyCoCa, image: Tensor, texts: Texts, *, count: int) -> Tensor:
     """bool [B, patches], by sorting cosines in the space of the projections."""
-    patches = F.normalize(model.image_projection(image[:, 1:]), dim=-1)
-    tokens = F.normalize(model.text_projection(texts.packing.pad(texts.tokens)), dim=-1)
+    patches = F.normalize(model.backbone.image_projection(image[:, 1:]), dim=-1)
+    tokens = F.normalize(model.backbone.text_projection(texts.packing.pad(texts.tokens)), dim=-1)
     relevance = (patches @ tokens.transpose(1, 2)).masked_fill(~texts.packing.mask[:, None], -2.0).amax(-1)
     return torch.zeros_like(relevance, dtype=torch.bool).scatter(1, relevance.topk(count).indices, True)
 
 
-def test_each_head_has_its_share_of_the_most_spoken_of() -> None:
+def test_each_loss_has_its_share_of_the_most_relevant() -> None:
     model, batch = small_sycoca(caption_ratio=0.25, reconstruct_ratio=0.75), small_batch(dtype=torch.float64)
-    image, texts = model.vision(batch.images), model._encode_text(batch)
-    masks = model._masks(image, texts)
+    image, texts = model.backbone.vision(batch.images), model.encode_texts(batch)
+    masks = model.masks(image, texts)
     assert torch.equal(masks.kept, most_relevant(model, image, texts, count=4))
     assert torch.equal(masks.hidden, most_relevant(model, image, texts, count=12))
 
@@ -40,13 +40,13 @@ def test_patches_may_be_compared_with_words_alone() -> None:
     """The causal encoder's [CLS], the first token, is the same for every caption; [SEP] is not."""
     batch = small_batch(dtype=torch.float64)
     model, by_words = small_sycoca(), small_sycoca(relevance_tokens="words")
-    image, texts = model.vision(batch.images), model._encode_text(batch)
+    image, texts = model.backbone.vision(batch.images), model.encode_texts(batch)
     words = texts.packing.mask & (batch.word_ids >= 0)
     assert torch.equal(words.sum(1), texts.packing.mask.sum(1) - 2)
     rest = dataclasses.replace(texts, packing=SimpleNamespace(pad=texts.packing.pad, mask=words))
     expected = most_relevant(model, image, rest, count=8)
-    assert torch.equal(by_words._masks(image, texts).hidden, expected)
-    assert not torch.equal(model._masks(image, texts).hidden, expected)
+    assert torch.equal(by_words.masks(image, texts).hidden, expected)
+    assert not torch.equal(model.masks(image, texts).hidden, expected)
 
 
 def test_attentive_masks_follow_the_caption() -> None:
@@ -61,7 +61,7 @@ def test_attentive_masks_follow_the_caption() -> None:
 
 def test_random_masks_have_the_same_shares() -> None:
     torch.manual_seed(0)
-    masks = random_masks(torch.empty(500, 16, 1), ratios={0.25, 0.75})
+    masks = random_masks(torch.rand(500, 16), ratios={0.25, 0.75})
     few, many = masks[0.25], masks[0.75]
     assert (few.sum(1) == 4).all() and (many.sum(1) == 12).all() and not (few & ~many).any()
     assert (few.float().mean(0) - 0.25).abs().max() < 0.1  # five standard deviations
@@ -116,7 +116,7 @@ def test_equal_ratios_take_one_call(monkeypatch: pytest.MonkeyPatch, options: di
 
 def plain_encoding(model: SyCoCa, images: Tensor, unseen: Tensor) -> Tensor:
     """The image encoder with the mask token in place of the embeddings of the patches `unseen` [B, patches]."""
-    vit = model.vision.vit
+    vit = model.backbone.vision.vit
     patches = vit.patch_embed(images)
     patches = model.mask_token * unseen[..., None] + patches * ~unseen[..., None]
     return vit.norm(vit.blocks(vit._pos_embed(patches)))
@@ -126,20 +126,21 @@ def test_masks_by_pixels_are_another_pass_for_both_heads() -> None:
     vit = {"vit": "vit_tiny_patch16_224", "image_decoder_heads": 3}
     model, batch = small_sycoca(caption_masking="pixels", **vit), small_batch(dtype=torch.float64)
     seen = []
-    model.vision.vit.blocks[0].register_forward_hook(lambda _module, inputs, _output: seen.append(len(inputs[0])))
-    masks = model._masks(model.vision(batch.images), model._encode_text(batch))
+    first_block = model.backbone.vision.vit.blocks[0]
+    first_block.register_forward_hook(lambda _module, inputs, _output: seen.append(len(inputs[0])))
+    masks = model.masks(model.backbone.vision(batch.images), model.encode_texts(batch))
     output = model(batch)
     assert seen == [6, 6, 12]
     for name, unseen in (("caption", ~masks.kept), ("tgmim", masks.hidden)):
         expected = plain_encoding(model, batch.images, unseen)
         torch.testing.assert_close(model._encode_masked(batch.images, masks)[name], expected)
-    texts = model._encode_text(batch)
+    texts = model.encode_texts(batch)
     decoder_context = plain_encoding(model, batch.images, ~masks.kept)
-    torch.testing.assert_close(output.terms["caption"], model._caption_loss(batch, texts, decoder_context).detach())
+    torch.testing.assert_close(output.terms["caption"], model.caption_loss(batch, texts, decoder_context).detach())
 
 
 @pytest.mark.parametrize(("caption_masking", "leaks"), [("tokens", True), ("pixels", False)])
-def test_what_the_caption_is_decoder_context(caption_masking: str, leaks: bool) -> None:
+def test_what_the_caption_decoder_reads(caption_masking: str, leaks: bool) -> None:
     """The pixels of other patches: by tokens they reach the caption through self-attention, by pixels they do not."""
     options = {"vit": "vit_tiny_patch16_224", "image_size": 64, "image_decoder_heads": 3}
     model = small_sycoca(caption_masking=caption_masking, **options).eval()
@@ -148,9 +149,9 @@ def test_what_the_caption_is_decoder_context(caption_masking: str, leaks: bool) 
     pixels = kept.view(2, 1, 4, 4).repeat_interleave(16, 2).repeat_interleave(16, 3)
 
     def decoder_context(images: Tensor) -> Tensor:
-        image, masks = model.vision(images), PatchMasks(kept=kept, hidden=kept)
+        image, masks = model.backbone.vision(images), PatchMasks(kept=kept, hidden=kept)
         encoded = model._encode_masked(images, masks).get("caption")
-        return model._decoder_context(image, image, kept, encoded)
+        return model.decoder_context(image, image, kept, encoded)
 
     with torch.no_grad():
         before = decoder_context(images)
@@ -169,15 +170,15 @@ def test_masking_changes_its_own_head_alone() -> None:
 
 def test_reconstruction_from_replaced_tokens() -> None:
     model, batch = small_sycoca(reconstruct_masking="tokens"), small_batch(dtype=torch.float64)
-    image, texts = model.vision(batch.images).detach().requires_grad_(), model._encode_text(batch)
-    hidden = model._masks(image, texts).hidden
-    began = model._image_decoder_input(image, hidden, None)
+    image, texts = model.backbone.vision(batch.images).detach().requires_grad_(), model.encode_texts(batch)
+    hidden = model.masks(image, texts).hidden
+    began = model.image_decoder_input(image, hidden, None)
     expected = image.detach().clone()
     for row in range(6):
         for patch in hidden[row].nonzero().flatten():
             expected[row, 1 + patch] = model.mask_token.detach() + model.patch_position[patch]
     torch.testing.assert_close(began.detach(), expected)
-    prediction = model._paint(began, texts)
+    prediction = model.pixel_head(model._decode_image(began, texts)).unflatten(0, began.shape[:2])[:, 1:]
     prediction.square().sum().backward()
     known = image.grad.abs().amax(-1) > 0
     assert known[:, 0].all() and torch.equal(known[:, 1:], ~hidden)
@@ -186,10 +187,10 @@ def test_reconstruction_from_replaced_tokens() -> None:
 
 
 @pytest.mark.parametrize("reconstruct_masking", ["pixels", "tokens"])
-def test_reconstruct_paints_as_in_training(reconstruct_masking: str) -> None:
+def test_reconstruct_predicts_as_in_training(reconstruct_masking: str) -> None:
     model, batch = small_sycoca(reconstruct_masking=reconstruct_masking).eval(), small_batch(dtype=torch.float64)
-    masked = model._masks(model.vision(batch.images), model._encode_text(batch)).hidden
-    prediction = model.reconstruct(batch.images, masked, model._encode_text(batch))
+    masked = model.masks(model.backbone.vision(batch.images), model.encode_texts(batch)).hidden
+    prediction = model.reconstruct(batch.images, masked, batch.input_ids, batch.attention_mask)
     expected = ops.masked_patch_loss(prediction, batch.images, masked, patch_size=8).detach()
     torch.testing.assert_close(model(batch).terms["tgmim"], expected)
 
@@ -223,11 +224,11 @@ def test_the_queues_loss_is_albefs(alpha: float) -> None:
     with torch.no_grad():
         for parameter in model.momentum_encoder.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    teacher, texts = model.momentum_encoder, model._encode_text(batch)
-    feature = model.image_feature(model.pool(model.vision(batch.images))[0])
+    teacher, texts = model.momentum_encoder, model.encode_texts(batch)
+    feature = model.backbone.image_feature(model.backbone.pool(model.backbone.vision(batch.images))[0])
     teachers = [
         teacher.image_feature(teacher.pool(teacher.vision(batch.images))[0]),
-        teacher.read(batch.input_ids, texts.packing).feature,
+        teacher.encode_texts(batch.input_ids, texts.packing).feature,
     ]
     queues = [model.contrast.image_queue.clone(), model.contrast.text_queue.clone()]
     output = model(batch)
@@ -243,8 +244,7 @@ def test_the_queues_loss_is_albefs(alpha: float) -> None:
 @pytest.mark.parametrize("options", [{}, {"caption_masking": "none"} | POOLED], ids=["plain", "pooler"])
 def test_the_momentum_encoder_follows_the_encoders(options: dict) -> None:
     model, batch = small_sycoca(queue_size=12, momentum=0.9, **options), small_batch(dtype=torch.float64)
-    parts = ("vision.", "text.", "pooler.", "image_projection.", "text_projection.")
-    encoders = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(parts)}
+    encoders = model.backbone.state_dict()
     assert model.momentum_encoder.state_dict().keys() == encoders.keys()
     assert all(torch.equal(tensor, encoders[name]) for name, tensor in model.momentum_encoder.state_dict().items())
     before = {name: parameter.clone() for name, parameter in model.momentum_encoder.named_parameters()}
@@ -256,12 +256,12 @@ def test_the_momentum_encoder_follows_the_encoders(options: dict) -> None:
                 parameter.sub_(parameter.grad)
     model.update_momentum()
     for name, parameter in model.momentum_encoder.named_parameters():
-        expected = 0.9 * before[name] + 0.1 * model.get_parameter(name)
+        expected = 0.9 * before[name] + 0.1 * model.backbone.get_parameter(name)
         torch.testing.assert_close(parameter, expected.detach())
     for name, buffer in model.momentum_encoder.named_buffers():
-        assert torch.equal(buffer, model.get_buffer(name))
+        assert torch.equal(buffer, model.backbone.get_buffer(name))
     restored = {buffer.data_ptr() for buffer in model.statistics()}
-    assert restored == {b.data_ptr() for part in (model.vision, model.momentum_encoder) for b in part.buffers()}
+    assert restored == {b.data_ptr() for part in (model.backbone, model.momentum_encoder) for b in part.buffers()}
 
 
 def test_without_a_queue_there_is_no_momentum_encoder() -> None:
@@ -309,7 +309,7 @@ def test_bf16_autocast_gives_the_same_terms(options: dict) -> None:
         ({"reconstruct_masking": "none"}, "reconstruct_masking: expected 'pixels' or 'tokens', got 'none'"),
         (
             {"reconstruct_masking": "tokens", "width": 26},
-            "reconstruct_masking: 'tokens' needs an image encoder's width of 4 n, got 26",
+            "reconstruct_masking: 'tokens' needs an image encoder whose width is a multiple of 4, got 26",
         ),
         ({"queue_size": -1}, "queue_size: expected at least 0, got -1"),
         ({"momentum": 1.5}, r"momentum: expected a number in \[0, 1\], got 1.5"),
@@ -322,11 +322,11 @@ def test_bf16_autocast_gives_the_same_terms(options: dict) -> None:
         ),
         (
             {"pooler_queries": 4},
-            "caption_masking: expected 'pixels' or 'none' where there are pooler_queries .*, got 'tokens'",
+            "caption_masking: expected 'pixels' or 'none' with pooler_queries .*, got 'tokens'",
         ),
         (
             {"caption_masking": "none", "pool": "mean"} | POOLED,
-            "vision.pool: expected 'cls' where there are pooler_queries .*, got 'mean'",
+            "vision.pool: expected 'cls' with pooler_queries .*, got 'mean'",
         ),
     ],
 )

@@ -16,6 +16,7 @@ from softmask.models import (
     TextConfig,
     VisionConfig,
 )
+from softmask.models.softmask_pp.masking import Draws, mask_tokens, pick_words, word_positions
 
 SPECIAL = SpecialIds(pad=0, cls=1, sep=2, mask=3)
 VOCABULARY = 60
@@ -106,3 +107,15 @@ def small_batch(size: int = 6, *, length: int = 11, seed: int = 1, dtype: torch.
         image_id=torch.arange(size),
         skipped=[],
     )
+
+
+def small_draws(batch: Batch, *, seed: int = 2) -> Draws:
+    """Masked tokens, other pairs' captions and images, and one word of every caption, for SoftMask++."""
+    torch.manual_seed(seed)
+    masked = mask_tokens(batch.input_ids, SPECIAL, vocab_size=VOCABULARY, probability=0.15)
+    size = len(batch.images)
+    own = torch.arange(size)
+    hard_text, hard_image = ((own + torch.randint(1, size, (size,))) % size for _ in range(2))
+    word = pick_words(batch.word_ids, masked.input_ids == batch.input_ids)
+    words = word_positions(batch.word_ids, word, max_tokens=8)
+    return Draws(masked=masked, hard_text=hard_text, hard_image=hard_image, word_index=words)

@@ -12,8 +12,8 @@ from softmask.batch import Batch
 from softmask.evaluation.sections import Evaluation, Section
 from softmask.models.config import SpecialIds, VisionConfig
 from softmask.models.layers.packing import Packing
+from softmask.models.sycoca.backbone import Backbone
 from softmask.models.sycoca.config import CausalTextConfig, SyCoCaConfig
-from softmask.models.sycoca.encoders import Encoders
 from softmask.tasks.base import Curve, Task
 
 
@@ -35,29 +35,29 @@ class TwoEncoders(nn.Module):
     def __init__(self, config: TwoEncodersConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoders = Encoders(SyCoCaConfig(vision=config.vision, text=config.text, embed_dim=config.embed_dim))
+        self.backbone = Backbone(SyCoCaConfig(vision=config.vision, text=config.text, embed_dim=config.embed_dim))
 
     def forward(self, batch: Batch, *, scale: float) -> Output:
         _, image = self.encode_image(batch.images)
-        text = self.encoders.read(batch.input_ids, Packing.of(batch.attention_mask)).feature
+        text = self.backbone.encode_texts(batch.input_ids, Packing.of(batch.attention_mask)).feature
         loss = ops.focal_contrastive_loss(image, text, scale, gamma=0.0)
         return Output(loss, {"contrast": loss.detach()})
 
     def encode_image(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        tokens = self.encoders.vision(images)
-        return tokens, self.encoders.image_feature(self.encoders.vision.pool(tokens))
+        tokens = self.backbone.vision(images)
+        return tokens, self.backbone.image_feature(self.backbone.vision.pool(tokens))
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        texts = self.encoders.read(input_ids, Packing.of(attention_mask))
+        texts = self.backbone.encode_texts(input_ids, Packing.of(attention_mask))
         return texts.packing.pad(texts.tokens), texts.feature
 
     @property
     def patch_grid(self) -> tuple[int, int]:
-        return self.encoders.vision.patch_grid
+        return self.backbone.vision.patch_grid
 
     @property
     def num_prefix_tokens(self) -> int:
-        return self.encoders.vision.num_prefix_tokens
+        return self.backbone.vision.num_prefix_tokens
 
     def update_momentum(self) -> None: ...
 
@@ -67,7 +67,7 @@ class TwoEncoders(nn.Module):
         return list(self.buffers())
 
     def set_activation_checkpointing(self, enable: bool) -> None:
-        self.encoders.vision.set_activation_checkpointing(enable)
+        self.backbone.vision.set_activation_checkpointing(enable)
 
 
 class TwoEncodersTask(Task):

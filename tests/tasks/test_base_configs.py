@@ -43,10 +43,10 @@ def test_full_size_sycoca() -> None:
     with torch.device("meta"):
         model = SyCoCa(config.model, special_ids=BERT)
     assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(446.4e6, rel=2e-3)
-    assert (model.num_prefix_tokens, model.patch_grid, model.vision.patch_size) == (1, (16, 16), 18)
-    assert (config.data.max_length, model.text.position.num_embeddings) == (76, 77)
+    assert (model.num_prefix_tokens, model.patch_grid, model.backbone.vision.patch_size) == (1, (16, 16), 18)
+    assert (config.data.max_length, model.backbone.text.position.num_embeddings) == (76, 77)
     assert vars(config.model.weights) == {"itc": 1.0, "caption": 2.0, "tgmim": 1.0}
-    assert isinstance(model.vision.vit.norm_pre, torch.nn.LayerNorm) and model.text.open_clip
+    assert isinstance(model.backbone.vision.vit.norm_pre, torch.nn.LayerNorm) and model.backbone.text.open_clip
     assert config.data.eval_resize == "crop"
     assert (8 * config.train.batch_size, config.train.epochs, config.train.precision) == (2048, 20, "bf16")
 
@@ -57,7 +57,10 @@ def test_full_size_coca() -> None:
     with torch.device("meta"):
         model = SyCoCa(config.model, special_ids=BERT)
     assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(391.5e6, rel=2e-3)
-    assert model.pooler.queries.shape == (257, 768) and (config.model.weights.itc, config.model.weights.caption) == (
+    assert model.backbone.pooler.queries.shape == (257, 768) and (
+        config.model.weights.itc,
+        config.model.weights.caption,
+    ) == (
         1,
         2,
     )

@@ -112,7 +112,7 @@ def test_evaluation_attends_by_torch(run: Config, tmp_path: Path) -> None:
     assert text.count("attention: sdpa") == 1
     path.write_text(text.replace("attention: sdpa", "attention: flash_attn"), encoding="utf-8")
     model, _, loaded = load_model(checkpoint)
-    assert loaded.model.text.attention == model.text.blocks[0].attention.library == "sdpa"
+    assert loaded.model.text.attention == model.backbone.text.blocks[0].attention.library == "sdpa"
 
 
 def test_evaluation_writes_and_paints(run: Config) -> None:
@@ -143,7 +143,7 @@ def test_the_gap_is_of_the_models_own_loss(run: Config) -> None:
     right, wrong = ((one.input_ids, one.attention_mask) for one in tokens)
     with torch.no_grad():
         hidden = model.hidden_patches(images, *right)
-        painted = [model.repaint(images, hidden, *one) for one in (right, wrong)]
+        painted = [model.reconstruct(images, hidden, *one) for one in (right, wrong)]
     losses = [reference.masked_patch_loss(x, images, hidden, patch_size=model.patch_size).item() for x in painted]
     assert section["samples"] == len(pairs) and abs(losses[1] - losses[0]) > 1e-3 * losses[0]
     assert [section["right"], section["wrong"]] == pytest.approx(losses, rel=1e-5)

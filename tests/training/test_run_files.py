@@ -41,8 +41,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Config:
         ("world_size", 0, "world_size: expected a number that is not negative, got 0"),
         ("skipped_samples", GONE, "lacks skipped_samples"),
         ("loss_scale", {}, "loss_scale: expected value, good_steps, got {}"),
-        ("data", 3, "data: expected captions, images, digest, got 3"),
-        ("data", {}, "data: expected captions, images, digest, got {}"),
+        ("data", 3, "data: expected captions, pictures, digest, got 3"),
+        ("data", {}, "data: expected captions, pictures, digest, got {}"),
     ],
 )
 def test_a_damaged_trainer_json_is_named(tmp_path: Path, key: str, value: object, said: str) -> None:
@@ -90,7 +90,7 @@ def test_an_optimizer_of_other_groups_is_refused(finished: Config, tmp_path: Pat
     for groups in ("0" * 64, None):
         path.write_text(json.dumps(state | {"groups": groups}))
         config = make_config(tmp_path, f"output={tmp_path / 'copy'}", "train.steps=4", data=Path(finished.data.train))
-        with pytest.raises(CheckpointError, match="its optimizer groups the parameters otherwise.*init="):
+        with pytest.raises(CheckpointError, match="its optimizer groups the parameters differently.*init="):
             train(config, checkpoint=find_checkpoint(config.output))
 
 
@@ -99,7 +99,7 @@ def test_half_a_checkpoint_in_the_way(tmp_path: Path) -> None:
         (tmp_path / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
     (tmp_path / "checkpoints" / "step_00000002" / "trainer.json").write_text("{}")
     check_no_debris(tmp_path, 4)
-    with pytest.raises(CheckpointError, match=r"step_00000004: no complete checkpoint .* is in the way: remove it"):
+    with pytest.raises(CheckpointError, match=r"step_00000004: an incomplete checkpoint .* is in the way: remove it"):
         check_no_debris(tmp_path, 2)
 
 

@@ -1,5 +1,5 @@
-"""Attention over packed captions by the library that the configuration names. Soft masks are
-`ops.soft_mask_attention`'s."""
+"""Attention over packed captions by the library that the configuration names. Soft masks need
+`ops.soft_mask_attention` instead."""
 
 from __future__ import annotations
 
@@ -21,25 +21,27 @@ def attend(
     causal: bool = False,
     dropout: float = 0.0,
 ) -> Tensor:
-    """``softmax(query key^T / sqrt(E)) value`` of every sequence by itself.
+    """``softmax(query key^T / sqrt(E)) value`` within each sequence.
 
-    query [S, H, E] of the N sequences packed as `queries`, key, value [S', H, E] as `keys`, whose sequences have at
-    least one token each. Returns [S, H, E]. `causal`: queries and keys are the same tokens, and none sees a later one.
-    sdpa and eager compute on padded copies; the others take packed tokens.
+    query [S, H, E] of N sequences packed as `queries`; key, value [S', H, E] packed as `keys`, at least one token in
+    each sequence. Returns [S, H, E]. `causal`: queries and keys are the same tokens, and none sees a later one.
+    "sdpa" and "eager" compute on padded copies; the other libraries take packed tokens.
     """
     if library == "flash_attn":
         return _flash_attn(query, key, value, queries, keys, causal, dropout)
     if library == "xformers":
         return _xformers(query, key, value, queries, keys, causal, dropout)
-    padded = [packing.pad(x).transpose(1, 2) for packing, x in ((queries, query), (keys, key), (keys, value))]
+    query, key, value = (
+        packing.pad(x).transpose(1, 2) for packing, x in ((queries, query), (keys, key), (keys, value))
+    )
     mask = None if keys.is_full else keys.mask[:, None, None]  # [N, 1, 1, P]
     if causal:
         past = torch.ones(queries.length, keys.length, dtype=torch.bool, device=query.device).tril()
         mask = past if mask is None else mask & past
     if library == "sdpa":
-        mixed = F.scaled_dot_product_attention(*padded, attn_mask=mask, dropout_p=dropout)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
     else:
-        mixed = _eager(*padded, mask, dropout)
+        mixed = _eager(query, key, value, mask, dropout)
     return queries.pack(mixed.transpose(1, 2))
 
 
@@ -71,7 +73,7 @@ def _flash_attn(
 def _xformers(
     query: Tensor, key: Tensor, value: Tensor, queries: Packing, keys: Packing, causal: bool, dropout: float
 ) -> Tensor:
-    """xformers wants the lengths on the host, and so waits for the device."""
+    """xformers needs the lengths on the host, so this waits for the device."""
     from xformers.ops import memory_efficient_attention
     from xformers.ops.fmha import BlockDiagonalCausalMask, BlockDiagonalMask
 

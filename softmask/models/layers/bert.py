@@ -1,4 +1,4 @@
-"""BERT's layers over packed captions, and the text encoder made of them. The fusion layers are in fusion.py."""
+"""BERT's layers over packed captions, and the text encoder. The fusion layers are in softmask_pp/fusion.py."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from torch import Tensor, nn
 
 from softmask.models.config import TextConfig
 from softmask.models.layers.attention import attend
+from softmask.models.layers.modules import Modules
 from softmask.models.layers.packing import OutputPositions, Packing
 from softmask.models.layers.recomputation import checkpointed
+from softmask.ranges import named_range
 
 
 class Embeddings(nn.Module):
-    """input_ids [B, T] -> states [S, D] of the tokens that the packing names."""
+    """input_ids [B, T] -> states [S, D] of the packing's tokens."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -32,13 +34,13 @@ class Embeddings(nn.Module):
             raise ValueError(
                 f"input_ids: expected at most text.max_positions = {self.position.num_embeddings} tokens, got {length}"
             )
-        ids, place = packing.pack(input_ids), packing.flat_index
-        summed = self.word(ids) + self.position(place % length) + self.token_type(torch.zeros_like(ids))
+        ids, position = packing.pack(input_ids), packing.flat_index % length
+        summed = self.word(ids) + self.position(position) + self.token_type(torch.zeros_like(ids))
         return self.dropout(self.norm(summed))
 
 
 class SelfAttention(nn.Module):
-    """states [S, D] -> [S, D], or [M, D] where `outputs` names the tokens whose states are computed."""
+    """states [S, D] -> [S, D], or [M, D] with `outputs`."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -52,14 +54,16 @@ class SelfAttention(nn.Module):
         self.attention_dropout, self.library = config.attention_dropout, config.attention
 
     def forward(self, states: Tensor, packing: Packing, outputs: OutputPositions | None = None) -> Tensor:
-        asking, queries = (
-            (states, packing) if outputs is None else (states.index_select(0, outputs.index), outputs.packing)
+        own, queries = states, packing
+        if outputs is not None:
+            own, queries = states.index_select(0, outputs.index), outputs.packing
+        query, key, value = (
+            projection(x).unflatten(-1, (self.heads, -1))  # [S, H, E]
+            for projection, x in ((self.query, own), (self.key, states), (self.value, states))
         )
-        sources = ((self.query, asking), (self.key, states), (self.value, states))
-        by_head = (f(x).unflatten(-1, (self.heads, -1)) for f, x in sources)
         dropout = self.attention_dropout if self.training else 0.0
-        mixed = attend(*by_head, library=self.library, queries=queries, keys=packing, dropout=dropout)
-        return self.norm(asking + self.dropout(self.output(mixed.flatten(1))))
+        mixed = attend(query, key, value, library=self.library, queries=queries, keys=packing, dropout=dropout)
+        return self.norm(own + self.dropout(self.output(mixed.flatten(1))))
 
 
 class FeedForward(nn.Module):
@@ -85,14 +89,15 @@ class TextLayer(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """input_ids [B, T], whose real tokens the packing names -> states [S, D]."""
+    """input_ids [B, T] -> states [S, D] of the packing's tokens."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.embeddings = Embeddings(config)
-        self.layers = nn.ModuleList(TextLayer(config) for _ in range(config.text_layers))
+        self.layers = Modules[TextLayer](TextLayer(config) for _ in range(config.text_layers))
         self.activation_checkpointing = False
 
+    @named_range("text encoder")
     def forward(self, input_ids: Tensor, packing: Packing) -> Tensor:
         states = self.embeddings(input_ids, packing)
         for layer in self.layers:
@@ -101,9 +106,10 @@ class TextEncoder(nn.Module):
 
 
 class MLMHead(nn.Module):
-    """states [M, D] -> logits [M, vocabulary]; the decoder's weight is the word embedding's.
+    """states [M, D] -> logits [M, vocabulary] by the word embedding's weight.
 
-    It comes as a module: at ZeRO stage 3 DeepSpeed fetches a weight for the module in whose forward it is looked up.
+    The embedding is an argument, a module: at ZeRO stage 3 DeepSpeed fetches a weight for the module whose forward
+    looks it up.
     """
 
     def __init__(self, config: TextConfig) -> None:

@@ -7,9 +7,10 @@ cross-attention is not in BERT and keeps its fresh initialization.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from softmask.models.layers.weight_files import read_tensors
 
@@ -74,7 +75,7 @@ def _modern(name: str) -> str:
     return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
 
-def load_bert(backbone: nn.Module, folder: str | Path) -> str:
+def load_bert(backbone: Any, folder: str | Path) -> str:
     """Copy a Hugging Face BERT into `backbone` (its .text, .fusion and .mlm_head). Sizes that differ are an error.
 
     Returns how many tensors were filled and what stays random, in words.

@@ -1,27 +1,29 @@
-"""The MLM loss: against the tokens that were masked, and against the momentum encoder's opinion of them."""
+"""The MLM loss: cross-entropy with the masked tokens and with the momentum encoder's soft targets."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK = 64  # positions whose targets exist at a time
+CHUNK = 64  # positions whose targets exist at the same time
 
 
 def masked_token_loss(logits: Tensor, labels: Tensor, *, teacher: Tensor | None = None, alpha: float = 0.0) -> Tensor:
     """``(1 - alpha) CE(logits, labels) + alpha CE(logits, softmax(teacher))``, summed over M positions.
 
-    logits [M, V] fp32 or fp64, labels [M] int64, teacher [M, V] of any type, without gradient: the momentum
-    encoder's logits, needed where alpha > 0. Of all that is [M, V], only the gradient at the logits is kept for the
-    backward pass; targets and probabilities exist for `CHUNK` positions at a time.
+    logits [M, V] fp32 or fp64; labels [M] int64; teacher [M, V] of any type, the momentum encoder's logits, which get
+    no gradient and are needed where alpha > 0. The backward pass keeps one [M, V] tensor, the gradient of the logits;
+    targets and probabilities exist for `CHUNK` positions at a time.
     """
     return _SoftCrossEntropy.apply(logits, labels, teacher if alpha > 0 else None, alpha)
 
 
 class _SoftCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits: Tensor, labels: Tensor, teacher: Tensor | None, alpha: float) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, teacher: Tensor | None, alpha: float) -> Tensor:
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
         loss = logits.new_zeros(())
         for first in range(0, len(labels), CHUNK):
@@ -41,6 +43,6 @@ class _SoftCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_output: Tensor):
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * grad_output, None, None, None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import timm
 import torch
@@ -15,11 +16,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
-from softmask.models.config import CONV_VIT, ConvViTConfig, VisionConfig
+from softmask.models.config import CONV_VIT, VisionConfig
 from softmask.models.layers.numerics import at_least_fp32
 from softmask.models.layers.vision_weights import load_vit
+from softmask.ranges import named_range
 
-LAYER_SCALE = 0.1  # the transformer's blocks start as a small change to what the convolutions see
+LAYER_SCALE = 0.1  # at first the blocks change the convolutions' output a little
 
 
 class GlobalBatchNorm(nn.BatchNorm2d):
@@ -40,6 +42,8 @@ class GlobalBatchNorm(nn.BatchNorm2d):
         return (centered * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
     def _track(self, mean: Tensor, variance: Tensor) -> None:
+        assert self.running_mean is not None and self.running_var is not None
+        assert self.num_batches_tracked is not None and self.momentum is not None  # all are None only on request
         self.num_batches_tracked += 1
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
         self.running_var.lerp_(variance.to(self.running_var.dtype), self.momentum)
@@ -47,7 +51,7 @@ class GlobalBatchNorm(nn.BatchNorm2d):
 
 @contextmanager
 def running_statistics(part: nn.Module) -> Iterator[None]:
-    """BatchNorm by its running statistics, which stay as they are: for images that are unlike those they are of."""
+    """BatchNorm uses its running statistics and leaves them unchanged: for images unlike those of training."""
     norms = [module for module in part.modules() if isinstance(module, GlobalBatchNorm) and module.training]
     for norm in norms:
         norm.eval()
@@ -85,9 +89,9 @@ class ConvStem(nn.Module):
     """Convolutions in place of a patch projection ("Early Convolutions Help Transformers See Better", 2106.14881).
 
     images [B, 3, S, S] -> tokens [B, (S / patch_size)**2, embed_dim]. Every level halves the image and doubles the
-    width; the last two have a residual block. The last level looks at nothing but its own patch, so that a token speaks
-    of what lies there: with 3 x 3 kernels everywhere a token sees 63 pixels of the demo's 64, and so 30 of them.
-    BatchNorm because GroupNorm learned far slower (docs/demo.md).
+    width; the last two have a residual block. The last level sees its own patch alone, which limits a token's receptive
+    field: at the demo's size to 30 pixels of 64, instead of 63 with 3 x 3 kernels everywhere. BatchNorm because
+    GroupNorm learned far slower (docs/demo.md).
     """
 
     def __init__(self, *, img_size: int, patch_size: int, in_chans: int, embed_dim: int, stem_width: int, **_: object):
@@ -118,40 +122,39 @@ class ConvStem(nn.Module):
         return self.layers(images.contiguous(memory_format=torch.channels_last)).flatten(2).transpose(1, 2)
 
 
-def _conv_vit(config: ConvViTConfig, *, image_size: int, drop_path: float, pool: str) -> VisionTransformer:
+def _conv_vit(config: VisionConfig) -> VisionTransformer:
+    own = config.conv_vit
     return VisionTransformer(
-        img_size=image_size,
-        global_pool="avg" if pool == "mean" else "token",  # "avg" normalizes after pooling: strong patches count more
-        patch_size=config.patch_size,
-        embed_dim=config.width,
-        depth=config.depth,
-        num_heads=config.heads,
-        mlp_ratio=config.mlp_ratio,
+        img_size=config.image_size,
+        global_pool="avg" if config.pool == "mean" else "token",  # "avg" normalizes after pooling
+        patch_size=own.patch_size,
+        embed_dim=own.width,
+        depth=own.depth,
+        num_heads=own.heads,
+        mlp_ratio=own.mlp_ratio,
         init_values=LAYER_SCALE,
-        drop_path_rate=drop_path,
+        drop_path_rate=config.drop_path,
         num_classes=0,
         weight_init="jax",  # Xavier: std 0.02 is too small for these widths
-        embed_layer=partial(ConvStem, stem_width=config.stem_width),
+        embed_layer=partial(ConvStem, stem_width=own.stem_width),
     )
 
 
-def _timm_vit(config: VisionConfig) -> nn.Module:
-    options = {"img_size": config.image_size, "drop_path_rate": config.drop_path, "num_classes": 0}
+def _vit(config: VisionConfig) -> Any:
+    if config.name == CONV_VIT:
+        return _conv_vit(config)
+    options: dict[str, Any] = {"img_size": config.image_size, "drop_path_rate": config.drop_path, "num_classes": 0}
     if config.patch_size:
         options["patch_size"] = config.patch_size
     return timm.create_model(config.name, **options)
 
 
 class VisionEncoder(nn.Module):
-    """images [B, 3, S, S] -> tokens [B, P, D], prefix tokens (CLS first) in front of the patches."""
+    """images [B, 3, S, S] -> tokens [B, P, D]: prefix tokens, CLS first, then the patches."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        if config.name == CONV_VIT:
-            options = {"image_size": config.image_size, "drop_path": config.drop_path, "pool": config.pool}
-            self.vit = _conv_vit(config.conv_vit, **options)
-        else:
-            self.vit = _timm_vit(config)
+        self.vit = _vit(config)
         self.weights_from = load_vit(self.vit, config.checkpoint) if config.checkpoint else "random"
         self.pooling = config.pool
         self.num_prefix_tokens: int = getattr(self.vit, "num_prefix_tokens", 0)
@@ -160,11 +163,11 @@ class VisionEncoder(nn.Module):
         self.width: int = self.vit.embed_dim
         self.patch_grid: tuple[int, int] = tuple(self.vit.patch_embed.grid_size)
         self.patch_size = self._patch_size(config)
-        # A token's pixels reach beyond its patch: of conv_vit, and of timm's hybrids.
+        # Whether a token sees pixels beyond its patch: conv_vit and timm's hybrids.
         self.stem_sees_across = not isinstance(self.vit.patch_embed, PatchEmbed)
 
     def _patch_size(self, config: VisionConfig) -> int:
-        """ValueError where patches do not cover the image: timm leaves out what stands over."""
+        """ValueError where the patches do not cover the image: timm drops the rest."""
         size = config.conv_vit.patch_size if config.name == CONV_VIT else self.vit.patch_embed.feat_ratio()
         if (size * self.patch_grid[0], size * self.patch_grid[1]) != (config.image_size, config.image_size):
             expected = f"a multiple of {config.name}'s patch size {size}"
@@ -174,10 +177,11 @@ class VisionEncoder(nn.Module):
     def set_activation_checkpointing(self, enable: bool) -> None:
         self.vit.set_grad_checkpointing(enable)
 
+    @named_range("image encoder")
     def forward(self, images: Tensor, *, masked: Tensor | None = None, mask_token: Tensor | None = None) -> Tensor:
-        """With `masked` [R * B, patches] bool, `mask_token` [D] stands for those patches from the first block on;
-        R maskings of the B images, one after another, give tokens [R * B, P, D]."""
-        if masked is None:
+        """With `masked` [R * B, patches] bool, `mask_token` [D] replaces those patches before the first block; R masks
+        for each of the B images, one after another, give tokens [R * B, P, D]."""
+        if masked is None or mask_token is None:
             return self.vit.forward_features(images)
         maskings = len(masked) // len(images)
         if self.stem_sees_across:
@@ -194,9 +198,9 @@ class VisionEncoder(nn.Module):
             hook.remove()
 
     def _blank(self, images: Tensor, masked: Tensor) -> Tensor:
-        """images [B, 3, S, S] with zeros, the mean colour, in patches [B, patches]: neighbours do not see them either.
+        """images [B, 3, S, S] with zeros, the mean colour, in the masked patches [B, patches]: no neighbour sees them.
 
-        The statistics of such images are not those of whole ones, which evaluation has.
+        BatchNorm's statistics of such images differ from those of whole images, which evaluation sees.
         """
         plane = masked.unflatten(1, self.patch_grid)[:, None]
         for dim in (2, 3):
@@ -204,11 +208,11 @@ class VisionEncoder(nn.Module):
         return images.masked_fill(plane, 0.0)
 
     def pool(self, tokens: Tensor) -> Tensor:
-        """tokens [B, P, D] -> [B, D]: the CLS token, or the mean over the patches."""
+        """tokens [B, P, D] -> [B, D]: CLS, or the mean over the patches."""
         if self.pooling == "cls":
             return tokens[:, 0]
         return self.vit.fc_norm(tokens[:, self.num_prefix_tokens :].mean(dim=1))
 
     def pool_each(self, patches: Tensor) -> Tensor:
-        """patches [B, P, D], each pooled as if it were the only one."""
+        """patches [B, P, D] -> [B, P, D], each pooled by itself."""
         return patches if self.pooling == "cls" else self.vit.fc_norm(patches)

@@ -1,4 +1,4 @@
-"""The part of the model that has a momentum encoder: both encoders, the fusion, the MLM head and the projections."""
+"""Both encoders, the fusion layers, the MLM head and the projections: the part that the momentum encoder copies."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from softmask.models.softmask_pp.fusion import FusionEncoder
 
 @dataclass
 class Encoded:
-    """tokens, [B, P, D] of images or [S, D] of packed captions, and the L2-normalized feature [B, embed_dim] of the
-    CLS token (or the mean)."""
+    """Tokens, [B, P, D] of images or [S, D] of packed captions, and L2-normalized features [B, embed_dim]."""
 
     tokens: Tensor
     feature: Tensor
@@ -44,7 +43,7 @@ class Backbone(nn.Module):
         return Encoded(tokens, F.normalize(at_least_fp32(self.image_projection(self.vision.pool(tokens))), dim=-1))
 
     def text_feature(self, tokens: Tensor, packing: Packing) -> Tensor:
-        """tokens [S, D] of B captions -> normalized feature [B, embed_dim] of their CLS token, or of the mean."""
+        """tokens [S, D] of B captions -> normalized features [B, embed_dim] of their CLS tokens, or of their means."""
         if self.text_pooling == "cls":
             pooled = tokens[packing.cu_seqlens[:-1]]
         else:

@@ -1,8 +1,8 @@
-"""The fusion layers: BERT's, whose cross-attention reads image tokens. Captions are packed, images shared.
+"""BERT's fusion layers, with cross-attention to image tokens. Captions are packed, images shared between pairs.
 
-An image's keys and values are projected once per layer, without bias (the key's bias drops out of the softmax, the
-value's is added by the op), for all the pairs that read it, soft-masked or not. What the first layer makes of a caption
-before it looks at an image is made once per caption. Of the last layer, only the states that are read are computed.
+An image's keys and values are projected once per layer for all the pairs that read it, soft-masked or not. They have no
+bias: the key's drops out of the softmax, and the op adds the value's. The first layer's self-attention is computed once
+per caption; the last layer computes only the states that are read.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from softmask import ops
 from softmask.models.config import TextConfig
 from softmask.models.layers.attention import attend
 from softmask.models.layers.bert import FeedForward, SelfAttention
+from softmask.models.layers.modules import Modules
 from softmask.models.layers.packing import OutputPositions, Packing
 from softmask.models.layers.recomputation import checkpointed
+from softmask.ranges import named_range
 
 
 @dataclass
@@ -33,7 +35,7 @@ class ImageKeys:
 
 @dataclass
 class PairIndex:
-    """Which image each pair reads (`kv_index` [N]) and how much of each of its tokens (`key_weight` [N, P])."""
+    """Which image each pair reads (`kv_index` [N]) and the weights of its tokens (`key_weight` [N, P])."""
 
     kv_index: Tensor | None = None
     key_weight: Tensor | None = None
@@ -41,7 +43,7 @@ class PairIndex:
 
 @dataclass
 class CrossRecord:
-    """What a word's map needs of one cross-attention: query and output [N, H, T, E], the bias [H, E] of its values."""
+    """One cross-attention as word maps need it: query and output [N, H, T, E], the values' bias [H, E]."""
 
     query: Tensor
     output: Tensor
@@ -50,14 +52,14 @@ class CrossRecord:
 
 @dataclass
 class FusionStart:
-    """Captions at the first cross-attention: states and query [S, D], as packed."""
+    """Captions at the first cross-attention: packed states and query [S, D]."""
 
     states: Tensor
     query: Tensor
     packing: Packing
 
     def take(self, rows: Tensor, size: int) -> FusionStart:
-        """The captions rows [M], `size` tokens in all; the same one may be taken many times."""
+        """The captions rows [M], with `size` tokens in all; rows may repeat."""
         packing, index = self.packing.take(rows, size)
         return FusionStart(self.states.index_select(0, index), self.query.index_select(0, index), packing)
 
@@ -80,7 +82,8 @@ class CrossAttention(nn.Module):
     def project(self, image_tokens: Tensor) -> ImageKeys:
         """image_tokens [B, P, D_image] -> keys and values [B, H, P, E]."""
         by_head = (f(image_tokens).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.key, self.value))
-        return ImageKeys(*by_head)
+        key, value = by_head
+        return ImageKeys(key, value)
 
     def forward(
         self, states: Tensor, query: Tensor, packing: Packing, image: ImageKeys, pairs: PairIndex
@@ -90,7 +93,7 @@ class CrossAttention(nn.Module):
         bias = self.value_bias.unflatten(0, (self.heads, -1))  # [H, E]
         mixed = self._mix(by_head, image, pairs, bias, packing)
         if torch.is_grad_enabled() and not mixed.requires_grad:
-            mixed.requires_grad_()  # frozen weights: the map still needs a gradient from here on
+            mixed.requires_grad_()  # with frozen weights the map still needs the gradient
         record = CrossRecord(query=by_head, output=mixed, value_bias=bias)
         mixed = packing.pack(mixed.transpose(1, 2)).flatten(1)
         return self.norm(states + self.dropout(self.output(mixed))), record
@@ -108,10 +111,16 @@ class CrossAttention(nn.Module):
         key, value = (x.transpose(1, 2) for x in (image.key, image.value))
         if pairs.kv_index is not None:
             key, value = key.index_select(0, pairs.kv_index), value.index_select(0, pairs.kv_index)
-        keys = Packing.full(*key.shape[:2], key.device)
-        packed = (packing.pack(query.transpose(1, 2)), key.flatten(0, 1), value.flatten(0, 1))
-        mixed = attend(*packed, library=self.library, queries=packing, keys=keys) + bias.to(value.dtype)
-        return packing.pad(mixed).transpose(1, 2)
+        rows, length = key.shape[:2]
+        mixed = attend(
+            packing.pack(query.transpose(1, 2)),
+            key.flatten(0, 1),
+            value.flatten(0, 1),
+            library=self.library,
+            queries=packing,
+            keys=Packing.full(rows, length, key.device),
+        )
+        return packing.pad(mixed + bias.to(value.dtype)).transpose(1, 2)
 
 
 class FusionLayer(nn.Module):
@@ -124,7 +133,7 @@ class FusionLayer(nn.Module):
         self.feed_forward = FeedForward(config)
 
     def start(self, states: Tensor, packing: Packing, outputs: OutputPositions | None = None) -> FusionStart:
-        """What comes before the image is looked at, for all tokens or those of `outputs`."""
+        """Everything before the cross-attention, for all tokens or those of `outputs`."""
         states = self.self_attention(states, packing, outputs)
         return FusionStart(states, self.cross_attention.query(states), packing if outputs is None else outputs.packing)
 
@@ -139,21 +148,26 @@ class FusionLayer(nn.Module):
 
 
 class FusionEncoder(nn.Module):
-    """Captions, read together with the images that `pairs` names: FusionStart -> states [S, D] or [M, D]."""
+    """Captions with the images that `pairs` names: FusionStart -> states [S, D] or [M, D]."""
 
     def __init__(self, config: TextConfig, *, image_width: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(FusionLayer(config, image_width=image_width) for _ in range(config.fusion_layers))
+        self.layers = Modules[FusionLayer](
+            FusionLayer(config, image_width=image_width) for _ in range(config.fusion_layers)
+        )
         self.activation_checkpointing = False
 
+    @named_range("fusion")
     def project(self, image_tokens: Tensor) -> list[ImageKeys]:
-        """Keys and values of every layer, once for all pairs of these images."""
+        """Keys and values of every layer, for all pairs of these images."""
         return [layer.cross_attention.project(image_tokens) for layer in self.layers]
 
+    @named_range("fusion")
     def start(self, states: Tensor, packing: Packing) -> FusionStart:
-        """states [S, D] of the text encoder -> what the first layer has before it looks at an image."""
-        return checkpointed(self.layers[0].start, states, packing, recompute=self.activation_checkpointing)
+        """states [S, D] of the text encoder -> the first layer before its cross-attention."""
+        return checkpointed(self.layers.at(0).start, states, packing, recompute=self.activation_checkpointing)
 
+    @named_range("fusion")
     def forward(
         self,
         start: FusionStart,

@@ -1,8 +1,9 @@
-"""Maps of words over the image, from one cross-attention of a fused pass."""
+"""Maps of words over an image, from one cross-attention of a fused pass."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from softmask.models.softmask_pp.fusion import CrossRecord, ImageKeys
 
 @dataclass
 class MapSource:
-    """Matching logits [N, 2] of pairs, and the cross-attention whose part in them is looked at."""
+    """Matching logits [N, 2] of pairs, and the cross-attention that explains them."""
 
     match: Tensor
     record: CrossRecord
@@ -22,9 +23,9 @@ class MapSource:
     num_prefix_tokens: int
 
     def maps(self, word_index: Tensor, *, gradient: bool = True, normalize: str | None) -> Tensor:
-        """[N, W, patches] of the words at word_index [N, W, S]: Grad-CAM of the raw match logit, whose backward pass
-        ends at the attention and leaves every `.grad` alone, or the attention by itself."""
-        options = {}
+        """Maps [N, W, patches] of the words at word_index [N, W, S]: Grad-CAM of the match logit or, without
+        `gradient`, the attention itself. The backward pass stops at the attention; every `.grad` stays untouched."""
+        options: dict[str, Any] = {}
         if gradient:
             score = at_least_fp32(self.match[:, 1]).sum()
             (grad_output,) = torch.autograd.grad(score, self.record.output, retain_graph=True)

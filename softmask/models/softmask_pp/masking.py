@@ -1,4 +1,5 @@
-"""Masked text, the choice of a word, and the choice of hard negatives: all without host synchronization."""
+"""The random draws of a training step: masked tokens, a word of every caption and hard negatives. None of them waits
+for a device."""
 
 from __future__ import annotations
 
@@ -18,10 +19,20 @@ class MaskedText:
     labels: Tensor  # [B, T] the original token where one was chosen, else IGNORE
 
 
+@dataclass
+class Draws:
+    """What a step draws at random. A field that is given is used instead: for tests, benchmarks and comparisons."""
+
+    masked: MaskedText | None = None
+    hard_text: Tensor | None = None  # [B] a caption for every image
+    hard_image: Tensor | None = None  # [B] an image for every caption
+    word_index: Tensor | None = None  # [B, S] token positions of the word to mask, -1 pads
+
+
 def mask_tokens(input_ids: Tensor, special: SpecialIds, *, vocab_size: int, probability: float) -> MaskedText:
     """BERT's masking as ALBEF does it: of the chosen tokens 80 % become MASK, 10 % a random token, 10 % stay.
 
-    PAD, CLS and SEP are never chosen: ALBEF's captions have no SEP. input_ids [B, T] int64.
+    PAD, CLS and SEP are never chosen. input_ids [B, T] int64.
     """
     chosen = torch.rand(input_ids.shape, device=input_ids.device) < probability
     for token in (special.pad, special.cls, special.sep):
@@ -35,10 +46,10 @@ def mask_tokens(input_ids: Tensor, special: SpecialIds, *, vocab_size: int, prob
 
 
 def pick_words(word_ids: Tensor, allowed: Tensor) -> Tensor:
-    """One word per caption, each with the same chance. -> [B] its number, -1 where no word can be picked.
+    """A random word of every caption, uniformly: its number [B], -1 where there is no candidate.
 
-    word_ids [B, T]: the word a token belongs to, -1 for special tokens, padding and punctuation.
-    allowed [B, T] bool: a word is a candidate when all of its tokens are allowed.
+    word_ids [B, T]: the word of each token, -1 for special tokens, padding and punctuation.
+    allowed [B, T] bool: a word is a candidate if all of its tokens are allowed.
     """
     batch, length = word_ids.shape
     slot = word_ids.clamp_min(0)
@@ -54,7 +65,7 @@ def pick_words(word_ids: Tensor, allowed: Tensor) -> Tensor:
 
 
 def word_positions(word_ids: Tensor, word: Tensor, *, max_tokens: int) -> Tensor:
-    """Token positions of a word: word_ids [B, T], word [B] -> [B, S], S = min(T, max_tokens), -1 pads."""
+    """Token positions of one word per caption: word_ids [B, T], word [B] -> [B, S], S = min(T, max_tokens), -1 pads."""
     length = word_ids.shape[1]
     member = (word_ids == word[:, None]) & (word[:, None] >= 0)
     position = torch.arange(length, device=word_ids.device).expand_as(word_ids)
@@ -63,15 +74,15 @@ def word_positions(word_ids: Tensor, word: Tensor, *, max_tokens: int) -> Tensor
 
 
 def sample_negatives(similarity: Tensor, ids: Tensor) -> Tensor:
-    """A hard negative for every row. similarity [B, B] logits, ids [B] -> column [B].
+    """A hard negative for every row: similarity [B, B] logits, ids [B] -> column [B].
 
-    Drawn from softmax(similarity) without the row's own column and those of the same image (equal ids); where that
-    leaves nothing, without its own column alone.
+    Drawn from softmax(similarity) without the columns of the same image (equal ids) or, if that leaves none, without
+    the row's own column alone.
     """
     own = torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
     same = ids[:, None] == ids[None, :]
     same = torch.where(same.all(dim=1, keepdim=True), own, same)
-    # Largest logit plus Gumbel noise: unlike torch.multinomial it survives features that are not finite, whose step the
-    # trainer then skips by the loss.
+    # The largest logit plus Gumbel noise: unlike torch.multinomial it survives features that are not finite. The loss
+    # then tells the trainer to skip the step.
     noise = -torch.empty_like(similarity).exponential_().clamp_min(1e-30).log()
     return (similarity + noise).masked_fill(same, -torch.inf).argmax(dim=1)

@@ -1,12 +1,11 @@
 """SoftMask++ (Park & Han, CVPR 2023): ALBEF with text-driven soft masks, a focal contrastive loss and masked text.
 
-One step, as `forward` reads: encode, contrast, fuse the positive pairs, look up where the image made a pair match
-for one word of its caption; then, in one pass, fuse the negatives, the soft-masked pairs and the masked captions.
+One step: encode, contrast, fuse the positive pairs, and compute where in the image one word of the caption made the
+pair match. Then one pass fuses the negatives, the soft-masked pairs and the masked captions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +16,7 @@ from softmask import ops
 from softmask.batch import Batch
 from softmask.models.config import MAX_TEMPERATURE, MIN_TEMPERATURE, SpecialIds
 from softmask.models.layers.momentum import momentum_encoder_of, update_momentum_encoder
-from softmask.models.layers.numerics import at_least_fp32, clamp_value, initialize
+from softmask.models.layers.numerics import at_least_fp32, clamp_value, initialize, weighted_sum
 from softmask.models.layers.packing import HostInts, Packing
 from softmask.models.layers.recomputation import all_ranks
 from softmask.models.layers.token_loss import masked_token_loss
@@ -25,10 +24,27 @@ from softmask.models.softmask_pp.backbone import Backbone, Encoded
 from softmask.models.softmask_pp.config import SoftMaskPPConfig
 from softmask.models.softmask_pp.fusion import CrossRecord
 from softmask.models.softmask_pp.maps import MapSource
-from softmask.models.softmask_pp.masking import IGNORE, mask_tokens, pick_words, sample_negatives, word_positions
-from softmask.models.softmask_pp.pairs import Pairs, Prepared, first_tokens, fuse, row_numbers, split_first
+from softmask.models.softmask_pp.masking import (
+    IGNORE,
+    Draws,
+    mask_tokens,
+    pick_words,
+    sample_negatives,
+    word_positions,
+)
+from softmask.models.softmask_pp.pairs import (
+    Pairs,
+    Prepared,
+    first_tokens,
+    fuse,
+    matching_losses,
+    row_numbers,
+    split_first,
+)
+from softmask.models.softmask_pp.step import Step
+from softmask.ranges import named_range
 
-MAX_WORD_TOKENS = 8  # of a longer word, the map is the mean over its first tokens
+MAX_WORD_TOKENS = 8  # the map of a longer word is the mean over its first tokens
 
 
 @dataclass
@@ -38,36 +54,15 @@ class SoftMaskPPOutput:
     image_teacher: Tensor  # [B, embed_dim], for the queue
     text_teacher: Tensor
     image_id: Tensor
-
-
-@dataclass
-class Step:
-    """What the terms of one training step share.
-
-    `captions` are the batch's B captions as every term reads them and, where `mask_text` is "mlm", the B masked ones
-    behind them; the tokens of `text` and `text_teacher` are packed like that.
-    """
-
-    batch: Batch
-    labels: Tensor  # [B, T] of the tokens that MLM predicts, else IGNORE
-    chosen: HostInts  # how many these are, and the most of them in one caption
-    input_ids: Tensor  # [B, T], as every term but MLM reads them
-    captions: Packing
-    tokens: int  # of the B captions
-    alpha: float
-    logit_scale: Tensor
-    image: Encoded
-    text: Encoded
-    image_teacher: Encoded
-    text_teacher: Encoded
+    image_weight: Tensor | None = None  # [B, P] soft masks of the image tokens
 
 
 class SoftMaskPP(nn.Module):
-    """The model and its losses. Terms are those of the method's step 9; with `soft_mask` off, `gamma` 0 and
+    """The model and its four losses: itc, itm, itm_soft and mlm. With `soft_mask: false`, `gamma: 0` and
     `mask_text: mlm` they are ALBEF's.
 
-    Distributed: the contrastive loss gathers features over all ranks (with gradient) and the queue holds the same
-    rows everywhere; hard negatives come from the rank's own batch.
+    On several ranks the contrastive loss gathers the features of all ranks, with gradients, and every rank's queue
+    holds the same rows. Hard negatives come from the rank's own batch.
     """
 
     def __init__(self, config: SoftMaskPPConfig, *, special_ids: SpecialIds) -> None:
@@ -100,33 +95,38 @@ class SoftMaskPP(nn.Module):
 
     # -- training -----------------------------------------------------------------------------------------------------
 
-    def forward(self, batch: Batch, *, alpha: float | None = None, fuse: bool = True) -> SoftMaskPPOutput:
-        """The loss of one batch; without `fuse` its contrastive term alone, the encoders' (see `contrast_steps`).
+    def forward(
+        self, batch: Batch, *, alpha: float | None = None, fuse: bool = True, draws: Draws | None = None
+    ) -> SoftMaskPPOutput:
+        """The loss of one batch; without `fuse` its contrastive term alone (see `contrast_steps`).
 
-        Call `update_momentum` before and `enqueue` after it.
+        Call `update_momentum` before it and `enqueue` after it. `draws` replaces random draws of the step.
         """
         if len(batch.images) < 2:
             raise ValueError(f"batch: expected at least 2 pairs (hard negatives), got {len(batch.images)}")
-        step = self._encode(batch, self.config.alpha if alpha is None else alpha, masked=fuse and self._masked_pass)
-        losses = {"itc": self._contrastive(step)}
+        alpha = self.config.alpha if alpha is None else alpha
+        step = self._encode(batch, alpha, draws or Draws(), masked=fuse and self._masked_pass)
+        losses, image_weight = {"itc": self._contrastive(step)}, None
         if fuse:
-            losses |= self._fused_losses(step)
-        loss = sum(getattr(self.config.weights, name) * term for name, term in losses.items())
+            fused, image_weight = self._fused_losses(step)
+            losses |= fused
+        loss = weighted_sum(losses, self.config.weights)
         terms = {name: term.detach() for name, term in losses.items()}
         terms["temperature"] = 1.0 / step.logit_scale.detach()
-        return SoftMaskPPOutput(loss, terms, step.image_teacher.feature, step.text_teacher.feature, batch.image_id)
+        teachers = step.image_teacher.feature, step.text_teacher.feature
+        return SoftMaskPPOutput(loss, terms, *teachers, batch.image_id, image_weight)
 
     def update_momentum(self) -> None:
-        """EMA of the momentum encoder, once per optimizer step, before the forward pass."""
+        """Moves the momentum encoder; once per optimizer step, before the forward pass."""
         update_momentum_encoder(self.momentum_encoder, self.backbone, self.config.momentum)
 
     def enqueue(self, output: SoftMaskPPOutput) -> None:
-        """Put the batch's teacher features (of all ranks) into the queue, after its loss was found finite."""
+        """Puts the teacher features of all ranks into the queue, once the loss is known to be finite."""
         self.contrast.group = all_ranks()
         self.contrast.enqueue(output.image_teacher, output.text_teacher, ids=output.image_id)
 
     def statistics(self) -> list[Tensor]:
-        """What a forward pass in training changes: BatchNorm's running statistics."""
+        """Buffers that a forward pass in training changes: BatchNorm's running statistics."""
         return [*self.backbone.buffers(), *self.momentum_encoder.buffers()]
 
     def _logit_scale(self) -> Tensor:
@@ -137,13 +137,17 @@ class SoftMaskPP(nn.Module):
 
     @property
     def _masked_pass(self) -> bool:
-        """Whether MLM reads captions of its own."""
+        """Whether MLM reads masked captions in a pass of its own."""
         return self.config.mask_text == "mlm" and self.config.weights.mlm > 0
 
-    def _encode(self, batch: Batch, alpha: float, *, masked: bool) -> Step:
-        """`masked`: encode the masked captions too."""
-        options = {"vocab_size": self.config.text.vocab_size, "probability": self.config.mask_probability}
-        text = mask_tokens(batch.input_ids, self.special_ids, **options)
+    def _encode(self, batch: Batch, alpha: float, draws: Draws, *, masked: bool) -> Step:
+        """`masked`: encode the masked captions, too."""
+        text = draws.masked or mask_tokens(
+            batch.input_ids,
+            self.special_ids,
+            vocab_size=self.config.text.vocab_size,
+            probability=self.config.mask_probability,
+        )
         chosen = (text.labels != IGNORE).sum(1)
         ids = text.input_ids if self.config.mask_text == "all" else batch.input_ids
         packing = captions = Packing.of(batch.attention_mask, batch.num_tokens)
@@ -156,6 +160,7 @@ class SoftMaskPP(nn.Module):
             )
         return Step(
             batch=batch,
+            draws=draws,
             labels=text.labels,
             chosen=HostInts(chosen.sum(), chosen.max()),
             input_ids=ids[: len(batch.images)],
@@ -173,10 +178,11 @@ class SoftMaskPP(nn.Module):
     def _encode_pairs(
         backbone: Backbone, images: Tensor, ids: Tensor, captions: Packing, packing: Packing
     ) -> tuple[Encoded, Encoded]:
-        """Images, and all captions at once; those of `packing`, the first of them, have a feature."""
+        """Encodes images and all captions; the captions of `packing`, which come first, get features."""
         image, tokens = backbone.encode_image(images), backbone.text(ids, captions)
         return image, Encoded(tokens, backbone.text_feature(tokens[: packing.size], packing))
 
+    @named_range("contrastive loss")
     def _contrastive(self, step: Step) -> Tensor:
         self.contrast.group = all_ranks()
         return self.contrast(
@@ -190,25 +196,33 @@ class SoftMaskPP(nn.Module):
         )
 
     @torch.no_grad()
+    @named_range("contrastive loss")
     def _hard_negatives(self, step: Step) -> tuple[Tensor, Tensor]:
-        """(a text for every image [B], an image for every text [B]), by the student against the teacher's keys."""
-        temperature = self.config.negative_temperature
-        ids, scale = step.batch.image_id, 1.0 / temperature if temperature else step.logit_scale
-        texts = sample_negatives(scale * step.image.feature @ step.text_teacher.feature.T, ids)
-        images = sample_negatives(scale * step.text.feature @ step.image_teacher.feature.T, ids)
+        """A caption for every image [B] and an image for every caption [B], by their similarity to the teacher's."""
+        ids, given = step.batch.image_id, step.draws
+        text_logits, image_logits = self.negative_logits(step)
+        texts = sample_negatives(text_logits, ids) if given.hard_text is None else given.hard_text
+        images = sample_negatives(image_logits, ids) if given.hard_image is None else given.hard_image
         return texts, images
+
+    def negative_logits(self, step: Step) -> tuple[Tensor, Tensor]:
+        """Logits [B, B] that hard negatives are drawn from: captions for images, images for captions."""
+        temperature = self.config.negative_temperature
+        scale = 1.0 / temperature if temperature else step.logit_scale
+        texts = scale * step.image.feature @ step.text_teacher.feature.T
+        return texts, scale * step.text.feature @ step.image_teacher.feature.T
 
     # -- fusion -------------------------------------------------------------------------------------------------------
 
-    def _fused_losses(self, step: Step) -> dict[str, Tensor]:
-        """Every term that reads words and image together: itm, itm_soft and mlm."""
+    def _fused_losses(self, step: Step) -> tuple[dict[str, Tensor], Tensor | None]:
+        """The terms that read captions and images together, itm, itm_soft and mlm, and the soft masks [B, P]."""
         words = self._words(step) if self.config.soft_mask else None
         hard_text, hard_image = self._hard_negatives(step)
         hard_tokens = HostInts(step.batch.attention_mask.sum(1)[hard_text].sum())
         student = self._prepare(self.backbone, step.image, step.text, step)
         teacher, with_mlm = None, self.config.weights.mlm > 0
-        by_teacher = self.config.soft_mask and self.config.cam_source == "momentum"
-        if by_teacher or (step.alpha > 0 and with_mlm):
+        teacher_maps = self.config.soft_mask and self.config.cam_source == "momentum"
+        if teacher_maps or (step.alpha > 0 and with_mlm):
             with torch.no_grad():
                 teacher = self._prepare(self.momentum_encoder, step.image_teacher, step.text_teacher, step)
         positive, masked_pairs = self._positive_pairs(step), self._masked_pairs(step)
@@ -216,20 +230,22 @@ class SoftMaskPP(nn.Module):
         read, longest = positive, 1
         if with_mlm and not self._masked_pass:  # MLM reads the positive pairs
             read, longest = positive.with_chosen(masked_pairs), 1 + most_masked
-        options = {"longest": longest, "record_layer": self.config.cam_layer if self.config.soft_mask else None}
-        (states,), record = fuse(self.backbone.fusion, student, [read], **options)
+        record_layer = self.config.cam_layer if self.config.soft_mask else None
+        (states,), record = fuse(self.backbone.fusion, student, [read], longest=longest, record_layer=record_layer)
         cls, masked = split_first(states, read)
         match = self.itm_head(cls)
         key_weight = None
-        if self.config.soft_mask:
+        if words is not None:
             source = self._map_source(positive, student, teacher, self._source(match, record, student))
             key_weight = self._soft_mask(source, words)
         kinds = self._other_pairs(step, hard_text, hard_image, hard_tokens.read()[0], key_weight)
         kinds += [masked_pairs] if self._masked_pass else []
         others, _ = fuse(self.backbone.fusion, student, kinds, longest=max(most_masked, 1))
         masked = others.pop() if self._masked_pass else masked
-        losses = self._matching(match, self.itm_head(torch.cat(others)).chunk(len(others)))
-        return losses | ({"mlm": self._mlm(masked, masked_pairs, teacher, step)} if with_mlm else {})
+        losses = matching_losses(match, self.itm_head(torch.cat(others)).chunk(len(others)))
+        if with_mlm:
+            losses["mlm"] = self._mlm(masked, masked_pairs, teacher, step)
+        return losses, key_weight
 
     @staticmethod
     def _prepare(backbone: Backbone, image: Encoded, text: Encoded, step: Step) -> Prepared:
@@ -240,7 +256,7 @@ class SoftMaskPP(nn.Module):
         return Pairs(own, own, step.tokens, first_tokens(step.batch.attention_mask), len(own))
 
     def _masked_pairs(self, step: Step) -> Pairs:
-        """The captions that MLM reads, with their images."""
+        """MLM's captions with their images."""
         own = row_numbers(step.batch.images)
         texts = own + len(own) if self._masked_pass else own
         return Pairs(texts, own, step.tokens, step.labels != IGNORE, step.chosen.read()[0])
@@ -248,9 +264,8 @@ class SoftMaskPP(nn.Module):
     def _other_pairs(
         self, step: Step, hard_text: Tensor, hard_image: Tensor, hard_tokens: int, key_weight: Tensor | None
     ) -> list[Pairs]:
-        """(hard image, text), (image, hard text); with `key_weight`, (masked image, text), (masked image, hard text).
-
-        The soft term's other negative, (hard image, text), is the first of them again.
+        """(hard image, caption) and (image, hard caption); with `key_weight` also (masked image, caption) and (masked
+        image, hard caption). The soft term uses (hard image, caption), too.
         """
         own, cls = row_numbers(step.batch.images), first_tokens(step.batch.attention_mask)
         kinds = [
@@ -263,55 +278,56 @@ class SoftMaskPP(nn.Module):
                 kinds.append(Pairs(hard_text, own, hard_tokens, cls, len(own), key_weight))
         return kinds
 
-    @staticmethod
-    def _matching(match: Tensor, others: Sequence[Tensor]) -> dict[str, Tensor]:
-        """ITM and, where there are soft-masked pairs, ITM on them; logits [B, 2] of the pairs of `_other_pairs`."""
-        losses = {"itm": _match_loss(match=[match], mismatch=[others[0], others[1]])}
-        if len(others) > 2:
-            mismatch = [others[0], others[3]] if len(others) > 3 else []
-            losses["itm_soft"] = _match_loss(match=[others[2]], mismatch=mismatch)
-        return losses
-
     # -- soft masks -------------------------------------------------------------------------------------------------
 
+    @named_range("soft mask")
     def _map_source(self, positive: Pairs, student: Prepared, teacher: Prepared | None, online: MapSource) -> MapSource:
-        """What the maps of the positive pairs are read from, by `cam_source`."""
+        """What `cam_source` computes the maps of the positive pairs from."""
         layer = self.config.cam_layer
         if self.config.cam_source == "online":
             return online
         if self.config.cam_source == "momentum":
+            assert teacher is not None
             fusion, prepared = self.momentum_encoder.fusion, teacher
         else:
             fusion, prepared = self.backbone.fusion, student.detach()
         (cls,), record = fuse(fusion, prepared, [positive], record_layer=layer, grad_from=layer)
         return self._source(self.itm_head(cls), record, prepared)
 
-    def _source(self, match: Tensor, record: CrossRecord, prepared: Prepared) -> MapSource:
+    def _source(self, match: Tensor, record: CrossRecord | None, prepared: Prepared) -> MapSource:
+        assert record is not None  # of the layer `cam_layer`
         return MapSource(match, record, prepared.keys[self.config.cam_layer], self.num_prefix_tokens)
 
     def _words(self, step: Step) -> Tensor:
-        """Token positions [B, S] of one random real word of each caption, -1 pads."""
+        """Token positions [B, S] of one random word of every caption, -1 pads."""
+        if step.draws.word_index is not None:
+            return step.draws.word_index
         batch, input_ids = step.batch, step.input_ids
-        allowed = input_ids == batch.input_ids  # a word that was masked or replaced is not in the caption read
+        allowed = input_ids == batch.input_ids  # not a word that was masked or replaced
         word = pick_words(batch.word_ids, allowed & (input_ids != self.special_ids.mask))
         return word_positions(batch.word_ids, word, max_tokens=MAX_WORD_TOKENS)
 
+    @named_range("soft mask")
     def _soft_mask(self, source: MapSource, words: Tensor) -> Tensor:
-        """Weight [B, P] of every image token for the word at words [B, S]; CLS keeps weight 1."""
+        """Weights [B, P] of the image tokens, for the words at [B, S]; prefix tokens keep weight 1."""
         maps = source.maps(words[:, None], normalize=self.config.normalize)
         return F.pad(1.0 - self.config.strength * maps[:, 0], (self.num_prefix_tokens, 0), value=1.0)
 
     # -- masked language modelling --------------------------------------------------------------------------------
 
+    @named_range("masked tokens")
     def _mlm(self, states: Tensor, pairs: Pairs, teacher: Prepared | None, step: Step) -> Tensor:
         """``(1 - alpha) CE(logits, labels) + alpha CE(logits, softmax(teacher))``, mean over the masked positions."""
         logits = at_least_fp32(self.backbone.predict_tokens(states))  # [M, vocabulary]
-        labels = step.labels.flatten()[pairs.chosen_places]
+        labels = step.labels.flatten()[pairs.chosen_index]
         targets = None
         if step.alpha > 0:
+            assert teacher is not None
             with torch.no_grad():
-                (seen,), _ = fuse(self.momentum_encoder.fusion, teacher, [pairs], longest=max(step.chosen.read()[1], 1))
-                targets = self.momentum_encoder.predict_tokens(seen)
+                (teacher_states,), _ = fuse(
+                    self.momentum_encoder.fusion, teacher, [pairs], longest=max(step.chosen.read()[1], 1)
+                )
+                targets = self.momentum_encoder.predict_tokens(teacher_states)
         return masked_token_loss(logits, labels, teacher=targets, alpha=step.alpha) / max(len(labels), 1)
 
     # -- evaluation -----------------------------------------------------------------------------------------------
@@ -330,7 +346,7 @@ class SoftMaskPP(nn.Module):
     def match(
         self, image_tokens: Tensor, text_tokens: Tensor, attention_mask: Tensor, *, kv_index: Tensor | None = None
     ) -> Tensor:
-        """Matching logits [N, 2] (class 1: they match) of N captions' tokens with the images kv_index [N] names."""
+        """Matching logits [N, 2] (class 1: match) of N captions with the images that kv_index [N] names."""
         return self._fuse_all(image_tokens, text_tokens, attention_mask, kv_index=kv_index)[0]
 
     @torch.enable_grad()
@@ -346,8 +362,8 @@ class SoftMaskPP(nn.Module):
     ) -> Tensor:
         """Maps [B, W, patches] of the words at word_index [B, W, S] (token positions, -1 pads).
 
-        kind "gradcam": Grad-CAM of the match logit; "attention": the cross-attention alone. Needs no gradient mode
-        and leaves every `.grad` untouched.
+        kind "gradcam": Grad-CAM of the match logit; "attention": the cross-attention alone. Works under no_grad and
+        leaves every `.grad` untouched.
         """
         if kind not in ("gradcam", "attention"):
             raise ValueError(f"kind: expected 'gradcam' or 'attention', got {kind!r}")
@@ -366,8 +382,8 @@ class SoftMaskPP(nn.Module):
         kv_index: Tensor | None = None,
         record_layer: int | None = None,
     ) -> tuple[Tensor, CrossRecord | None, Prepared]:
-        """Matching logits [N, 2] of captions' tokens [N, T, D] with the images that kv_index [N] names, or else each
-        with its own; and what maps need of them."""
+        """Matching logits [N, 2] of captions [N, T, D] with the images that kv_index [N] names (None: one each), and
+        what maps need."""
         packing, own = Packing.of(attention_mask), row_numbers(text_tokens)
         fusion = self.backbone.fusion
         prepared = Prepared.of(fusion, image_tokens, packing.pack(text_tokens), packing)
@@ -375,11 +391,3 @@ class SoftMaskPP(nn.Module):
         pairs = Pairs(own, images, packing.size, first_tokens(attention_mask), len(own))
         (cls,), record = fuse(fusion, prepared, [pairs], record_layer=record_layer)
         return self.itm_head(cls), record, prepared
-
-
-def _match_loss(*, match: list[Tensor], mismatch: list[Tensor]) -> Tensor:
-    """Cross-entropy of matching logits [N, 2], class 1 for `match`, 0 for `mismatch`, mean over all of them."""
-    logits = at_least_fp32(torch.cat(match + mismatch))
-    labels = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
-    labels[: sum(len(part) for part in match)] = 1
-    return F.cross_entropy(logits, labels)

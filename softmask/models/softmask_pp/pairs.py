@@ -1,20 +1,23 @@
-"""Fused passes over pairs of captions and images, several kinds of pairs in one."""
+"""Fused passes over pairs of captions and images; one pass takes several kinds of pairs."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from softmask.models.layers.numerics import at_least_fp32
 from softmask.models.layers.packing import OutputPositions, Packing
 from softmask.models.softmask_pp.fusion import CrossRecord, FusionEncoder, FusionStart, ImageKeys, PairIndex
 
 
 @dataclass
 class Prepared:
-    """What a network's fused passes share: the captions before they look at an image, and the images' keys."""
+    """What the fused passes of one network share: the captions before their cross-attention, and the images' keys."""
 
     start: FusionStart
     keys: list[ImageKeys]
@@ -30,22 +33,22 @@ class Prepared:
 
 @dataclass
 class Pairs:
-    """Pairs of one kind: which captions and images, and which tokens' last states are read."""
+    """Pairs of one kind: their captions and images, and the tokens whose last states are read."""
 
     texts: Tensor  # [N] rows of the captions
     images: Tensor  # [N]
-    tokens: int  # of those captions
+    tokens: int  # in those captions
     chosen: Tensor  # [N, T] bool
-    count: int  # how many are chosen
-    key_weight: Tensor | None = None  # [N, P] of the image tokens; None: all 1
+    count: int  # of the chosen tokens
+    key_weight: Tensor | None = None  # [N, P] weights of the image tokens; None: all 1
 
     @cached_property
-    def chosen_places(self) -> Tensor:
-        """[count] places of the chosen tokens in [N * T]."""
+    def chosen_index(self) -> Tensor:
+        """[count] positions of the chosen tokens in [N * T]."""
         return torch.nonzero_static(self.chosen.flatten(), size=self.count)[:, 0]
 
     def with_chosen(self, other: Pairs) -> Pairs:
-        """The same pairs with the tokens that another description of them chooses, none of which we have."""
+        """The same pairs with the tokens that `other` chooses too; the two choices are disjoint."""
         return replace(self, chosen=self.chosen | other.chosen, count=self.count + other.count)
 
 
@@ -58,9 +61,9 @@ def fuse(
     record_layer: int | None = None,
     grad_from: int = 0,
 ) -> tuple[list[Tensor], CrossRecord | None]:
-    """The chosen states [count, D] of every kind, in one pass; a caption has at most `longest` of them.
+    """The chosen states [count, D] of every kind, in one pass, at most `longest` of them in a caption.
 
-    `record_layer`, `grad_from`: as in FusionEncoder, for all pairs of the pass.
+    `record_layer`, `grad_from`: as in FusionEncoder.forward, for all pairs.
     """
     start = prepared.start.take(_cat("texts", kinds), sum(kind.tokens for kind in kinds))
     pairs = PairIndex(kv_index=_cat("images", kinds), key_weight=_key_weight(kinds))
@@ -73,12 +76,33 @@ def fuse(
 
 
 def split_first(states: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
-    """The chosen states of one kind of pairs: those of the N first tokens, all chosen, and the others."""
-    column = pairs.chosen_places % pairs.chosen.shape[1]
+    """The chosen states of one kind of pairs: those of the N first tokens, all of them chosen, and the rest."""
+    column = pairs.chosen_index % pairs.chosen.shape[1]
     rows = len(pairs.texts)
     first = torch.nonzero_static(column == 0, size=rows)[:, 0]
     others = torch.nonzero_static(column != 0, size=pairs.count - rows)[:, 0]
     return states[first], states[others]
+
+
+def matching_losses(match: Tensor, others: Sequence[Tensor]) -> dict[str, Tensor]:
+    """itm and, with soft-masked pairs, itm_soft, from matching logits [B, 2].
+
+    match: the positive pairs. others: (hard image, caption), (image, hard caption) and, with soft masks, (masked image,
+    caption) and perhaps (masked image, hard caption).
+    """
+    losses = {"itm": _match_loss(match=[match], mismatch=[others[0], others[1]])}
+    if len(others) > 2:
+        mismatch = [others[0], others[3]] if len(others) > 3 else []
+        losses["itm_soft"] = _match_loss(match=[others[2]], mismatch=mismatch)
+    return losses
+
+
+def _match_loss(*, match: list[Tensor], mismatch: list[Tensor]) -> Tensor:
+    """Mean cross-entropy of matching logits [N, 2], class 1 for `match` and 0 for `mismatch`."""
+    logits = at_least_fp32(torch.cat(match + mismatch))
+    labels = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+    labels[: sum(len(part) for part in match)] = 1
+    return F.cross_entropy(logits, labels)
 
 
 def row_numbers(tensor: Tensor) -> Tensor:
@@ -87,7 +111,7 @@ def row_numbers(tensor: Tensor) -> Tensor:
 
 
 def first_tokens(attention_mask: Tensor) -> Tensor:
-    """Where CLS stands: [B, T] bool."""
+    """[B, T] bool, true at CLS."""
     first = torch.zeros_like(attention_mask, dtype=torch.bool)
     first[:, 0] = True
     return first

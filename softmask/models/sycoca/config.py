@@ -1,19 +1,26 @@
-"""Typed configuration of SyCoCa. What the paper does not state is an option here."""
+"""Configuration of SyCoCa: the `model:` section of a training YAML. Details that the paper leaves open are options."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-from softmask.models.config import MAX_TEMPERATURE, VisionConfig, at_least_one, check, check_heads, check_library
+from softmask.models.config import (
+    MAX_TEMPERATURE,
+    AttentionLibrary,
+    VisionConfig,
+    at_least_one,
+    check,
+    check_heads,
+    check_library,
+)
 
 MAX_LOGIT_SCALE = 100.0
-Style = Literal["own", "open_clip"]
 
 
 @dataclass
 class CausalTextConfig:
-    """Text encoder of `layers` blocks, and text decoder of `decoder_layers` pairs of blocks."""
+    """A text encoder of `layers` blocks, and a text decoder of `decoder_layers` pairs of blocks."""
 
     vocab_size: int = 0  # 0: the tokenizer's
     width: int = 768
@@ -21,26 +28,26 @@ class CausalTextConfig:
     layers: int = 12
     decoder_layers: int = 12
     max_positions: int = 76
-    attention: str = "sdpa"  # "sdpa", "flash_attn", "xformers", "eager"
+    attention: AttentionLibrary = "sdpa"
     initializer_range: float = 0.02
-    # "own": the last norm is of all tokens, CLS has the position behind the caption's last token, weights begin at
-    # initializer_range; "open_clip": the norm is of CLS alone, whose position is the last of all, and weights begin by
-    # width and depth
-    style: Style = "own"
+    # "own": the last norm applies to all tokens, CLS takes the position after the caption's last token, and
+    # initializer_range sets the initial weights; "open_clip": the norm applies to CLS alone, which takes the last
+    # position of all, and width and depth set the initial weights
+    style: Literal["own", "open_clip"] = "own"
 
     def __post_init__(self) -> None:
-        check_library(self.attention)
         expected = at_least_one(self, "width", "heads", "layers", "decoder_layers", "max_positions") | {
             "vocab_size": (self.vocab_size >= 0, "at least 0"),
             "initializer_range": (self.initializer_range > 0, "a number > 0"),
         }
         check(self, expected)
+        check_library(self.attention)
         check_heads(self.width, self.heads)
 
 
 @dataclass
 class SyCoCaWeights:
-    """Weights of the three losses; those of captions and of reconstruction are not computed where theirs is 0."""
+    """Weights of the three losses. At 0 the caption loss and the reconstruction loss are not computed."""
 
     itc: float = 1.0
     caption: float = 2.0
@@ -52,34 +59,36 @@ class SyCoCaWeights:
 
 @dataclass
 class SyCoCaConfig:
-    """With `reconstruct: false` and `caption_masking: none` it is CoCa, with `pooler_queries` CoCa with its pooler."""
+    """With `reconstruct: false` and `caption_masking: none` it is CoCa; `pooler_queries` adds CoCa's pooler."""
 
     vision: VisionConfig = field(default_factory=VisionConfig)
     text: CausalTextConfig = field(default_factory=CausalTextConfig)
     weights: SyCoCaWeights = field(default_factory=SyCoCaWeights)
     embed_dim: int = 512
-    pooler_queries: int = 0  # outputs of the attentional pooler that the caption is told from, beside the one that is
-    # contrasted; 0: no pooler
+    pooler_queries: int = 0  # outputs of the attentional pooler for the caption decoder, beside the one for the
+    # contrastive loss; 0: no pooler
     pooler_heads: int = 8
-    temperature: float = 0.07  # at first; it is learned
+    temperature: float = 0.07  # initial value; it is learned
     gamma: float = 0.0
-    # momentum encoder of the encoders, which fills a queue and softens the targets as in ALBEF
-    queue_size: int = 0  # 0: no momentum encoder, the contrastive loss sees the batch alone
+    # a momentum encoder fills a queue and softens the targets, as in ALBEF
+    queue_size: int = 0  # 0: no momentum encoder; the contrastive loss sees the batch alone
     momentum: float = 0.995
     alpha: float = 0.4
     # masks
-    masks: str = "attentive"  # which patches: those most similar to a token of the caption, or "random"
-    relevance: str = "projection"  # similarity of patches and tokens after the contrastive projections, or as "tokens"
-    relevance_tokens: str = "all"  # tokens that patches are compared with; "words": without [CLS] and [SEP]
-    # "tokens": the caption's decoder does not see other patches' tokens; "pixels": nor does the image encoder see their
-    # pixels, in a pass of its own; "none": it sees all
-    caption_masking: str = "tokens"
-    caption_ratio: float = 0.5  # of the patches, the most relevant: the caption is told from them
+    masks: Literal["attentive", "random"] = (
+        "attentive"  # patches most similar to a token of the caption, or random ones
+    )
+    relevance: Literal["projection", "tokens"] = "projection"  # compare after the contrastive projections, or before
+    relevance_tokens: Literal["all", "words"] = "all"  # tokens to compare patches with; "words": without [CLS], [SEP]
+    # how the caption decoder is kept from seeing irrelevant patches. "tokens": it gets no tokens of them; "pixels": the
+    # image encoder gets no pixels of them either, in a pass of its own; "none": it sees them
+    caption_masking: Literal["tokens", "pixels", "none"] = "tokens"
+    caption_ratio: float = 0.5  # share of the patches, the most relevant ones, that the caption decoder sees
     reconstruct: bool = True  # text-guided reconstruction of masked patches
-    # "pixels": the image encoder does not see them, in a pass of its own; "tokens": what it saw of them is replaced,
-    # but the others' tokens know of them by self-attention
-    reconstruct_masking: str = "pixels"
-    reconstruct_ratio: float = 0.5  # of the patches, the most relevant: they are masked
+    # "pixels": the image encoder does not see the masked patches, in a pass of its own; "tokens": their tokens are
+    # replaced after the encoder, whose self-attention has already mixed them into others
+    reconstruct_masking: Literal["pixels", "tokens"] = "pixels"
+    reconstruct_ratio: float = 0.5  # share of the patches, the most relevant ones, that are masked
     normalize_pixels: bool = True
     image_decoder_layers: int = 4
     image_decoder_heads: int = 12
@@ -96,16 +105,8 @@ class SyCoCaConfig:
             "queue_size": (self.queue_size >= 0, "at least 0"),
             "momentum": (0 <= self.momentum <= 1, "a number in [0, 1]"),
             "alpha": (0 <= self.alpha <= 1, "a number in [0, 1]"),
-            "masks": (self.masks in ("attentive", "random"), "'attentive' or 'random'"),
             "caption_ratio": (0 < self.caption_ratio < 1, "a number in (0, 1)"),
             "reconstruct_ratio": (0 < self.reconstruct_ratio < 1, "a number in (0, 1)"),
-            "relevance": (self.relevance in ("projection", "tokens"), "'projection' or 'tokens'"),
-            "relevance_tokens": (self.relevance_tokens in ("all", "words"), "'all' or 'words'"),
-            "caption_masking": (
-                self.caption_masking in ("tokens", "pixels", "none"),
-                "'tokens', 'pixels' or 'none'",
-            ),
-            "reconstruct_masking": (self.reconstruct_masking in ("pixels", "tokens"), "'pixels' or 'tokens'"),
             "image_decoder_layers": (self.image_decoder_layers >= 1, "at least 1"),
         }
         check(self, expected)
@@ -114,18 +115,18 @@ class SyCoCaConfig:
 
     @property
     def has_caption_loss(self) -> bool:
-        """Whether captions are told at all."""
+        """Whether the caption loss is computed."""
         return self.weights.caption > 0
 
     @property
     def has_reconstruction(self) -> bool:
-        """Whether masked patches are reconstructed at all."""
+        """Whether the reconstruction loss is computed."""
         return self.reconstruct and self.weights.tgmim > 0
 
     def _check_pooler(self) -> None:
         if self.caption_masking == "tokens":
-            expected = "'pixels' or 'none' where there are pooler_queries (pooled tokens are not patches)"
+            expected = "'pixels' or 'none' with pooler_queries (pooled tokens are not patches)"
             raise ValueError(f"caption_masking: expected {expected}, got {self.caption_masking!r}")
         if self.vision.pool != "cls":
-            expected = "'cls' where there are pooler_queries (the pooler takes its place)"
+            expected = "'cls' with pooler_queries (the pooler takes its place)"
             raise ValueError(f"vision.pool: expected {expected}, got {self.vision.pool!r}")

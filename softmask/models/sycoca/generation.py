@@ -1,7 +1,7 @@
-"""Captions for images by SyCoCa: greedy, by beam search or by nucleus sampling, through transformers' generation.
+"""Captions from SyCoCa: greedy, beam search or nucleus sampling, through transformers' generation.
 
-Every step feeds the last token alone: keys and values of the caption's earlier tokens come from transformers' cache,
-those of the image are made once. Attention of single tokens is PyTorch's, whatever `text.attention` names.
+Every step feeds the last token alone. Keys and values of the earlier tokens come from transformers' cache; those of the
+image are computed once. Single tokens use PyTorch's attention, whatever `text.attention` says.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,22 +17,22 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import ModelOutput
 
+from softmask.models.config import SpecialIds
 from softmask.models.layers.transformer import Attention, Block
 from softmask.models.sycoca.model import SyCoCa
 
 
 @dataclass(frozen=True)
 class Beams:
-    """The N captions of each image that a beam search ends with, the best by the mean of its tokens first."""
+    """The N captions of each image from beam search, sorted by their mean log-probability per token."""
 
-    captions: Tensor  # [B, N, T] token ids, as of `generate_captions`
-    log_prob: Tensor  # [B, N] of the caption given the image; cut at max_length: of what there is
+    captions: Tensor  # [B, N, T] token ids, as from `generate_captions`
+    log_prob: Tensor  # [B, N] of the caption given the image, up to max_length
     similarity: Tensor  # [B, N] logit_scale * <image feature, text feature>
 
     def best(self) -> Tensor:
-        """[B, T], the caption with the largest log_prob + similarity: what both heads agree on."""
+        """[B, T]: the caption with the largest log_prob + similarity."""
         best = (self.log_prob + self.similarity).argmax(dim=1)
         return self.captions[torch.arange(len(best), device=best.device), best]
 
@@ -46,55 +47,51 @@ def generate_captions(
     top_p: float | None = None,
     rerank: bool = False,
 ) -> Tensor:
-    """images [B, 3, S, S] -> token ids [B, T <= max_length] from [CLS] to [SEP], [PAD] behind.
+    """images [B, 3, S, S] -> token ids [B, T <= max_length] from [CLS] to [SEP], then [PAD].
 
-    The likeliest token each time; with `num_beams` > 1 beam search, by the mean log-probability of a token; with
-    `top_p` a draw from the likeliest tokens that together have that probability, by torch's random numbers; with both
-    transformers' beams of draws.
+    Greedy by default; with `num_beams` > 1 beam search by the mean log-probability per token; with `top_p` nucleus
+    sampling from torch's random numbers; with both, beam sampling. With `rerank` the result is the beam with the
+    largest
 
-    With `rerank` both heads choose among the beams: the caption with the largest
-
-        log p(caption | image) + logit_scale * <image feature, text feature>;
-
-    of one beam there is nothing to choose.
+        log p(caption | image) + logit_scale * <image feature, text feature>.
 
     Raises:
-        ValueError: no image; max_length is not from 2 to text.max_positions, num_beams < 1, top_p is not in (0, 1],
-            or given with rerank.
+        ValueError: no image; max_length not in [2, text.max_positions]; num_beams < 1; top_p not in (0, 1], or given
+            with rerank.
     """
     _check(model, images, max_length=max_length, num_beams=num_beams)
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p: expected a number in (0, 1], got {top_p}")
     if rerank and top_p is not None:
-        raise ValueError(f"rerank: expected beams, not draws, got top_p {top_p}")
+        raise ValueError(f"rerank: expected beam search without top_p, got top_p {top_p}")
     if rerank and num_beams > 1:
         beams = search_captions(model, images, max_length=max_length, num_beams=num_beams)
         return _padded(model, beams.best())
     options = {"do_sample": top_p is not None, "top_p": top_p, "top_k": None if top_p is None else 0}
     with evaluating(model):
-        _, tokens = model.pool(model.vision(images))
+        _, tokens = model.backbone.pool(model.backbone.vision(images))
         found = _generate(model, tokens, max_length=max_length, num_beams=num_beams, **options)
     return _padded(model, found.sequences)
 
 
 @torch.no_grad()
 def search_captions(model: SyCoCa, images: Tensor, *, max_length: int, num_beams: int) -> Beams:
-    """images [B, 3, S, S] -> all captions of beam search, with what either head thinks of them.
+    """images [B, 3, S, S] -> all beams, with their log-probabilities and similarities.
 
     Raises:
-        ValueError: no image; max_length is not from 2 to text.max_positions, or num_beams < 2.
+        ValueError: no image; max_length not in [2, text.max_positions]; num_beams < 2.
     """
     _check(model, images, max_length=max_length, num_beams=num_beams, fewest=2)
     with evaluating(model):
-        pooled, tokens = model.pool(model.vision(images))
+        pooled, tokens = model.backbone.pool(model.backbone.vision(images))
         options = {"num_return_sequences": num_beams, "output_scores": True}
         found = _generate(model, tokens, max_length=max_length, num_beams=num_beams, **options)
         captions = _padded(model, found.sequences)
         mask = _up_to(model.special_ids.sep, captions)
         _, texts = model.encode_text(captions, mask)
-        image = model.image_feature(pooled)
+        image = model.backbone.image_feature(pooled)
         similarity = model.scale() * torch.einsum("bd,bnd->bn", image, texts.unflatten(0, (len(images), -1)))
-    log_prob = found.sequences_scores * (mask.sum(dim=1) - 1)  # transformers' is the mean over those behind [CLS]
+    log_prob = found.sequences_scores * (mask.sum(dim=1) - 1)  # transformers gives the mean over the tokens after [CLS]
     return Beams(captions.unflatten(0, similarity.shape), log_prob.view(similarity.shape), similarity)
 
 
@@ -108,9 +105,10 @@ def _check(model: SyCoCa, images: Tensor, *, max_length: int, num_beams: int, fe
         raise ValueError(f"images: expected at least one image [B, 3, S, S], got shape {list(images.shape)}")
 
 
-def _generate(model: SyCoCa, tokens: Tensor, **options: object) -> ModelOutput:
+def _generate(model: SyCoCa, tokens: Tensor, **options: object) -> Any:
     """transformers' generation from image tokens [B, P, D]."""
-    special, generator = model.special_ids, CaptionGenerator(model)
+    special: SpecialIds = model.special_ids
+    generator: Any = CaptionGenerator(model)  # transformers types its mixins for its own classes
     config = GenerationConfig(
         bos_token_id=special.cls,
         eos_token_id=special.sep,
@@ -119,24 +117,24 @@ def _generate(model: SyCoCa, tokens: Tensor, **options: object) -> ModelOutput:
         **options,
     )
     start = torch.full((len(tokens), 1), special.cls, device=tokens.device)
-    return generator.generate(start, generation_config=config, images=generator.read(tokens))
+    return generator.generate(start, generation_config=config, images=generator.image_keys(tokens))
 
 
 def _up_to(token: int, captions: Tensor) -> Tensor:
-    """Which of captions [N, T] stand up to the first `token`, bool [N, T]; all where there is none."""
+    """bool [N, T]: the tokens of captions [N, T] up to and including the first `token`, or all."""
     ends = captions == token
     return ends.cumsum(dim=1) - ends.long() == 0
 
 
 def _padded(model: SyCoCa, captions: Tensor) -> Tensor:
-    """captions [N, T] with [PAD] behind [SEP], where transformers writes [SEP] if [PAD] is 0; T of the longest."""
+    """captions [N, T] with [PAD] after [SEP] (transformers repeats [SEP] if [PAD] is 0), cut to the longest."""
     mask = _up_to(model.special_ids.sep, captions)
     return captions.where(mask, model.special_ids.pad)[:, mask.any(dim=0)]
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """A model that is in training does not change by what is read meanwhile, nor does a batch change its captions."""
+    """Evaluation mode: a model in training keeps its statistics, and captions do not depend on their batch."""
     modes = {part: part.training for part in model.modules()}
     model.eval()
     try:
@@ -147,41 +145,41 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class CaptionGenerator(PreTrainedModel, GenerationMixin):
-    """SyCoCa's text encoder and caption decoder as transformers' generation asks for them."""
+    """SyCoCa's text encoder and caption decoder behind the interface of transformers' generation."""
 
     config_class = PretrainedConfig
     main_input_name = "input_ids"
 
     def __init__(self, model: SyCoCa) -> None:
         text = model.config.text
-        super().__init__(
-            PretrainedConfig(num_hidden_layers=text.layers + text.decoder_layers, vocab_size=text.vocab_size)
-        )
+        sizes: dict[str, Any] = {"num_hidden_layers": text.layers + text.decoder_layers, "vocab_size": text.vocab_size}
+        super().__init__(PretrainedConfig(**sizes))
         self.sycoca = model
 
-    def read(self, tokens: Tensor) -> Tensor:
-        """The image tokens [B, P, D] -> keys and values of the decoder's layers, [B, layers, 2, H, P, E]."""
+    def image_keys(self, tokens: Tensor) -> Tensor:
+        """Image tokens [B, P, D] -> keys and values of the decoder's layers, [B, layers, 2, H, P, E]."""
         layers = []
         for block in self.sycoca.caption_decoder.cross:
             attention = block.attention
-            told = attention.source_norm(tokens)
-            layers.append(torch.stack([_heads(attention, part(told)) for part in (attention.key, attention.value)], 1))
+            source = attention.source_norm(tokens)
+            key, value = (_heads(attention, projection(source)) for projection in (attention.key, attention.value))
+            layers.append(torch.stack([key, value], 1))
         return torch.stack(layers, 1)
 
     def forward(
         self, input_ids: Tensor, images: Tensor, past_key_values: Cache, **_unused: object
     ) -> CausalLMOutputWithPast:
-        """The logits [B, 1, V] behind input_ids [B, T], which follow what the cache holds."""
-        text, decoder = self.sycoca.text, self.sycoca.caption_decoder
+        """Logits [B, 1, V] of the token after input_ids [B, T], which follow the cached tokens."""
+        text, decoder = self.sycoca.backbone.text, self.sycoca.caption_decoder
         past = past_key_values.get_seq_length()
         position = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
         states = text.word(input_ids) + text.position(position)  # [B, T, D]
         for layer, block in enumerate(text.blocks):
-            states = _look_back(block, states, past_key_values, layer)
-        states = text.told(states)
+            states = _self_attend(block, states, past_key_values, layer)
+        states = text.decoder_input(states)
         for layer, (own, cross) in enumerate(zip(decoder.own, decoder.cross, strict=True)):
-            states = _look_back(own, states, past_key_values, len(text.blocks) + layer)
-            states = _look_at(cross, states, *images[:, layer].unbind(1))
+            states = _self_attend(own, states, past_key_values, len(text.blocks) + layer)
+            states = _cross_attend(cross, states, *images[:, layer].unbind(1))
         logits = self.sycoca.caption_head(decoder.norm(states[:, -1:]))
         return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
 
@@ -191,22 +189,22 @@ def _heads(attention: Attention, states: Tensor) -> Tensor:
     return states.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
 
 
-def _look_back(block: Block, states: Tensor, cache: Cache, layer: int) -> Tensor:
-    """A block of self-attention; tokens see those in the cache, themselves, and those before them."""
+def _self_attend(block: Block, states: Tensor, cache: Cache, layer: int) -> Tensor:
+    """A self-attention block; tokens see the cached ones, themselves and those before them."""
     attention, first = block.attention, cache.get_seq_length(layer) == 0
-    told = attention.norm(states)
-    query, key, value = (_heads(attention, f(told)) for f in (attention.query, attention.key, attention.value))
+    x = attention.norm(states)
+    query, key, value = (_heads(attention, f(x)) for f in (attention.query, attention.key, attention.value))
     key, value = cache.update(key, value, layer)
     mixed = F.scaled_dot_product_attention(query, key, value, is_causal=first)
-    return _out(block, states, mixed)
+    return _residual(block, states, mixed)
 
 
-def _look_at(block: Block, states: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """A block of attention to the image, key, value [B, H, P, E]."""
+def _cross_attend(block: Block, states: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """A cross-attention block, key and value [B, H, P, E]."""
     attention = block.attention
     query = _heads(attention, attention.query(attention.norm(states)))
-    return _out(block, states, F.scaled_dot_product_attention(query, key, value))
+    return _residual(block, states, F.scaled_dot_product_attention(query, key, value))
 
 
-def _out(block: Block, states: Tensor, mixed: Tensor) -> Tensor:
+def _residual(block: Block, states: Tensor, mixed: Tensor) -> Tensor:
     return block.feed_forward(states + block.attention.output(mixed.transpose(1, 2).flatten(2)))

@@ -1,8 +1,8 @@
-"""Where a run's weights and vocabulary come from: another run, whose images may have had another size, files, or
-nowhere; and the words that say so."""
+"""Initial weights and vocabulary: from another run, which may have had another image size, from files, or random."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ QUEUE_IDS = "contrast.queue_ids"
 
 
 def weights_from(model: nn.Module, config: Config, checkpoint: Path | None) -> str:
-    """Fill a new model from `config.init`, where there is one; what its weights are, in words.
+    """Load `config.init`, if it is set, into a new model; describes the origin of the weights in words.
 
     Raises:
         CheckpointError: as `start_from`.
@@ -27,7 +27,7 @@ def weights_from(model: nn.Module, config: Config, checkpoint: Path | None) -> s
     if checkpoint is not None:
         return f"of {checkpoint}"
     if config.init:
-        return start_from(model, config.init)
+        return start_from(model, config.init, heads=config.init_heads)
     parts = {"vision": "weights_from", "text": "text_from"}
     found = {part: getattr(m, name) for part, name in parts.items() for m in model.modules() if hasattr(m, name)}
     if set(found.values()) == {"random"}:
@@ -36,53 +36,76 @@ def weights_from(model: nn.Module, config: Config, checkpoint: Path | None) -> s
 
 
 def words_from(tokenizer: CaptionTokenizer, config: Config, checkpoint: Path | None) -> str:
-    """The size of the vocabulary and where it comes from, in words."""
+    """The size and origin of the vocabulary, in words."""
     trained = "a WordPiece trained on the captions"
     origin = "the checkpoint" if checkpoint is not None else config.data.tokenizer or config.init or trained
     return f"{tokenizer.vocab_size:,} tokens of {origin}"
 
 
 def text_facts(tokenizer: CaptionTokenizer, config: Config, source: Source) -> str:
-    """How captions are read and how many are too long, by the first of them, in words."""
+    """How captions are read, and how many of the first ones are too long, in words."""
     data, captions = config.data, first_captions(config, source)
     cut = int(tokenizer(captions, **data.reading).cut.sum())
-    parts = [f"{data.max_length} tokens at most, {cut:,} of the first {len(captions):,} captions are cut there"]
-    parts += ["cleaned as ALBEF's"] * data.clean_captions + ["without [SEP]"] * (not data.append_sep)
-    parts += ["one of an image's an epoch"] * (data.captions == "random")
+    parts = [f"{data.max_length} tokens at most, which cuts {cut:,} of the first {len(captions):,} captions"]
+    parts += ["cleaned as in ALBEF"] * data.clean_captions + ["without [SEP]"] * (not data.append_sep)
+    parts += ["one caption per image and epoch"] * (data.captions == "random")
     return "; ".join(parts)
 
 
-def start_from(model: nn.Module, path: str | Path) -> str:
+def start_from(model: nn.Module, path: str | Path, *, heads: Sequence[str] = ()) -> str:
     """Copy the weights of a run or checkpoint, momentum encoder and queue included, into a new model.
 
-    Position embeddings of another grid are interpolated; a queue of another length is left as it is. The queue's ids
-    are forgotten: they number the images of that run's data, and the same numbers stand for others in this one's.
+    Position embeddings of another grid are interpolated; a queue of another length stays new. The queue's ids are
+    dropped: they number the images of the other run's data. `heads`: starts of parameter names that the checkpoint may
+    lack, have in another shape, or have beyond this model; they keep their new values or are left out.
     Returns what was done, in words.
 
     Raises:
-        CheckpointError: no checkpoint there, or one of another model.
+        CheckpointError: no checkpoint, a checkpoint of another model, or a head that neither has.
     """
     checkpoint = find_checkpoint(path)
     try:
         own, given = model.state_dict(), read_weights(checkpoint)
     except UNREADABLE as error:
         raise CheckpointError(f"init: {checkpoint} cannot be read: {first_line(error)}") from error
-    changed = [f"{name} interpolated" for name in fit_positions(model, given)]
+    _check_heads(heads, own.keys() | given.keys())
+    done = [f"{name} interpolated" for name in fit_positions(model, given)]
     for name, tensor in own.items():
-        foreign = name not in given or given[name].shape != tensor.shape or name == QUEUE_IDS
-        if name.startswith(QUEUE) and foreign:
+        differs = name not in given or given[name].shape != tensor.shape
+        if differs and _is_in(name, heads) or name.startswith(QUEUE) and (differs or name == QUEUE_IDS):
             given[name] = tensor
-            changed.append(f"{name} new")
+            done.append(f"{name} new")
+    for name in [name for name in given if name not in own and _is_in(name, heads)]:
+        del given[name]
+        done.append(f"{name} left out")
     problems = [_difference(name, own.get(name), given.get(name)) for name in sorted(own.keys() | given.keys())]
     if found := [problem for problem in problems if problem]:
-        raise CheckpointError(f"{checkpoint}: not the model of this configuration, {len(found)} differ: {found[0]}")
+        hint = "; init_heads names parts that may differ"
+        raise CheckpointError(
+            f"{checkpoint}: not the model of this configuration, {len(found)} differ: {found[0]}{hint}"
+        )
     model.load_state_dict(given)
-    return ", ".join([f"{len(given)} tensors of {checkpoint}", *changed])
+    return ", ".join([f"{len(given)} tensors of {checkpoint}", *done])
+
+
+def _is_in(name: str, heads: Sequence[str]) -> bool:
+    """Whether a parameter is part of a head; the momentum encoder's copy belongs to the same head."""
+    name = name.replace("momentum_encoder.", "backbone.", 1) if name.startswith("momentum_encoder.") else name
+    return any(f"{name}.".startswith(f"{head}.") for head in heads)
+
+
+def _check_heads(heads: Sequence[str], names: Iterable[str]) -> None:
+    for head in heads:
+        if not any(_is_in(name, [head]) for name in names):
+            known = sorted(
+                {".".join(name.split(".")[:2]) for name in names if not name.startswith("momentum_encoder.")}
+            )
+            raise CheckpointError(f"init_heads: no parameter's name starts with {head!r}, but with {', '.join(known)}")
 
 
 def _difference(name: str, own: Tensor | None, given: Tensor | None) -> str | None:
     if own is None or given is None:
-        return f"{name} is {'not wanted' if own is None else 'missing'}"
+        return f"{name} is {'not expected' if own is None else 'missing'}"
     if own.shape != given.shape:
         return f"{name} has shape {tuple(given.shape)}, expected {tuple(own.shape)}"
     return None

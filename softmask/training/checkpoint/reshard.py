@@ -1,11 +1,11 @@
-"""Checkpoints of any ZeRO stage and number of ranks, read by parameter name and put into an engine of another.
+"""Checkpoints of any ZeRO stage and number of ranks, read by parameter name and loaded into any other engine.
 
-DeepSpeed 0.19's universal checkpoints do not do it: their converter finds no file to read at stage 0 and fails on a
-parameter without dimensions at stages 1 and 2; what it makes of stage 3 loads at stage 3 only, without momentum
-encoder, queue and running statistics, and with the first parameter group's weight decay for all.
+DeepSpeed 0.19's universal checkpoints cannot do this: their converter finds no file at stage 0, fails on 0-dim
+parameters at stages 1 and 2, and from stage 3 makes checkpoints that load at stage 3 only, without momentum encoder,
+queue and running statistics, and with the first parameter group's weight decay for all.
 
-What DeepSpeed writes: up to stage 2 all weights and buffers in one file, which at stage 0 holds the moments too; at
-stages 1 and 2 every rank's piece of each group's flattened moments; at stage 3 every rank's piece of each parameter.
+DeepSpeed's files: up to stage 2 one file holds all weights and buffers, and at stage 0 the moments; at stages 1 and 2
+every rank has a piece of each group's flattened moments; at stage 3 every rank has a piece of each parameter.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ import torch
 from torch import Tensor
 
 from softmask.lfs import refuse_pointer
+from softmask.tasks.base import Task
+from softmask.tasks.registry import find_task
 from softmask.training.config import OptimizerConfig
+from softmask.training.config_files import read_mapping
 from softmask.training.engine.startup import choose_accelerator
 from softmask.training.engine.zero import own_range
 from softmask.training.optim import parameter_groups
@@ -31,7 +34,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass
 class Pieces:
-    """A tensor in flat pieces, those of the ranks in their order; what goes beyond its size is padding."""
+    """A tensor in flat pieces, in the order of the ranks; anything beyond its size is padding."""
 
     shape: torch.Size
     parts: list[Tensor]
@@ -53,14 +56,15 @@ class Place:
 
 
 class SavedState:
-    """The files of a checkpoint, mapped into memory: a tensor is read when it is asked for.
+    """The files of a checkpoint, mapped into memory: a tensor is read when it is used.
 
     Raises:
-        OSError: files that lack.
+        OSError: missing files.
     """
 
     def __init__(self, checkpoint: Path) -> None:
         choose_accelerator()  # the files of stages 1 to 3 name classes of DeepSpeed
+        self._task = _task_of(checkpoint)
         whole = checkpoint / MODEL_FILE
         self.partitioned = not whole.is_file()
         self.models = _of_ranks(checkpoint, "model_states") if self.partitioned else [_open(whole)]
@@ -69,7 +73,14 @@ class SavedState:
         self.ranks = [state["optimizer_state_dict"] for state in _of_ranks(checkpoint, "optim_states")] if split else []
 
     def weights(self) -> dict[str, Pieces]:
-        """All parameters and buffers, those of rank 0 where ranks have their own."""
+        """All parameters and buffers under today's names, rank 0's where every rank has its own."""
+        return self._current(self._weights())
+
+    @property
+    def has_earlier_names(self) -> bool:
+        return any(name != self._task.current_name(name) for name in self._weights())
+
+    def _weights(self) -> dict[str, Pieces]:
         module = {name: Pieces(tensor.shape, [tensor]) for name, tensor in self.model["module"].items()}
         if not self.partitioned:
             return module
@@ -78,16 +89,19 @@ class SavedState:
             weights[name] = Pieces(shape, [model["frozen_param_fragments"][name] for model in self.models])
         return weights | self._shares([rank["fp32_flat_groups"] for rank in self.ranks])
 
+    def _current(self, pieces: dict[str, Pieces]) -> dict[str, Pieces]:
+        return {self._task.current_name(name): part for name, part in pieces.items()}
+
     def moments(self, key: str, order: list[str]) -> dict[str, Pieces]:
-        """AdamW's `exp_avg` or `exp_avg_sq` of every trained parameter; `order` is that of stage 0's optimizer."""
+        """AdamW's `exp_avg` or `exp_avg_sq` of every trained parameter; `order` is the order in stage 0's optimizer."""
         if not self.ranks:
             states = self.model["optimizer"]["state"]
             return {order[number]: Pieces(state[key].shape, [state[key]]) for number, state in states.items()}
         flat = [[states[number][key] for number in sorted(states)] for states in self._optimizer_states()]
-        return self._shares(flat) if self.partitioned else self._slices(flat)
+        return self._current(self._shares(flat) if self.partitioned else self._slices(flat))
 
     def step(self) -> float:
-        """Optimizer steps done, the same for every parameter: those without a gradient count with one of zeros."""
+        """Completed optimizer steps, the same for all parameters: a missing gradient counts as zeros."""
         states = self._optimizer_states()[0] if self.ranks else self.model["optimizer"]["state"]
         return float(next(iter(states.values()))["step"])
 
@@ -96,7 +110,7 @@ class SavedState:
         return [rank[key]["state"] for rank in self.ranks]
 
     def _shares(self, flat: list[list[Tensor]]) -> dict[str, Pieces]:
-        """Stage 3: every rank has an equal piece of each parameter."""
+        """Stage 3: every rank has an equal share of each parameter."""
         pieces = {}
         for group, shapes in enumerate(self.model["param_shapes"]):
             offset = 0
@@ -107,7 +121,7 @@ class SavedState:
         return pieces
 
     def _slices(self, flat: list[list[Tensor]]) -> dict[str, Pieces]:
-        """Stages 1 and 2: every rank has an equal piece of each group, whose borders cut through parameters."""
+        """Stages 1 and 2: every rank has an equal slice of each group; its bounds cut through parameters."""
         pieces: dict[str, Pieces] = {}
         for rank, groups in zip(self.ranks, flat, strict=True):
             for group, places in enumerate(rank["param_slice_mappings"]):
@@ -117,8 +131,13 @@ class SavedState:
         return pieces
 
 
+def _task_of(checkpoint: Path) -> Task:
+    """The method that made a checkpoint, which knows its parameters' earlier names."""
+    return find_task(read_mapping(checkpoint / "config.yaml", "configuration").get("method", "softmask_pp"))
+
+
 def _of_ranks(checkpoint: Path, kind: str) -> list[dict[str, Any]]:
-    """What every rank wrote, in their order."""
+    """The files of all ranks, in order."""
     files = [checkpoint / f"zero_pp_rank_{rank}_mp_rank_00_{kind}.pt" for rank in range(_world_size(checkpoint))]
     return [_open(file) for file in files]
 
@@ -133,23 +152,24 @@ def _open(file: Path) -> dict[str, Any]:
 
 
 def read_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """The model's state of a checkpoint of any stage.
+    """The model's state in a checkpoint of any stage, under today's names.
 
     Raises:
-        OSError: files that lack.
+        OSError: missing files.
     """
     if (checkpoint / MODEL_FILE).is_file():
-        return _open(checkpoint / MODEL_FILE)["module"]
+        module, task = _open(checkpoint / MODEL_FILE)["module"], _task_of(checkpoint)
+        return {task.current_name(name): tensor for name, tensor in module.items()}
     return {name: pieces.whole() for name, pieces in SavedState(checkpoint).weights().items()}
 
 
 @torch.no_grad()
 def load_resharded(engine: Any, checkpoint: Path, options: OptimizerConfig) -> None:
-    """Put weights, buffers, moments, schedule and counters of a checkpoint into an engine of any stage and number of
-    ranks. The hyperparameters of the optimizer stay the engine's.
+    """Load weights, buffers, moments, schedule and counters of a checkpoint into an engine of any stage and number of
+    ranks. The engine keeps its optimizer's hyperparameters.
 
     Raises:
-        OSError, KeyError, RuntimeError: files that lack, or parameters that do not fit.
+        OSError, KeyError, RuntimeError: missing files, or parameters that do not fit.
     """
     saved = SavedState(checkpoint)
     stage = engine.zero_optimization_stage()
@@ -175,7 +195,7 @@ def _put_whole(engine: Any, weights: dict[str, Pieces]) -> None:
 
 
 def _put_partitioned(engine: Any, weights: dict[str, Pieces]) -> None:
-    """At stage 3 a rank takes its share of every parameter, the momentum encoder's too, and all of every buffer."""
+    """At stage 3 a rank takes its share of every parameter, and all of every buffer."""
     parameters = dict(engine.module.named_parameters())
     expected = set(engine.module.state_dict())
     if weights.keys() != expected:
@@ -193,7 +213,7 @@ def _put_partitioned(engine: Any, weights: dict[str, Pieces]) -> None:
 
 
 def _flat_tensors(engine: Any, stage: int, names: dict[Tensor, str]) -> Iterator[tuple[Tensor, list[Place]]]:
-    """What this rank's AdamW steps, and which elements of which parameters that is."""
+    """The tensors that this rank's AdamW steps, and the parameters' elements in them."""
     zero = engine.optimizer
     if stage == 0:
         for group in zero.param_groups:
@@ -208,7 +228,7 @@ def _flat_tensors(engine: Any, stage: int, names: dict[Tensor, str]) -> Iterator
             yield flat, [_place(name, mapping) for name, mapping in owned if mapping is not None]
 
 
-def _share_places(parameters: list[Tensor], names: dict[Tensor, str]) -> Iterator[Place]:
+def _share_places(parameters: list[Any], names: dict[Tensor, str]) -> Iterator[Place]:
     offset = 0
     for parameter in parameters:
         yield Place(names[parameter], *own_range(parameter), offset)
@@ -216,7 +236,7 @@ def _share_places(parameters: list[Tensor], names: dict[Tensor, str]) -> Iterato
 
 
 def _place(name: str, mapping: Any) -> Place:
-    """Of DeepSpeed's record of the parameter's (`lp`) and the flat tensor's (`hp`) addresses."""
+    """From DeepSpeed's record of the parameter's (`lp`) and the flat tensor's (`hp`) addresses."""
     parameter, flat = mapping.lp_fragment_address, mapping.hp_fragment_address
     return Place(name, parameter.start, parameter.numel, flat.start)
 

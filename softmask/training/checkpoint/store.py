@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written whole or not at all, found again, compared with the configuration, read as a model.
+"""Checkpoints of a run: written completely or not at all, found, compared with the configuration, loaded as a model.
 
 `output/checkpoints/step_00000800/` holds DeepSpeed's files, trainer.json, config.yaml and tokenizer/. It is written
 under the name `step_00000800.tmp` and renamed when complete, so that a process killed at any moment leaves either a
@@ -21,26 +21,26 @@ from torch import Tensor, nn
 
 from softmask.data import CaptionTokenizer, Source
 from softmask.models import SpecialIds
-from softmask.training.checkpoint.reshard import load_resharded, read_weights
+from softmask.training.checkpoint.reshard import SavedState, load_resharded, read_weights
 from softmask.training.checkpoint.state import CheckpointError, Progress, read_state, write_json
 from softmask.training.config import Config, ConfigError, flatten, load_config, save_config
 from softmask.training.failures import explain
 from softmask.training.optim import groups_digest
 
 POSITIONS = "vision.vit.pos_embed"
-UNREADABLE = (  # of torch.load, and of what it gives where that is no checkpoint
+UNREADABLE = (  # raised by torch.load, or by using a file that is no checkpoint
     OSError, EOFError, ValueError, RuntimeError, pickle.UnpicklingError, KeyError, AttributeError, TypeError,
 )  # fmt: skip
 COMPLETE = re.compile(r"step_\d{8,}")
-# Keys that may change when a run goes on; all others of `model` and `data` must stay as they were.
+# Keys that a resumed run may change; all others in `model` and `data` must stay.
 FREE_KEYS = (
-    "data.train",  # what the data is must stay, where it lies may change
+    "data.train",  # the same data may lie elsewhere
     "data.image_root",
     "data.workers",
     "data.eval_resize",
     "data.max_bad_share",
-    "data.tokenizer",  # the run has its copy
-    "model.text.checkpoint",  # only for fresh weights
+    "data.tokenizer",  # the run has its own copy
+    "model.text.checkpoint",  # for new weights only
     "model.vision.checkpoint",
 )
 FIXED_KEYS = ("seed", "train.accumulation", "train.precision", "optimizer.lr_scales")
@@ -58,10 +58,10 @@ def complete_checkpoints(run: Path) -> list[Path]:
 
 
 def check_no_debris(run: Path, step: int) -> None:
-    """CheckpointError where a folder without trainer.json lies where a later checkpoint of the run would go."""
+    """CheckpointError for a folder without trainer.json at the place of a later checkpoint."""
     for path in sorted((run / "checkpoints").glob("step_*")):
         if COMPLETE.fullmatch(path.name) and step_of(path) > step and not (path / "trainer.json").is_file():
-            raise CheckpointError(f"{path}: no complete checkpoint (it lacks trainer.json) is in the way: remove it")
+            raise CheckpointError(f"{path}: an incomplete checkpoint (without trainer.json) is in the way: remove it")
 
 
 def step_of(checkpoint: Path) -> int:
@@ -69,7 +69,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """A checkpoint given as its own folder or as the run's, whose newest complete one is taken."""
+    """A checkpoint, given by its own folder or by the run's, which means the newest complete one."""
     path = Path(path)
     if COMPLETE.fullmatch(path.name) and (path / "trainer.json").is_file():
         return path
@@ -81,7 +81,7 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def save_checkpoint(engine: Any, config: Config, progress: Progress, extra: dict[str, Any]) -> Path:
-    """Write a checkpoint into the run; all ranks call it. `extra` goes into trainer.json beside the progress."""
+    """Write a checkpoint into the run; call it on all ranks. `extra` goes into trainer.json next to the progress."""
     run = Path(config.output)
     folder = run / "checkpoints"
     final = folder / checkpoint_name(progress.step)
@@ -93,7 +93,7 @@ def save_checkpoint(engine: Any, config: Config, progress: Progress, extra: dict
     dist.barrier()
     try:
         engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False)
-    except (OSError, RuntimeError) as error:  # torch's writer knows positions, not reasons
+    except (OSError, RuntimeError) as error:  # torch's writer gives positions, not reasons
         free = shutil.disk_usage(folder).free >> 20
         raise CheckpointError(f"{partial}: cannot be written ({first_line(error)}); {free:,} MiB are free") from error
     dist.barrier()
@@ -116,21 +116,22 @@ def _prune(folder: Path, keep: int) -> None:
 
 
 def load_checkpoint(engine: Any, checkpoint: Path, config: Config) -> tuple[Progress, dict[str, Any]]:
-    """Put a checkpoint's state into the engine; returns the progress and all of trainer.json.
+    """Load a checkpoint's state into the engine; returns the progress and the content of trainer.json.
 
-    One that another number of ranks or another ZeRO stage wrote is put together by parameter.
+    A checkpoint from another number of ranks, another ZeRO stage or an older release is loaded by parameter name.
 
     Raises:
-        CheckpointError: files that lack or cannot be read, or parameters that do not fit.
+        CheckpointError: missing or unreadable files, or parameters that do not fit.
     """
     state = read_state(checkpoint)
     if "loss_scale" not in state:
         raise CheckpointError(f"{checkpoint / 'trainer.json'}: lacks loss_scale: not written by the trainer")
-    if state.get("groups") != groups_digest(engine.module, config.optimizer):
-        reason = "its optimizer groups the parameters otherwise, as other versions do"
+    digests = [groups_digest(engine.module, config.optimizer, name_of=f) for f in (str, config.task.earlier_name)]
+    if state.get("groups") not in digests:
+        reason = "its optimizer groups the parameters differently, as another release does"
         raise CheckpointError(f"{checkpoint}: cannot be resumed: {reason}; begin a new run with init={checkpoint}")
     try:
-        if not _same_layout(checkpoint, state, config):
+        if not _same_layout(checkpoint, state, config) or SavedState(checkpoint).has_earlier_names:
             load_resharded(engine, checkpoint, config.optimizer)
         elif engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)[0] is None:
             raise FileNotFoundError("DeepSpeed found no state in it")
@@ -141,22 +142,22 @@ def load_checkpoint(engine: Any, checkpoint: Path, config: Config) -> tuple[Prog
 
 
 def _same_layout(checkpoint: Path, state: dict[str, Any], config: Config) -> bool:
-    """Whether DeepSpeed's files are those that this run would write. Stages 1 and 2 write the same."""
+    """Whether this run would write the same set of files. Stages 1 and 2 do."""
     saved = load_config(checkpoint / "config.yaml")
     kinds = [min(stage, 1) + (stage == 3) for stage in (saved.zero_stage, config.zero_stage)]
     return kinds[0] == kinds[1] and state["world_size"] == dist.get_world_size()
 
 
 def data_facts(source: Source) -> dict[str, Any]:
-    """What a checkpoint says of the data it was trained on."""
+    """What a checkpoint records of its training data."""
     return {"captions": len(source), "pictures": source.images, "digest": source.digest}
 
 
 def check_data(checkpoint: Path, source: Source) -> None:
-    """Refuse a checkpoint that was trained on other data, wherever either lies.
+    """Refuse a checkpoint that was trained on other data.
 
     Raises:
-        CheckpointError: with the numbers of both.
+        CheckpointError: with the sizes of both.
     """
     was, now = read_state(checkpoint).get("data"), data_facts(source)
     if was is not None and was != now:
@@ -166,10 +167,10 @@ def check_data(checkpoint: Path, source: Source) -> None:
 
 
 def check_resumable(checkpoint: Path, config: Config, *, world_size: int) -> None:
-    """Refuse a checkpoint that another model, other data or another order of the data made.
+    """Refuse a checkpoint of another model, other data or another order of the data.
 
     Raises:
-        CheckpointError: naming every key that differs, with both values.
+        CheckpointError: names every key that differs, with both values.
     """
     saved = load_config(checkpoint / "config.yaml")
     differences = config_differences(saved, config)
@@ -187,7 +188,7 @@ def check_resumable(checkpoint: Path, config: Config, *, world_size: int) -> Non
 
 
 def config_differences(saved: Config, config: Config) -> list[str]:
-    """Keys that a resumed run may not change and that differ."""
+    """Keys that differ and that a resumed run may not change."""
     if saved.method != config.method:
         return [f"method (was {saved.method!r}, now {config.method!r})"]
     old, new = flatten(saved), flatten(config)
@@ -196,10 +197,10 @@ def config_differences(saved: Config, config: Config) -> list[str]:
 
 
 def build_model(config: Config, tokenizer: CaptionTokenizer) -> nn.Module:
-    """The model of a configuration, its vocabulary taken from the tokenizer where the configuration says 0.
+    """The model of a configuration, with the tokenizer's vocabulary where the configuration says 0.
 
     Raises:
-        ConfigError: a model that cannot be built from these keys.
+        ConfigError: no model can be built from these keys.
     """
     model = config.model
     if model.text.vocab_size == 0:
@@ -224,7 +225,7 @@ def build_model(config: Config, tokenizer: CaptionTokenizer) -> nn.Module:
 
 
 def without_files(config: Config) -> Config:
-    """For a model whose weights come from a checkpoint: not from the files that its training once started from."""
+    """The configuration without the weight files that training started from, for weights from a checkpoint."""
     bare = config.model
     for part in ("vision", "text"):
         section = getattr(bare, part)
@@ -234,8 +235,9 @@ def without_files(config: Config) -> Config:
 
 
 def fit_positions(model: nn.Module, state: dict[str, Tensor]) -> list[str]:
-    """Interpolate the position embeddings of another grid to the model's; returns their names."""
-    options = {"new_size": list(model.patch_grid), "num_prefix_tokens": model.num_prefix_tokens}
+    """Interpolate position embeddings of another grid to the model's; returns their names."""
+    own: Any = model
+    options = {"new_size": list(own.patch_grid), "num_prefix_tokens": own.num_prefix_tokens}
     fitted = []
     for name, tensor in model.state_dict().items():
         if name.endswith(POSITIONS) and name in state and state[name].shape != tensor.shape:
@@ -247,15 +249,15 @@ def fit_positions(model: nn.Module, state: dict[str, Tensor]) -> list[str]:
 def load_model(
     path: str | Path, device: str | torch.device = "cpu", *, image_size: int = 0
 ) -> tuple[nn.Module, CaptionTokenizer, Config]:
-    """Model (evaluation mode), tokenizer and configuration of a checkpoint or of a run's newest one.
+    """Model (in evaluation mode), tokenizer and configuration of a checkpoint, or of a run's newest one.
 
-    `image_size`: of the images that it will see, 0 for those of training.
+    `image_size`: of the images to come; 0: as in training.
 
-    Its weights are fp32, which flash-attn does not take, and neither that nor xformers need be installed here: torch
-    computes its attention.
+    The weights are fp32, which flash-attn does not support, and attention libraries need not be installed here: the
+    model uses torch's attention.
 
     Raises:
-        CheckpointError: no checkpoint there, or one that cannot be read.
+        CheckpointError: no checkpoint, or an unreadable one.
     """
     checkpoint = find_checkpoint(path)
     sizes = [f"{section}.image_size={image_size}" for section in ("model.vision", "data") if image_size]

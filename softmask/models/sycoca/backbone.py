@@ -1,4 +1,4 @@
-"""What SyCoCa's contrastive loss sees: both encoders, the pooler and the projections."""
+"""Both encoders, the pooler and the projections: the part that the momentum encoder copies."""
 
 from __future__ import annotations
 
@@ -8,26 +8,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softmask.models.layers.numerics import at_least_fp32, initialize
-from softmask.models.layers.packing import Packing
+from softmask.models.layers.packing import Packed, Packing
 from softmask.models.layers.pooler import AttentionalPooler
 from softmask.models.layers.transformer import CausalTextEncoder, initialize_by_depth
 from softmask.models.layers.vision import VisionEncoder
 from softmask.models.sycoca.config import SyCoCaConfig
 
 
-@dataclass
-class Texts:
-    """Captions as the text encoder read them: tokens [S, D], their packing, features."""
+@dataclass(frozen=True)
+class Texts(Packed):
+    """Encoded captions."""
 
-    tokens: Tensor
-    packing: Packing
     feature: Tensor  # [B, embed_dim], normalized
     input_ids: Tensor  # [B, T], with padding
 
 
-class Encoders(nn.Module):
-    """The part of SyCoCa that may have a momentum encoder."""
-
+class Backbone(nn.Module):
     def __init__(self, config: SyCoCaConfig) -> None:
         super().__init__()
         text = config.text
@@ -42,10 +38,11 @@ class Encoders(nn.Module):
             open_clip=text.style == "open_clip",
         )
         width = self.vision.width
-        self.pooler = None
+        self.pooler: AttentionalPooler | None = None
         if config.pooler_queries:
-            options = {"queries": config.pooler_queries, "library": text.attention}
-            self.pooler = AttentionalPooler(width, config.pooler_heads, **options)
+            self.pooler = AttentionalPooler(
+                width, config.pooler_heads, queries=config.pooler_queries, library=text.attention
+            )
             initialize(self.pooler, std=text.initializer_range)
         self.image_projection = nn.Linear(width, config.embed_dim, bias=False)
         self.text_projection = nn.Linear(text.width, config.embed_dim, bias=False)
@@ -64,24 +61,24 @@ class Encoders(nn.Module):
             nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
 
     def pool(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """The image encoder's tokens [B, P, D] -> what is contrasted, [B, D], and what the caption's decoder reads:
-        with a pooler its outputs but the first, [B, pooler_queries, D], else the tokens themselves."""
+        """The image encoder's tokens [B, P, D] -> the pooled token for the contrastive loss, [B, D], and the context of
+        the caption decoder: the pooler's other outputs [B, pooler_queries, D] or, without a pooler, the tokens."""
         if self.pooler is None:
             return self.vision.pool(tokens), tokens
         outputs = self.pooler(tokens)
         return outputs[:, 0], outputs[:, 1:]
 
     def image_feature(self, pooled: Tensor) -> Tensor:
-        """[B, D] of `pool` -> [B, embed_dim], normalized."""
+        """Pooled tokens [B, D] -> normalized features [B, embed_dim]."""
         return F.normalize(at_least_fp32(self.image_projection(pooled)), dim=-1)
 
     def project_patches(self, patches: Tensor) -> Tensor:
-        """[B, P, D] -> [B, P, embed_dim], every patch as if it alone were the image."""
-        pool_each = self.vision.pool_each if self.pooler is None else self.pooler.each
-        return self.image_projection(pool_each(patches))
+        """[B, P, D] -> [B, P, embed_dim], each patch pooled and projected by itself."""
+        pooled = self.vision.pool_each(patches) if self.pooler is None else self.pooler.each(patches)
+        return self.image_projection(pooled)
 
-    def read(self, input_ids: Tensor, packing: Packing) -> Texts:
-        """input_ids [B, T], whose real tokens the packing names."""
+    def encode_texts(self, input_ids: Tensor, packing: Packing) -> Texts:
+        """input_ids [B, T] with the packing of their real tokens."""
         tokens, cls = self.text(input_ids, packing)
         feature = F.normalize(at_least_fp32(self.text_projection(cls)), dim=-1)
         return Texts(tokens, packing, feature, input_ids)
