@@ -1,10 +1,11 @@
-"""Whether this tree and another git revision train, resume and evaluate to the same bits.
+"""Compare this tree with another git revision: do both train, resume and evaluate to the same bits?
 
     python -m benchmarks.same_bits REVISION --data 'data/scenes/test-*.tar' [--steps 6]
 
-Both methods' demo configurations run for a few steps in one thread of one process, are resumed half way, and are
-evaluated; weights, optimizer state, log.jsonl and metrics.json of both trees are compared, times left out. Keys that
-only one tree has are named, not compared. The revision is checked out and built in build/bench.
+Both methods' demo configurations run for a few steps in one thread of one process, resume half way, and are evaluated.
+Weights, optimizer state, log.jsonl and metrics.json of both trees are compared, except for times. Parameters of an
+older release are compared under today's names; keys that only one tree has are listed. The revision is checked out and
+built in build/bench.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.revisions import ROOT, built
+from softmask.tasks.registry import find_task
+from softmask.training.config import load_config
 
 CONFIGURATIONS = ("demo", "sycoca_demo")
 TIMES = ("seconds", "samples_per_second")
@@ -31,7 +34,7 @@ SMALL = [
 
 
 def run(tree: Path, output: Path, *, name: str, data: str, steps: int) -> None:
-    """Train, train on from the checkpoint half way into another folder, and evaluate that."""
+    """Train, resume from the checkpoint half way into another folder, and evaluate the result."""
     environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     options = [*SMALL, f"data.train={data}", f"train.steps={steps}", f"train.checkpoint_every={steps // 2}"]
     options += ["model.contrast_steps=1"] if name == "demo" else []
@@ -49,29 +52,29 @@ def run(tree: Path, output: Path, *, name: str, data: str, steps: int) -> None:
             sys.exit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
 
 
-def facts(output: Path, steps: int) -> Iterator[tuple[str, Any]]:
-    """(name, value) of everything that a run leaves but times: tensors, numbers, texts."""
+def facts(output: Path, steps: int, *, name_of: Callable[[str], str]) -> Iterator[tuple[str, Any]]:
+    """(name, value) of everything that a run writes, except times: tensors, numbers, texts."""
     for kind in ("whole", "resumed"):
         rows = (output / kind / "log.jsonl").read_text().splitlines()
         for row in map(json.loads, rows):
             yield from ((f"{kind} step {row['step']} {key}", value) for key, value in row.items() if key not in TIMES)
         folder = output / kind / "checkpoints" / f"step_{steps:08d}"
         for file in sorted(folder.glob("*.pt")):
-            yield from leaves(torch.load(file, weights_only=False, map_location="cpu"), f"{kind} {file.name}")
+            yield from leaves(torch.load(file, weights_only=False, map_location="cpu"), f"{kind} {file.name}", name_of)
     metrics = json.loads((output / "resumed" / "metrics.json").read_text())
     measured = {key: value for key, value in metrics.items() if key not in ("training", "evaluation")}
-    yield from leaves(measured, "metrics")
+    yield from leaves(measured, "metrics", str)
 
 
-def leaves(tree: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+def leaves(tree: Any, prefix: str, name_of: Callable[[str], str]) -> Iterator[tuple[str, Any]]:
     if isinstance(tree, dict):
         for key, value in tree.items():
-            yield from leaves(value, f"{prefix} {key}")
+            yield from leaves(value, f"{prefix} {name_of(key) if isinstance(key, str) else key}", name_of)
     elif isinstance(tree, list | tuple):
         for number, value in enumerate(tree):
-            yield from leaves(value, f"{prefix} {number}")
+            yield from leaves(value, f"{prefix} {number}", name_of)
     elif isinstance(tree, torch.Tensor | int | float | str | bool):
-        yield prefix, tree
+        yield prefix, name_of(tree) if isinstance(tree, str) else tree
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> Iterator[str]:
@@ -94,12 +97,12 @@ def main() -> int:
     commit, other = built(chosen.revision)
     data, failed = str(Path(chosen.data).absolute()), False
     for name in CONFIGURATIONS:
-        found = []
+        found, task = [], find_task(load_config(name, ["output=unused"]).method)
         for label, tree in (("ours", ROOT), (commit[:12], other)):
             output = ROOT / "build" / "same_bits" / name / label
             subprocess.run(["rm", "-rf", str(output)], check=True)
             run(tree, output, name=name, data=data, steps=chosen.steps)
-            found.append(dict(facts(output, chosen.steps)))
+            found.append(dict(facts(output, chosen.steps, name_of=task.current_name)))
         ours, theirs = found
         different = sorted(differences(ours, theirs))
         alone = sorted(ours.keys() ^ theirs.keys())

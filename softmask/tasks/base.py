@@ -56,6 +56,10 @@ class Task:
         """The model for a `model:` section."""
         raise NotImplementedError
 
+    def weight_origins(self, model: Any) -> dict[str, str]:
+        """Part of a new model -> the origin of its weights in words, such as "random"; a run prints it at its start."""
+        return {}
+
     def check_batch(self, config: Any, batch: int) -> None:
         """ValueError where the model cannot train with `batch` pairs per micro-step, over all ranks."""
 

@@ -34,6 +34,9 @@ class SoftMaskPPTask(Task):
 
         return SoftMaskPP(config, special_ids=special_ids)
 
+    def weight_origins(self, model: SoftMaskPP) -> dict[str, str]:
+        return {"vision": model.backbone.vision.weights_from, "text": model.backbone.text_from}
+
     def check_batch(self, config: SoftMaskPPConfig, batch: int) -> None:
         check_queue(config.queue_size, batch)
 

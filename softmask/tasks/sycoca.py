@@ -32,6 +32,9 @@ class SyCoCaTask(Task):
 
         return SyCoCa(config, special_ids=special_ids)
 
+    def weight_origins(self, model: SyCoCa) -> dict[str, str]:
+        return {"vision": model.backbone.vision.weights_from}
+
     def check_batch(self, config: SyCoCaConfig, batch: int) -> None:
         check_queue(config.queue_size, batch)
 

@@ -136,7 +136,7 @@ def test_loading_says_what_was_filled(tmp_path, hugging_face):
     torch.save({"model": timm.create_model("vit_tiny_patch16_224", num_classes=3).state_dict()}, tmp_path / "vit.pth")
     options = {"name": "vit_tiny_patch16_224", "image_size": 32}
     encoder = VisionEncoder(VisionConfig(**options, checkpoint=str(tmp_path / "vit.pth")))
-    assert encoder.weights_from == f"150 tensors of {tmp_path}/vit.pth, 2 left over (head.weight ...)"
+    assert encoder.weights_from == f"150 tensors of {tmp_path}/vit.pth, 2 of the file unused (head.weight ...)"
     assert VisionEncoder(VisionConfig(**options)).weights_from == "random"
     _, folder = hugging_face
     assert f" tensors of {folder}, " in Backbone(small_config(text={"checkpoint": str(folder)})).text_from

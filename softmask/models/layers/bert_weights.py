@@ -1,7 +1,7 @@
-"""Hugging Face BERT checkpoints (bert-base-uncased and its kin) into the text encoder, fusion encoder and MLM head.
+"""Hugging Face BERT checkpoints, such as bert-base-uncased, into the text encoder, fusion encoder and MLM head.
 
-Layers 0 .. text_layers - 1 become the text encoder, the following ones the fusion encoder, as in ALBEF. The
-cross-attention is not in BERT and keeps its fresh initialization.
+As in ALBEF, layers 0 .. text_layers - 1 become the text encoder and the next ones the fusion encoder. BERT has no
+cross-attention, which keeps its random initialization.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def read_state(folder: str | Path) -> dict[str, Tensor]:
 
 
 def convert(state: dict[str, Tensor], *, text_layers: int, fusion_layers: int) -> dict[str, Tensor]:
-    """Hugging Face names -> ours; old checkpoints' `gamma`/`beta` of LayerNorm and a `bert.` prefix are known."""
+    """Hugging Face names -> ours, with or without a `bert.` prefix; LayerNorms may have old `gamma` and `beta`."""
     state = {_modern(name): tensor for name, tensor in state.items()}
     names = dict(EMBEDDINGS)
     for number in range(text_layers + fusion_layers):
@@ -76,9 +76,9 @@ def _modern(name: str) -> str:
 
 
 def load_bert(backbone: Any, folder: str | Path) -> str:
-    """Copy a Hugging Face BERT into `backbone` (its .text, .fusion and .mlm_head). Sizes that differ are an error.
+    """Copy a Hugging Face BERT into `backbone` (its .text, .fusion and .mlm_head); sizes must match.
 
-    Returns how many tensors were filled and what stays random, in words.
+    Returns how many tensors were filled and how many stay random, in words.
     """
     text_layers, fusion_layers = len(backbone.text.layers), len(backbone.fusion.layers)
     ours = convert(read_state(folder), text_layers=text_layers, fusion_layers=fusion_layers)

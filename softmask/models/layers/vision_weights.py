@@ -1,4 +1,4 @@
-"""Weights of a timm ViT from a file: every tensor of the encoder is filled, or the file is refused."""
+"""Weights of a timm ViT from a file, which must fill every tensor of the encoder."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from softmask.models.layers.weight_files import read_tensors
 
 
 def load_vit(vit: nn.Module, file: str) -> str:
-    """Fill `vit` from a file of timm's names; patch projection and position embeddings are resized as timm does.
+    """Fill `vit` from a file with timm's names; patch projection and position embeddings are resized as timm does.
 
-    Returns how many tensors were filled and what of the file has no place, in words.
+    Returns how many tensors were filled and how many of the file are unused, in words.
 
     Raises:
         ValueError: no such file, no weights, or a tensor of the encoder that the file does not fill.
@@ -39,7 +39,7 @@ def load_vit(vit: nn.Module, file: str) -> str:
             raise ValueError(f"vision.checkpoint: {file}: expected {name} of shape {shapes}")
     vit.load_state_dict({name: fitted[name] for name in own})
     left = [name for name in fitted if name not in own]
-    return f"{len(own)} tensors of {file}" + (f", {len(left)} left over ({left[0]} ...)" if left else "")
+    return f"{len(own)} tensors of {file}" + (f", {len(left)} of the file unused ({left[0]} ...)" if left else "")
 
 
 def _read(file: str) -> dict[str, Tensor]:

@@ -28,11 +28,10 @@ def weights_from(model: nn.Module, config: Config, checkpoint: Path | None) -> s
         return f"of {checkpoint}"
     if config.init:
         return start_from(model, config.init, heads=config.init_heads)
-    parts = {"vision": "weights_from", "text": "text_from"}
-    found = {part: getattr(m, name) for part, name in parts.items() for m in model.modules() if hasattr(m, name)}
-    if set(found.values()) == {"random"}:
+    origins = config.task.weight_origins(model)
+    if set(origins.values()) <= {"random"}:
         return "random"
-    return "; ".join([*(f"{part}: {origin}" for part, origin in found.items()), "all others random"])
+    return "; ".join([*(f"{part}: {origin}" for part, origin in origins.items()), "all others random"])
 
 
 def words_from(tokenizer: CaptionTokenizer, config: Config, checkpoint: Path | None) -> str:
