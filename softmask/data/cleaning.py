@@ -41,7 +41,7 @@ def plain_words(caption: str) -> Plain:
             if words == MOST_WORDS:
                 return Plain("".join(kept), spans, cut=True)
             words += 1
-            if kept:
+            if blank and kept:
                 kept.append(" ")
                 spans.append(blank)
         blank = None

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from softmask.batch import Batch
 from softmask.data.cleaning import plain_words
@@ -80,7 +80,7 @@ class DataConfig:
         return {"max_length": self.max_length, "append_sep": self.append_sep, "clean": self.clean_captions}
 
 
-class _BatchReader:
+class _BatchReader(Dataset[Batch | DataError]):
     """Makes batches of plans: a DataLoader's dataset, called in the workers."""
 
     def __init__(self, source: Source, config: DataConfig, tokenizer: CaptionTokenizer, seed: int):
@@ -168,7 +168,7 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         # without it the tokenizers of forked workers warn, as threads do not survive a fork
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        batches = DataLoader(
+        batches: DataLoader[Batch | DataError] = DataLoader(
             self._reader,
             sampler=self._plans,
             batch_size=None,
@@ -209,5 +209,5 @@ def check_bad_share(bad: int, read: int, *, allowed: float, names: Sequence[str]
         )
 
 
-def _unchanged(batch):
+def _unchanged(batch: Any) -> Any:  # the stubs expect a list, which batch_size=None does not give
     return batch

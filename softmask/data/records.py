@@ -88,7 +88,7 @@ def clean_caption(raw: bytes | str, name: str) -> str:
     try:
         # encoding finds lone surrogates, which JSON escapes can smuggle into a str and no tokenizer accepts
         caption = raw.decode("utf-8") if isinstance(raw, bytes) else raw.encode("utf-8").decode("utf-8")
-    except UnicodeError as error:
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
         raise SampleError(name, f"caption is not UTF-8 ({error.reason} at {error.start})") from None
     caption = caption.strip().strip("\0\ufeff").strip()
     if not caption:

@@ -85,7 +85,7 @@ class _Scan:
         self.file = file
         self.rows: list[tuple[int, ...]] = []
         self.found = ShardIndex(np.empty(0, SAMPLE))
-        self.key: bytes | None = None
+        self.key = b""
         self.parts: dict[str, tuple[int, int]] = {}
         self.plain = False  # the image's bytes are not compressed
         self.content = hashlib.blake2b(digest_size=16)
@@ -194,10 +194,15 @@ def _load_cache(file: Path) -> ShardIndex | None:
 
 def _store_cache(file: Path, index: ShardIndex) -> None:
     content = io.BytesIO()
-    left_out = {name: (getattr(index, name).count, getattr(index, name).first) for name in LEFT_OUT}
-    texts = {name: np.array([str(count), first], dtype=np.str_) for name, (count, first) in left_out.items()}
-    texts |= {name: np.array(getattr(index, name), dtype=np.str_) for name in ("broken", "digest")}
-    np.savez(content, samples=index.samples, **texts)
+    np.savez(
+        content,
+        samples=index.samples,
+        broken=np.array(index.broken, np.str_),
+        digest=np.array(index.digest, np.str_),
+        images=_left_out_array(index.images),
+        captions=_left_out_array(index.captions),
+        others=_left_out_array(index.others),
+    )
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".tmp", delete=False) as temporary:
@@ -205,6 +210,10 @@ def _store_cache(file: Path, index: ShardIndex) -> None:
         os.replace(temporary.name, file)  # atomic: ranks index the same shards at the same time
     except OSError as error:
         _warn_once(f"the shard index cannot be kept in {file.parent} ({error.strerror})")
+
+
+def _left_out_array(left_out: LeftOut) -> np.ndarray:
+    return np.array([str(left_out.count), left_out.first], np.str_)
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO
 
 import numpy as np
-from numpy.lib.recfunctions import repack_fields
+from numpy.lib.recfunctions import drop_fields
 
 from softmask.data.records import DataError, Record, SampleError, clean_caption
 from softmask.data.shard_index import SAMPLE, ShardIndex, index_shard, split_name
@@ -67,7 +67,7 @@ class ShardSource:
             raise DataError(f"no captioned images in {len(self.paths)} shards, {self.paths[:1]}{detail}")
         _, first, of_sample = np.unique(samples["digest"], return_index=True, return_inverse=True)
         self.image_ids = first[of_sample].astype(np.uint32)  # [n]
-        self._samples = repack_fields(samples[[name for name in SAMPLE.names if name != "digest"]])
+        self._samples = drop_fields(samples, "digest", usemask=False)
         self.images = len(first)
         self.digest = hashlib.sha256("".join(index.digest for index in found).encode()).hexdigest()
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 
 from softmask.data.records import DataError, LeftOut, Record, SampleError, Source, clean_caption
 from softmask.data.shards import ShardSource
@@ -70,7 +70,7 @@ def expand_pattern(pattern: str) -> list[str]:
         return [pattern]
     try:
         names = list(braceexpand(pattern))
-    except UnbalancedBracesError as error:
+    except ValueError as error:  # unbalanced braces; the stubs do not know the class
         raise DataError(f"{pattern}: {error}") from None
     return [path for name in names for path in _existing(name)]
 

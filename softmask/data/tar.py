@@ -75,7 +75,8 @@ def tar_members(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
     `tarfile` needs three times as long, which matters for the 36 million members of CC12M.
     """
     end = os.fstat(file.fileno()).st_size
-    offset, pax = 0, {}
+    offset = 0
+    pax: dict[bytes, bytes] = {}
     while True:
         header = os.pread(file.fileno(), BLOCK, offset)
         if len(header) == BLOCK and not any(header):

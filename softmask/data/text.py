@@ -8,6 +8,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from tokenizers import Encoding, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -15,6 +16,9 @@ from torch import Tensor
 
 from softmask.data.cleaning import Plain, plain_words
 from softmask.lfs import refuse_pointer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SPECIAL_TOKENS = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
 SPECIAL_TOKENS |= {"mask_token": "[MASK]"}
@@ -70,7 +74,7 @@ class CaptionTokenizer:
         return cls.from_hugging_face(loaded, name=path)
 
     @classmethod
-    def from_hugging_face(cls, loaded, *, name: str) -> CaptionTokenizer:
+    def from_hugging_face(cls, loaded: PreTrainedTokenizerBase, *, name: str) -> CaptionTokenizer:
         """From a transformers tokenizer; `name` stands in the errors."""
         backend = getattr(loaded, "backend_tokenizer", None)
         if backend is None:
@@ -92,7 +96,7 @@ class CaptionTokenizer:
         texts = list(captions)
         counts = Counter(i for one in self._tokenizer.encode_batch(texts, add_special_tokens=False) for i in one.ids)
         unknown = self._tokenizer.token_to_id(self._tokens.get("unk_token", ""))
-        return counts[unknown] / max(1, sum(counts.values()))
+        return 0.0 if unknown is None else counts[unknown] / max(1, sum(counts.values()))
 
     def same_words(self, other: CaptionTokenizer) -> bool:
         """Whether both give every word the same number."""
@@ -133,7 +137,7 @@ class CaptionTokenizer:
         rows = [self._row(plain, encoding, room, ends) for plain, encoding in zip(read, encodings, strict=True)]
         width = max((len(row[0]) for row in rows), default=0)
 
-        def padded(column: int, value) -> Tensor:
+        def padded(column: int, value: int | tuple[int, int]) -> Tensor:
             return torch.tensor([row[column] + [value] * (width - len(row[column])) for row in rows], dtype=torch.int64)
 
         counts = torch.tensor([len(encoding.ids) for encoding in encodings], dtype=torch.int64)
@@ -153,7 +157,7 @@ class CaptionTokenizer:
     def _row(self, plain: Plain, encoding: Encoding, room: int, ends: list) -> tuple[list, ...]:
         """Ids, word numbers and character spans of one caption, special tokens included."""
         text, places = plain.text, plain.places
-        numbers: dict[int, int] = {}
+        numbers: dict[int | None, int] = {}
         words, spans = [-1], [(0, 0)]
         for word, (start, end) in zip(encoding.word_ids[:room], encoding.offsets[:room], strict=True):
             while start < end and text[start].isspace():  # SentencePiece counts the blank to the word
@@ -227,7 +231,8 @@ def _learn_pieces(counts: Counter[str], size: int) -> list[str]:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     bpe.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=size, show_progress=False))
-    ranked = sorted(bpe.get_vocab(), key=bpe.token_to_id)
+    codes = bpe.get_vocab()
+    ranked = sorted(codes, key=codes.__getitem__)
     return [("##" if code[0] in outer else "") + "".join(outer.get(c, c) for c in code) for code in ranked]
 
 

@@ -35,7 +35,7 @@ def decode_image(data: bytes) -> Image.Image:
     if is_pointer(data):
         raise ValueError(f"image {NOT_THE_FILE}")
     try:
-        image = Image.open(io.BytesIO(data))
+        image: Image.Image = Image.open(io.BytesIO(data))
         image.load()
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I") or image.mode == "F":
@@ -78,8 +78,8 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 def normalize_images(images: Sequence[np.ndarray], mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """B images [H, W, 3] uint8 to [B, 3, H, W] float32: (x / 255 - mean) / std."""
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous().float()
-    mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (mean, std))
-    return pixels.mul_((1 / (255 * std)).float()).sub_((mean / std).float())
+    center, scale = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (mean, std))
+    return pixels.mul_((1 / (255 * scale)).float()).sub_((center / scale).float())
 
 
 def eval_transform(config: DataConfig) -> Callable[[bytes | Image.Image], Tensor]:

@@ -156,7 +156,7 @@ def save_config(config: Config, path: str | Path) -> None:
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted key -> value of every leaf of a (nested) dataclass."""
-    leaves = {}
+    leaves: dict[str, Any] = {}
     for item in dataclasses.fields(config):
         value, key = getattr(config, item.name), f"{prefix}{item.name}"
         leaves |= flatten(value, f"{key}.") if dataclasses.is_dataclass(value) else {key: value}
@@ -234,7 +234,7 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     if hint is Any:
         return value
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return _build(hint, {} if value is None else value, f"{key}.")
     if origin in (typing.Union, types.UnionType):
         return _convert_union(arguments, value, key)
