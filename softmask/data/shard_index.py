@@ -14,7 +14,6 @@ import io
 import json
 import logging
 import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -23,6 +22,7 @@ import numpy as np
 
 from softmask.data.records import DataError, LeftOut
 from softmask.data.tar import BLOCK, BrokenTarError, tar_members
+from softmask.files import write_atomically
 
 logger = logging.getLogger("softmask.data")
 
@@ -205,9 +205,8 @@ def _store_cache(file: Path, index: ShardIndex) -> None:
     )
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".tmp", delete=False) as temporary:
-            temporary.write(hashlib.sha256(content.getvalue()).digest() + content.getvalue())
-        os.replace(temporary.name, file)  # atomic: ranks index the same shards at the same time
+        # Several ranks index the same shards at the same time.
+        write_atomically(file, hashlib.sha256(content.getvalue()).digest() + content.getvalue())
     except OSError as error:
         _warn_once(f"the shard index cannot be kept in {file.parent} ({error.strerror})")
 

@@ -20,8 +20,16 @@ from softmask.lfs import refuse_pointer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SPECIAL_TOKENS = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-SPECIAL_TOKENS |= {"mask_token": "[MASK]"}
+SPECIAL_TOKENS = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
+NEEDED = ("pad", "cls", "sep", "mask")  # every tokenizer must have these
+NO_WORD = -1  # word number of special tokens, padding and punctuation
+NO_SPAN = (0, 0)  # character span of special tokens and padding
 _PRIVATE_USE = 0xF0000
 LONGEST_TOKEN = 400  # characters, blanks around it included
 LONGEST_WORD = 100  # longer ones are [UNK] to a WordPiece
@@ -33,8 +41,8 @@ class TokenBatch:
 
     input_ids: Tensor  # [B, T] int64
     attention_mask: Tensor  # [B, T] bool, True = real token
-    word_ids: Tensor  # [B, T] int64: number of the word in its caption; -1 for special tokens, padding, punctuation
-    offsets: Tensor  # [B, T, 2] int64: character span in the caption; (0, 0) for special tokens and padding
+    word_ids: Tensor  # [B, T] int64: number of the word in its caption, or NO_WORD
+    offsets: Tensor  # [B, T, 2] int64: character span in the caption, or NO_SPAN
     cut: Tensor  # [B] bool: the caption had more tokens, or words, than there is room for
 
 
@@ -79,7 +87,7 @@ class CaptionTokenizer:
         backend = getattr(loaded, "backend_tokenizer", None)
         if backend is None:
             raise ValueError(f"tokenizer: {name} has no fast tokenizer (tokenizer.json), got {type(loaded).__name__}")
-        ids = {token: getattr(loaded, f"{token}_token_id") for token in ("pad", "cls", "sep", "mask")}
+        ids = {token: getattr(loaded, f"{token}_token_id") for token in NEEDED}
         lacking = [token for token, value in ids.items() if value is None]
         if lacking:
             raise ValueError(f"tokenizer: {name} lacks the special tokens {', '.join(lacking)}")
@@ -145,8 +153,8 @@ class CaptionTokenizer:
         return TokenBatch(
             input_ids=padded(0, self.pad_id).view(len(rows), width),
             attention_mask=torch.arange(width) < lengths[:, None],
-            word_ids=padded(1, -1).view(len(rows), width),
-            offsets=padded(2, (0, 0)).view(len(rows), width, 2),
+            word_ids=padded(1, NO_WORD).view(len(rows), width),
+            offsets=padded(2, NO_SPAN).view(len(rows), width, 2),
             cut=torch.tensor(shortened, dtype=torch.bool) | (counts > room),
         )
 
@@ -158,14 +166,14 @@ class CaptionTokenizer:
         """Ids, word numbers and character spans of one caption, special tokens included."""
         text, places = plain.text, plain.places
         numbers: dict[int | None, int] = {}
-        words, spans = [-1], [(0, 0)]
+        words, spans = [NO_WORD], [NO_SPAN]
         for word, (start, end) in zip(encoding.word_ids[:room], encoding.offsets[:room], strict=True):
             while start < end and text[start].isspace():  # SentencePiece counts the blank to the word
                 start += 1
             spans.append((places[start][0], places[end - 1][1]) if places and start < end else (start, end))
-            words.append(-1 if _is_punctuation(text[start:end]) else numbers.setdefault(word, len(numbers)))
-        blank = [(0, 0)] * len(ends)
-        return [self.cls_id, *encoding.ids[:room], *ends], [*words, *[-1] * len(ends)], [*spans, *blank]
+            words.append(NO_WORD if _is_punctuation(text[start:end]) else numbers.setdefault(word, len(numbers)))
+        ids = [self.cls_id, *encoding.ids[:room], *ends]
+        return ids, [*words, *[NO_WORD] * len(ends)], [*spans, *[NO_SPAN] * len(ends)]
 
 
 def _refuse_pointers(folder: str) -> None:
@@ -207,8 +215,7 @@ def train_wordpiece(captions: Iterable[str], path: str | os.PathLike, *, vocab_s
         special_tokens=[(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")],
     )
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS.values()))
-    names = {"pad_id": "[PAD]", "cls_id": "[CLS]", "sep_id": "[SEP]", "mask_id": "[MASK]"}
-    ids = {name: vocabulary[token] for name, token in names.items()}
+    ids = {f"{name}_id": vocabulary[SPECIAL_TOKENS[f"{name}_token"]] for name in NEEDED}
     trained = CaptionTokenizer(tokenizer, tokens=SPECIAL_TOKENS, **ids)
     trained.save(path)
     return trained

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import webdataset
 
+from softmask.arguments import positive
 from softmask.data.scenes.captions import name_one
 from softmask.data.scenes.draw import SPLITS, encode_sample, sample_scene
 from softmask.data.scenes.openmoji import ATTRIBUTION, concepts
@@ -140,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     for name, value in asdict(Options()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help=f"default {value}")
-    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="default: all cores")
+    parser.add_argument("--processes", type=positive, default=len(os.sched_getaffinity(0)), help="default: all cores")
     parsed = vars(parser.parse_args(arguments))
     out, processes, begin = parsed.pop("out").absolute(), parsed.pop("processes"), time.perf_counter()
     try:
