@@ -53,6 +53,18 @@ class OptimizerConfig:
 
 
 @dataclass
+class ProfileConfig:
+    """A window of optimizer steps that rank 0 records with torch.profiler into `output`/profile/."""
+
+    start: int = 10  # optimizer steps before the window, from the start of this process on
+    steps: int = 0  # optimizer steps in the window; 0: no profile
+
+    def __post_init__(self) -> None:
+        _require(self.start >= 0, "start", "an integer >= 0", self.start)
+        _require(self.steps >= 0, "steps", "an integer >= 0 (0: no profile)", self.steps)
+
+
+@dataclass
 class TrainConfig:
     """Length, batches, precision and book-keeping of a run."""
 
@@ -67,6 +79,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     log_every: int = 20
     max_nonfinite: int = 20  # micro-batches in a row whose loss or gradients are not finite, before the run stops
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:
         _require(self.steps >= 0, "steps", "an integer >= 0", self.steps)

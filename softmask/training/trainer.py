@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
 from softmask.data import Batch, CaptionTokenizer, Loader, Source, open_source
 from softmask.data.loader import check_bad_share
@@ -32,12 +33,13 @@ from softmask.training.checkpoint.store import (
     save_checkpoint,
     without_files,
 )
-from softmask.training.config import Config, ConfigError, chosen
+from softmask.training.config import Config, ConfigError, ProfileConfig, chosen
 from softmask.training.engine.startup import start_distributed
 from softmask.training.engine.zero import apply_hyperparameters, create_engine, full_size
 from softmask.training.interface import StepOutput, TrainedModel
 from softmask.training.logs import RunLog, clock, say
 from softmask.training.optim import groups_digest, lr_factor, seed_everything
+from softmask.training.profiling import StepProfiler
 from softmask.training.run_folder import prepare_run
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -151,8 +153,8 @@ class Trainer:
             for problem in self._source.problems if self.progress.step == 0 else ():
                 self._log.note("problem", step=0, problem=problem)
         try:
-            with self._signals():
-                self._loop()
+            with self._signals(), self._profiler() as profiler:
+                self._loop(profiler)
             self.finished = self.progress.step >= self.steps
             if self.finished and self.rank == 0:
                 write_json({"steps": self.progress.step, "seconds": self.progress.seconds}, run / "done.json")
@@ -163,13 +165,14 @@ class Trainer:
             state = "done" if self.finished else "stopped, go on with --resume auto"
             say(f"{state}: {self.progress.step} steps in {clock(self.progress.seconds)}")
 
-    def _loop(self) -> None:
+    def _loop(self, profiler: StepProfiler) -> None:
         batches = iter(self._loader(self.progress.micro_batches))
         self.engine.train()
         started, before = time.monotonic(), self.progress.seconds
         logged_at, logged_micro = started, self.progress.micro_batches
         while self.progress.step < self.steps:
             outputs, stop = self._step(batches)
+            profiler.advance()
             step = self.progress.step
             now = time.monotonic()
             self.progress.seconds = before + now - started
@@ -183,6 +186,10 @@ class Trainer:
             if stop:
                 break
 
+    def _profiler(self) -> StepProfiler:
+        options = self.config.train.profile if self.rank == 0 else ProfileConfig()
+        return StepProfiler(options, Path(self.config.output) / "profile", step=self.progress.step)
+
     def _step(self, batches: Iterator[Batch]) -> tuple[list[StepOutput], bool]:
         """One optimizer step. Returns the outputs of its micro-steps, and whether a rank was asked to stop.
 
@@ -191,16 +198,20 @@ class Trainer:
         """
         outputs: list[StepOutput] = []
         stop = False
-        self.model.update_momentum()
+        with record_function("softmask/momentum"):
+            self.model.update_momentum()
         while True:
             loss, output, asked = self._forward(batches)
             stop |= asked
             if loss is None:
                 continue
             last = self.engine.is_gradient_accumulation_boundary()
-            self.engine.backward(loss)
-            self.engine.step()
-            self.model.enqueue(output)
+            with record_function("softmask/backward"):
+                self.engine.backward(loss)
+            with record_function("softmask/optimizer"):
+                self.engine.step()
+            with record_function("softmask/queue"):
+                self.model.enqueue(output)
             outputs.append(output)
             if not last:
                 continue
@@ -216,7 +227,8 @@ class Trainer:
 
     def _forward(self, batches: Iterator[Batch]) -> tuple[Tensor | None, StepOutput, bool]:
         """Loss (None where it is not finite on some rank) and output of the next batch, and the request to stop."""
-        with _blocked(STOP_SIGNALS):  # workers inherit the mask and outlive a signal sent to the process group
+        # Workers inherit the mask of signals, so that they outlive one sent to the process group.
+        with record_function("softmask/data"), _blocked(STOP_SIGNALS):
             batch = next(batches)
         self._skipped += batch.skipped
         seed_everything(self.config.seed, self.progress.micro_batches, self.rank)
@@ -224,7 +236,8 @@ class Trainer:
         statistics = [(buffer, buffer.clone()) for buffer in self._statistics]
         steps_per_epoch = self.batches_per_epoch / self.config.train.accumulation
         options = self._task.step_options(self.config.model, self.progress.step, steps_per_epoch=steps_per_epoch)
-        loss, output = self.engine(batch.to(self.device), **options)
+        with record_function("softmask/forward"):
+            loss, output = self.engine(batch.to(self.device), **options)
         flags = torch.stack([~loss.detach().isfinite(), torch.tensor(self._stop_requested, device=self.device)]).float()
         if self.world_size > 1:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
