@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import combinations
 from random import Random
+from typing import Literal, get_args
 
 import numpy as np
 from PIL import Image
@@ -19,7 +20,9 @@ from softmask.data import rle
 from softmask.data.scenes.captions import Box, Caption, Group, write_caption
 from softmask.data.scenes.openmoji import Concept, concepts, rasterize
 
-SPLITS = ("train", "val", "test")
+Split = Literal["train", "val", "test"]
+Pattern = Literal["plain", "gradient", "noise", "stripes", "dots", "checks"]
+SPLITS: tuple[Split, ...] = get_args(Split)
 HELD_OUT_SHARE = 0.1
 MIN_VISIBLE = 0.6
 SUPERSAMPLING = 2
@@ -38,7 +41,9 @@ _COLORS = {
     "orange": (244, 172, 98), "yellow": (248, 228, 128), "green": (138, 198, 128), "blue": (122, 172, 232),
     "purple": (176, 146, 216), "brown": (172, 132, 98),
 }  # fmt: skip
-_PATTERNS = {"plain": "", "gradient": "", "noise": "", "stripes": "striped ", "dots": "dotted ", "checks": "checkered "}
+_PATTERNS: dict[Pattern, str] = {
+    "plain": "", "gradient": "", "noise": "", "stripes": "striped ", "dots": "dotted ", "checks": "checkered ",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class Placement:
 class Background:
     """Two colours mixed by a pattern; ``noise`` are the bytes of a square grey image."""
 
-    pattern: str
+    pattern: Pattern
     name: str
     colors: tuple[tuple[int, ...], tuple[int, ...]]
     angle: float
@@ -91,7 +96,7 @@ def held_out(one: Concept, other: Concept) -> bool:
     return int.from_bytes(digest, "big") < HELD_OUT_SHARE * 2**64
 
 
-def sample_scene(split: str, index: int, *, seed: int = 0) -> Scene:
+def sample_scene(split: Split, index: int, *, seed: int = 0) -> Scene:
     """Scene number ``index`` of a split; raises ValueError for an unknown split."""
     if split not in SPLITS:
         raise ValueError(f"sample_scene: split must be one of {SPLITS}, got {split!r}")
@@ -145,7 +150,7 @@ def _count(inside: np.ndarray) -> np.ndarray:
     return total
 
 
-def encode_sample(scene: Scene, split: str, size: int) -> dict[str, bytes]:
+def encode_sample(scene: Scene, split: Split, size: int) -> dict[str, bytes]:
     """Members of a sample: "png", "txt" and "json" (the grounding format of the module's docstring)."""
     image, masks = render(scene, size)
     image.save(stream := io.BytesIO(), "PNG", compress_level=1)
@@ -173,7 +178,7 @@ def _drawings() -> tuple[Drawing, ...]:
     return tuple(drawings)
 
 
-def _choose_concepts(counts: Sequence[int], split: str, rng: Random) -> list[int]:
+def _choose_concepts(counts: Sequence[int], split: Split, rng: Random) -> list[int]:
     """One concept per count; those drawn more than once are countable."""
     wanted = split == "test" and len(counts) > 1 and rng.random() < _TEST_PAIR_SHARE
     known = concepts()

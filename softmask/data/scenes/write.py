@@ -29,7 +29,7 @@ import webdataset
 
 from softmask.arguments import positive
 from softmask.data.scenes.captions import name_one
-from softmask.data.scenes.draw import SPLITS, encode_sample, sample_scene
+from softmask.data.scenes.draw import SPLITS, Split, encode_sample, sample_scene
 from softmask.data.scenes.openmoji import ATTRIBUTION, concepts
 
 VERSION = 5
@@ -64,7 +64,7 @@ class Shard:
     """One shard to write: scenes [start, stop) of a split."""
 
     path: Path
-    split: str
+    split: Split
     start: int
     stop: int
     size: int
@@ -115,7 +115,7 @@ def write_scenes(out: Path, options: Options, *, processes: int) -> bool:
     return True
 
 
-def _shards(folder: Path, split: str, options: Options) -> list[Shard]:
+def _shards(folder: Path, split: Split, options: Options) -> list[Shard]:
     total: int = getattr(options, split)
     size = options.test_size if split == "test" else options.size
     return [
