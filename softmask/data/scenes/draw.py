@@ -26,15 +26,15 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 HELD_OUT_SHARE = 0.1
 MIN_VISIBLE = 0.6
 SUPERSAMPLING = 2
-_GRID = 64  # side of the coarse image on which drawings are placed, whatever the size rendered later
-_OPAQUE = 96  # alpha from which a pixel belongs to a drawing
+_GRID = 64  # side of the coarse image on which drawings are placed, at every rendered size
+_OPAQUE = 96  # least alpha at which a pixel belongs to a drawing
 _SIDES = {1: (0.45, 0.7), 2: (0.38, 0.6), 3: (0.33, 0.5), 4: (0.3, 0.42)}
 # Drawings per concept of a scene, each as often as it is likely.
 _COUNTS: tuple[tuple[int, ...], ...] = (
     *((1,),) * 18, *((1, 1),) * 36, *((2,),) * 7, *((1, 1, 1),) * 20, *((2, 1),) * 7, *((3,),) * 2,
     *((1, 1, 1, 1),) * 5, *((2, 1, 1),) * 3, (2, 2), (3, 1),
 )  # fmt: skip
-_TEST_PAIR_SHARE = 0.65  # of the test scenes with two concepts or more; these are 82 %, so that half of all hold one
+_TEST_PAIR_SHARE = 0.65  # of test scenes with two or more concepts (82 %), so that half of all have one
 
 _COLORS = {
     "white": (246, 246, 242), "gray": (178, 180, 184), "red": (218, 98, 92), "pink": (246, 184, 204),
@@ -48,7 +48,7 @@ _PATTERNS: dict[Pattern, str] = {
 
 @dataclass(frozen=True)
 class Placement:
-    """A drawing in a scene: centre and longer side in units of the image's side, angle in radians."""
+    """A drawing in a scene: center and longer side in units of the image's side, angle in radians."""
 
     concept: int
     x: float
@@ -60,7 +60,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class Background:
-    """Two colours mixed by a pattern; ``noise`` are the bytes of a square grey image."""
+    """Two colours mixed by a pattern; ``noise`` is the bytes of a square gray image."""
 
     pattern: Pattern
     name: str
@@ -73,7 +73,7 @@ class Background:
 
 @dataclass(frozen=True)
 class Scene:
-    """What an image shows, whatever its size. ``placements`` from back to front; ``groups[i]`` lists placements."""
+    """Content of an image of any size: ``placements`` from back to front, ``groups[i]`` as numbers of placements."""
 
     placements: tuple[Placement, ...]
     groups: tuple[tuple[int, ...], ...]
@@ -83,21 +83,21 @@ class Scene:
 
 @dataclass(frozen=True)
 class Drawing:
-    """Pyramid of a rasterized concept, halved level by level: ``colors`` (RGBa, as sampling needs), ``alphas`` (L)."""
+    """Pyramid of a rasterized concept, each level half the last: ``colors`` (RGBa, for sampling) and ``alphas`` (L)."""
 
     colors: tuple[Image.Image, ...]
     alphas: tuple[Image.Image, ...]
 
 
 def held_out(one: Concept, other: Concept) -> bool:
-    """Whether the pair occurs in test only; depends on the two names, in either order."""
+    """Whether the pair occurs only in test; depends on the two names, in either order."""
     names = "|".join(sorted((one.name, other.name)))
     digest = hashlib.blake2b(names.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < HELD_OUT_SHARE * 2**64
 
 
 def sample_scene(split: Split, index: int, *, seed: int = 0) -> Scene:
-    """Scene number ``index`` of a split; raises ValueError for an unknown split."""
+    """Scene ``index`` of a split. Raises ValueError for an unknown split."""
     if split not in SPLITS:
         raise ValueError(f"sample_scene: split must be one of {SPLITS}, got {split!r}")
     rng = Random(f"{seed}/{split}/{index}")
@@ -118,7 +118,7 @@ def render(scene: Scene, size: int) -> tuple[Image.Image, list[np.ndarray]]:
     """Image (RGB, ``size`` square) and one mask ``[size, size]`` bool of visible pixels per group.
 
     Drawn at `SUPERSAMPLING` times the size, then averaged, so that a small image looks like a reduced large one.
-    Drawings are rasterized for images up to 256 pixels; larger ones get soft.
+    Drawings are rasterized for images of up to 256 pixels; larger images are blurred.
     """
     side = size * SUPERSAMPLING
     canvas = _paint_background(scene.background, side)
@@ -132,7 +132,7 @@ def render(scene: Scene, size: int) -> tuple[Image.Image, list[np.ndarray]]:
         window[opaque] = number
     taken = np.zeros((size, size), dtype=bool)
     visible: list[np.ndarray] = []
-    for number in range(len(scene.placements), 0, -1):  # front to back: a pixel shared half and half is the front one's
+    for number in range(len(scene.placements), 0, -1):  # front to back: the front takes pixels that are half covered
         mask = (_count(labels == number) >= SUPERSAMPLING**2 // 2) & ~taken
         taken |= mask
         visible.insert(0, mask)
@@ -141,7 +141,7 @@ def render(scene: Scene, size: int) -> tuple[Image.Image, list[np.ndarray]]:
 
 
 def _count(inside: np.ndarray) -> np.ndarray:
-    """Of ``[H, W]`` bool, the count of True per block of `SUPERSAMPLING` squared: uint8."""
+    """Number of True values of ``[H, W]`` bool in each block of `SUPERSAMPLING` squared: uint8."""
     numbers, steps = inside.view(np.uint8), range(SUPERSAMPLING)  # strided sums: faster than sum() over short axes
     total = np.zeros_like(numbers[::SUPERSAMPLING, ::SUPERSAMPLING])
     for i in steps:
@@ -151,7 +151,7 @@ def _count(inside: np.ndarray) -> np.ndarray:
 
 
 def encode_sample(scene: Scene, split: Split, size: int) -> dict[str, bytes]:
-    """Members of a sample: "png", "txt" and "json" (the grounding format of the module's docstring)."""
+    """Members of a sample: "png", "txt" and "json" (write.py describes it)."""
     image, masks = render(scene, size)
     image.save(stream := io.BytesIO(), "PNG", compress_level=1)
     objects = [
@@ -179,7 +179,7 @@ def _drawings() -> tuple[Drawing, ...]:
 
 
 def _choose_concepts(counts: Sequence[int], split: Split, rng: Random) -> list[int]:
-    """One concept per count; those drawn more than once are countable."""
+    """One concept per count; those with a count above 1 are countable."""
     wanted = split == "test" and len(counts) > 1 and rng.random() < _TEST_PAIR_SHARE
     known = concepts()
     while True:
@@ -191,7 +191,7 @@ def _choose_concepts(counts: Sequence[int], split: Split, rng: Random) -> list[i
 
 
 def _place(chosen: Sequence[int], rng: Random) -> tuple[tuple[Placement, ...], list[Box]] | None:
-    """Placements back to front and the visible boxes, or None where a drawing found no room."""
+    """Placements from back to front and the visible boxes, or None if there is no room for a drawing."""
     placements: list[Placement] = []
     areas: list[int] = []
     visible: list[np.ndarray] = []
@@ -205,7 +205,7 @@ def _place(chosen: Sequence[int], rng: Random) -> tuple[tuple[Placement, ...], l
             x, y = rng.randrange(_GRID - width + 1), rng.randrange(_GRID - height + 1)
             window = np.s_[y : y + height, x : x + width]
             left = [np.count_nonzero(seen) - np.count_nonzero(seen[window] & shape) for seen in visible]
-            # Little overlap is wanted: what may be covered grows with the attempts that failed.
+            # Prefer little overlap: allow more of it with each failed attempt.
             least = 0.95 if attempt < 12 else 0.8 if attempt < 20 else MIN_VISIBLE + 0.05
             if all(rest >= least * area for rest, area in zip(left, areas, strict=True)):
                 break
@@ -226,14 +226,14 @@ def _box(mask: np.ndarray) -> Box:
 
 
 def _warp(levels: Sequence[Image.Image], placement: Placement, side: int) -> tuple[Image.Image, tuple[int, int]]:
-    """The turned and scaled drawing within an image of ``side`` pixels, and the place of its upper left corner."""
+    """The rotated and scaled drawing for an image of ``side`` pixels, and the position of its upper left corner."""
     width, height = levels[0].size
     scale = placement.side * side / max(width, height)
     cos, sin = math.cos(placement.angle), math.sin(placement.angle)
     extents = scale * (cos * width + abs(sin) * height), scale * (abs(sin) * width + cos * height)
     centre = placement.x * side, placement.y * side
     origin = math.floor(centre[0] - extents[0] / 2), math.floor(centre[1] - extents[1] / 2)
-    # The smallest level that isn't enlarged: bilinear sampling then skips no pixel.
+    # The smallest level that is not enlarged, so that bilinear sampling skips no pixel.
     number = min(max(0, math.floor(-math.log2(scale))), len(levels) - 1)
     level = levels[number]
     step = 1 / (scale * 2**number)
@@ -250,7 +250,7 @@ def _sample_background(rng: Random) -> Background:
     pattern = rng.choice(tuple(_PATTERNS))
     name = rng.choice(tuple(_COLORS))
     base = tuple(value + rng.randint(-10, 9) for value in _COLORS[name])
-    # The second colour is a shade of the first, so that one name is true of both.
+    # The second colour is a shade of the first, so that one name fits both.
     target, contrast = rng.choice((0, 255)) if name != "white" else 0, rng.uniform(0.08, 0.3)
     shade = tuple(round(value + contrast * (target - value)) for value in base)
     angle, frequency, phase = rng.uniform(0, 2 * math.pi), rng.uniform(3, 8), rng.random()
@@ -264,7 +264,7 @@ def _paint_background(background: Background, side: int) -> Image.Image:
 
 
 def _pattern(background: Background, side: int) -> Image.Image:
-    """How much of the second colour stands where: grey image (L)."""
+    """Share of the second colour at each pixel: gray image (L)."""
     if background.pattern == "noise":
         grain = math.isqrt(len(background.noise))
         return Image.frombytes("L", (grain, grain), background.noise).resize((side, side), Image.Resampling.BICUBIC)
@@ -273,7 +273,7 @@ def _pattern(background: Background, side: int) -> Image.Image:
     u = axis[None, :] * cos + axis[:, None] * sin
     if background.pattern == "gradient":
         return Image.fromarray(((u / math.sqrt(2) + 0.5) * 255).astype(np.uint8))
-    offset = background.phase + 16  # keeps the coordinates positive, where a cast is a floor
+    offset = background.phase + 16  # keeps coordinates positive, so that a cast is a floor
     u = u * background.frequency + offset
     if background.pattern == "stripes":
         return _two_tone((u * 2).astype(np.int32) & 1)

@@ -86,12 +86,12 @@ def _write_shard(shard: Shard) -> None:
 
 
 def write_scenes(out: Path, options: Options, *, processes: int) -> bool:
-    """Write the folder ``out`` (see the module's docstring); False where it already holds these scenes.
+    """Write the folder ``out`` (see the module's docstring). Returns False if it already holds these scenes.
 
-    All is written beside ``out`` first and renamed at the end, so that a folder with a stamp is complete.
+    Everything is written beside ``out`` and renamed at the end, so that a folder with a stamp is complete.
 
     Raises:
-        FileExistsError: ``out`` holds files that this function didn't write.
+        FileExistsError: ``out`` holds files that this function did not write.
     """
     stamp = {"version": VERSION, **asdict(options)}
     if _is_current(out, stamp):
@@ -125,18 +125,18 @@ def _shards(folder: Path, split: Split, options: Options) -> list[Shard]:
 
 
 def _is_current(out: Path, stamp: dict[str, int]) -> bool:
-    """Whether ``out`` was written with this stamp; FileExistsError where something else would be lost."""
+    """Whether ``out`` was written with this stamp. Raises FileExistsError if it holds anything else."""
     present = {path.name for path in out.iterdir()} if out.exists() else set()
     old = json.loads((out / "scenes.json").read_text(encoding="utf-8")) if "scenes.json" in present else {"files": []}
     foreign = present - {"scenes.json", *old["files"]}
     if foreign:
-        raise FileExistsError(f"{out} holds files that are no scenes, such as {min(foreign)!r}: choose another --out")
+        raise FileExistsError(f"{out} holds files that are not scenes, such as {min(foreign)!r}: choose another --out")
     files = set(old.pop("files"))
     return old == stamp and files <= present
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; 0 on success, 1 after an error that is told in one line."""
+    """The command line. Returns 0 on success, 1 after an error, which is printed as one line."""
     parser = argparse.ArgumentParser(prog="python -m softmask.data.scenes", description="Write captioned scenes.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     for name, value in asdict(Options()).items():
