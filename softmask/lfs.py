@@ -1,11 +1,11 @@
-"""Pointers that git-lfs leaves in the place of files that were not fetched."""
+"""Pointers that git-lfs leaves in place of files that were not fetched."""
 
 from __future__ import annotations
 
 import os
 
 POINTER = b"version https://git-lfs.github.com/spec/"
-NOT_THE_FILE = "is a pointer of git-lfs, not the file: git lfs pull fetches that"
+NOT_THE_FILE = "is a pointer of git-lfs, not the file: run git lfs pull"
 
 
 def is_pointer(content: bytes) -> bool:
@@ -13,7 +13,12 @@ def is_pointer(content: bytes) -> bool:
 
 
 def refuse_pointer(path: str | os.PathLike, key: str) -> None:
-    """ValueError, which begins with `key`, where the file is a pointer. OSError where it cannot be read."""
+    """Refuse a file that is a pointer.
+
+    Raises:
+        ValueError: a pointer; the message starts with `key`.
+        OSError: the file cannot be read.
+    """
     with open(path, "rb") as file:
         if is_pointer(file.read(len(POINTER))):
             raise ValueError(f"{key}: {path} {NOT_THE_FILE}")

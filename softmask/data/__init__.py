@@ -1,4 +1,4 @@
-"""Captions and images in, batches out."""
+"""Captioned images: sources, loader, tokenizer, transforms."""
 
 from softmask.batch import Batch
 from softmask.data.loader import DataConfig, Loader

@@ -1,4 +1,4 @@
-"""Captions as ALBEF reads them: plain lower-case words, told where in the caption each character stood."""
+"""Captions cleaned as ALBEF does: plain lower-case words, with the position of each character in the original."""
 
 from __future__ import annotations
 
@@ -16,20 +16,23 @@ Spans = Sequence[tuple[int, int]]
 
 
 class Plain(NamedTuple):
+    """A cleaned caption."""
+
     text: str
-    places: Spans = ()  # of each of its characters: the span [start, end) of the caption that it comes from
-    cut: bool = False  # there were more words
+    places: Spans = ()  # the span [start, end) of the original caption for each character
+    cut: bool = False  # the caption had more than MOST_WORDS words
 
 
 def plain_words(caption: str) -> Plain:
-    """HTML entities as characters, lower case, no punctuation (of ``,.'!?"()*#:;~``), blanks for ``-`` and ``/``,
-    "person" for "<person>" (as Conceptual Captions has it), single blanks, at most 30 words.
+    """Clean a caption: HTML entities become characters, upper case lower case, ``-`` and ``/`` spaces, "<person>" (of
+    Conceptual Captions) "person". The punctuation ``,.'!?"()*#:;~`` is dropped, white space collapses to single spaces,
+    and at most 30 words are kept.
 
-    The text is empty where a caption is nothing but punctuation.
+    The text is empty if the caption is only punctuation.
     """
     kept: list[str] = []
     spans: list[tuple[int, int]] = []
-    blank = None  # the span of blanks before the next word
+    blank = None  # span of the white space before the next word
     words = 0
     for character, span in _characters(caption):
         if character in REMOVED:
@@ -41,7 +44,7 @@ def plain_words(caption: str) -> Plain:
             if words == MOST_WORDS:
                 return Plain("".join(kept), spans, cut=True)
             words += 1
-            if kept:
+            if blank and kept:
                 kept.append(" ")
                 spans.append(blank)
         blank = None
@@ -51,7 +54,7 @@ def plain_words(caption: str) -> Plain:
 
 
 def _characters(caption: str) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Lower-case characters, and where they come from."""
+    """Lower-case characters with their spans in the caption."""
     for part in _PARTS.finditer(caption):
         text, (start, end) = part.group(), part.span()
         if text.lower() == "<person>":

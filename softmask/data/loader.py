@@ -1,5 +1,6 @@
-"""Endless batches of captioned images that depend on (seed, epoch, position) only: two ranks with B/2 read what one
-rank with B reads, and a run resumes at any micro-batch at no cost.
+"""Endless batches of captioned images that depend only on (seed, epoch, position).
+
+Two ranks with B/2 read what one rank with B reads, and a run resumes at any micro-batch at no cost.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from softmask.batch import Batch
 from softmask.data.cleaning import plain_words
@@ -22,39 +23,39 @@ from softmask.data.records import DataError, Record, SampleError, Source
 from softmask.data.text import CaptionTokenizer
 from softmask.data.transforms import TrainTransform, decode_image, normalize_images
 
-ATTEMPTS = 32
-DOUBT = 20.0
+ATTEMPTS = 32  # unreadable samples in a row that end a run
+DOUBT = 20.0  # see check_bad_share
 
 
 @dataclass
 class DataConfig:
     """The `data:` section of a run's configuration."""
 
-    train: str | tuple[str, ...] = ""  # glob or brace pattern of shards, or a JSON list; or several of these
-    image_root: str = ""  # for JSON lists; empty: the list's folder
-    tokenizer: str = ""  # Hugging Face tokenizer directory; empty: a WordPiece is trained on the captions of `train`
+    train: str | tuple[str, ...] = ""  # path, glob or brace pattern of shards, or a JSON list; or several of these
+    image_root: str = ""  # of the image paths in JSON lists; empty: the list's folder
+    tokenizer: str = ""  # folder of a Hugging Face tokenizer; empty: a WordPiece is trained on the captions
     vocab_size: int = 4096  # of that WordPiece
-    captions: Captions = "all"  # of an image in an epoch; "random": one of them
-    clean_captions: bool = False  # lower case without punctuation, as ALBEF reads captions (cleaning.py)
-    append_sep: bool = True  # behind the caption; ALBEF's own tokenizer gives it none
+    captions: Captions = "all"  # captions of an image per epoch: all, or a random one
+    clean_captions: bool = False  # as ALBEF does, see cleaning.py
+    append_sep: bool = True  # end captions with [SEP]; ALBEF does not
     max_length: int = 25  # tokens, [CLS] and [SEP] included
     image_size: int = 256
-    # evaluation's images: whole, made square, as ALBEF's; or cut to their middle, as open_clip's; "auto": as those of
-    # the method's base
+    # Images in evaluation: the whole image resized to a square (ALBEF), or its middle square (open_clip); "auto": as
+    # the method's base does.
     eval_resize: Literal["auto", "squash", "crop"] = "auto"
     crop_scale: tuple[float, float] = (0.2, 1.0)
     flip: bool = True
     rand_augment: bool = False  # ALBEF's RandAugment(2, 7) without colour operations
-    distort: bool = True  # SoftMask++'s colour jitter, grayscale and blur:
+    distort: bool = True  # SoftMask++'s colour jitter, grayscale and blur, set by the next keys
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)  # brightness, contrast, saturation, hue
     jitter_probability: float = 0.8
     grayscale_probability: float = 0.2
     blur_probability: float = 0.5
-    blur_radius: tuple[float, float] = (0.1, 2.0)  # standard deviation in pixels of an image of 224
+    blur_radius: tuple[float, float] = (0.1, 2.0)  # standard deviation in pixels of a 224-pixel image
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     workers: int = 0
-    max_bad_share: float = 0.01  # a run whose share of unreadable samples is larger, beyond doubt, ends
+    max_bad_share: float = 0.01  # largest share of unreadable samples, see check_bad_share
 
     def __post_init__(self) -> None:
         self.image_root, self.tokenizer = os.path.expanduser(self.image_root), os.path.expanduser(self.tokenizer)
@@ -76,12 +77,12 @@ class DataConfig:
 
     @property
     def reading(self) -> dict[str, Any]:
-        """How captions become tokens: options of a CaptionTokenizer's call."""
+        """Keyword arguments of `CaptionTokenizer.__call__`."""
         return {"max_length": self.max_length, "append_sep": self.append_sep, "clean": self.clean_captions}
 
 
-class _BatchReader:
-    """Makes batches of plans: a DataLoader's dataset, called in the workers."""
+class _BatchReader(Dataset[Batch | DataError]):
+    """The dataset of the DataLoader: plans to batches, in the workers."""
 
     def __init__(self, source: Source, config: DataConfig, tokenizer: CaptionTokenizer, seed: int):
         self.source, self.config, self.tokenizer, self.seed = source, config, tokenizer, seed
@@ -91,7 +92,7 @@ class _BatchReader:
         try:
             return self._batch(plan)
         except DataError as error:
-            return error  # raised in a worker, it would reach the user inside the text of a traceback
+            return error  # raised in a worker, it would reach the user as a traceback
 
     def _batch(self, plan: BatchPlan) -> Batch:
         skipped: list[str] = []
@@ -111,7 +112,7 @@ class _BatchReader:
         )
 
     def _sample(self, index: int, seed: str, skipped: list[str]) -> tuple[Record, np.ndarray]:
-        """The sample, or when it is unreadable another one that follows from `seed`."""
+        """The sample, or if it is unreadable, another one drawn from `seed`."""
         replacements = random.Random(seed + "/replacement")
         for _ in range(ATTEMPTS):
             try:
@@ -133,10 +134,12 @@ class _BatchReader:
 
 
 class Loader:
-    """Endless micro-batches of one rank, from micro-batch `start_batch` of its run on; every `iter` starts there.
+    """Endless micro-batches of one rank, starting at micro-batch `start_batch` in every `iter`.
 
-    Raises DataError when there are fewer samples than one batch over all ranks, and while iterating when ATTEMPTS
-    samples in a row are unreadable. The global random generators are not touched.
+    The global random generators are not touched.
+
+    Raises:
+        DataError: fewer samples than one batch of all ranks; while iterating, ATTEMPTS unreadable samples in a row.
     """
 
     def __init__(
@@ -166,16 +169,16 @@ class Loader:
         self.batches_per_epoch = self._plans.batches_per_epoch
 
     def __iter__(self) -> Iterator[Batch]:
-        # without it the tokenizers of forked workers warn, as threads do not survive a fork
+        # Threads do not survive a fork: without this, tokenizers warn in every worker.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        batches = DataLoader(
+        batches: DataLoader[Batch | DataError] = DataLoader(
             self._reader,
             sampler=self._plans,
             batch_size=None,
             num_workers=self.config.workers,
             collate_fn=_unchanged,
             pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # DataLoader draws a number; not from the global generator
+            generator=torch.Generator(),  # DataLoader draws from it, not from the global generator
         )
         for batch in batches:
             if isinstance(batch, DataError):
@@ -184,17 +187,19 @@ class Loader:
 
 
 def require_words(record: Record) -> None:
-    """Raises SampleError where cleaning leaves nothing of the caption."""
+    """Raise SampleError if cleaning leaves nothing of the caption."""
     if not plain_words(record.caption).text:
-        raise SampleError(record.name, f"caption {record.caption!r:.60} has no words once it is cleaned")
+        raise SampleError(record.name, f"caption {record.caption!r:.60} has no words after cleaning")
 
 
 def check_bad_share(bad: int, read: int, *, allowed: float, names: Sequence[str]) -> None:
-    """Whether `bad` of `read` samples are so many that their true share is above `allowed` beyond doubt: were it not,
-    Chernoff's bound gives as many a chance of e^-DOUBT at most.
+    """Refuse data whose share of unreadable samples is above `allowed` beyond doubt.
+
+    If the true share were `allowed`, `bad` of `read` samples would have a probability of at most e^-DOUBT, by
+    Chernoff's bound.
 
     Raises:
-        DataError: they are; it ends with `names`, some of the bad ones.
+        DataError: the share is too large; the message ends with `names`, the last unreadable samples.
     """
     share = bad / max(read, 1)
     if share <= allowed:
@@ -209,5 +214,5 @@ def check_bad_share(bad: int, read: int, *, allowed: float, names: Sequence[str]
         )
 
 
-def _unchanged(batch):
+def _unchanged(batch: Any) -> Any:  # the stubs expect a list, which batch_size=None does not give
     return batch

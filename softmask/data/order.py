@@ -1,4 +1,4 @@
-"""Which samples make up which batch: a function of (seed, epoch, position) alone."""
+"""The order of samples, a function of (seed, epoch, position)."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import numpy as np
 SHUFFLE_WINDOW = 65_536
 
 Captions = Literal["all", "random"]
-"""What an epoch reads: every caption once, or every image once with one of its captions, as ALBEF reads its lists."""
+"""What an epoch reads: every caption, or every image with one of its captions (ALBEF)."""
 
 
 @dataclass
 class BatchPlan:
-    """What one micro-batch is made of."""
+    """The samples of one micro-batch."""
 
     epoch: int
-    position: int  # of its first sample in the epoch
+    position: int  # of the first sample in the epoch
     indices: np.ndarray  # [B] int64, samples of the source
 
 
 def epoch_order(group_sizes: np.ndarray, *, seed: int, epoch: int, window: int = SHUFFLE_WINDOW) -> np.ndarray:
-    """Permutation [sum(group_sizes)] int64: groups (shards) in random order, samples mixed among as many groups as
-    hold at least `window` samples. Reading stays local, and data of up to `window` samples is shuffled in full."""
+    """Permutation [sum(group_sizes)] int64: groups (shards) in random order, samples shuffled within consecutive groups
+    that together hold at least `window` samples. Reading stays local; up to `window` samples are shuffled in full."""
     generator = np.random.default_rng([seed, epoch])
     starts = np.cumsum(group_sizes) - group_sizes
     groups = generator.permutation(len(group_sizes))
@@ -40,7 +40,7 @@ def epoch_order(group_sizes: np.ndarray, *, seed: int, epoch: int, window: int =
 
 
 class Images:
-    """The captions of every image; an image lies where its first caption does."""
+    """Samples grouped by image. An image belongs to the group (shard) of its first caption."""
 
     def __init__(self, group_sizes: np.ndarray, image_ids: np.ndarray):
         self._samples = np.argsort(image_ids, kind="stable")  # [n], by image
@@ -52,14 +52,14 @@ class Images:
         self.group_sizes = np.diff(bounds, prepend=0)
 
     def captions(self, images: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
-        """One random sample of each image."""
+        """A random sample of each image."""
         share = np.random.default_rng([seed, epoch, 1]).random(len(self._starts))[images]
         return self._samples[self._starts[images] + (share * self._counts[images]).astype(np.int64)]
 
 
 @dataclass
 class Plans:
-    """The endless plans of one rank, from micro-batch `start` on: a DataLoader's sampler.
+    """The sampler of the DataLoader: endless plans of one rank, from micro-batch `start` on.
 
     Micro-batch i of rank r takes the positions [(i * world_size + r) * B, + B) of its epoch.
     """

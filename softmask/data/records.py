@@ -1,4 +1,4 @@
-"""What a source of captioned images hands out, and how its failures are named."""
+"""Records of a source of captioned images, and the errors of sources."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 
 class DataError(RuntimeError):
-    """The data cannot be used as a whole; the message is one line that says what, where and why."""
+    """The data as a whole cannot be used. The message is one line that says what, where and why."""
 
 
 class SampleError(DataError):
@@ -27,7 +27,7 @@ class SampleError(DataError):
 
 @dataclass
 class LeftOut:
-    """How many, and the name of the first."""
+    """Entries that are not used: their number and the name of the first."""
 
     count: int = 0
     first: str = ""
@@ -45,8 +45,8 @@ class LeftOut:
 class Record:
     """One caption and its image, still encoded.
 
-    `image_id` is shared by all captions of one image. `extra` is the sample's parsed .json (or the entry of a
-    JSON list) when it was asked for, otherwise None.
+    All captions of an image share `image_id`. `extra` is the parsed .json of the sample, or the entry of a JSON list,
+    if requested.
     """
 
     image_bytes: bytes
@@ -57,25 +57,19 @@ class Record:
 
 
 class Source(Protocol):
-    """Captions by number. Sources are picklable and may be read from forked or spawned processes.
+    """Captioned images by number. Sources are picklable and may be read from forked or spawned processes."""
 
-    `group_sizes` [groups] int64: sizes of the consecutive runs of samples that lie together on disk (shards).
-    `image_ids` [n]: equal for captions of one image. `images`: their number, each counted once. `problems`: a line
-    per thing that was wrong but left the rest usable. `digest`: of what the data is, wherever it lies. `paths`: of its
-    shards or lists.
-    """
-
-    paths: list[str]
-    group_sizes: np.ndarray
-    image_ids: np.ndarray
-    problems: list[str]
-    images: int
-    digest: str
+    paths: list[str]  # shards or lists
+    group_sizes: np.ndarray  # [groups] int64: sizes of consecutive runs of samples that are stored together (shards)
+    image_ids: np.ndarray  # [n], equal for captions of one image
+    problems: list[str]  # a line for everything that is wrong without making the rest unusable
+    images: int  # number of images
+    digest: str  # of the content, wherever it is stored
 
     def __len__(self) -> int: ...
 
     def read(self, index: int, *, extra: bool = False) -> Record:
-        """Sample `index`. Raises SampleError where it cannot be used."""
+        """Sample `index`. Raises SampleError if it cannot be used."""
         ...
 
     def captions(self) -> Iterator[str]:
@@ -84,11 +78,11 @@ class Source(Protocol):
 
 
 def clean_caption(raw: bytes | str, name: str) -> str:
-    """The caption without surrounding white space. Raises SampleError where it is empty or not UTF-8."""
+    """The caption without surrounding white space. Raises SampleError if it is empty or not UTF-8."""
     try:
-        # encoding finds lone surrogates, which JSON escapes can smuggle into a str and no tokenizer accepts
+        # Encoding finds lone surrogates, which come from JSON escapes and which no tokenizer accepts.
         caption = raw.decode("utf-8") if isinstance(raw, bytes) else raw.encode("utf-8").decode("utf-8")
-    except UnicodeError as error:
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
         raise SampleError(name, f"caption is not UTF-8 ({error.reason} at {error.start})") from None
     caption = caption.strip().strip("\0\ufeff").strip()
     if not caption:

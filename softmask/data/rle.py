@@ -1,7 +1,7 @@
-"""Masks as COCO's uncompressed run-length code (numpy only).
+"""Masks in COCO's uncompressed run-length code.
 
 ``{"size": [h, w], "counts": [...]}``: the pixels in column-major order, as lengths of runs that alternate between 0
-and 1 and start with the (maybe empty) run of zeros. Source: pycocotools ``mask.py`` and the COCO data format page.
+and 1, starting with zeros (the first run may be empty). Source: pycocotools ``mask.py`` and COCO's data format page.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ def encode(mask: np.ndarray) -> dict[str, Any]:
         mask: ``[H, W]`` bool, or integers where non-zero means inside.
 
     Raises:
-        ValueError: ``mask`` has not two axes.
+        ValueError: ``mask`` does not have two axes.
     """
     if mask.ndim != 2:
         raise ValueError(f"rle.encode: expected a mask of shape [H, W], got {list(mask.shape)}")
     flat = (mask != 0).ravel(order="F")
     changes = (np.flatnonzero(flat[1:] != flat[:-1]) + 1).tolist()
-    # The first run is one of zeros: of length 0 where the mask starts with a one.
+    # The first run is of zeros; its length is 0 if the mask starts with a one.
     starts = [0, *([0] if flat[:1].any() else []), *changes, flat.size]
     counts = [stop - start for start, stop in pairwise(starts)]
     return {"size": list(mask.shape), "counts": counts}
 
 
 def decode(rle: Mapping[str, Any]) -> np.ndarray:
-    """Mask of a run-length code: ``[H, W]`` bool, inverse of `encode`.
+    """Mask of a run-length code, ``[H, W]`` bool; inverse of `encode`.
 
     Raises:
-        ValueError: a run is negative, or the runs don't add up to ``H * W``.
+        ValueError: a run is negative, or the runs do not add up to ``H * W``.
     """
     height, width = rle["size"]
     try:

@@ -1,9 +1,8 @@
-"""The samples of a tar shard: where their parts lie, which images are the same, and what was left out.
+"""The index of a tar shard: positions of its samples' parts, which images are equal, and what was left out.
 
-Members that follow each other and share the name up to the first dot of the file name are one sample (webdataset's
-rule): an image with KEY.txt, of which every line is a caption, or with KEY.json, whose "caption" is a text or a list
-of texts; .txt wins. A shard is gone through once; what was found is kept in a cache file named by its path, size and
-time.
+Consecutive members that share their path up to the first dot of the file name are one sample (webdataset's rule): an
+image with KEY.txt, where every line is a caption, or with KEY.json, whose "caption" is a text or a list of texts. .txt
+takes precedence. A shard is scanned once; the index is kept in a cache file named by the shard's path, size and time.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import io
 import json
 import logging
 import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -23,15 +21,16 @@ import numpy as np
 
 from softmask.data.records import DataError, LeftOut
 from softmask.data.tar import BLOCK, BrokenTarError, tar_members
+from softmask.files import write_atomically
 
 logger = logging.getLogger("softmask.data")
 
 COMPRESSED = b"jpg jpeg jpe jfif png apng webp avif avifs jp2 j2k gif qoi".split()
 PLAIN = b"bmp dib tif tiff ppm pgm pbm pnm tga".split()
 PARTS = {name: "image" for name in COMPRESSED + PLAIN} | {b"txt": "txt", b"json": "json"}
-PIECE = 1024  # bytes, from the middle and from the end of a compressed image, that tell it from others of its size
-# Positions count blocks of 512 bytes, so that 32 bits reach 2 TiB; position 0 (always a header) means "no such member".
-# A sample is one caption: number `line`, from 1, of several, or 0 for the only one. Equal `digest`: the same image.
+PIECE = 1024  # bytes from the middle and from the end that identify a compressed image, together with its size
+# Positions count blocks of 512 bytes, so that 32 bits reach 2 TiB; position 0, always a header, means "no such member".
+# A sample is one caption: `line` is its number from 1, or 0 if it is the only one. Equal `digest`: the same image.
 SAMPLE = np.dtype(
     [(part + of, "<u4") for part in ("image", "txt", "json") for of in ("_block", "_size")]
     + [("line", "<u4"), ("digest", "<u8")]
@@ -42,17 +41,17 @@ CACHE_VERSION = 5
 
 @dataclass
 class ShardIndex:
-    """One shard: its samples [n] (dtype SAMPLE), what is wrong with it, and what of it has no use."""
+    """The samples [n] (dtype SAMPLE) of a shard, what is wrong with it, and what is left out."""
 
     samples: np.ndarray
-    broken: str = ""  # where and how the archive breaks off
-    digest: str = ""  # of the samples, the bytes of their captions included
+    broken: str = ""  # where and how the archive breaks off, if it does
+    digest: str = ""  # of the captions' bytes and the images' digests
     images: LeftOut = field(default_factory=LeftOut)  # without a caption
     captions: LeftOut = field(default_factory=LeftOut)  # .txt or .json without an image
-    others: LeftOut = field(default_factory=LeftOut)  # members: neither, or links, or a second image
+    others: LeftOut = field(default_factory=LeftOut)  # members that are neither, links, second images
 
     def problems(self) -> list[str]:
-        """A line, without the shard's name, for everything that is wrong."""
+        """A line, without the shard's name, for each problem."""
         found = [f"{self.broken}: the {len(self.samples)} samples before are used"] if self.broken else []
         if self.images.count:
             found.append(f"has {self.images.count} images without .txt or .json, {self.images}")
@@ -66,28 +65,28 @@ class ShardIndex:
 
 
 def split_name(name: bytes) -> tuple[bytes, bytes]:
-    """A member's sample and its extension: everything after the first dot of the file name."""
+    """A member's sample, and its extension: what follows the first dot of the file name."""
     folder, slash, base = name.rpartition(b"/")
     stem, _, extension = base.partition(b".")
     return folder + slash + stem, extension.lower()
 
 
 def scan_shard(path: str) -> ShardIndex:
-    """Goes through the shard's members."""
+    """Index the members of a shard."""
     with open(path, "rb") as file:
         return _Scan(file).index()
 
 
 class _Scan:
-    """One passage through a shard."""
+    """One pass over a shard."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
         self.rows: list[tuple[int, ...]] = []
         self.found = ShardIndex(np.empty(0, SAMPLE))
-        self.key: bytes | None = None
+        self.key = b""
         self.parts: dict[str, tuple[int, int]] = {}
-        self.plain = False  # the image's bytes are not compressed
+        self.plain = False  # the image's format is not compressed
         self.content = hashlib.blake2b(digest_size=16)
 
     def index(self) -> ShardIndex:
@@ -96,7 +95,7 @@ class _Scan:
                 self._member(name, start, size)
         except BrokenTarError as error:
             self.found.broken = str(error)
-        if not self.found.broken or len(self.parts) > 1:  # a caption beyond the break is no fault of its image
+        if not self.found.broken or len(self.parts) > 1:  # do not blame an image for a caption beyond the break
             self._close_sample()
         self.found.samples = np.array(self.rows, SAMPLE)
         self.content.update(self.found.samples["digest"].tobytes())
@@ -105,7 +104,7 @@ class _Scan:
 
     def _member(self, name: bytes, start: int, size: int) -> None:
         base = name.rpartition(b"/")[2]
-        if base.startswith(b"._") or not base:  # macOS keeps a file's attributes beside it
+        if base.startswith(b"._") or not base:  # macOS stores a file's attributes beside it
             return self.found.others.add(name)
         key, extension = split_name(name)
         if key != self.key:
@@ -135,7 +134,7 @@ class _Scan:
         return start // BLOCK, size
 
     def _lines(self) -> list[int]:
-        """Numbers of the captions: [0] for a single one, and for one that is to be refused when it is read."""
+        """Numbers of the captions; [0] for a single one, and for one that is refused when it is read."""
         text = self._read("txt" if "txt" in self.parts else "json")
         self.content.update(len(text).to_bytes(8, "little") + text)
         if "txt" in self.parts:
@@ -153,7 +152,7 @@ class _Scan:
         return os.pread(self.file.fileno(), size, start)
 
     def _digest(self, start: int, size: int) -> int:
-        """Of all bytes of a small or plain image, else of its size and of two pieces of its compressed bytes."""
+        """Of all bytes of a small or uncompressed image, else of the size and two pieces of the bytes."""
         digest = hashlib.blake2b(size.to_bytes(8, "little"), digest_size=8)
         if self.plain or size <= 2 * PIECE:
             pieces = [(start, size)]
@@ -178,14 +177,14 @@ LEFT_OUT = ("images", "captions", "others")
 
 
 def _load_cache(file: Path) -> ShardIndex | None:
-    """A cache file is the SHA-256 of what follows it, then an .npz."""
+    """Read a cache file: the SHA-256 of the rest, then an .npz. None if it is missing or damaged."""
     try:
         stored = file.read_bytes()
-    except OSError:  # most often there is none yet; where the folder is out of reach, `_store_cache` says so
+    except OSError:  # mostly there is none yet; an unusable folder is reported by `_store_cache`
         return None
     digest, content = stored[:32], stored[32:]
     if hashlib.sha256(content).digest() != digest:
-        logger.warning("the index cache %s is damaged and is built anew", file)
+        logger.warning("the index cache %s is damaged and is rebuilt", file)
         return None
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
         left_out = {name: LeftOut(int(arrays[name][0]), str(arrays[name][1])) for name in LEFT_OUT}
@@ -194,17 +193,25 @@ def _load_cache(file: Path) -> ShardIndex | None:
 
 def _store_cache(file: Path, index: ShardIndex) -> None:
     content = io.BytesIO()
-    left_out = {name: (getattr(index, name).count, getattr(index, name).first) for name in LEFT_OUT}
-    texts = {name: np.array([str(count), first], dtype=np.str_) for name, (count, first) in left_out.items()}
-    texts |= {name: np.array(getattr(index, name), dtype=np.str_) for name in ("broken", "digest")}
-    np.savez(content, samples=index.samples, **texts)
+    np.savez(
+        content,
+        samples=index.samples,
+        broken=np.array(index.broken, np.str_),
+        digest=np.array(index.digest, np.str_),
+        images=_left_out_array(index.images),
+        captions=_left_out_array(index.captions),
+        others=_left_out_array(index.others),
+    )
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".tmp", delete=False) as temporary:
-            temporary.write(hashlib.sha256(content.getvalue()).digest() + content.getvalue())
-        os.replace(temporary.name, file)  # atomic: ranks index the same shards at the same time
+        # Several ranks index the same shards at the same time.
+        write_atomically(file, hashlib.sha256(content.getvalue()).digest() + content.getvalue())
     except OSError as error:
         _warn_once(f"the shard index cannot be kept in {file.parent} ({error.strerror})")
+
+
+def _left_out_array(left_out: LeftOut) -> np.ndarray:
+    return np.array([str(left_out.count), left_out.first], np.str_)
 
 
 @functools.cache
@@ -213,7 +220,7 @@ def _warn_once(message: str) -> None:
 
 
 def index_shard(path: str) -> ShardIndex:
-    """`scan_shard` through the cache. Raises DataError when the shard cannot be opened."""
+    """`scan_shard` with the cache. Raises DataError if the shard cannot be opened."""
     try:
         file = _cache_file(path)
         found = _load_cache(file)

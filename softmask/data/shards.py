@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO
 
 import numpy as np
-from numpy.lib.recfunctions import repack_fields
+from numpy.lib.recfunctions import drop_fields
 
 from softmask.data.records import DataError, Record, SampleError, clean_caption
 from softmask.data.shard_index import SAMPLE, ShardIndex, index_shard, split_name
@@ -24,7 +24,7 @@ OPEN_FILES = 64
 
 
 class OpenFiles:
-    """The most recently used files of this process, read by position (which forked processes may share)."""
+    """The most recently used files of this process, read by position, so that forked processes may share them."""
 
     def __init__(self) -> None:
         self._files: OrderedDict[str, BinaryIO] = OrderedDict()
@@ -45,10 +45,13 @@ class OpenFiles:
 
 
 class ShardSource:
-    """The samples of tar shards, in the order of `paths`: every caption is one. Captions whose images have the same
-    bytes share `image_id`, the number of the first of them.
+    """The samples of tar shards, in the order of `paths`; every caption is one.
 
-    12 million samples take 390 MB. Raises DataError where nothing usable is found.
+    Captions whose images have the same bytes share `image_id`, the number of the first of them. 12 million samples take
+    390 MB.
+
+    Raises:
+        DataError: no usable sample.
     """
 
     def __init__(self, paths: Sequence[str], *, threads: int = 8):
@@ -67,7 +70,7 @@ class ShardSource:
             raise DataError(f"no captioned images in {len(self.paths)} shards, {self.paths[:1]}{detail}")
         _, first, of_sample = np.unique(samples["digest"], return_index=True, return_inverse=True)
         self.image_ids = first[of_sample].astype(np.uint32)  # [n]
-        self._samples = repack_fields(samples[[name for name in SAMPLE.names if name != "digest"]])
+        self._samples = drop_fields(samples, "digest", usemask=False)
         self.images = len(first)
         self.digest = hashlib.sha256("".join(index.digest for index in found).encode()).hexdigest()
 
@@ -75,10 +78,10 @@ class ShardSource:
         return len(self._samples)
 
     def read(self, index: int, *, extra: bool = False) -> Record:
-        """Sample `index` in [0, len). Raises SampleError where its caption or .json cannot be used."""
+        """Sample `index` in [0, len). Raises SampleError if its caption or .json cannot be used."""
         path, row = self._locate(index)
         shard = os.path.basename(path)
-        # the header before the image holds its name
+        # The header before the image holds its name.
         start, size = (int(row["image_block"]) - 1) * BLOCK, BLOCK + int(row["image_size"])
         data = self._bytes(path, start, size, f"{shard}:#{index}")
         name = f"{shard}:{split_name(header_name(data[:BLOCK]))[0].decode('utf-8', 'replace')}"
@@ -92,7 +95,7 @@ class ShardSource:
             try:
                 yield self._caption(*self._locate(index), name=f"#{index}")
             except SampleError:
-                continue  # named when the sample itself is read
+                continue  # reported when the sample itself is read
 
     def _locate(self, index: int) -> tuple[str, np.void]:
         if not 0 <= index < len(self):
@@ -132,7 +135,7 @@ class ShardSource:
 
 
 def _problems(paths: Sequence[str], found: Sequence[ShardIndex]) -> Iterator[str]:
-    """A line for everything wrong with a shard, and one for the members of all shards that nobody reads."""
+    """A line for each problem of a shard, and one for the unused members of all shards."""
     for path, index in zip(paths, found, strict=True):
         for problem in index.problems():
             yield f"{path} {problem}"
@@ -140,6 +143,6 @@ def _problems(paths: Sequence[str], found: Sequence[ShardIndex]) -> Iterator[str
     if unread:
         count, (path, first) = sum(others.count for _, others in unread), unread[0]
         yield (
-            f"{count} members of {len(unread)} shards are not read (links, names that end like no image, .txt or "
-            f".json, or a sample's second one); the first is {first.first!r} of {path}"
+            f"{count} members of {len(unread)} shards are not read (links, extensions other than images, .txt and "
+            f".json, or duplicates in a sample); the first is {first.first!r} of {path}"
         )

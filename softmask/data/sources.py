@@ -1,4 +1,4 @@
-"""From what the user wrote under `data.train` to a source of samples."""
+"""Open the shards or JSON lists that `data.train` names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 
 from softmask.data.records import DataError, LeftOut, Record, SampleError, Source, clean_caption
 from softmask.data.shards import ShardSource
@@ -21,12 +21,15 @@ logger = logging.getLogger("softmask.data")
 
 
 def open_source(data: str | Sequence[str], *, image_root: str = "") -> Source:
-    """Opens tar shards or JSON lists.
+    """Open tar shards or JSON lists.
 
-    `data`: a path, a glob, a brace pattern ("cc3m-{000000..000331}.tar") or a sequence of these. Names that end in
-    .json are ALBEF-style lists `[{"image": path, "caption": str or [str, ...]}, ...]`, whose image paths are relative
-    to `image_root`, or to the list's folder when it is empty. Raises DataError with one line that names the pattern,
-    file or entry that is wrong.
+    Args:
+        data: a path, a glob, a brace pattern ("cc3m-{000000..000331}.tar") or a sequence of these. Names that end in
+            .json are ALBEF's lists `[{"image": path, "caption": str or [str, ...]}, ...]`.
+        image_root: folder of the image paths in lists; empty: the folder of each list.
+
+    Raises:
+        DataError: one line that names the pattern, file or entry that is wrong.
     """
     patterns = [data] if isinstance(data, str | os.PathLike) else list(data)
     if not patterns or not all(map(os.fspath, patterns)):
@@ -35,25 +38,27 @@ def open_source(data: str | Sequence[str], *, image_root: str = "") -> Source:
     for path in paths:
         _refuse_other_kinds(path)
     if repeated := [path for path, count in Counter(map(os.path.realpath, paths)).items() if count > 1]:
-        logger.warning("%d files are named more than once and count as often, such as %s", len(repeated), repeated[0])
+        logger.warning(
+            "%d files are named more than once and are read as often, such as %s", len(repeated), repeated[0]
+        )
     lists = [path for path in paths if path.endswith(".json")]
     if lists and len(lists) != len(paths):
-        raise DataError(f"shards and JSON lists cannot be mixed: {lists[0]} beside {len(paths) - len(lists)} others")
+        raise DataError(f"shards and JSON lists cannot be mixed: got {lists[0]} and {len(paths) - len(lists)} others")
     return JsonSource(lists, image_root=image_root) if lists else ShardSource(paths)
 
 
 OTHER_KINDS = {
-    ".jsonl": "a JSON list holds all entries in one [...]: jq -s . FILE.jsonl > FILE.json makes one",
-    ".ndjson": "a JSON list holds all entries in one [...]: jq -s . FILE.ndjson > FILE.json makes one",
+    ".jsonl": "put all entries into one list: jq -s . FILE.jsonl > FILE.json",
+    ".ndjson": "put all entries into one list: jq -s . FILE.ndjson > FILE.json",
     ".csv": "write a JSON list of {image, caption}, or shards (img2dataset reads CSV)",
     ".tsv": "write a JSON list of {image, caption}, or shards (img2dataset reads TSV)",
     ".txt": "write a JSON list of {image, caption}, or shards",
-    ".parquet": "img2dataset makes shards of it",
+    ".parquet": "convert it to shards with img2dataset",
     ".json.gz": "unpack it first: gunzip",
     ".tar.gz": "unpack it first: gunzip",
     ".tgz": "unpack it first: gunzip",
     ".tar.zst": "unpack it first: zstd -d",
-    ".zip": "pack its files by tar --sort=name instead",
+    ".zip": "pack its files with tar --sort=name instead",
 }
 
 
@@ -64,13 +69,13 @@ def _refuse_other_kinds(path: str) -> None:
 
 
 def expand_pattern(pattern: str) -> list[str]:
-    """The existing files that a path, glob or brace pattern names, in order. Raises DataError when one is missing."""
+    """The files that a path, glob or brace pattern names, in order. Raises DataError if one is missing."""
     pattern = os.path.expanduser(pattern)
     if os.path.isfile(pattern):
         return [pattern]
     try:
         names = list(braceexpand(pattern))
-    except UnbalancedBracesError as error:
+    except ValueError as error:  # unbalanced braces; the stubs do not know the class
         raise DataError(f"{pattern}: {error}") from None
     return [path for name in names for path in _existing(name)]
 
@@ -79,7 +84,7 @@ def _existing(name: str) -> list[str]:
     if os.path.isfile(name):
         return [name]
     if os.path.isdir(name):
-        raise DataError(f"{name} is a folder, expected shards: a file, a glob such as *.tar or a brace pattern")
+        raise DataError(f"{name} is a folder, expected a file, a glob such as {name}/*.tar or a brace pattern")
     if not glob.has_magic(name):
         raise DataError(f"{name} does not exist")
     found = sorted(path for path in glob.glob(name, recursive=True) if os.path.isfile(path))
@@ -89,7 +94,7 @@ def _existing(name: str) -> list[str]:
 
 
 class _Texts:
-    """Many strings in two arrays, which forked workers share without copying."""
+    """Many strings in two buffers, which forked workers share without copying."""
 
     def __init__(self, texts: Sequence[str]):
         encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
@@ -101,7 +106,7 @@ class _Texts:
 
 
 class JsonSource:
-    """ALBEF-style JSON lists. Every caption is a sample; captions of the same image share `image_id`."""
+    """ALBEF's JSON lists. Every caption is a sample; captions of the same image share `image_id`."""
 
     def __init__(self, paths: Sequence[str], *, image_root: str = ""):
         images: dict[str, int] = {}
@@ -134,7 +139,7 @@ class JsonSource:
         return len(self.image_ids)
 
     def read(self, index: int, *, extra: bool = False) -> Record:
-        """Sample `index` in [0, len). Raises SampleError where its caption or image cannot be read."""
+        """Sample `index` in [0, len). Raises SampleError if its caption or image cannot be read."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         image_id = int(self.image_ids[index])
@@ -155,11 +160,11 @@ class JsonSource:
             try:
                 yield clean_caption(self._captions[index], "")
             except SampleError:
-                continue  # named when the sample itself is read
+                continue  # reported when the sample itself is read
 
 
 def _entries(path: str, left_out: LeftOut) -> Iterator[tuple[str, list[str]]]:
-    """Image path and captions of every entry; the others are counted. Raises DataError where the file is no list."""
+    """Image path and captions of every usable entry; others are counted. Raises DataError if the file is not a list."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             text = file.read()
@@ -186,7 +191,7 @@ def _entries(path: str, left_out: LeftOut) -> Iterator[tuple[str, list[str]]]:
 
 
 def _entry(entry: object) -> tuple[str, list]:
-    """Image path and captions, not all of which may be texts. Raises ValueError saying what is wrong with it."""
+    """Image path and captions, which may include other types. Raises ValueError for an unusable entry."""
     if not isinstance(entry, dict):
         raise ValueError(f"expected an object, got {type(entry).__name__}")
     image, caption = entry.get("image"), entry.get("caption")
@@ -199,7 +204,7 @@ def _entry(entry: object) -> tuple[str, list]:
 
 
 def _layout(tree: object) -> str:
-    """What to do with the known kinds of objects that stand where the list should."""
+    """Advice for known formats that are not lists."""
     if not isinstance(tree, dict) or not isinstance(tree.get("images"), list):
         return ""
     if isinstance(tree.get("annotations"), list):

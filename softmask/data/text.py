@@ -1,4 +1,4 @@
-"""Captions to tokens, with the words and characters that the tokens came from."""
+"""Captions to tokens, with the words and characters that the tokens come from."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from tokenizers import Encoding, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -16,47 +17,59 @@ from torch import Tensor
 from softmask.data.cleaning import Plain, plain_words
 from softmask.lfs import refuse_pointer
 
-SPECIAL_TOKENS = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-SPECIAL_TOKENS |= {"mask_token": "[MASK]"}
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SPECIAL_TOKENS = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
+NEEDED = ("pad", "cls", "sep", "mask")  # every tokenizer must have these
+NO_WORD = -1  # word number of special tokens, padding and punctuation
+NO_SPAN = (0, 0)  # character span of special tokens and padding
 _PRIVATE_USE = 0xF0000
-LONGEST_TOKEN = 400  # characters, blanks around it included
-LONGEST_WORD = 100  # longer ones are [UNK] to a WordPiece
+LONGEST_TOKEN = 400  # characters, white space around it included
+LONGEST_WORD = 100  # characters; a WordPiece reads longer words as [UNK]
 
 
 @dataclass
 class TokenBatch:
-    """Tokens of B captions, padded to the longest, T tokens."""
+    """Tokens of B captions, padded to the longest (T tokens)."""
 
     input_ids: Tensor  # [B, T] int64
     attention_mask: Tensor  # [B, T] bool, True = real token
-    word_ids: Tensor  # [B, T] int64: number of the word in its caption; -1 for special tokens, padding, punctuation
-    offsets: Tensor  # [B, T, 2] int64: character span in the caption; (0, 0) for special tokens and padding
-    cut: Tensor  # [B] bool: the caption had more tokens, or words, than there is room for
+    word_ids: Tensor  # [B, T] int64: number of the word in its caption, or NO_WORD
+    offsets: Tensor  # [B, T, 2] int64: character span in the caption, or NO_SPAN
+    cut: Tensor  # [B] bool, True = the caption was truncated
 
 
 class CaptionTokenizer:
-    """A Hugging Face tokenizer that wraps every caption as [CLS] ... [SEP] and knows its words."""
+    """A Hugging Face tokenizer that encloses captions in [CLS] ... [SEP] and knows the words of tokens."""
 
     def __init__(self, tokenizer: Tokenizer, *, pad_id: int, cls_id: int, sep_id: int, mask_id: int, tokens: dict):
         self._tokenizer = Tokenizer.from_str(tokenizer.to_str())
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        # a caption that spells "[MASK]" must not become a mask token
+        # A caption that contains "[MASK]" must not become a mask token.
         self._tokenizer.encode_special_tokens = True
         self.pad_id, self.cls_id, self.sep_id, self.mask_id = pad_id, cls_id, sep_id, mask_id
         self.special_ids: tuple[int, ...] = (pad_id, cls_id, sep_id, mask_id)
-        # added tokens may lie beyond the model's vocabulary, with gaps
+        # Added tokens may follow the model's vocabulary, with gaps.
         self.vocab_size: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self._tokens = tokens
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> CaptionTokenizer:
-        """Loads any Hugging Face tokenizer directory.
+        """Load any Hugging Face tokenizer folder.
 
-        Raises ValueError when it cannot be loaded, has no fast tokenizer (offsets come from it), or lacks one of the
-        tokens cls, sep, pad and mask.
+        Raises:
+            ValueError: it cannot be loaded, has no fast tokenizer (which gives the offsets), or lacks one of the tokens
+                cls, sep, pad and mask.
         """
-        from transformers import AutoTokenizer  # seconds to import, needed nowhere else
+        from transformers import AutoTokenizer  # takes seconds to import
 
         path = os.fspath(path)
         if not os.path.isdir(path):
@@ -64,18 +77,18 @@ class CaptionTokenizer:
         _refuse_pointers(path)
         try:
             loaded = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        except Exception as error:  # tokenizers raises just that
+        except Exception as error:  # tokenizers raises bare Exceptions
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise ValueError(f"tokenizer: {path} cannot be loaded ({reason})") from error
         return cls.from_hugging_face(loaded, name=path)
 
     @classmethod
-    def from_hugging_face(cls, loaded, *, name: str) -> CaptionTokenizer:
-        """From a transformers tokenizer; `name` stands in the errors."""
+    def from_hugging_face(cls, loaded: PreTrainedTokenizerBase, *, name: str) -> CaptionTokenizer:
+        """From a transformers tokenizer; `name` appears in errors."""
         backend = getattr(loaded, "backend_tokenizer", None)
         if backend is None:
             raise ValueError(f"tokenizer: {name} has no fast tokenizer (tokenizer.json), got {type(loaded).__name__}")
-        ids = {token: getattr(loaded, f"{token}_token_id") for token in ("pad", "cls", "sep", "mask")}
+        ids = {token: getattr(loaded, f"{token}_token_id") for token in NEEDED}
         lacking = [token for token, value in ids.items() if value is None]
         if lacking:
             raise ValueError(f"tokenizer: {name} lacks the special tokens {', '.join(lacking)}")
@@ -88,19 +101,19 @@ class CaptionTokenizer:
         return cls(backend, tokens=tokens, **{f"{token}_id": value for token, value in ids.items()})
 
     def unknown(self, captions: Iterable[str]) -> float:
-        """The share of [UNK] among the tokens of captions, special tokens left out."""
+        """The share of [UNK] among the tokens of captions, without special tokens."""
         texts = list(captions)
         counts = Counter(i for one in self._tokenizer.encode_batch(texts, add_special_tokens=False) for i in one.ids)
         unknown = self._tokenizer.token_to_id(self._tokens.get("unk_token", ""))
-        return counts[unknown] / max(1, sum(counts.values()))
+        return 0.0 if unknown is None else counts[unknown] / max(1, sum(counts.values()))
 
     def same_words(self, other: CaptionTokenizer) -> bool:
-        """Whether both give every word the same number."""
+        """Whether both have the same vocabulary, special tokens included."""
         words, others = (one._tokenizer.get_vocab(with_added_tokens=True) for one in (self, other))
         return words == others and self.special_ids == other.special_ids
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes a directory that `load` and transformers' AutoTokenizer read."""
+        """Write a folder that `load` and transformers' AutoTokenizer read."""
         os.makedirs(path, exist_ok=True)
         self._tokenizer.save(os.path.join(path, "tokenizer.json"))
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **self._tokens}
@@ -117,23 +130,26 @@ class CaptionTokenizer:
     def __call__(
         self, captions: Sequence[str], *, max_length: int, append_sep: bool = True, clean: bool = False
     ) -> TokenBatch:
-        """[CLS] caption [SEP], at most `max_length` tokens with both, padded to the longest of the batch.
+        """Tokens of [CLS] caption [SEP], padded to the longest of the batch.
 
-        Without `append_sep`, [CLS] caption, as ALBEF's own tokenizer reads it. `clean`: the caption as ALBEF cleans it
-        (cleaning.py); offsets are those of the caption as given.
+        Args:
+            captions: B texts.
+            max_length: tokens per caption, [CLS] and [SEP] included.
+            append_sep: False: no [SEP], as in ALBEF.
+            clean: clean the captions as ALBEF does (cleaning.py). Offsets refer to the captions as given.
         """
         if max_length < (least := 2 + append_sep):
             tokens = "[CLS], a token, [SEP]" if append_sep else "[CLS], a token"
             raise ValueError(f"max_length: expected at least {least} ({tokens}), got {max_length}")
         room, ends = max_length - 1 - append_sep, [self.sep_id] * append_sep
-        longest = LONGEST_TOKEN * max_length  # a caption of megabytes is not tokenized to its end
+        longest = LONGEST_TOKEN * max_length  # do not tokenize megabytes
         read = [plain_words(text[:longest]) if clean else Plain(text[:longest]) for text in captions]
         shortened = [plain.cut or len(text) > longest for plain, text in zip(read, captions, strict=True)]
         encodings = self._tokenizer.encode_batch([plain.text for plain in read], add_special_tokens=False)
         rows = [self._row(plain, encoding, room, ends) for plain, encoding in zip(read, encodings, strict=True)]
         width = max((len(row[0]) for row in rows), default=0)
 
-        def padded(column: int, value) -> Tensor:
+        def padded(column: int, value: int | tuple[int, int]) -> Tensor:
             return torch.tensor([row[column] + [value] * (width - len(row[column])) for row in rows], dtype=torch.int64)
 
         counts = torch.tensor([len(encoding.ids) for encoding in encodings], dtype=torch.int64)
@@ -141,27 +157,27 @@ class CaptionTokenizer:
         return TokenBatch(
             input_ids=padded(0, self.pad_id).view(len(rows), width),
             attention_mask=torch.arange(width) < lengths[:, None],
-            word_ids=padded(1, -1).view(len(rows), width),
-            offsets=padded(2, (0, 0)).view(len(rows), width, 2),
+            word_ids=padded(1, NO_WORD).view(len(rows), width),
+            offsets=padded(2, NO_SPAN).view(len(rows), width, 2),
             cut=torch.tensor(shortened, dtype=torch.bool) | (counts > room),
         )
 
     def decode(self, input_ids: Tensor) -> list[str]:
-        """[B, T] -> captions, special tokens left out."""
+        """[B, T] -> captions, without special tokens."""
         return self._tokenizer.decode_batch(input_ids.tolist(), skip_special_tokens=True)
 
     def _row(self, plain: Plain, encoding: Encoding, room: int, ends: list) -> tuple[list, ...]:
         """Ids, word numbers and character spans of one caption, special tokens included."""
         text, places = plain.text, plain.places
-        numbers: dict[int, int] = {}
-        words, spans = [-1], [(0, 0)]
+        numbers: dict[int | None, int] = {}
+        words, spans = [NO_WORD], [NO_SPAN]
         for word, (start, end) in zip(encoding.word_ids[:room], encoding.offsets[:room], strict=True):
-            while start < end and text[start].isspace():  # SentencePiece counts the blank to the word
+            while start < end and text[start].isspace():  # SentencePiece includes the space before a word
                 start += 1
             spans.append((places[start][0], places[end - 1][1]) if places and start < end else (start, end))
-            words.append(-1 if _is_punctuation(text[start:end]) else numbers.setdefault(word, len(numbers)))
-        blank = [(0, 0)] * len(ends)
-        return [self.cls_id, *encoding.ids[:room], *ends], [*words, *[-1] * len(ends)], [*spans, *blank]
+            words.append(NO_WORD if _is_punctuation(text[start:end]) else numbers.setdefault(word, len(numbers)))
+        ids = [self.cls_id, *encoding.ids[:room], *ends]
+        return ids, [*words, *[NO_WORD] * len(ends)], [*spans, *[NO_SPAN] * len(ends)]
 
 
 def _refuse_pointers(folder: str) -> None:
@@ -176,10 +192,12 @@ def _is_punctuation(text: str) -> bool:
 
 
 def train_wordpiece(captions: Iterable[str], path: str | os.PathLike, *, vocab_size: int = 4096) -> CaptionTokenizer:
-    """Trains a lower-cased BERT-style WordPiece on `captions` and saves it as a Hugging Face directory.
+    """Train a lower-case BERT-style WordPiece on `captions` and save it as a Hugging Face folder.
 
-    The same captions give the same vocabulary, byte for byte. Raises ValueError when there are no words, or when
-    `vocab_size` has no room for the special tokens and the alphabet.
+    The same captions give the same vocabulary, byte for byte.
+
+    Raises:
+        ValueError: no words, or a `vocab_size` without room for the special tokens and the alphabet.
     """
     normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
     counts: Counter[str] = Counter()
@@ -188,7 +206,7 @@ def train_wordpiece(captions: Iterable[str], path: str | os.PathLike, *, vocab_s
             if len(word) <= LONGEST_WORD:
                 counts[word] += n
     if not counts:
-        raise ValueError("train: its captions hold no words to train a WordPiece on")
+        raise ValueError("train: its captions have no words to train a WordPiece on")
     if vocab_size < len(SPECIAL_TOKENS) + 2:
         raise ValueError(f"vocab_size: expected at least {len(SPECIAL_TOKENS) + 2}, got {vocab_size}")
     tokens = [*SPECIAL_TOKENS.values(), *_learn_pieces(counts, vocab_size - len(SPECIAL_TOKENS))]
@@ -203,19 +221,18 @@ def train_wordpiece(captions: Iterable[str], path: str | os.PathLike, *, vocab_s
         special_tokens=[(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")],
     )
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS.values()))
-    names = {"pad_id": "[PAD]", "cls_id": "[CLS]", "sep_id": "[SEP]", "mask_id": "[MASK]"}
-    ids = {name: vocabulary[token] for name, token in names.items()}
+    ids = {f"{name}_id": vocabulary[SPECIAL_TOKENS[f"{name}_token"]] for name in NEEDED}
     trained = CaptionTokenizer(tokenizer, tokens=SPECIAL_TOKENS, **ids)
     trained.save(path)
     return trained
 
 
 def _learn_pieces(counts: Counter[str], size: int) -> list[str]:
-    """At most `size` word pieces, "##" marking those inside a word.
+    """At most `size` word pieces; "##" marks those inside a word.
 
-    `tokenizers`' WordPieceTrainer numbers the "##" characters in the order of a randomly seeded hash map, and its
-    vocabulary changes from run to run. Its BPE trainer is deterministic. So inner characters are written as private-use
-    characters, which BPE tells apart from initial ones, and are written back afterwards.
+    `tokenizers`' WordPieceTrainer numbers the "##" characters in the order of a randomly seeded hash map, so its
+    vocabulary changes from run to run. Its BPE trainer is deterministic. Inner characters are therefore replaced by
+    private-use characters, which BPE distinguishes from initial ones, and restored afterwards.
     """
     alphabet = sorted({character for word in counts for character in word})
     inner = {character: chr(_PRIVATE_USE + number) for number, character in enumerate(alphabet)}
@@ -227,12 +244,13 @@ def _learn_pieces(counts: Counter[str], size: int) -> list[str]:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     bpe.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=size, show_progress=False))
-    ranked = sorted(bpe.get_vocab(), key=bpe.token_to_id)
+    codes = bpe.get_vocab()
+    ranked = sorted(codes, key=codes.__getitem__)
     return [("##" if code[0] in outer else "") + "".join(outer.get(c, c) for c in code) for code in ranked]
 
 
 def _frequent_characters(words: dict[str, int], limit: int) -> set[str]:
-    """The `limit` most frequent characters; words with others (rare scripts) would become [UNK] anyway."""
+    """The `limit` most frequent characters. Words with others (rare scripts) would become [UNK] anyway."""
     counts: Counter[str] = Counter()
     for word, n in words.items():
         for character in word:
@@ -241,6 +259,6 @@ def _frequent_characters(words: dict[str, int], limit: int) -> set[str]:
 
 
 def _repeat(word: str, times: int, longest: int = 10_000) -> Iterator[str]:
-    """`word` as often as it was counted, in lines of bounded length: the trainer takes text, not counts."""
+    """`word` repeated `times` times, in lines of bounded length: the trainer takes text, not counts."""
     for start in range(0, times, longest):
         yield " ".join([word] * min(longest, times - start))

@@ -1,7 +1,7 @@
 """Images to normalized tensors: ALBEF's crop, flip and RandAugment, SoftMask++'s distortions.
 
-Everything works on PIL images, which at 64 to 256 pixels is several times as fast as tensors, and takes its random
-numbers from the `random.Random` it is given, so that a sample depends on its seed alone.
+Everything works on PIL images, which at 64 to 256 pixels is several times as fast as tensors, and draws from the
+`random.Random` that it is given, so that a sample depends only on its seed.
 """
 
 from __future__ import annotations
@@ -30,12 +30,15 @@ RAND_AUGMENT_OPS = (
 
 
 def decode_image(data: bytes) -> Image.Image:
-    """The image as RGB, upright as its EXIF orientation says, transparent parts on white, of an animation the first
-    frame. Raises ValueError where the bytes are no complete image."""
+    """The image as RGB: upright by its EXIF orientation, transparent parts on white, the first frame of an animation.
+
+    Raises:
+        ValueError: the bytes are not a complete image.
+    """
     if is_pointer(data):
         raise ValueError(f"image {NOT_THE_FILE}")
     try:
-        image = Image.open(io.BytesIO(data))
+        image: Image.Image = Image.open(io.BytesIO(data))
         image.load()
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I") or image.mode == "F":
@@ -44,21 +47,23 @@ def decode_image(data: bytes) -> Image.Image:
             image = image.convert("RGBA")
             return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
         return image.convert("RGB")
-    except UnidentifiedImageError:  # its own text is of an object in memory
-        raise ValueError(f"image cannot be decoded ({len(data):,} bytes of no format that Pillow knows)") from None
+    except UnidentifiedImageError:  # its message names an object in memory
+        raise ValueError(
+            f"image cannot be decoded ({len(data):,} bytes in a format that Pillow does not know)"
+        ) from None
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error, ... on foreign bytes
         raise ValueError(f"image cannot be decoded ({type(error).__name__}: {error})") from error
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Gray levels of 16 or 32 bits to 8, where PIL would clip them at 255.
+    """Scale gray levels of 16 or 32 bits to 8; PIL would clip them at 255.
 
-    16 bits are divided by 256. 32 bits have no agreed white: the least of 255, 2^16 - 1 and 2^32 - 1 that holds all
-    levels is taken for it, and 1 for fractions that do not exceed it.
+    16 bits are divided by 256. 32 bits have no standard white: it is the least of 255, 2^16 - 1 and 2^32 - 1 that no
+    level exceeds, and 1 for fractions up to 1.
     """
     levels = np.asarray(image)
     clear = image.info.get("transparency")
-    clear = levels == clear if isinstance(clear, int) else None  # the level that is transparent
+    clear = levels == clear if isinstance(clear, int) else None  # the transparent level
     if levels.dtype.kind == "f":
         levels = levels.astype(np.float64)
         if not np.isfinite(levels).all():
@@ -76,17 +81,17 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def normalize_images(images: Sequence[np.ndarray], mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """B images [H, W, 3] uint8 to [B, 3, H, W] float32: (x / 255 - mean) / std."""
+    """B images [H, W, 3] uint8 -> [B, 3, H, W] float32: (x / 255 - mean) / std."""
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous().float()
-    mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (mean, std))
-    return pixels.mul_((1 / (255 * std)).float()).sub_((mean / std).float())
+    center, scale = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (mean, std))
+    return pixels.mul_((1 / (255 * scale)).float()).sub_((center / scale).float())
 
 
 def eval_transform(config: DataConfig) -> Callable[[bytes | Image.Image], Tensor]:
-    """For evaluation: encoded or decoded image to [3, image_size, image_size] float32.
+    """The transform of evaluation: encoded or decoded image -> [3, image_size, image_size] float32, normalized.
 
-    Resized to a square (bicubic, antialiased), or by its shorter side and cut to the square in its middle, as
-    `eval_resize` says ("auto": the former), and normalized. Raises ValueError where bytes are no image.
+    `eval_resize` chooses between resizing to a square (bicubic, antialiased; also "auto") and resizing by the shorter
+    side, then cropping the middle square. The transform raises ValueError if bytes are not an image.
     """
 
     def transform(image: bytes | Image.Image) -> Tensor:
@@ -102,8 +107,10 @@ def square(image: Image.Image, side: int) -> Image.Image:
 
 
 def middle(image: Image.Image, side: int) -> Image.Image:
-    """The shorter side resized to `side`, then the square in the middle: torchvision's Resize and CenterCrop. Of
-    images longer than eight times their width only the middle is resized: what is cut off would take gigabytes."""
+    """Resize the shorter side to `side`, then crop the middle square: torchvision's Resize and CenterCrop.
+
+    Images longer than eight times their width are cropped first: resizing all of them would take gigabytes.
+    """
     width, height = image.size
     short = min(width, height)
     if max(width, height) > 8 * short:
@@ -115,14 +122,14 @@ def middle(image: Image.Image, side: int) -> Image.Image:
 
 
 def middle_box(size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) of the largest square in the middle of an image of (width, height)."""
+    """(left, top, right, bottom) of the largest centered square in an image of (width, height)."""
     side = min(size)
     left, top = (round((length - side) / 2) for length in size)
     return left, top, left + side, top + side
 
 
 class TrainTransform:
-    """Random crop, flip, RandAugment and distortions of `config`: PIL image to [H, W, 3] uint8."""
+    """Random crop, flip, RandAugment and distortions of `config`: PIL image -> [H, W, 3] uint8."""
 
     def __init__(self, config: DataConfig):
         self.config = config
@@ -154,7 +161,7 @@ def crop_box(
         if 0 < w <= width and 0 < h <= height:
             left, top = rng.randint(0, width - w), rng.randint(0, height - h)
             return left, top, left + w, top + h
-    # no such box in a very long image: the largest one in the middle with an admitted ratio
+    # No box fits a very long image: take the largest centered one with an allowed aspect ratio.
     w = min(width, max(1, round(height * ratio[1])))
     h = min(height, max(1, round(width / ratio[0])))
     left, top = (width - w) // 2, (height - h) // 2
@@ -168,14 +175,14 @@ def distort(image: Image.Image, config: DataConfig, rng: random.Random) -> Image
     if rng.random() < config.grayscale_probability:
         image = _grayscale(image)
     if rng.random() < config.blur_probability:
-        # MoCo's radii are meant for 224 pixels
+        # MoCo's radii are for 224 pixels.
         radius = rng.uniform(*config.blur_radius) * config.image_size / 224
         image = image.filter(ImageFilter.GaussianBlur(radius))
     return image
 
 
 def color_jitter(image: Image.Image, strength: Sequence[float], rng: random.Random) -> Image.Image:
-    """torchvision's ColorJitter(brightness, contrast, saturation, hue): factors in 1 +- strength, in random order."""
+    """torchvision's ColorJitter(brightness, contrast, saturation, hue): factors in 1 ± strength, in random order."""
     for number in rng.sample(range(4), 4):
         if not strength[number]:
             continue
@@ -192,7 +199,7 @@ def _black(image: Image.Image) -> Image.Image:
 
 
 def _mean_gray(image: Image.Image) -> Image.Image:
-    mean = int(np.asarray(image.convert("L")).mean() + 0.5)  # ImageEnhance.Contrast's, without its slow histogram
+    mean = int(np.asarray(image.convert("L")).mean() + 0.5)  # as ImageEnhance.Contrast, without its slow histogram
     return Image.new("RGB", image.size, (mean, mean, mean))
 
 
@@ -201,7 +208,7 @@ def _grayscale(image: Image.Image) -> Image.Image:
 
 
 def shift_hue(image: Image.Image, turn: float) -> Image.Image:
-    """Turns the hue by `turn` in [-0.5, 0.5] of a full circle, as torchvision's adjust_hue does."""
+    """Turn the hue by `turn` in [-0.5, 0.5] of a full circle, as torchvision's adjust_hue does."""
     hue, saturation, value = image.convert("HSV").split()
     shift = int(turn * 255)
     hue = hue.point([(level + shift) % 256 for level in range(256)])
@@ -209,10 +216,10 @@ def shift_hue(image: Image.Image, turn: float) -> Image.Image:
 
 
 def _rand_augment() -> Callable[[Image.Image], Image.Image]:
-    """ALBEF's RandAugment(2, 7): two operations, each applied with probability 0.5, none of colour."""
+    """ALBEF's RandAugment(2, 7): two operations, each with probability 0.5, without colour operations."""
     from timm.data.auto_augment import RandAugment, rand_augment_ops
 
-    # ALBEF moves by up to 10 of its 256 pixels and interpolates bilinearly; timm's defaults differ
+    # ALBEF translates by up to 10 of 256 pixels and interpolates bilinearly; timm's defaults differ.
     options = {"translate_pct": 10 / 256, "interpolation": Image.Resampling.BILINEAR}
     ops = rand_augment_ops(magnitude=7, prob=0.5, hparams=options, transforms=list(RAND_AUGMENT_OPS))
     return RandAugment([_identity, *ops], num_layers=2)
@@ -224,7 +231,7 @@ def _identity(image: Image.Image) -> Image.Image:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Seeds the global generators, which timm draws from, and puts them back."""
+    """Seed the global generators, which timm draws from, and restore them."""
     states = random.getstate(), np.random.get_state()
     random.seed(seed)
     np.random.seed(seed)

@@ -53,6 +53,18 @@ class OptimizerConfig:
 
 
 @dataclass
+class ProfileConfig:
+    """A window of optimizer steps that rank 0 records with torch.profiler into `output`/profile/."""
+
+    start: int = 10  # optimizer steps before the window, from the start of this process on
+    steps: int = 0  # optimizer steps in the window; 0: no profile
+
+    def __post_init__(self) -> None:
+        _require(self.start >= 0, "start", "an integer >= 0", self.start)
+        _require(self.steps >= 0, "steps", "an integer >= 0 (0: no profile)", self.steps)
+
+
+@dataclass
 class TrainConfig:
     """Length, batches, precision and book-keeping of a run."""
 
@@ -67,6 +79,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     log_every: int = 20
     max_nonfinite: int = 20  # micro-batches in a row whose loss or gradients are not finite, before the run stops
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:
         _require(self.steps >= 0, "steps", "an integer >= 0", self.steps)
@@ -161,7 +174,7 @@ def save_config(config: Config, path: str | Path) -> None:
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted key -> value of every leaf of a (nested) dataclass."""
-    leaves = {}
+    leaves: dict[str, Any] = {}
     for item in dataclasses.fields(config):
         value, key = getattr(config, item.name), f"{prefix}{item.name}"
         leaves |= flatten(value, f"{key}.") if dataclasses.is_dataclass(value) else {key: value}
@@ -239,7 +252,7 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     if hint is Any:
         return value
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return _build(hint, {} if value is None else value, f"{key}.")
     if origin in (typing.Union, types.UnionType):
         return _convert_union(arguments, value, key)

@@ -4,13 +4,14 @@ TensorBoard. Only rank 0 writes."""
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+from softmask.files import write_atomically
 
 NOT_SHOWN = ("step", "epoch", "lr", "temperature", "samples_per_second", "seconds")  # on the console, beside the losses
 
@@ -105,9 +106,7 @@ def cut_back(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [line for line, content in read_lines(path) if content["step"] <= step]
-    partial = path.with_name(f"{path.name}.tmp")
-    partial.write_text("".join(kept), encoding="utf-8")
-    os.replace(partial, path)
+    write_atomically(path, "".join(kept))
 
 
 def _write_line(file: Any, content: dict[str, Any]) -> None:

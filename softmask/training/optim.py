@@ -56,7 +56,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
         shape = getattr(parameter, "ds_shape", parameter.shape)  # at ZeRO stage 3 the parameter itself is empty
         scale = _lr_scale(name, config.lr_scales)
         decayed = len(shape) >= 2 and not name.endswith("bias") and name not in spared
-        group = {"params": [], **group_options(config, lr_scale=scale, decayed=decayed)}
+        group: dict = {"params": [], **group_options(config, lr_scale=scale, decayed=decayed)}
         groups.setdefault((scale, decayed), group)["params"].append(parameter)
     return [groups[key] for key in sorted(groups, reverse=True)]
 

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
 from softmask.data import Batch, CaptionTokenizer, Loader, Source, open_source
 from softmask.data.loader import check_bad_share
-from softmask.models import SoftMaskPPOutput, SyCoCaOutput
 from softmask.training.checkpoint.initial import text_facts, weights_from, words_from
 from softmask.training.checkpoint.state import Progress, write_json
 from softmask.training.checkpoint.store import (
@@ -33,15 +33,16 @@ from softmask.training.checkpoint.store import (
     save_checkpoint,
     without_files,
 )
-from softmask.training.config import Config, ConfigError, chosen
+from softmask.training.config import Config, ConfigError, ProfileConfig, chosen
 from softmask.training.engine.startup import start_distributed
 from softmask.training.engine.zero import apply_hyperparameters, create_engine, full_size
+from softmask.training.interface import StepOutput, TrainedModel
 from softmask.training.logs import RunLog, clock, say
 from softmask.training.optim import groups_digest, lr_factor, seed_everything
+from softmask.training.profiling import StepProfiler
 from softmask.training.run_folder import prepare_run
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-Output = SoftMaskPPOutput | SyCoCaOutput
 
 
 class TrainingError(RuntimeError):
@@ -74,7 +75,8 @@ class Trainer:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         if not torch.cuda.is_available():
             torch.use_deterministic_algorithms(True, warn_only=True)
-            torch.utils.deterministic.fill_uninitialized_memory = False  # finds bugs, costs a pass over every buffer
+            # A debugging aid that costs a pass over every buffer. The stubs lack it.
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.manual_seed(config.seed)  # the same weights on every rank
         fresh = checkpoint is None and not config.init
         model = build_model(config if fresh else without_files(config), tokenizer)
@@ -82,7 +84,6 @@ class Trainer:
             "weights": weights_from(model, config, checkpoint),
             "words": words_from(tokenizer, config, checkpoint),
         }
-        model.set_activation_checkpointing(config.train.activation_checkpointing)
         options = {"batch_size": config.train.batch_size, "rank": self.rank, "world_size": self.world_size}
         self._loader = lambda start: Loader(
             source, config.data, tokenizer, seed=config.seed, start_batch=start, **options
@@ -96,6 +97,7 @@ class Trainer:
             raise ConfigError(str(error)) from error
         self.engine, self.guard = create_engine(model, config, steps=self.steps)
         self.device = self.engine.device
+        self.model.set_activation_checkpointing(config.train.activation_checkpointing)
         # BatchNorm's running statistics: the forward pass of a skipped step must leave no trace in them.
         self._statistics = self.model.statistics()
         self.progress = Progress()
@@ -112,7 +114,7 @@ class Trainer:
         self._header()
 
     @property
-    def model(self) -> torch.nn.Module:
+    def model(self) -> TrainedModel:
         return self.engine.module
 
     def _count_steps(self) -> int:
@@ -123,7 +125,7 @@ class Trainer:
         if self.rank:
             return
         options = self.config.train
-        trained = sum(full_size(parameter) for parameter in self.model.parameters() if parameter.requires_grad)
+        trained = sum(full_size(parameter) for parameter in self.engine.module.parameters() if parameter.requires_grad)
         batch = options.batch_size * options.accumulation * self.world_size
         parts = f"{options.batch_size} x {options.accumulation} accumulated x {self.world_size} ranks"
         steps_per_epoch = self.batches_per_epoch / options.accumulation
@@ -137,8 +139,8 @@ class Trainer:
         say(f"data     {len(source):,} captions of {source.images:,} images in {len(source.paths):,} files")
         say(f"text     {text_facts(self._tokenizer, self.config, source)}")
         say(f"batch    {batch} = {parts}")
-        options = [f"{key}={value}" for key, value in chosen(self.config).items()]
-        say(f"options  {' '.join(options) or 'none but the defaults'}")
+        changed = [f"{key}={value}" for key, value in chosen(self.config).items()]
+        say(f"options  {' '.join(changed) or 'none but the defaults'}")
         say(f"engine   DeepSpeed on {self.device}, ZeRO stage {self.config.zero_stage}")
 
     # -- the loop -----------------------------------------------------------------------------------------------------
@@ -151,8 +153,8 @@ class Trainer:
             for problem in self._source.problems if self.progress.step == 0 else ():
                 self._log.note("problem", step=0, problem=problem)
         try:
-            with self._signals():
-                self._loop()
+            with self._signals(), self._profiler() as profiler:
+                self._loop(profiler)
             self.finished = self.progress.step >= self.steps
             if self.finished and self.rank == 0:
                 write_json({"steps": self.progress.step, "seconds": self.progress.seconds}, run / "done.json")
@@ -163,13 +165,14 @@ class Trainer:
             state = "done" if self.finished else "stopped, go on with --resume auto"
             say(f"{state}: {self.progress.step} steps in {clock(self.progress.seconds)}")
 
-    def _loop(self) -> None:
+    def _loop(self, profiler: StepProfiler) -> None:
         batches = iter(self._loader(self.progress.micro_batches))
         self.engine.train()
         started, before = time.monotonic(), self.progress.seconds
         logged_at, logged_micro = started, self.progress.micro_batches
         while self.progress.step < self.steps:
             outputs, stop = self._step(batches)
+            profiler.advance()
             step = self.progress.step
             now = time.monotonic()
             self.progress.seconds = before + now - started
@@ -183,24 +186,32 @@ class Trainer:
             if stop:
                 break
 
-    def _step(self, batches: Iterator[Batch]) -> tuple[list[Output], bool]:
+    def _profiler(self) -> StepProfiler:
+        options = self.config.train.profile if self.rank == 0 else ProfileConfig()
+        return StepProfiler(options, Path(self.config.output) / "profile", step=self.progress.step)
+
+    def _step(self, batches: Iterator[Batch]) -> tuple[list[StepOutput], bool]:
         """One optimizer step. Returns the outputs of its micro-steps, and whether a rank was asked to stop.
 
         A micro-batch whose loss is not finite on some rank is left out on all and the next one takes its place.
         A step whose gradients are not finite (usual in fp16) is left out whole.
         """
-        outputs: list[Output] = []
+        outputs: list[StepOutput] = []
         stop = False
-        self.model.update_momentum()
+        with record_function("softmask/momentum"):
+            self.model.update_momentum()
         while True:
             loss, output, asked = self._forward(batches)
             stop |= asked
             if loss is None:
                 continue
             last = self.engine.is_gradient_accumulation_boundary()
-            self.engine.backward(loss)
-            self.engine.step()
-            self.model.enqueue(output)
+            with record_function("softmask/backward"):
+                self.engine.backward(loss)
+            with record_function("softmask/optimizer"):
+                self.engine.step()
+            with record_function("softmask/queue"):
+                self.model.enqueue(output)
             outputs.append(output)
             if not last:
                 continue
@@ -214,9 +225,10 @@ class Trainer:
             self._log.advance()
         return outputs, stop
 
-    def _forward(self, batches: Iterator[Batch]) -> tuple[Tensor | None, Output, bool]:
+    def _forward(self, batches: Iterator[Batch]) -> tuple[Tensor | None, StepOutput, bool]:
         """Loss (None where it is not finite on some rank) and output of the next batch, and the request to stop."""
-        with _blocked(STOP_SIGNALS):  # workers inherit the mask and outlive a signal sent to the process group
+        # Workers inherit the mask of signals, so that they outlive one sent to the process group.
+        with record_function("softmask/data"), _blocked(STOP_SIGNALS):
             batch = next(batches)
         self._skipped += batch.skipped
         seed_everything(self.config.seed, self.progress.micro_batches, self.rank)
@@ -224,7 +236,8 @@ class Trainer:
         statistics = [(buffer, buffer.clone()) for buffer in self._statistics]
         steps_per_epoch = self.batches_per_epoch / self.config.train.accumulation
         options = self._task.step_options(self.config.model, self.progress.step, steps_per_epoch=steps_per_epoch)
-        loss, output = self.engine(batch.to(self.device), **options)
+        with record_function("softmask/forward"):
+            loss, output = self.engine(batch.to(self.device), **options)
         flags = torch.stack([~loss.detach().isfinite(), torch.tensor(self._stop_requested, device=self.device)]).float()
         if self.world_size > 1:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
@@ -254,7 +267,7 @@ class Trainer:
 
     # -- logs, checkpoints, signals -----------------------------------------------------------------------------------
 
-    def _log_row(self, outputs: list[Output], *, samples_per_second: float) -> None:
+    def _log_row(self, outputs: list[StepOutput], *, samples_per_second: float) -> None:
         """Means over the step's micro-batches and ranks."""
         names = ["loss", *outputs[0].terms]
         rows = [torch.stack([output.loss.detach(), *output.terms.values()]).double() for output in outputs]
@@ -294,7 +307,7 @@ class Trainer:
 
     def _save(self) -> None:
         self._report_skipped()
-        groups = groups_digest(self.model, self.config.optimizer)
+        groups = groups_digest(self.engine.module, self.config.optimizer)
         extra = {"loss_scale": self.guard.state_dict(), "data": data_facts(self._source), "groups": groups}
         save_checkpoint(self.engine, self.config, self.progress, extra)
 

@@ -146,7 +146,7 @@ def test_captions_without_words_are_left_out_where_they_are_cleaned(tmp_path, to
     for number, caption in enumerate(["a red apple", "!!!", "two cherries"]):
         members += [(f"{number}.png", make_image(number)), (f"{number}.txt", caption.encode())]
     source = open_source(str(write_tar(tmp_path / "train.tar", members)))
-    with pytest.raises(SampleError, match=r"train.tar:1: caption '!!!' has no words once it is cleaned"):
+    with pytest.raises(SampleError, match=r"train.tar:1: caption '!!!' has no words after cleaning"):
         require_words(source.read(1))
     for clean, skipped in ((True, 1), (False, 0)):
         config = DataConfig(image_size=16, clean_captions=clean)

@@ -18,12 +18,13 @@ from PIL import Image
 
 from softmask.data import rle
 from softmask.data.scenes import draw as scenes
+from softmask.data.scenes import write
 from softmask.data.scenes.captions import MAX_WORDS, Box, Group, write_caption
 from softmask.data.scenes.openmoji import ATTRIBUTION, Concept, concepts
 
 BY_NAME = {concept.name: concept for concept in concepts()}
 NUMBERS = {1: "a", 2: "two", 3: "three", 4: "four"}
-SMALL = scenes.Options(train=12, val=6, test=6, size=32, test_size=64)
+SMALL = write.Options(train=12, val=6, test=6, size=32, test_size=64)
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +32,8 @@ def folder(tmp_path_factory) -> Path:
     scenes._drawings()  # before the first fork, so that the processes inherit them
     out = tmp_path_factory.mktemp("scenes") / "set"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scenes, "SHARD_SAMPLES", 5)
-        assert scenes.write_scenes(out, SMALL, processes=1)
+        patch.setattr(write, "SHARD_SAMPLES", 5)
+        assert write.write_scenes(out, SMALL, processes=1)
     return out
 
 
@@ -74,8 +75,8 @@ def test_plural(name, plural):
 
 
 def test_bytes_do_not_depend_on_the_number_of_processes(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(scenes, "SHARD_SAMPLES", 5)
-    scenes.write_scenes(tmp_path / "two", SMALL, processes=2)
+    monkeypatch.setattr(write, "SHARD_SAMPLES", 5)
+    write.write_scenes(tmp_path / "two", SMALL, processes=2)
     files = sorted(path.name for path in folder.iterdir())
     assert files == sorted(path.name for path in (tmp_path / "two").iterdir())
     assert sum(name.startswith("train-") for name in files) == 3
@@ -108,33 +109,33 @@ def test_folder_is_complete_and_attributed(folder):
 
 def test_stamp_spares_a_second_run_and_other_parameters_replace(folder, tmp_path):
     out = tmp_path / "set"
-    options = scenes.Options(train=3, val=1, test=1, size=32, test_size=32)
+    options = write.Options(train=3, val=1, test=1, size=32, test_size=32)
     (tmp_path / ".set.partial").mkdir()
     (tmp_path / ".set.partial" / "train-000007.tar").write_bytes(b"left by a killed run")
-    assert scenes.write_scenes(out, options, processes=1)
+    assert write.write_scenes(out, options, processes=1)
     assert not (out / "train-000007.tar").exists()
     times = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
-    assert not scenes.write_scenes(out, options, processes=2)
+    assert not write.write_scenes(out, options, processes=2)
     assert times == {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
     before = (out / "train-000000.tar").read_bytes()
-    assert scenes.write_scenes(out, replace(options, seed=1), processes=1)
+    assert write.write_scenes(out, replace(options, seed=1), processes=1)
     assert (out / "train-000000.tar").read_bytes() != before
     (out / "train-000000.tar").unlink()
-    assert scenes.write_scenes(out, replace(options, seed=1), processes=1)
+    assert write.write_scenes(out, replace(options, seed=1), processes=1)
 
 
 def test_files_of_others_are_not_overwritten(tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("mine")
-    assert scenes.main(["--out", str(tmp_path), "--train", "1", "--val", "0", "--test", "0"]) == 1
+    assert write.main(["--out", str(tmp_path), "--train", "1", "--val", "0", "--test", "0"]) == 1
     assert "mine.txt" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
 def test_command_line(tmp_path, capsys):
     command = ["--out", str(tmp_path / "a"), "--train", "2", "--val", "1", "--test", "1", "--size", "32"]
-    assert scenes.main(command) == 0 and ATTRIBUTION in capsys.readouterr().out
-    assert scenes.main(command) == 0 and "up to date" in capsys.readouterr().out
-    assert scenes.main([*command, "--test-size", "0"]) == 1
+    assert write.main(command) == 0 and ATTRIBUTION in capsys.readouterr().out
+    assert write.main(command) == 0 and "up to date" in capsys.readouterr().out
+    assert write.main([*command, "--test-size", "0"]) == 1
     assert "test_size must be at least 16, got 0" in capsys.readouterr().err
 
 

@@ -157,13 +157,13 @@ def test_shards_that_cat_joined_are_told(tmp_path):
     one, two = (write_tar(tmp_path / f"{n}.tar", sample(n)).read_bytes() for n in range(2))
     (tmp_path / "both.tar").write_bytes(one + two)
     source = open_source(str(tmp_path / "both.tar"))
-    assert len(source) == 1 and "has more behind its end at byte" in source.problems[0]
+    assert len(source) == 1 and "has more data after its end at byte" in source.problems[0]
 
 
 def test_files_named_twice_are_told(tmp_path, caplog):
     path = str(write_tar(tmp_path / "a.tar", sample(0)))
     assert len(open_source([path, str(tmp_path / "*.tar")])) == 2
-    assert "1 files are named more than once and count as often" in caplog.text
+    assert "1 files are named more than once and are read as often" in caplog.text
 
 
 @pytest.mark.parametrize("form", ["BMP", "GIF", "TIFF", "AVIF", "PPM"])
@@ -220,8 +220,8 @@ def test_lines_are_captions_of_one_image(tmp_path):
     ("content", "said"),
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "is a pointer of git-lfs"),
-        (gzip.compress(b"0" * 1024, mtime=0), "packed by gzip: unpack it first"),
-        (b"a,b\n" * 200, "is no uncompressed tar"),
+        (gzip.compress(b"0" * 1024, mtime=0), "compressed by gzip: unpack it first"),
+        (b"a,b\n" * 200, "is not an uncompressed tar"),
     ],
 )
 def test_what_is_no_tar_is_named(tmp_path, content, said):

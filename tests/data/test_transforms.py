@@ -80,7 +80,7 @@ def test_decode_of_sixteen_bits_with_a_transparent_level():
 
 
 def test_a_pointer_of_git_lfs_is_no_image():
-    with pytest.raises(ValueError, match="image is a pointer of git-lfs, not the file: git lfs pull"):
+    with pytest.raises(ValueError, match="image is a pointer of git-lfs, not the file: run git lfs pull"):
         decode_image(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
 
 

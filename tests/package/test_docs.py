@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from softmask.training.launchers import LAUNCHERS
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "ablation" / "README.md"])
 
@@ -33,3 +35,18 @@ def test_commands_of_the_readme_are_there() -> None:
     scripts = re.findall(r"(train/\w+\.py)", text)
     assert scripts and all((ROOT / script).is_file() for script in scripts)
     assert len(text.splitlines()) <= 130
+
+
+def test_environment_page_names_every_variable() -> None:
+    """That the code reads or sets, written as a text or as one of setup.py's switches."""
+    sources = [path for folder in ("softmask", "kernels") for path in (ROOT / folder).rglob("*.py")]
+    sources += [ROOT / "setup.py", *(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cpp")]
+    call = r"(?:environ\.get|environ\.setdefault|environ\[|getenv|given\.get|given\[|switched_on)\(?\"([A-Z_]+)\""
+    read = {name for path in sources for name in re.findall(call, path.read_text(encoding="utf-8"))}
+    for one in LAUNCHERS:
+        read |= {*one.rank, *one.world_size, *one.local_rank, *one.local_size}
+    assert {"SOFTMASK_SKIP_EXT", "TRITON_INTERPRET", "ATEN_CPU_CAPABILITY", "XDG_CACHE_HOME", "SLURM_JOB_ID"} <= read
+    page = (ROOT / "docs" / "environment.md").read_text(encoding="utf-8")
+    named = {name.partition("=")[0] for name in re.findall(r"`([A-Z0-9_]+(?:=1)?)`", page)} | {"SOFTMASK_BACKEND"}
+    prefixed = {name.replace("OMPI_", "MV2_") for name in named if name.startswith("OMPI_")}
+    assert read - named - prefixed == set()

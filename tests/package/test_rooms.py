@@ -10,17 +10,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 # A room may import from those after it, and those of its own place never from each other.
-ORDER = [
-    {"cli"},
-    {"report"},
-    {"evaluation"},
-    {"training"},
-    {"tasks"},
-    {"models", "data"},
-    {"batch", "lfs", "ranges"},
-    {"ops"},
-]
-ORDER += [{"reference", "kernels", "_C"}]
+ORDER = [{"cli"}, {"report"}, {"evaluation"}, {"training"}, {"tasks"}, {"models", "data"}]
+ORDER += [{"batch", "lfs", "files", "ranges", "arguments"}, {"ops"}, {"reference", "kernels", "_C"}]
 PLACE = {room: place for place, rooms in enumerate(ORDER) for room in rooms}
 FREE = {"_version", "env", ""}  # env looks at everything; "" is the package itself, which loads nothing
 MOST_FILES, MOST_LINES = 14, 400

@@ -178,7 +178,7 @@ def test_home_is_expanded(write, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_pointer_of_git_lfs_is_named(write) -> None:
-    with pytest.raises(ConfigError, match=r"config.yaml is a pointer of git-lfs, not the file: git lfs pull"):
+    with pytest.raises(ConfigError, match=r"config.yaml is a pointer of git-lfs, not the file: run git lfs pull"):
         load_config(write("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"))
 
 

@@ -1,1 +1,1 @@
-"""Captioned scenes of OpenMoji drawings: `python -m softmask.data.scenes --out DIR`."""
+"""Generated scenes of OpenMoji drawings with captions: `python -m softmask.data.scenes --out DIR`."""

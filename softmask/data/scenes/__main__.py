@@ -1,6 +1,6 @@
 import sys
 
-from softmask.data.scenes.draw import main
+from softmask.data.scenes.write import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,6 +1,6 @@
 """Captions of generated scenes: a small grammar that names every object and says only what is true of the image.
 
-No words for left or right: training flips images.
+There are no words for left and right, because training flips images.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _WORDS = {
 _SPATIAL_SHARE = 0.65
 _BACKGROUND_SHARE = 0.35
 _SIZE_SHARE = 0.3
-_SIZE_RATIO = 1.5  # an object is called big (small) when it's so many times larger (smaller) than every other one
+_SIZE_RATIO = 1.5  # an object is big (small) if it is this many times larger (smaller) than every other one
 
-Piece = str | int  # literal text, or the number of the group whose phrase stands here
+Piece = str | int  # literal text, or the number of a group, for its phrase
 
 
 @dataclass(frozen=True)
 class Box:
-    """Visible box in units of the image's side: x to the right, y downwards, both in [0, 1]."""
+    """Visible box in units of the image's side: x rightwards, y downwards, both in [0, 1]."""
 
     left: float
     top: float
@@ -48,7 +48,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Group:
-    """All drawings of one concept in a scene; one noun phrase names them."""
+    """All drawings of one concept in a scene, which share a noun phrase."""
 
     concept: Concept
     boxes: tuple[Box, ...]
@@ -56,7 +56,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Caption:
-    """``spans[i]`` is the character span [start, end) of the phrase that names group ``i``."""
+    """A text; ``spans[i]`` is the character span [start, end) of the phrase for group ``i``."""
 
     text: str
     spans: tuple[tuple[int, int], ...]
@@ -67,7 +67,7 @@ class Caption:
 
 
 def write_caption(groups: Sequence[Group], background: str, rng: Random) -> Caption:
-    """Caption of at most `MAX_WORDS` words, but for the names of the objects themselves.
+    """Caption of at most `MAX_WORDS` words, unless the names of the objects alone are longer.
 
     Args:
         groups: 1 to 4 groups with distinct concepts; at most four drawings each.
@@ -96,12 +96,12 @@ def name_one(concept: Concept) -> str:
 
 
 def is_above(upper: Group, lower: Group) -> bool:
-    """Whether every drawing of ``upper`` is clearly higher than every one of ``lower``, rather above than aside."""
+    """Whether every drawing of ``upper`` is clearly above every one of ``lower``, more above than beside it."""
     return all(_box_above(a, b) for a in upper.boxes for b in lower.boxes)
 
 
 def is_beside(one: Group, other: Group) -> bool:
-    """Whether two single drawings stand side by side: at one height, with a narrow gap between them."""
+    """Whether two single drawings are side by side: at the same height, with a narrow gap."""
     if len(one.boxes) > 1 or len(other.boxes) > 1:
         return False
     a, b = one.boxes[0], other.boxes[0]
@@ -132,7 +132,7 @@ def _noun_phrase(group: Group, number: int, size: str) -> list[Piece]:
 
 
 def _size_word(groups: Sequence[Group], number: int) -> str:
-    """The word "big " or "small " where that's plain to see of a single drawing, else ""."""
+    """The word "big " or "small " if that is obvious of a single drawing, else ""."""
     if len(groups[number].boxes) > 1 or groups[number].concept.form == "some":
         return ""
     side = groups[number].boxes[0].side
@@ -145,7 +145,7 @@ def _size_word(groups: Sequence[Group], number: int) -> str:
 
 
 def _join(groups: Sequence[Group], nouns: Sequence[list[Piece]], rng: Random) -> tuple[int, list[Piece]]:
-    """Number of the group named first, and the caption's body."""
+    """Number of the group that is named first, and the caption's body."""
     order = rng.sample(range(len(groups)), len(groups))
     if rng.random() < _SPATIAL_SHARE:
         facts = _facts(groups) or _partial_facts(groups)

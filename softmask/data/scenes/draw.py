@@ -1,70 +1,54 @@
-"""Scenes of OpenMoji drawings with captions, as WebDataset shards: the data that needs no network.
-
-    python -m softmask.data.scenes --out DIR [--train 40000 --val 512 --test 512 --size 64 --test-size 256 --seed 0]
-
-writes ``DIR/{train,val,test}-%06d.tar`` (members KEY.png, KEY.txt, KEY.json), ``DIR/ATTRIBUTION.txt``,
-``DIR/concepts.json`` and the stamp ``DIR/scenes.json``. A scene depends only on (seed, split, index): not on its size
-in pixels, nor on the number of processes. A tenth of the concept pairs, chosen by a hash of their names, occurs in test
-only, in about half of its scenes.
-
-The .json of a sample: ``{"caption", "objects": [{"phrase", "span": [start, end], "mask": {"size": [h, w], "counts"},
-"concept", "count"}], "split"}``; spans count characters of the caption, masks are `softmask.data.rle` codes of the
-visible pixels of all drawings that the phrase names, and `count` is their number.
-"""
+"""Scenes of OpenMoji drawings: sampled from (seed, split, index), drawn at any size, with captions and masks."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import io
 import json
 import math
-import multiprocessing
-import os
-import shutil
-import sys
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import combinations
-from pathlib import Path
 from random import Random
+from typing import Literal, get_args
 
 import numpy as np
-import webdataset
 from PIL import Image
 
 from softmask.data import rle
-from softmask.data.scenes.captions import Box, Caption, Group, name_one, write_caption
-from softmask.data.scenes.openmoji import ATTRIBUTION, Concept, concepts, rasterize
+from softmask.data.scenes.captions import Box, Caption, Group, write_caption
+from softmask.data.scenes.openmoji import Concept, concepts, rasterize
 
-VERSION = 5
-"""Goes up when the same parameters give other files, so that old folders are written anew."""
-
-SPLITS = ("train", "val", "test")
-SHARD_SAMPLES = 5000
+Split = Literal["train", "val", "test"]
+Pattern = Literal["plain", "gradient", "noise", "stripes", "dots", "checks"]
+SPLITS: tuple[Split, ...] = get_args(Split)
 HELD_OUT_SHARE = 0.1
 MIN_VISIBLE = 0.6
 SUPERSAMPLING = 2
-_GRID = 64  # side of the coarse image on which drawings are placed, whatever the size rendered later
-_OPAQUE = 96  # alpha from which a pixel belongs to a drawing
+_GRID = 64  # side of the coarse image on which drawings are placed, at every rendered size
+_OPAQUE = 96  # least alpha at which a pixel belongs to a drawing
 _SIDES = {1: (0.45, 0.7), 2: (0.38, 0.6), 3: (0.33, 0.5), 4: (0.3, 0.42)}
-_COUNTS = ((1,),) * 18 + ((1, 1),) * 36 + ((2,),) * 7 + ((1, 1, 1),) * 20 + ((2, 1),) * 7 + ((3,),) * 2
-_COUNTS += ((1, 1, 1, 1),) * 5 + ((2, 1, 1),) * 3 + ((2, 2),) + ((3, 1),)
-_TEST_PAIR_SHARE = 0.65  # of the test scenes with two concepts or more; these are 82 %, so that half of all hold one
+# Drawings per concept of a scene, each as often as it is likely.
+_COUNTS: tuple[tuple[int, ...], ...] = (
+    *((1,),) * 18, *((1, 1),) * 36, *((2,),) * 7, *((1, 1, 1),) * 20, *((2, 1),) * 7, *((3,),) * 2,
+    *((1, 1, 1, 1),) * 5, *((2, 1, 1),) * 3, (2, 2), (3, 1),
+)  # fmt: skip
+_TEST_PAIR_SHARE = 0.65  # of test scenes with two or more concepts (82 %), so that half of all have one
 
 _COLORS = {
     "white": (246, 246, 242), "gray": (178, 180, 184), "red": (218, 98, 92), "pink": (246, 184, 204),
     "orange": (244, 172, 98), "yellow": (248, 228, 128), "green": (138, 198, 128), "blue": (122, 172, 232),
     "purple": (176, 146, 216), "brown": (172, 132, 98),
 }  # fmt: skip
-_PATTERNS = {"plain": "", "gradient": "", "noise": "", "stripes": "striped ", "dots": "dotted ", "checks": "checkered "}
+_PATTERNS: dict[Pattern, str] = {
+    "plain": "", "gradient": "", "noise": "", "stripes": "striped ", "dots": "dotted ", "checks": "checkered ",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Placement:
-    """A drawing in a scene: centre and longer side in units of the image's side, angle in radians."""
+    """A drawing in a scene: center and longer side in units of the image's side, angle in radians."""
 
     concept: int
     x: float
@@ -76,9 +60,9 @@ class Placement:
 
 @dataclass(frozen=True)
 class Background:
-    """Two colours mixed by a pattern; ``noise`` are the bytes of a square grey image."""
+    """Two colours mixed by a pattern; ``noise`` is the bytes of a square gray image."""
 
-    pattern: str
+    pattern: Pattern
     name: str
     colors: tuple[tuple[int, ...], tuple[int, ...]]
     angle: float
@@ -89,7 +73,7 @@ class Background:
 
 @dataclass(frozen=True)
 class Scene:
-    """What an image shows, whatever its size. ``placements`` from back to front; ``groups[i]`` lists placements."""
+    """Content of an image of any size: ``placements`` from back to front, ``groups[i]`` as numbers of placements."""
 
     placements: tuple[Placement, ...]
     groups: tuple[tuple[int, ...], ...]
@@ -98,43 +82,22 @@ class Scene:
 
 
 @dataclass(frozen=True)
-class Options:
-    """Everything the files depend on: scenes per split, sides in pixels (``size`` is that of train and val), seed.
-
-    Raises:
-        ValueError: a count is negative, or a side is less than 16.
-    """
-
-    train: int = 40000
-    val: int = 512
-    test: int = 512
-    size: int = 64
-    test_size: int = 256
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in (("train", 0), ("val", 0), ("test", 0), ("size", 16), ("test_size", 16)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-
-
-@dataclass(frozen=True)
 class Drawing:
-    """Pyramid of a rasterized concept, halved level by level: ``colors`` (RGBa, as sampling needs), ``alphas`` (L)."""
+    """Pyramid of a rasterized concept, each level half the last: ``colors`` (RGBa, for sampling) and ``alphas`` (L)."""
 
     colors: tuple[Image.Image, ...]
     alphas: tuple[Image.Image, ...]
 
 
 def held_out(one: Concept, other: Concept) -> bool:
-    """Whether the pair occurs in test only; depends on the two names, in either order."""
+    """Whether the pair occurs only in test; depends on the two names, in either order."""
     names = "|".join(sorted((one.name, other.name)))
     digest = hashlib.blake2b(names.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < HELD_OUT_SHARE * 2**64
 
 
-def sample_scene(split: str, index: int, *, seed: int = 0) -> Scene:
-    """Scene number ``index`` of a split; raises ValueError for an unknown split."""
+def sample_scene(split: Split, index: int, *, seed: int = 0) -> Scene:
+    """Scene ``index`` of a split. Raises ValueError for an unknown split."""
     if split not in SPLITS:
         raise ValueError(f"sample_scene: split must be one of {SPLITS}, got {split!r}")
     rng = Random(f"{seed}/{split}/{index}")
@@ -155,7 +118,7 @@ def render(scene: Scene, size: int) -> tuple[Image.Image, list[np.ndarray]]:
     """Image (RGB, ``size`` square) and one mask ``[size, size]`` bool of visible pixels per group.
 
     Drawn at `SUPERSAMPLING` times the size, then averaged, so that a small image looks like a reduced large one.
-    Drawings are rasterized for images up to 256 pixels; larger ones get soft.
+    Drawings are rasterized for images of up to 256 pixels; larger images are blurred.
     """
     side = size * SUPERSAMPLING
     canvas = _paint_background(scene.background, side)
@@ -168,8 +131,8 @@ def render(scene: Scene, size: int) -> tuple[Image.Image, list[np.ndarray]]:
         opaque = np.asarray(patch.getchannel("A"))[: window.shape[0], : window.shape[1]] >= _OPAQUE
         window[opaque] = number
     taken = np.zeros((size, size), dtype=bool)
-    visible = []
-    for number in range(len(scene.placements), 0, -1):  # front to back: a pixel shared half and half is the front one's
+    visible: list[np.ndarray] = []
+    for number in range(len(scene.placements), 0, -1):  # front to back: the front takes pixels that are half covered
         mask = (_count(labels == number) >= SUPERSAMPLING**2 // 2) & ~taken
         taken |= mask
         visible.insert(0, mask)
@@ -178,13 +141,17 @@ def render(scene: Scene, size: int) -> tuple[Image.Image, list[np.ndarray]]:
 
 
 def _count(inside: np.ndarray) -> np.ndarray:
-    """Of ``[H, W]`` bool, the count of True per block of `SUPERSAMPLING` squared: uint8."""
+    """Number of True values of ``[H, W]`` bool in each block of `SUPERSAMPLING` squared: uint8."""
     numbers, steps = inside.view(np.uint8), range(SUPERSAMPLING)  # strided sums: faster than sum() over short axes
-    return sum(numbers[i::SUPERSAMPLING, j::SUPERSAMPLING] for i in steps for j in steps)
+    total = np.zeros_like(numbers[::SUPERSAMPLING, ::SUPERSAMPLING])
+    for i in steps:
+        for j in steps:
+            total += numbers[i::SUPERSAMPLING, j::SUPERSAMPLING]
+    return total
 
 
-def encode_sample(scene: Scene, split: str, size: int) -> dict[str, bytes]:
-    """Members of a sample: "png", "txt" and "json" (the grounding format of the module's docstring)."""
+def encode_sample(scene: Scene, split: Split, size: int) -> dict[str, bytes]:
+    """Members of a sample: "png", "txt" and "json" (write.py describes it)."""
     image, masks = render(scene, size)
     image.save(stream := io.BytesIO(), "PNG", compress_level=1)
     objects = [
@@ -211,8 +178,8 @@ def _drawings() -> tuple[Drawing, ...]:
     return tuple(drawings)
 
 
-def _choose_concepts(counts: Sequence[int], split: str, rng: Random) -> list[int]:
-    """One concept per count; those drawn more than once are countable."""
+def _choose_concepts(counts: Sequence[int], split: Split, rng: Random) -> list[int]:
+    """One concept per count; those with a count above 1 are countable."""
     wanted = split == "test" and len(counts) > 1 and rng.random() < _TEST_PAIR_SHARE
     known = concepts()
     while True:
@@ -224,7 +191,7 @@ def _choose_concepts(counts: Sequence[int], split: str, rng: Random) -> list[int
 
 
 def _place(chosen: Sequence[int], rng: Random) -> tuple[tuple[Placement, ...], list[Box]] | None:
-    """Placements back to front and the visible boxes, or None where a drawing found no room."""
+    """Placements from back to front and the visible boxes, or None if there is no room for a drawing."""
     placements: list[Placement] = []
     areas: list[int] = []
     visible: list[np.ndarray] = []
@@ -238,7 +205,7 @@ def _place(chosen: Sequence[int], rng: Random) -> tuple[tuple[Placement, ...], l
             x, y = rng.randrange(_GRID - width + 1), rng.randrange(_GRID - height + 1)
             window = np.s_[y : y + height, x : x + width]
             left = [np.count_nonzero(seen) - np.count_nonzero(seen[window] & shape) for seen in visible]
-            # Little overlap is wanted: what may be covered grows with the attempts that failed.
+            # Prefer little overlap: allow more of it with each failed attempt.
             least = 0.95 if attempt < 12 else 0.8 if attempt < 20 else MIN_VISIBLE + 0.05
             if all(rest >= least * area for rest, area in zip(left, areas, strict=True)):
                 break
@@ -248,7 +215,7 @@ def _place(chosen: Sequence[int], rng: Random) -> tuple[tuple[Placement, ...], l
             seen[window] &= ~shape
         visible.append(np.zeros((_GRID, _GRID), dtype=bool))
         visible[-1][window] = shape
-        areas.append(np.count_nonzero(shape))
+        areas.append(int(np.count_nonzero(shape)))
         placements.append(replace(trial, x=0.5 + (x - origin[0]) / _GRID, y=0.5 + (y - origin[1]) / _GRID))
     return tuple(placements), [_box(mask) for mask in visible]
 
@@ -259,14 +226,14 @@ def _box(mask: np.ndarray) -> Box:
 
 
 def _warp(levels: Sequence[Image.Image], placement: Placement, side: int) -> tuple[Image.Image, tuple[int, int]]:
-    """The turned and scaled drawing within an image of ``side`` pixels, and the place of its upper left corner."""
+    """The rotated and scaled drawing for an image of ``side`` pixels, and the position of its upper left corner."""
     width, height = levels[0].size
     scale = placement.side * side / max(width, height)
     cos, sin = math.cos(placement.angle), math.sin(placement.angle)
     extents = scale * (cos * width + abs(sin) * height), scale * (abs(sin) * width + cos * height)
     centre = placement.x * side, placement.y * side
-    origin = tuple(math.floor(c - extent / 2) for c, extent in zip(centre, extents, strict=True))
-    # The smallest level that isn't enlarged: bilinear sampling then skips no pixel.
+    origin = math.floor(centre[0] - extents[0] / 2), math.floor(centre[1] - extents[1] / 2)
+    # The smallest level that is not enlarged, so that bilinear sampling skips no pixel.
     number = min(max(0, math.floor(-math.log2(scale))), len(levels) - 1)
     level = levels[number]
     step = 1 / (scale * 2**number)
@@ -275,7 +242,7 @@ def _warp(levels: Sequence[Image.Image], placement: Placement, side: int) -> tup
     mirror = -1 if placement.flip else 1
     w, h = width / 2**number / 2, height / 2**number / 2
     matrix = (mirror * a, mirror * b, w - mirror * (a * u + b * v), d, e, h - (d * u + e * v))
-    size = tuple(math.ceil(extent) + 1 for extent in extents)
+    size = math.ceil(extents[0]) + 1, math.ceil(extents[1]) + 1
     return level.transform(size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR), origin
 
 
@@ -283,7 +250,7 @@ def _sample_background(rng: Random) -> Background:
     pattern = rng.choice(tuple(_PATTERNS))
     name = rng.choice(tuple(_COLORS))
     base = tuple(value + rng.randint(-10, 9) for value in _COLORS[name])
-    # The second colour is a shade of the first, so that one name is true of both.
+    # The second colour is a shade of the first, so that one name fits both.
     target, contrast = rng.choice((0, 255)) if name != "white" else 0, rng.uniform(0.08, 0.3)
     shade = tuple(round(value + contrast * (target - value)) for value in base)
     angle, frequency, phase = rng.uniform(0, 2 * math.pi), rng.uniform(3, 8), rng.random()
@@ -297,7 +264,7 @@ def _paint_background(background: Background, side: int) -> Image.Image:
 
 
 def _pattern(background: Background, side: int) -> Image.Image:
-    """How much of the second colour stands where: grey image (L)."""
+    """Share of the second colour at each pixel: gray image (L)."""
     if background.pattern == "noise":
         grain = math.isqrt(len(background.noise))
         return Image.frombytes("L", (grain, grain), background.noise).resize((side, side), Image.Resampling.BICUBIC)
@@ -306,7 +273,7 @@ def _pattern(background: Background, side: int) -> Image.Image:
     u = axis[None, :] * cos + axis[:, None] * sin
     if background.pattern == "gradient":
         return Image.fromarray(((u / math.sqrt(2) + 0.5) * 255).astype(np.uint8))
-    offset = background.phase + 16  # keeps the coordinates positive, where a cast is a floor
+    offset = background.phase + 16  # keeps coordinates positive, so that a cast is a floor
     u = u * background.frequency + offset
     if background.pattern == "stripes":
         return _two_tone((u * 2).astype(np.int32) & 1)
@@ -319,79 +286,3 @@ def _pattern(background: Background, side: int) -> Image.Image:
 
 def _two_tone(inside: np.ndarray) -> Image.Image:
     return Image.fromarray(inside.astype(np.uint8) * 255)
-
-
-def _write_shard(job: tuple[str, str, int, int, int, int]) -> None:
-    path, split, start, stop, size, seed = job
-    with open(path, "wb") as stream:
-        # Fixed owner and time: the same scenes give the same bytes.
-        writer = webdataset.TarWriter(stream, user="softmask", group="softmask", mtime=0, encoder=False)
-        for index in range(start, stop):
-            sample = encode_sample(sample_scene(split, index, seed=seed), split, size)
-            writer.write({"__key__": f"{index:08d}", **sample})
-        writer.close()
-
-
-def write_scenes(out: Path, options: Options, *, processes: int) -> bool:
-    """Write the folder ``out`` (see the module's docstring); False where it already holds these scenes.
-
-    All is written beside ``out`` first and renamed at the end, so that a folder with a stamp is complete.
-
-    Raises:
-        FileExistsError: ``out`` holds files that this function didn't write.
-    """
-    stamp = {"version": VERSION, **asdict(options)}
-    if _is_current(out, stamp):
-        return False
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    jobs = []
-    for split in SPLITS:
-        total, size = getattr(options, split), options.test_size if split == "test" else options.size
-        for number, start in enumerate(range(0, total, SHARD_SAMPLES)):
-            path = partial / f"{split}-{number:06d}.tar"
-            jobs.append((str(path), split, start, min(start + SHARD_SAMPLES, total), size, options.seed))
-    with multiprocessing.Pool(max(1, min(processes, len(jobs)))) as pool:
-        # Largest first, so that no process ends with a long job while the others idle.
-        for _ in pool.imap_unordered(_write_shard, sorted(jobs, key=lambda job: (job[2] - job[3]) * job[4])):
-            pass
-    known = [asdict(concept) | {"phrase": name_one(concept)} for concept in concepts()]
-    (partial / "concepts.json").write_text(json.dumps(known, ensure_ascii=False, indent=1), encoding="utf-8")
-    (partial / "ATTRIBUTION.txt").write_text(ATTRIBUTION + "\n", encoding="utf-8")
-    files = sorted(path.name for path in partial.iterdir())
-    (partial / "scenes.json").write_text(json.dumps({**stamp, "files": files}, indent=1), encoding="utf-8")
-    if out.exists():
-        shutil.rmtree(out)
-    partial.rename(out)
-    return True
-
-
-def _is_current(out: Path, stamp: dict[str, int]) -> bool:
-    """Whether ``out`` was written with this stamp; FileExistsError where something else would be lost."""
-    present = {path.name for path in out.iterdir()} if out.exists() else set()
-    old = json.loads((out / "scenes.json").read_text(encoding="utf-8")) if "scenes.json" in present else {"files": []}
-    foreign = present - {"scenes.json", *old["files"]}
-    if foreign:
-        raise FileExistsError(f"{out} holds files that are no scenes, such as {min(foreign)!r}: choose another --out")
-    files = set(old.pop("files"))
-    return old == stamp and files <= present
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; 0 on success, 1 after an error that is told in one line."""
-    parser = argparse.ArgumentParser(prog="python -m softmask.data.scenes", description="Write captioned scenes.")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    for name, value in asdict(Options()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help=f"default {value}")
-    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="default: all cores")
-    parsed = vars(parser.parse_args(arguments))
-    out, processes, begin = parsed.pop("out").absolute(), parsed.pop("processes"), time.perf_counter()
-    try:
-        written = write_scenes(out, Options(**parsed), processes=processes)
-    except (FileExistsError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    print(f"wrote {out} in {time.perf_counter() - begin:.0f} s" if written else f"{out} is up to date")
-    print(ATTRIBUTION)
-    return 0

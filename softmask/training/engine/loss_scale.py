@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+
+
+class GuardedOptimizer(Protocol):
+    """An optimizer with the flag that DeepSpeed's engine reads after a step."""
+
+    param_groups: list[dict[str, Any]]
+    overflow: bool
+
+    def step(self) -> Any: ...
 
 
 class GradientGuard:
@@ -60,7 +69,7 @@ class GradientGuard:
         return loss * self.value if self.dynamic else loss
 
     @torch.no_grad()
-    def step(self, optimizer: torch.optim.Optimizer) -> None:
+    def step(self, optimizer: GuardedOptimizer) -> None:
         """Unscale, clip, and step unless a gradient is not finite; every rank holds the same, reduced gradients."""
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         grads = [parameter.grad for parameter in parameters]

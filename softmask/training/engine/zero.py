@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -88,7 +88,7 @@ def _partition(model: nn.Module, section: dict[str, Any]) -> None:
     from deepspeed.runtime.zero.partition_parameters import Init
 
     class Partition(Init):
-        def _zero_init_param(self, param: nn.Parameter) -> None:
+        def _zero_init_param(self, param: Any) -> None:
             if param.ndim:
                 super()._zero_init_param(param)
             else:
@@ -96,16 +96,18 @@ def _partition(model: nn.Module, section: dict[str, Any]) -> None:
                 param.partition()
 
     Partition(module=model, config_dict_or_path=section)
-    for parameter in model.parameters():
+    parameters: Iterable[Any] = model.parameters()
+    for parameter in parameters:
         _, owned = own_range(parameter)
         parameter.ds_tensor[owned:].zero_()  # else equal runs write unequal padding into their checkpoints
-    for module in model.modules():
+    modules: Iterable[Any] = model.modules()
+    for module in modules:
         # DeepSpeed fetches a module's parameters for as many backward passes as it had forward passes. The gradient
         # that the word map takes in the middle of the forward pass is one more; this count never ends.
         module.applied_pre_backward_ref_cnt = 1 << 62
 
 
-def _release_after_each_backward(module: nn.Module, _inputs: Any, output: Any) -> None:
+def _release_after_each_backward(module: Any, _inputs: Any, output: Any) -> None:
     """Forward hook, after DeepSpeed's own. DeepSpeed releases a module's parameters when its inputs have all had their
     gradient, but counts the inputs of the last forward pass only: a module that was called more than once, as the
     fusion layers are, would keep its parameters from its second backward pass to the end of the step."""
@@ -119,7 +121,7 @@ def _release_after_each_backward(module: nn.Module, _inputs: Any, output: Any) -
             tensor.register_hook(count_again)
 
 
-def own_range(parameter: nn.Parameter) -> tuple[int, int]:
+def own_range(parameter: Any) -> tuple[int, int]:
     """First and number of a parameter's elements that this rank holds at ZeRO stage 3; what follows is padding."""
     width = parameter.ds_tensor.numel()
     start = min(dist.get_rank() * width, parameter.ds_numel)
@@ -137,7 +139,7 @@ def _scalars_kept_from_broadcast(model: nn.Module) -> Iterator[None]:
 
     Its mark for parameters that ranks do not share spares them; all ranks built the same weights from the seed.
     """
-    scalars = [parameter for parameter in model.parameters() if parameter.ndim == 0]
+    scalars: list[Any] = [parameter for parameter in model.parameters() if parameter.ndim == 0]
     for parameter in scalars:
         parameter.ds_optim_param = True
     yield
