@@ -18,10 +18,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.profiler import record_function
 
 from softmask.data import Batch, CaptionTokenizer, Loader, Source, open_source
 from softmask.data.loader import check_bad_share
+from softmask.ranges import named_range
 from softmask.training.checkpoint.initial import text_facts, weights_from, words_from
 from softmask.training.checkpoint.state import Progress, write_json
 from softmask.training.checkpoint.store import (
@@ -198,7 +198,7 @@ class Trainer:
         """
         outputs: list[StepOutput] = []
         stop = False
-        with record_function("softmask/momentum"):
+        with named_range("momentum"):
             self.model.update_momentum()
         while True:
             loss, output, asked = self._forward(batches)
@@ -206,11 +206,11 @@ class Trainer:
             if loss is None:
                 continue
             last = self.engine.is_gradient_accumulation_boundary()
-            with record_function("softmask/backward"):
+            with named_range("backward"):
                 self.engine.backward(loss)
-            with record_function("softmask/optimizer"):
+            with named_range("optimizer"):
                 self.engine.step()
-            with record_function("softmask/queue"):
+            with named_range("queue"):
                 self.model.enqueue(output)
             outputs.append(output)
             if not last:
@@ -228,7 +228,7 @@ class Trainer:
     def _forward(self, batches: Iterator[Batch]) -> tuple[Tensor | None, StepOutput, bool]:
         """Loss (None where it is not finite on some rank) and output of the next batch, and the request to stop."""
         # Workers inherit the mask of signals, so that they outlive one sent to the process group.
-        with record_function("softmask/data"), _blocked(STOP_SIGNALS):
+        with named_range("data"), _blocked(STOP_SIGNALS):
             batch = next(batches)
         self._skipped += batch.skipped
         seed_everything(self.config.seed, self.progress.micro_batches, self.rank)
@@ -236,7 +236,7 @@ class Trainer:
         statistics = [(buffer, buffer.clone()) for buffer in self._statistics]
         steps_per_epoch = self.batches_per_epoch / self.config.train.accumulation
         options = self._task.step_options(self.config.model, self.progress.step, steps_per_epoch=steps_per_epoch)
-        with record_function("softmask/forward"):
+        with named_range("forward"):
             loss, output = self.engine(batch.to(self.device), **options)
         flags = torch.stack([~loss.detach().isfinite(), torch.tensor(self._stop_requested, device=self.device)]).float()
         if self.world_size > 1:

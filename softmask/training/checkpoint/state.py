@@ -1,27 +1,28 @@
-"""JSON files of a run, and what a checkpoint's trainer.json says: read with every type checked."""
+"""JSON files of a run, among them a checkpoint's trainer.json, read with every type checked."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from softmask.files import write_atomically
+
 
 class CheckpointError(RuntimeError):
-    """A checkpoint or run folder that cannot be used; the message names it."""
+    """A checkpoint or run folder that cannot be used. The message names it."""
 
 
 @dataclass
 class Progress:
-    """Where a run stands, beside the engine's own state."""
+    """How far a run has got."""
 
-    step: int = 0  # optimizer steps done
-    micro_batches: int = 0  # consumed by every rank, those that were skipped included
+    step: int = 0  # completed optimizer steps
+    micro_batches: int = 0  # consumed by every rank, skipped ones included
     seconds: float = 0.0  # of training, over all resumes
-    skipped_samples: int = 0  # unreadable ones that were replaced, over all ranks
+    skipped_samples: int = 0  # unreadable samples that were replaced, over all ranks
     nonfinite: int = 0  # micro-batches and steps skipped because a loss or gradient was not finite
 
 
@@ -29,7 +30,7 @@ def read_json(path: Path, *needed: str) -> dict[str, Any]:
     """The object in a JSON file of a run.
 
     Raises:
-        CheckpointError: unreadable, no JSON object, or one that lacks a needed key.
+        CheckpointError: an unreadable file, no JSON object, or a missing key.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -38,15 +39,13 @@ def read_json(path: Path, *needed: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}")
     if lacking := [key for key in needed if key not in content]:
-        raise CheckpointError(f"{path}: lacks {', '.join(lacking)}: another program's, or an older one's")
+        raise CheckpointError(f"{path}: lacks {', '.join(lacking)}: written by another program or an older release")
     return content
 
 
 def write_json(content: dict[str, Any], path: Path) -> None:
     """Replace a JSON file in one step."""
-    partial = path.with_name(f"{path.name}.tmp")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_atomically(path, json.dumps(content, indent=1) + "\n")
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
