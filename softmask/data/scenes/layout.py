@@ -1,0 +1,136 @@
+"""What scenes show: concepts, their drawings and places, sampled from (seed, split, index)."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import combinations
+from random import Random
+from typing import Literal, get_args
+
+import numpy as np
+
+from softmask.data.scenes.background import Background, sample_background
+from softmask.data.scenes.captions import Box, Caption, Group, write_caption
+from softmask.data.scenes.concepts import Concept, concepts
+from softmask.data.scenes.drawings import OPAQUE, Placement, drawing_of, has_drawing, warp
+
+Split = Literal["train", "val", "test", "seen"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+Hands = tuple[tuple[str, ...], ...]
+"""The sets of drawings of each artist."""
+
+HELD_OUT_SHARE = 0.1
+MIN_VISIBLE = 0.6
+_GRID = 64  # side of the coarse image on which drawings are placed, at every rendered size
+_SIDES = {1: (0.45, 0.7), 2: (0.38, 0.6), 3: (0.33, 0.5), 4: (0.3, 0.42)}
+# Drawings per concept of a scene, each as often as it is likely.
+_COUNTS: tuple[tuple[int, ...], ...] = (
+    *((1,),) * 18, *((1, 1),) * 36, *((2,),) * 7, *((1, 1, 1),) * 20, *((2, 1),) * 7, *((3,),) * 2,
+    *((1, 1, 1, 1),) * 5, *((2, 1, 1),) * 3, (2, 2), (3, 1),
+)  # fmt: skip
+_TEST_PAIR_SHARE = 0.65  # of test scenes with two or more concepts (82 %), so that half of all have one
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Content of an image of any size: ``placements`` from back to front, ``groups[i]`` as numbers of placements."""
+
+    placements: tuple[Placement, ...]
+    groups: tuple[tuple[int, ...], ...]
+    background: Background
+    caption: Caption
+
+
+def held_out(one: Concept, other: Concept) -> bool:
+    """Whether the pair occurs only in test; depends on the two names, in either order."""
+    names = "|".join(sorted((one.name, other.name)))
+    digest = hashlib.blake2b(names.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < HELD_OUT_SHARE * 2**64
+
+
+def sample_scene(split: Split, index: int, *, seed: int = 0, hands: Hands = (("openmoji",),)) -> Scene:
+    """Scene ``index`` of a split, drawn by ``hands``. A scene of "seen" is the one of "test" by other hands.
+
+    Raises:
+        ValueError: an unknown split.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"sample_scene: split must be one of {SPLITS}, got {split!r}")
+    split = "test" if split == "seen" else split
+    rng, draw = Random(f"{seed}/{split}/{index}"), Random(f"{seed}/{split}/{index}/hands")
+    counts = rng.choice(_COUNTS)
+    chosen = _choose_concepts(counts, split, rng, hands)
+    drawn = rng.sample([i for i, count in enumerate(counts) for _ in range(count)], sum(counts))
+    by_whom = [(chosen[i], _drawn_by(chosen[i], hands, draw)) for i in drawn]
+    layout = None
+    while layout is None:
+        layout = _place(by_whom, rng)
+    placements, boxes = layout
+    groups = tuple(tuple(k for k, i in enumerate(drawn) if i == group) for group in range(len(counts)))
+    named = [Group(concepts()[chosen[i]], tuple(boxes[k] for k in group)) for i, group in enumerate(groups)]
+    background = sample_background(rng)
+    return Scene(placements, groups, background, write_caption(named, background.name, rng))
+
+
+@lru_cache
+def drawn_concepts(hands: Hands) -> list[int]:
+    """Numbers of the concepts that at least one artist has drawn."""
+    sets = [name for hand in hands for name in hand]
+    return [number for number in range(len(concepts())) if any(has_drawing(name, number) for name in sets)]
+
+
+def _drawn_by(concept: int, hands: Hands, rng: Random) -> str:
+    """A set of drawings that has the concept: of a random artist, and of this artist's sets a random one."""
+    able = [[name for name in hand if has_drawing(name, concept)] for hand in hands]
+    return rng.choice(rng.choice([names for names in able if names]))
+
+
+def _choose_concepts(counts: Sequence[int], split: Split, rng: Random, hands: Hands) -> list[int]:
+    """One concept per count; those with a count above 1 are countable."""
+    wanted = split == "test" and len(counts) > 1 and rng.random() < _TEST_PAIR_SHARE
+    known, drawn = concepts(), drawn_concepts(hands)
+    while True:
+        chosen = rng.sample(drawn, len(counts))
+        if any(count > 1 and known[i].form == "some" for i, count in zip(chosen, counts, strict=True)):
+            continue
+        if any(held_out(known[a], known[b]) for a, b in combinations(chosen, 2)) == wanted:
+            return chosen
+
+
+def _place(chosen: Sequence[tuple[int, str]], rng: Random) -> tuple[tuple[Placement, ...], list[Box]] | None:
+    """Placements of (concept, set) from back to front and their visible boxes, or None if one has no room."""
+    placements: list[Placement] = []
+    areas: list[int] = []
+    visible: list[np.ndarray] = []
+    for concept, drawn_by in chosen:
+        side, angle = rng.uniform(*_SIDES[len(chosen)]), math.radians(rng.uniform(-25, 25))
+        trial = Placement(concept, drawn_by, 0.5, 0.5, side, angle, rng.random() < 0.5)
+        patch, origin = warp(drawing_of(drawn_by, concept).alphas, trial, _GRID)
+        shape = np.asarray(patch) >= OPAQUE
+        height, width = shape.shape
+        for attempt in range(24):
+            x, y = rng.randrange(_GRID - width + 1), rng.randrange(_GRID - height + 1)
+            window = np.s_[y : y + height, x : x + width]
+            left = [np.count_nonzero(seen) - np.count_nonzero(seen[window] & shape) for seen in visible]
+            # Prefer little overlap: allow more of it with each failed attempt.
+            least = 0.95 if attempt < 12 else 0.8 if attempt < 20 else MIN_VISIBLE + 0.05
+            if all(rest >= least * area for rest, area in zip(left, areas, strict=True)):
+                break
+        else:
+            return None
+        for seen in visible:
+            seen[window] &= ~shape
+        visible.append(np.zeros((_GRID, _GRID), dtype=bool))
+        visible[-1][window] = shape
+        areas.append(int(np.count_nonzero(shape)))
+        placements.append(replace(trial, x=0.5 + (x - origin[0]) / _GRID, y=0.5 + (y - origin[1]) / _GRID))
+    return tuple(placements), [_box(mask) for mask in visible]
+
+
+def _box(mask: np.ndarray) -> Box:
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    return Box(*(float(edge) / len(mask) for edge in (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)))
