@@ -41,8 +41,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Config:
         ("world_size", 0, "world_size: expected a number that is not negative, got 0"),
         ("skipped_samples", GONE, "lacks skipped_samples"),
         ("loss_scale", {}, "loss_scale: expected value, good_steps, got {}"),
-        ("data", 3, "data: expected captions, images, digest, got 3"),
-        ("data", {}, "data: expected captions, images, digest, got {}"),
+        ("data", 3, "data: expected captions, pictures, digest, got 3"),
+        ("data", {}, "data: expected captions, pictures, digest, got {}"),
     ],
 )
 def test_a_damaged_trainer_json_is_named(tmp_path: Path, key: str, value: object, said: str) -> None:
