@@ -1,4 +1,4 @@
-"""What the machine refuses is one line: memory, ports, killed workers, ranks that end."""
+"""Failures of the machine are one line: memory, ports, killed workers, ranks that end."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Killed(Dataset):
 
 
 def raised(call) -> Exception:
-    with pytest.raises(Exception) as caught:  # the text is what is tested
+    with pytest.raises(Exception) as caught:  # the text is tested
         call()
     return caught.value
 
@@ -139,6 +139,6 @@ def test_commands_end_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         output = capsys.readouterr()
         (line,) = (output.out + output.err).splitlines()
         assert line.startswith(advice)
-    monkeypatch.setattr(pretrain, "train", lambda *_, **__: 1 / 0)  # a fault of the program stays one
+    monkeypatch.setattr(pretrain, "train", lambda *_, **__: 1 / 0)  # a bug stays a traceback
     with pytest.raises(ZeroDivisionError):
         pretrain.main(["--config", str(config)])

@@ -1,4 +1,4 @@
-"""Ranks by the variables of torchrun, srun and mpirun; what is half set is refused."""
+"""Ranks from the variables of torchrun, srun and mpirun; incomplete ones are refused."""
 
 from __future__ import annotations
 
