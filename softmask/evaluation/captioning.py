@@ -32,6 +32,7 @@ from tqdm import tqdm
 from softmask.data import DataError
 from softmask.evaluation.readers import Reader, Sample, Scorer, batches, each_image_once, pixels
 from softmask.models.sycoca.generation import generate_captions, search_captions
+from softmask.models.sycoca.model import SyCoCa
 
 if TYPE_CHECKING:
     from pycocoevalcap.meteor.meteor import Meteor
@@ -95,14 +96,16 @@ def describe(scorer: Scorer, samples: Iterable[Sample], *, beams: int) -> tuple[
 
 def write_captions(scorer: Scorer, samples: Sequence[Sample], *, beams: int) -> Captions:
     """Captions of images, so few at a time that their beams make no more than a batch. One beam: no choice."""
-    options = {"max_length": min(scorer.config.data.max_length, scorer.config.model.text.max_positions)}
-    written = Captions()
+    model, written = scorer.model, Captions()
+    if not isinstance(model, SyCoCa):
+        raise TypeError(f"captioning: expected a SyCoCa model, got {type(model).__name__}")
+    max_length = min(scorer.config.data.max_length, scorer.config.model.text.max_positions)
     for some in batches(samples, max(1, scorer.batch_size // beams)):
         images = pixels(scorer, some)
         if beams == 1:
-            written.chosen += scorer.tokenizer.decode(generate_captions(scorer.model, images, **options))
+            written.chosen += scorer.tokenizer.decode(generate_captions(model, images, max_length=max_length))
             continue
-        found = search_captions(scorer.model, images, num_beams=beams, **options)
+        found = search_captions(model, images, max_length=max_length, num_beams=beams)
         written.chosen += scorer.tokenizer.decode(found.best())
         written.beams_alone += scorer.tokenizer.decode(found.captions[:, 0])
     return written

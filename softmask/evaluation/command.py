@@ -8,13 +8,13 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from softmask import BackendError
 from softmask.data import DataError, open_source
-from softmask.evaluation.readers import Reader, Scorer
+from softmask.evaluation.readers import Model, Reader, Scorer
 from softmask.training.checkpoint.state import CheckpointError
 from softmask.training.checkpoint.store import load_model
 from softmask.training.config import ConfigError
@@ -22,13 +22,19 @@ from softmask.training.failures import explain
 from softmask.training.launchers import check_environment
 from softmask.training.run_folder import check_vocabulary, first_captions
 
+Resize = Literal["", "squash", "crop"]
+"""How images become square, whole or cut to their middle; "" takes `data.eval_resize`."""
+
 
 def load_scorer(
-    checkpoint: Path, *, batch_size: int, text_length: int = 0, image_size: int = 0, resize: str = ""
+    checkpoint: Path, *, batch_size: int, text_length: int = 0, image_size: int = 0, resize: Resize = ""
 ) -> Scorer:
     """The checkpoint's model on the GPU where there is one, else on the CPU; 0 and "": as in training."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer, config = load_model(checkpoint, device=device, image_size=image_size)
+    if not isinstance(model, Model):
+        needed = "encode_image, encode_text and patch_grid"
+        raise ConfigError(f"{config.method}: {type(model).__name__} lacks one of {needed}, which evaluation needs")
     longest = config.model.text.max_positions
     least = 2 + config.data.append_sep
     if not least <= (length := text_length or config.data.max_length) <= longest:

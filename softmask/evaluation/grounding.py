@@ -19,15 +19,21 @@ MAP_KINDS = {"pointing": "gradcam", "attention": "attention"}  # key of metrics.
 
 @dataclass
 class Word:
-    """A word or phrase of a caption, its tokens and, where the json holds one, its object's mask [h, w] bool."""
+    """A word or phrase of a caption and the positions of its tokens."""
 
     text: str
     span: tuple[int, int]
     tokens: list[int]
-    mask: Tensor | None = None
 
 
-def phrases(sample: Sample, offsets: Tensor) -> list[Word]:
+@dataclass
+class Phrase(Word):
+    """A phrase that names an object."""
+
+    mask: Tensor  # of the object, [h, w] bool
+
+
+def phrases(sample: Sample, offsets: Tensor) -> list[Phrase]:
     """The sample's object phrases; `tokens` is empty for those that the caption's truncation cut off.
 
     Entries that do not follow the documented format are counted in `bad_objects`.
@@ -35,13 +41,13 @@ def phrases(sample: Sample, offsets: Tensor) -> list[Word]:
     words = []
     for number, entry in enumerate(sample.objects or []):
         try:
-            words.append(_word(sample, entry, offsets))
+            words.append(_phrase(sample, entry, offsets))
         except ValueError as error:
             sample.bad_objects[f"{sample.name}: objects[{number}]"] = str(error)
     return words
 
 
-def _word(sample: Sample, entry: Any, offsets: Tensor) -> Word:
+def _phrase(sample: Sample, entry: Any, offsets: Tensor) -> Phrase:
     """Raises ValueError that says what is wrong with the entry."""
     try:
         text, (start, end) = entry["phrase"], entry["span"]
@@ -58,7 +64,7 @@ def _word(sample: Sample, entry: Any, offsets: Tensor) -> Word:
     if found != text:
         raise ValueError(f"span [{start}, {end}] of the caption is {found!r}, expected the phrase {text!r}")
     left, top, right, bottom = sample.box
-    return Word(text, (start, end), metrics.tokens_of_span(offsets, (start, end)), mask[top:bottom, left:right])
+    return Phrase(text, (start, end), metrics.tokens_of_span(offsets, (start, end)), mask[top:bottom, left:right])
 
 
 @torch.no_grad()
@@ -73,7 +79,7 @@ def word_maps(
     """Maps of each sample's words over the patches. -> for each sample [W, gh * gw] fp32, on the CPU"""
     tokens = scorer.tokens([sample.caption for sample in samples])
     index = metrics.stack_words([[word.tokens for word in row] for row in words])
-    maps = scorer.model.word_maps(
+    maps = scorer.word_mapper.word_maps(
         pixels(scorer, samples),
         tokens.input_ids.to(scorer.device),
         tokens.attention_mask.to(scorer.device),
@@ -96,11 +102,11 @@ class Tally:
     pointing: int = 0
     attention: int = 0
 
-    def usable(self, words: list[Word]) -> list[Word]:
+    def usable(self, words: list[Phrase]) -> list[Phrase]:
         """The words that can be played, counting them and the others."""
         kept = [word for word in words if word.tokens and word.mask.any()]
         self.truncated += sum(not word.tokens for word in words)
-        self.hidden += sum(bool(word.tokens) and not word.mask.any() for word in words)
+        self.hidden += sum(1 for word in words if word.tokens and not word.mask.any())
         self.samples += bool(kept)
         self.words += len(kept)
         self.random += sum(word.mask.double().mean().item() for word in kept)
@@ -112,12 +118,13 @@ class Tally:
         return shares | counts
 
 
-def count_hits(scorer: Scorer, samples: list[Sample], words: list[list[Word]], tally: Tally) -> None:
+def count_hits(scorer: Scorer, samples: list[Sample], words: list[list[Phrase]], tally: Tally) -> None:
     for key, kind in MAP_KINDS.items():
         hits = 0
         for maps, row in zip(word_maps(scorer, samples, words, kind=kind), words, strict=True):
             for patches, word in zip(maps, row, strict=True):
-                plane = metrics.upsample_maps(patches[None], scorer.model.patch_grid, tuple(word.mask.shape))[0]
+                height, width = word.mask.shape
+                plane = metrics.upsample_maps(patches[None], scorer.model.patch_grid, (height, width))[0]
                 hits += metrics.pointing_hit(plane, word.mask)
         setattr(tally, key, getattr(tally, key) + hits)
 

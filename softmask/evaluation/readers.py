@@ -9,28 +9,42 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from softmask.data import DataConfig, SampleError, decode_image, eval_transform
+from softmask.data import DataConfig, SampleError, TokenBatch, decode_image, eval_transform
 from softmask.data.loader import require_words
 from softmask.data.transforms import middle_box
 from softmask.training.config import Config
 
 
+@runtime_checkable
 class Model(Protocol):
-    """What is asked of a model here; `softmask.models.SoftMaskPP` has it, `SyCoCa` but `match` and `word_maps`."""
+    """The part of a task's model that every evaluation section and the report use."""
 
-    patch_grid: tuple[int, int]
-
+    @property
+    def patch_grid(self) -> tuple[int, int]: ...
     def encode_image(self, images: Tensor) -> tuple[Tensor, Tensor]: ...
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+
+@runtime_checkable
+class Matcher(Protocol):
+    """A model that scores image-text pairs (ITM)."""
+
     def match(
         self, image_tokens: Tensor, text_tokens: Tensor, attention_mask: Tensor, *, kv_index: Tensor
     ) -> Tensor: ...
+
+
+@runtime_checkable
+class WordMapper(Protocol):
+    """A model that maps words to image regions."""
+
     def word_maps(
         self,
         images: Tensor,
@@ -41,6 +55,18 @@ class Model(Protocol):
         kind: str,
         normalize: str | None,
     ) -> Tensor: ...
+
+
+@runtime_checkable
+class Painter(Protocol):
+    """A model that reconstructs hidden patches from a caption."""
+
+    @property
+    def patch_grid(self) -> tuple[int, int]: ...
+    @property
+    def patch_size(self) -> int: ...
+    def hidden_patches(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor: ...
+    def repaint(self, images: Tensor, hidden: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor: ...
 
 
 @dataclass
@@ -60,8 +86,32 @@ class Scorer:
     device: torch.device = torch.device("cpu")
     batch_size: int = 64
 
-    def tokens(self, captions: Sequence[str]):
+    def tokens(self, captions: Sequence[str]) -> TokenBatch:
         return self.tokenizer(captions, **self.config.data.reading)
+
+    @property
+    def matcher(self) -> Matcher:
+        """The model. Raises TypeError if it cannot match pairs."""
+        if isinstance(self.model, Matcher):
+            return self.model
+        raise self._lacks("match")
+
+    @property
+    def word_mapper(self) -> WordMapper:
+        """The model. Raises TypeError if it cannot map words."""
+        if isinstance(self.model, WordMapper):
+            return self.model
+        raise self._lacks("word_maps")
+
+    @property
+    def painter(self) -> Painter:
+        """The model. Raises TypeError if it cannot reconstruct patches."""
+        if isinstance(self.model, Painter):
+            return self.model
+        raise self._lacks("patch_size, hidden_patches and repaint")
+
+    def _lacks(self, methods: str) -> TypeError:
+        return TypeError(f"{type(self.model).__name__} lacks {methods}, which this evaluation section needs")
 
 
 @dataclass

@@ -34,7 +34,7 @@ class Repainted:
 
 @torch.no_grad()
 def repaint(scorer: Scorer, samples: Sequence[Sample], wrong_captions: Sequence[str]) -> Repainted:
-    model, images = scorer.model, pixels(scorer, samples)
+    model, images = scorer.painter, pixels(scorer, samples)
     tokens = scorer.tokens([*(sample.caption for sample in samples), *wrong_captions])
     ids, masks = tokens.input_ids.to(scorer.device), tokens.attention_mask.to(scorer.device)
     right, wrong = ((ids[: len(samples)], masks[: len(samples)]), (ids[len(samples) :], masks[len(samples) :]))
@@ -48,7 +48,7 @@ def repaint(scorer: Scorer, samples: Sequence[Sample], wrong_captions: Sequence[
 
 def error_by_image(scorer: Scorer, painted: Tensor, images: Tensor, hidden: Tensor) -> Tensor:
     """TG-MIM's loss of each image by itself, [B]."""
-    options = {"patch_size": scorer.model.patch_size, "normalize": scorer.config.model.normalize_pixels}
+    options = {"patch_size": scorer.painter.patch_size, "normalize": scorer.config.model.normalize_pixels}
     loss = ops.masked_patch_loss(painted, images, hidden, reduction="none", **options)
     return (loss.sum(1) / hidden.sum(1)).double().cpu()
 
@@ -60,15 +60,15 @@ def with_another(samples: Iterable[Sample]) -> Iterator[tuple[Sample, str]]:
 
 
 def _with_next(samples: Iterable[Sample]) -> Iterator[tuple[Sample, str]]:
-    first = last = None
-    for sample in each_image_once(samples, {}):
-        if last is None:
-            first = sample.caption
-        else:
-            yield last, sample.caption
+    images = each_image_once(samples, {})
+    last = next(images, None)
+    if last is None:
+        return
+    first = last.caption
+    for sample in images:
+        yield last, sample.caption
         last = sample
-    if last is not None:
-        yield last, first
+    yield last, first
 
 
 def reconstruction(scorer: Scorer, samples: Iterable[Sample]) -> dict | None:

@@ -79,7 +79,10 @@ def encode_captions(scorer: Scorer, captions: Sequence[str]) -> tuple[Tensor | N
 @torch.no_grad()
 def build_gallery(scorer: Scorer, samples: Iterable[Sample]) -> Gallery:
     """Encodes every image once (equal image_id: the same image) and every caption; keeps no pixels."""
-    captions, caption_ids, first_samples, images = [], [], {}, EncodedBatches(matches(scorer))
+    captions: list[str] = []
+    caption_ids: list[int] = []
+    first_samples: dict[int, int] = {}
+    images = EncodedBatches(matches(scorer))
     for batch in tqdm(batches(samples, scorer.batch_size), desc="encoding", disable=None, leave=False):
         captions += [sample.caption for sample in batch]
         caption_ids += [sample.image_id for sample in batch]
@@ -115,14 +118,19 @@ similarity of the features, as BLIP's and LAVIS's."""
 @torch.no_grad()
 def match_scores(scorer: Scorer, gallery: Gallery, wanted: Tensor, *, by: RerankBy = "match") -> Tensor:
     """Scores by ITM of the wanted pairs [I, C] bool; NaN elsewhere. -> [I, C] fp32"""
-    scores = torch.full(wanted.shape, torch.nan)
+    image_tokens, text_tokens = gallery.image_tokens, gallery.text_tokens
+    if image_tokens is None or text_tokens is None:
+        raise ValueError(
+            "gallery: expected tokens of images and captions, got features only; the task must set matches_pairs"
+        )
+    model, scores = scorer.matcher, torch.full(wanted.shape, torch.nan)
     chunks = wanted.nonzero().split(scorer.batch_size)
     for pairs in tqdm(chunks, desc="matching", disable=None, leave=False):
         images, kv_index = pairs[:, 0].unique(return_inverse=True)
         images, texts = images.to(scorer.device), pairs[:, 1].to(scorer.device)
-        logits = scorer.model.match(
-            gallery.image_tokens[images],
-            gallery.text_tokens[texts],
+        logits = model.match(
+            image_tokens[images],
+            text_tokens[texts],
             gallery.attention_mask[texts],
             kv_index=kv_index.to(scorer.device),
         )
@@ -165,7 +173,7 @@ def retrieval(scorer: Scorer, samples: Iterable[Sample], *, rerank: int, by: Rer
         "itc": {way: metrics.recall(rank.itc, rank.relevant) for way, rank in ranking.items()},
         "chance": {way: metrics.chance_recall(rank.relevant) for way, rank in ranking.items()},
     }
-    if all(rank.itm is not None for rank in ranking.values()):
-        result |= {"rerank": rerank, "rerank_by": by}
-        result["itm"] = {way: metrics.recall(rank.itm, rank.relevant) for way, rank in ranking.items()}
+    itm = {way: metrics.recall(rank.itm, rank.relevant) for way, rank in ranking.items() if rank.itm is not None}
+    if itm:
+        result |= {"rerank": rerank, "rerank_by": by, "itm": itm}
     return result

@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -35,7 +37,7 @@ from softmask.evaluation.command import (
     sizes,
     write_atomically,
 )
-from softmask.evaluation.grounding import Word
+from softmask.evaluation.grounding import Phrase, Word
 from softmask.evaluation.readers import Reader, Sample, Scorer, batches
 from softmask.evaluation.retrieval import Gallery, RerankBy
 from softmask.report.facts import facts, lead
@@ -105,10 +107,22 @@ def spread(total: int, wanted: int) -> list[int]:
     return [round((part + 0.5) * total / wanted - 0.5) for part in range(wanted)]
 
 
+@dataclass(frozen=True)
+class Rerank:
+    """How many candidates ITM re-ranks, and by what score."""
+
+    candidates: int
+    by: RerankBy
+
+
+Answers = tuple[list[int], list[bool], int]
+"""The best answers to a query, which of them are right, and how many wrong ones rank above the right one."""
+
+
 def answers(
-    scorer: Scorer, gallery: Gallery, queries: list[int], *, rerank: int | None, by: RerankBy | None, by_text: bool
-) -> list[tuple]:
-    """For each query its best answers, which of them are right, and how many wrong ones stand above the right one."""
+    scorer: Scorer, gallery: Gallery, queries: list[int], *, rerank: Rerank | None, by_text: bool
+) -> list[Answers]:
+    """The answers to each query; without `rerank` by ITC alone."""
     similarity, relevant = gallery.similarity, gallery.relevant
     if by_text:
         similarity, relevant = similarity.T, relevant.T
@@ -116,8 +130,8 @@ def answers(
     if rerank is not None:
         chosen = torch.zeros(len(similarity), 1, dtype=torch.bool)
         chosen[queries] = True
-        candidates = metrics.top_candidates(similarity, rerank) & chosen
-        match = retrieval.match_scores(scorer, gallery, candidates.T if by_text else candidates, by=by)
+        candidates = metrics.top_candidates(similarity, rerank.candidates) & chosen
+        match = retrieval.match_scores(scorer, gallery, candidates.T if by_text else candidates, by=rerank.by)
         match = match.T if by_text else match
         scores = metrics.rerank(scores, candidates[queries], match[queries])
     best = scores.argsort(dim=1, descending=True, stable=True)[:, :ANSWERS]
@@ -127,14 +141,14 @@ def answers(
 
 
 def retrieval_examples(
-    scorer: Scorer, reader: Reader, *, samples: int, rerank: int | None, by: RerankBy | None
+    scorer: Scorer, reader: Reader, *, samples: int, rerank: Rerank | None
 ) -> tuple[list[Query], list[Query]]:
     """Caption queries and image queries over the same gallery as in metrics.json; rerank is None without ITM."""
     gallery = retrieval.build_gallery(scorer, islice(reader.all(), samples))
     asked_texts = spread(len(gallery.captions), CAPTION_QUERIES)
     asked_images = spread(len(gallery.images), IMAGE_QUERIES)
-    by_text = answers(scorer, gallery, asked_texts, rerank=rerank, by=by, by_text=True)
-    by_image = answers(scorer, gallery, asked_images, rerank=rerank, by=by, by_text=False)
+    by_text = answers(scorer, gallery, asked_texts, rerank=rerank, by_text=True)
+    by_image = answers(scorer, gallery, asked_images, rerank=rerank, by_text=False)
 
     def shown(image: int) -> tuple[str, str]:
         (sample,) = reader.read([gallery.images[image]])
@@ -142,8 +156,11 @@ def retrieval_examples(
 
     captions = []
     for asked, (best, right, rank) in zip(asked_texts, by_text, strict=True):
-        found = [(*shown(image), hit) for image, hit in zip(best, right, strict=True)]
-        captions.append(Query(gallery.captions[asked], [Candidate(text, hit, uri) for text, uri, hit in found], rank))
+        found = []
+        for image, hit in zip(best, right, strict=True):
+            text, uri = shown(image)
+            found.append(Candidate(text, hit, uri))
+        captions.append(Query(gallery.captions[asked], found, rank))
     images = []
     for asked, (best, right, rank) in zip(asked_images, by_image, strict=True):
         found = [Candidate(gallery.captions[caption], hit) for caption, hit in zip(best, right, strict=True)]
@@ -173,15 +190,16 @@ def word_view(scorer: Scorer, sample: Sample, word: Word, patches: Tensor) -> Wo
     small = limited(seen, OVERLAY)
     plane = metrics.upsample_maps(patches[None], grid, (small.height, small.width))[0]
     full = metrics.upsample_maps(patches[None], grid, (seen.height, seen.width))[0]
+    mask = word.mask if isinstance(word, Phrase) else None
     masked = soft_masked(small, plane, mean=config.data.mean, strength=config.model.strength)
     return WordView(
         text=word.text,
         span=word.span,
         overlay=data_uri(heat_overlay(small, plane)),
         masked=data_uri(masked),
-        outline="" if word.mask is None else outline_path(word.mask.numpy()),
+        outline="" if mask is None else outline_path(mask.numpy()),
         point=metrics.peak(full),
-        hit=None if word.mask is None else metrics.pointing_hit(full, word.mask),
+        hit=None if mask is None else metrics.pointing_hit(full, mask),
     )
 
 
@@ -190,14 +208,14 @@ def scene_views(scorer: Scorer, samples: list[Sample]) -> list[SceneView]:
     views = []
     for batch in batches(samples, scorer.batch_size):
         tokens = scorer.tokens([sample.caption for sample in batch])
-        words = []
+        words: list[list[Word]] = []
         for row, sample in enumerate(batch):
             known = grounding.phrases(sample, tokens.offsets[row])
-            found = known if sample.objects else content_words(sample.caption, tokens, row)
+            found: Sequence[Word] = known if sample.objects else content_words(sample.caption, tokens, row)
             words.append(sorted((word for word in found if word.tokens), key=lambda word: word.span))
         maps = grounding.word_maps(scorer, batch, words, normalize=scorer.config.model.normalize)
-        for sample, row, planes in zip(batch, words, maps, strict=True):
-            drawn = [word_view(scorer, sample, word, plane) for word, plane in zip(row, planes, strict=True)]
+        for sample, own, planes in zip(batch, words, maps, strict=True):
+            drawn = [word_view(scorer, sample, word, plane) for word, plane in zip(own, planes, strict=True)]
             seen = sample.seen
             size = (seen.height, seen.width)
             views.append(SceneView(sample.name, sample.caption, data_uri(seen), size, drawn))
@@ -227,9 +245,8 @@ def build_page(options: argparse.Namespace) -> Page:
     check_evaluation(run / "metrics.json", result["evaluation"], evaluation_facts(scorer, reader, checkpoint))
     try:
         examples = result["retrieval"]
-        reranked = {"rerank": examples.get("rerank"), "by": examples.get("rerank_by")}
-        reranked |= {"samples": examples["samples"]}
-        captions, images = retrieval_examples(scorer, reader, **reranked)
+        rerank = Rerank(examples["rerank"], examples["rerank_by"]) if "itm" in examples else None
+        captions, images = retrieval_examples(scorer, reader, samples=examples["samples"], rerank=rerank)
         shown = list(reader.read(spread(len(reader.source), scenes)))
         drawn = scene_views(scorer, shown) if scorer.config.task.shows_word_maps(scorer.config.model) else []
         written = generated(scorer, shown, result)

@@ -70,9 +70,10 @@ def paintings(scorer: Scorer, samples: list[Sample]) -> list[Painting]:
         ours, others = [sample for sample, _ in batch], [other for _, other in batch]
         one = repaint(scorer, ours, others)
         errors = zip(one.right_error.tolist(), one.wrong_error.tolist(), strict=True)
-        views = zip(*(map(data_uri, row) for row in painted_images(scorer, one)), strict=True)
+        views = zip(*painted_images(scorer, one), strict=True)
         for sample, other, view, error in zip(ours, others, views, errors, strict=True):
-            drawn.append(Painting(*view, sample.caption, other, error))
+            whole, hidden, right, wrong = map(data_uri, view)
+            drawn.append(Painting(whole, hidden, right, wrong, sample.caption, other, error))
     return drawn
 
 
@@ -81,7 +82,7 @@ def paintings(scorer: Scorer, samples: list[Sample]) -> list[Painting]:
 
 def painted_images(scorer: Scorer, one: Repainted) -> tuple[list[Image.Image], ...]:
     """Whole, with patches hidden, and painted with either caption; what was not hidden stays as it was."""
-    size, grid = scorer.model.patch_size, scorer.model.patch_grid
+    size, grid = scorer.painter.patch_size, scorer.painter.patch_grid
     true = to_patches(one.images, size)
     hidden = one.hidden[..., None]
     right, wrong = (

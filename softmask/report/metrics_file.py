@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeGuard, get_args
 
 from softmask.evaluation.retrieval import RerankBy
 from softmask.training.checkpoint.state import CheckpointError, read_json
@@ -24,9 +23,9 @@ OPTIONAL: dict[str, Any] = {
 }
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[int | float]:
     """A finite number that can be drawn."""
-    return type(value) in (int, float) and abs(value) < 1e300 and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
