@@ -18,7 +18,7 @@ LANGUAGES = {".py": "python", ".yaml": "yaml", ".cpp": "cpp", ".h": "cpp", ".jso
 
 
 def outside(page: Path, link: str, docs: Path) -> Path | None:
-    """What a page links to, relative to the repository; None if that lies in docs/."""
+    """The target of a link, relative to the repository; None if it lies in docs/."""
     path = (page.parent / link).resolve()
     return None if path.is_relative_to(docs) else path.relative_to(ROOT)
 
@@ -34,7 +34,7 @@ def shown_at(path: Path) -> PurePosixPath:
 
 
 def content(path: Path) -> str:
-    """A Markdown page that shows a file. Links of a Markdown file stay; those to docs/ are made relative to the site."""
+    """A Markdown page that shows a file. In Markdown files only links into docs/ are kept."""
     text = (ROOT / path).read_text(encoding="utf-8")
     if path.suffix == ".md":
         to_docs = re.compile(r"\]\((?:\.\./)+docs/")
