@@ -1,7 +1,6 @@
-"""A trained model's scores and maps on captioned images: what evaluate.py counts and report.py shows.
+"""Samples, and the model that scores them, for evaluation and report.
 
-Reading never stops at a broken sample: it is left out and named. Everything runs under `torch.no_grad()`, in batches,
-and keeps the order of the source.
+Unreadable samples are skipped and named. Batches keep the order of the source.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from softmask.training.config import Config
 
 @runtime_checkable
 class Model(Protocol):
-    """The part of a task's model that every evaluation section and the report use."""
+    """Methods of a task's model that every evaluation section and the report use."""
 
     @property
     def patch_grid(self) -> tuple[int, int]: ...
@@ -71,13 +70,13 @@ class Painter(Protocol):
 
 @dataclass
 class Scorer:
-    """A model with all it needs to look at images and captions.
+    """A model with its tokenizer and configuration.
 
     Attributes:
         model: in evaluation mode, on `device`.
         tokenizer: captions -> TokenBatch.
-        config: the run's; its `data:` section holds image size, normalization and max_length.
-        batch_size: images, captions, beams or pairs at a time.
+        config: the run's; its `data:` section has the image size, normalization and max_length.
+        batch_size: images, captions, beams or pairs per batch.
     """
 
     model: Model
@@ -116,7 +115,15 @@ class Scorer:
 
 @dataclass
 class Sample:
-    """One caption and its image (RGB, at the stored size); `index` is its number in the source."""
+    """One caption and its image.
+
+    Attributes:
+        index: number in the source.
+        image: RGB, at the stored size.
+        objects: from the sample's .json; None if it has none.
+        bad_objects: place -> error of all unusable objects, shared by all samples of a reader.
+        crop: the model sees the middle of the image only.
+    """
 
     index: int
     name: str
@@ -124,24 +131,28 @@ class Sample:
     caption: str
     image_id: int
     objects: list | None
-    bad_objects: dict[str, str] = field(default_factory=dict)  # of all the reader's samples: where -> what is wrong
+    bad_objects: dict[str, str] = field(default_factory=dict)
     crop: bool = False
 
     @property
     def box(self) -> tuple[int, int, int, int]:
-        """(left, top, right, bottom) of what the model looks at."""
+        """(left, top, right, bottom) of the part that the model sees."""
         return middle_box(self.image.size) if self.crop else (0, 0, *self.image.size)
 
     @property
     def seen(self) -> Image.Image:
-        """The part of the image that the model looks at."""
+        """The part of the image that the model sees."""
         return self.image.crop(self.box) if self.crop else self.image
 
 
 @dataclass
 class Reader:
-    """Samples of a source in order, as `data` looks at them; `skipped` collects one line for each that cannot be read,
-    `bad_objects` the objects that cannot be used."""
+    """Reads samples of a source in order.
+
+    Attributes:
+        skipped: number -> error of every unreadable sample.
+        bad_objects: place -> error of every unusable object.
+    """
 
     source: Any
     data: DataConfig = field(default_factory=DataConfig)
@@ -181,7 +192,7 @@ def batches(items: Iterable, size: int) -> Iterator[list]:
 
 
 def each_image_once(samples: Iterable[Sample], captions: dict[int, list[str]]) -> Iterator[Sample]:
-    """The first sample of every image; `captions` gets all that each has, by image_id, in the same order."""
+    """The first sample of every image. Collects each image's captions in `captions`, by image_id, in this order."""
     for sample in samples:
         is_new = sample.image_id not in captions
         captions.setdefault(sample.image_id, []).append(sample.caption)
