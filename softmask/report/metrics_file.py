@@ -1,4 +1,4 @@
-"""metrics.json as the report reads it: every number that is drawn is looked at first."""
+"""Reading of metrics.json, with a check of every number that the report shows."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OPTIONAL: dict[str, Any] = {
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
-    """A finite number that can be drawn."""
+    """Whether the value is a finite number of a size that can be drawn."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
@@ -32,7 +32,7 @@ def read_metrics(path: Path) -> dict[str, Any]:
     """metrics.json of a run.
 
     Raises:
-        CheckpointError: it cannot be read, or is not what train/evaluate.py writes; it names the key.
+        CheckpointError: unreadable, or not what train/evaluate.py writes; names the key.
     """
     result = read_json(path, *NEEDED)
     for name, spec in (NEEDED | OPTIONAL).items():
@@ -56,7 +56,7 @@ def _check(path: Path, name: str, value: Any, spec: Any) -> None:
         for key, inner in spec.items():
             _check(path, f"{name}.{key}", value.get(key), inner)
     elif spec is int and not (type(value) is int and 0 <= value < 1 << 31):
-        raise _wrong(path, name, "a number of things", value)
+        raise _wrong(path, name, "a non-negative integer", value)
     elif spec is float and not is_number(value):
         raise _wrong(path, name, "a number", value)
 
