@@ -1,10 +1,10 @@
-"""Whether this tree and another git revision train, resume and evaluate to the same bits.
+"""Check that this tree and another git revision train, resume and evaluate to the same bits.
 
     python -m benchmarks.same_bits REVISION --data 'data/scenes/test-*.tar' [--steps 6]
 
-Both methods' demo configurations run for a few steps in one thread of one process, are resumed half way, and are
-evaluated; weights, optimizer state, log.jsonl and metrics.json of both trees are compared, times left out. Keys that
-only one tree has are named, not compared. The revision is checked out and built in build/bench.
+The demo configurations of both methods run for a few steps in one thread of one process, are resumed halfway, and
+evaluated. Weights, optimizer state, log.jsonl and metrics.json of both trees are compared, except for times. Keys that
+only one tree has are listed, not compared. The revision is checked out and built in build/bench.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SMALL = [
 
 
 def run(tree: Path, output: Path, *, name: str, data: str, steps: int) -> None:
-    """Train, train on from the checkpoint half way into another folder, and evaluate that."""
+    """Trains, resumes from the checkpoint halfway into another folder, and evaluates the resumed run."""
     environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     options = [*SMALL, f"data.train={data}", f"train.steps={steps}", f"train.checkpoint_every={steps // 2}"]
     options += ["model.contrast_steps=1"] if name == "demo" else []
@@ -50,7 +50,7 @@ def run(tree: Path, output: Path, *, name: str, data: str, steps: int) -> None:
 
 
 def facts(output: Path, steps: int) -> Iterator[tuple[str, Any]]:
-    """(name, value) of everything that a run leaves but times: tensors, numbers, texts."""
+    """(name, value) of all results of a run except for times: tensors, numbers and strings."""
     for kind in ("whole", "resumed"):
         rows = (output / kind / "log.jsonl").read_text().splitlines()
         for row in map(json.loads, rows):
@@ -64,6 +64,7 @@ def facts(output: Path, steps: int) -> Iterator[tuple[str, Any]]:
 
 
 def leaves(tree: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """(name, value) of all leaves of nested dicts and lists."""
     if isinstance(tree, dict):
         for key, value in tree.items():
             yield from leaves(value, f"{prefix} {key}")
@@ -75,6 +76,7 @@ def leaves(tree: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> Iterator[str]:
+    """Names of values that differ, among the names that both have."""
     for name in ours.keys() & theirs.keys():
         one, other = ours[name], theirs[name]
         if isinstance(one, torch.Tensor):
@@ -88,7 +90,7 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> Iterator[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("revision")
-    parser.add_argument("--data", required=True, help="shards that both train on and are evaluated on")
+    parser.add_argument("--data", required=True, help="shards for training and evaluation of both trees")
     parser.add_argument("--steps", type=int, default=6)
     chosen = parser.parse_args()
     commit, other = built(chosen.revision)
@@ -107,7 +109,7 @@ def main() -> int:
         for key in different[:20]:
             print(f"  differs: {key}")
         for key in alone[:20]:
-            print(f"  in one tree alone: {key}")
+            print(f"  in one tree only: {key}")
         failed |= bool(different)
     return int(failed)
 
