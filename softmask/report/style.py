@@ -1,4 +1,4 @@
-"""The style sheet of the report: light, dark and print."""
+"""The style sheet of the report, for light and dark screens and for print."""
 
 from __future__ import annotations
 

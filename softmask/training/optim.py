@@ -64,7 +64,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
 def groups_digest(
     model: nn.Module, config: OptimizerConfig, *, name_of: Callable[[str], str] = lambda name: name
 ) -> str:
-    """Digest of the parameters in each group. The optimizer's state fits only equal groups. `name_of`: other names to use."""
+    """Digest of the parameters in each group. The optimizer's state fits only equal groups. `name_of` renames them."""
     names = {id(parameter): name_of(name) for name, parameter in model.named_parameters()}
     groups = parameter_groups(model, config)
     text = [[group["lr_scale"], group["decayed"], [names[id(p)] for p in group["params"]]] for group in groups]
