@@ -57,7 +57,7 @@ class WordMapper(Protocol):
 
 
 @runtime_checkable
-class Painter(Protocol):
+class Reconstructor(Protocol):
     """A model that reconstructs hidden patches from a caption."""
 
     @property
@@ -65,7 +65,7 @@ class Painter(Protocol):
     @property
     def patch_size(self) -> int: ...
     def hidden_patches(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor: ...
-    def repaint(self, images: Tensor, hidden: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor: ...
+    def reconstruct(self, images: Tensor, hidden: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor: ...
 
 
 @dataclass
@@ -103,11 +103,11 @@ class Scorer:
         raise self._lacks("word_maps")
 
     @property
-    def painter(self) -> Painter:
+    def reconstructor(self) -> Reconstructor:
         """The model. Raises TypeError if it cannot reconstruct patches."""
-        if isinstance(self.model, Painter):
+        if isinstance(self.model, Reconstructor):
             return self.model
-        raise self._lacks("patch_size, hidden_patches and repaint")
+        raise self._lacks("patch_size, hidden_patches and reconstruct")
 
     def _lacks(self, methods: str) -> TypeError:
         return TypeError(f"{type(self.model).__name__} lacks {methods}, which this evaluation section needs")

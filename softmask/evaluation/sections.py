@@ -119,7 +119,7 @@ class Captioning(Section):
 
 
 class Reconstruction(Section):
-    """Error of hidden patches by caption; the model has `patch_size`, `hidden_patches` and `repaint`."""
+    """Error of hidden patches by caption; the model has `patch_size`, `hidden_patches` and `reconstruct`."""
 
     name = "reconstruction"
 

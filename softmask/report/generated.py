@@ -11,7 +11,7 @@ from torch import Tensor
 
 from softmask.evaluation.captioning import write_captions
 from softmask.evaluation.readers import Sample, Scorer, batches
-from softmask.evaluation.reconstruction import Repainted, repaint, with_another
+from softmask.evaluation.reconstruction import Reconstructed, reconstruct, with_another
 from softmask.report.images import data_uri, limited
 
 SHOWN = 256  # pixels of an image's longer side
@@ -28,7 +28,7 @@ class Written:
 
 
 @dataclass
-class Painting:
+class Reconstruction:
     """An image, the same with hidden patches, and its reconstructions with two captions. Images are data URIs."""
 
     whole: str
@@ -45,7 +45,7 @@ class Generated:
     """Generated captions and reconstructions, empty for other models. `hidden` says which patches were hidden."""
 
     captions: list[Written] = field(default_factory=list)
-    paintings: list[Painting] = field(default_factory=list)
+    reconstructions: list[Reconstruction] = field(default_factory=list)
     hidden: str = ""
 
 
@@ -57,50 +57,50 @@ def generated(scorer: Scorer, samples: list[Sample], metrics: dict) -> Generated
         for sample, text in zip(samples, captions.chosen, strict=True):
             found.captions.append(Written(data_uri(limited(sample.seen, SHOWN)), text, sample.caption))
     if "reconstruction" in metrics:
-        found.paintings = paintings(scorer, samples)
+        found.reconstructions = reconstructions(scorer, samples)
         found.hidden = scorer.config.task.hidden_patches(scorer.config.model)
     return found
 
 
-def paintings(scorer: Scorer, samples: list[Sample]) -> list[Painting]:
+def reconstructions(scorer: Scorer, samples: list[Sample]) -> list[Reconstruction]:
     """Reconstructions of each sample with its caption and with the next image's."""
     drawn = []
     for batch in batches(with_another(samples), scorer.batch_size):
         ours, others = [sample for sample, _ in batch], [other for _, other in batch]
-        one = repaint(scorer, ours, others)
+        one = reconstruct(scorer, ours, others)
         errors = zip(one.right_error.tolist(), one.wrong_error.tolist(), strict=True)
-        views = zip(*painted_images(scorer, one), strict=True)
+        views = zip(*reconstructed_images(scorer, one), strict=True)
         for sample, other, view, error in zip(ours, others, views, errors, strict=True):
             whole, hidden, right, wrong = map(data_uri, view)
-            drawn.append(Painting(whole, hidden, right, wrong, sample.caption, other, error))
+            drawn.append(Reconstruction(whole, hidden, right, wrong, sample.caption, other, error))
     return drawn
 
 
 # -- pixels ----------------------------------------------------------------------------------------
 
 
-def painted_images(scorer: Scorer, one: Repainted) -> tuple[list[Image.Image], ...]:
+def reconstructed_images(scorer: Scorer, one: Reconstructed) -> tuple[list[Image.Image], ...]:
     """Images, the same with hidden patches in the mean colour, and reconstructions with the right and a wrong caption.
 
     Reconstructions show visible patches as they are.
     """
-    size, grid = scorer.painter.patch_size, scorer.painter.patch_grid
+    size, grid = scorer.reconstructor.patch_size, scorer.reconstructor.patch_grid
     true = to_patches(one.images, size)
     hidden = one.hidden[..., None]
     right, wrong = (
-        torch.where(hidden, restored(paint, true, normalized=scorer.config.model.normalize_pixels), true)
-        for paint in (one.right, one.wrong)
+        torch.where(hidden, restored(prediction, true, normalized=scorer.config.model.normalize_pixels), true)
+        for prediction in (one.right, one.wrong)
     )
     rows = (true, true.masked_fill(hidden, 0.0), right, wrong)
     return tuple(to_images(scorer, from_patches(row, size, grid)) for row in rows)
 
 
-def restored(paint: Tensor, true: Tensor, *, normalized: bool) -> Tensor:
+def restored(prediction: Tensor, true: Tensor, *, normalized: bool) -> Tensor:
     """Predicted patches in the image's range. Normalized ones get the true mean and deviation, as in MAE's figures."""
     if not normalized:
-        return paint
+        return prediction
     variance, mean = torch.var_mean(true, dim=-1, keepdim=True)
-    return paint * (variance + PATCH_VARIANCE_EPS).sqrt() + mean
+    return prediction * (variance + PATCH_VARIANCE_EPS).sqrt() + mean
 
 
 def to_patches(images: Tensor, size: int) -> Tensor:
@@ -134,11 +134,11 @@ def written_cards(captions: list[Written]) -> str:
     return f'<div class="cards">{cards}</div>'
 
 
-def painted_rows(paintings: list[Painting]) -> str:
-    return "".join(map(_painted_row, paintings))
+def reconstruction_rows(reconstructions: list[Reconstruction]) -> str:
+    return "".join(map(_reconstruction_row, reconstructions))
 
 
-def _painted_row(one: Painting) -> str:
+def _reconstruction_row(one: Reconstruction) -> str:
     views = [
         (one.whole, "Image", one.caption),
         (one.hidden, "Visible patches", ""),
@@ -150,7 +150,7 @@ def _painted_row(one: Painting) -> str:
         f"<small>{escape(text)}</small></figure>"
         for uri, name, text in views
     )
-    return f'<div class="painting">{figures}</div>\n'
+    return f'<div class="reconstruction">{figures}</div>\n'
 
 
 def caption_table(captioning: dict) -> str:

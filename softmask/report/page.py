@@ -8,8 +8,8 @@ from html import escape
 from softmask.report.generated import (
     Generated,
     caption_table,
-    painted_rows,
     reconstruction_note,
+    reconstruction_rows,
     written_cards,
 )
 from softmask.report.images import heat_gradient
@@ -376,12 +376,12 @@ def generated_sections(found: Generated) -> list[str]:
     if found.captions:
         note = "Generated captions of images spaced evenly over the data, not selected."
         sections.append(section("captions", "Captions", note, written_cards(found.captions)))
-    if found.paintings:
+    if found.reconstructions:
         note = (
             f"{found.hidden}, and reconstructed from the rest and a caption: the image's own, or the next image's. "
             "Normalized patches are shown with the true mean and contrast, as in MAE's figures."
         )
-        sections.append(section("paintings", "Reconstructions", note, painted_rows(found.paintings)))
+        sections.append(section("reconstructions", "Reconstructions", note, reconstruction_rows(found.reconstructions)))
     return sections
 
 
