@@ -21,7 +21,7 @@ PIP := $(IN_VENV) python -m pip install -q --disable-pip-version-check -c constr
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null | sort)
 READY := $(VENV)/.extension
 
-.PHONY: help env pretrain ablation test bench gpu-report gpu-budgets gpu-matrix sanitize lint format clean
+.PHONY: help env pretrain ablation test bench gpu-report gpu-budgets gpu-matrix sanitize docs lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -105,6 +105,15 @@ sanitize: $(READY)  ## tests of the C++ kernels under the address and undefined-
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  PYTHONPATH=build/sanitize:. $(BIN)/pytest -q -o pythonpath= -p no:cacheprovider -p no:xdist \
 	  tests/ops/test_cpp_kernels.py tests/ops/test_soft_mask.py -k "not compile and not opcheck"
+
+docs: $(VENV)/.docs  ## the documentation site, build/site/index.html; warnings are errors
+	@$(IN_VENV) NO_MKDOCS_2_WARNING=1 python -m mkdocs build -q --strict
+	@echo "docs: build/site/index.html"
+
+$(VENV)/.docs: setup.py constraints.txt | $(READY)
+	@echo "docs: installing mkdocs"
+	@SOFTMASK_SKIP_EXT=1 $(PIP) --no-build-isolation -e '.[docs]'
+	@touch $@
 
 lint: $(READY)  ## style of Python and C++
 	@$(IN_VENV) ruff check -q .

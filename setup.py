@@ -1,7 +1,7 @@
-"""Build of `softmask`: two source folders make one package, with C++ kernels where torch and a compiler are.
+"""Build of `softmask`: one package of two source folders, with C++ kernels if torch and a compiler are present.
 
-SOFTMASK_SKIP_EXT=1     leaves the C++ kernels out;
-SOFTMASK_FORCE_BUILD=1  fails when they cannot be built, instead of going on without them;
+SOFTMASK_SKIP_EXT=1     does not build the C++ kernels;
+SOFTMASK_FORCE_BUILD=1  fails if they cannot be built, instead of continuing without them;
 SOFTMASK_SANITIZE=1     builds them with the address and undefined-behaviour sanitizers (`make sanitize`).
 """
 
@@ -64,13 +64,13 @@ def say(line: str) -> None:
 
 
 def packages() -> list[str]:
-    """Every package folder, under the name it is imported by."""
+    """Import names of all package folders."""
     inner = [f"{name}.{package}" for name, folder in FOLDERS.items() for package in find_packages(str(ROOT / folder))]
     return sorted({*FOLDERS, *inner})  # softmask/kernels, a link, is one of both
 
 
 def cpp_extension(sources: list[str]):
-    """The extension and the command that builds it, or CannotBuildError."""
+    """The extension and the command that builds it. Raises CannotBuildError."""
     try:
         from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler
     except ImportError as error:
@@ -80,7 +80,7 @@ def cpp_extension(sources: list[str]):
         ) from error
     compiler = shlex.split(get_cxx_compiler())[0]
     if shutil.which(compiler) is None:
-        raise CannotBuildError(f"no C++ compiler: {compiler!r} is not an executable (CXX names another)")
+        raise CannotBuildError(f"no C++ compiler: {compiler!r} is not an executable (set CXX)")
     sanitizers = SANITIZERS if switched_on("SOFTMASK_SANITIZE") else []
     extension = CppExtension(
         name="softmask._C",
@@ -94,7 +94,7 @@ def cpp_extension(sources: list[str]):
 
 
 def tolerant(build_extension):
-    """`build_extension`, except that a failed compilation ends in one line: fatal when forced, a notice otherwise."""
+    """`build_extension`, but a failed compilation is one line: an error if forced, a notice otherwise."""
 
     class Build(build_extension):
         def run(self) -> None:
@@ -111,7 +111,7 @@ def tolerant(build_extension):
 
 
 def extension_arguments() -> dict:
-    """Arguments of `setup` for the C++ kernels; none when they are left out."""
+    """Arguments of `setup` for the C++ kernels, none without them."""
     forced = switched_on("SOFTMASK_FORCE_BUILD")
     if switched_on("SOFTMASK_SKIP_EXT"):
         say("installed without C++ kernels: SOFTMASK_SKIP_EXT=1")

@@ -1,11 +1,11 @@
-"""`make bench`: the fixture `bench` measures a case, prints all rows at the end and writes them to --csv.
+"""Fixtures of `make bench`: `bench` measures a case; all rows are printed at the end and written to --csv.
 
-With --compare REVISION the case is timed against that git revision instead, and fails where it is over 10 % slower.
+With --compare REVISION a case is timed against that git revision instead, and fails if it is over 10 % slower.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ LINES = pytest.StashKey[list[str]]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("softmask")
     group.addoption("--compare", metavar="REVISION", help="time every op against this git revision")
-    group.addoption("--dtype", choices=harness.DTYPES, default="fp32", help="type of the inputs")
+    group.addoption("--dtype", choices=harness.DTYPES, default="fp32", help="dtype of the inputs")
     group.addoption("--csv", type=Path, metavar="FILE", help="write the table as CSV")
 
 
@@ -30,7 +30,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
-def rival(request: pytest.FixtureRequest):
+def rival(request: pytest.FixtureRequest) -> Iterator[Rival | None]:
+    """The revision of --compare; None without it."""
     revision = request.config.getoption("--compare")
     if revision is None:
         yield None
@@ -40,7 +41,9 @@ def rival(request: pytest.FixtureRequest):
 
 
 @pytest.fixture
-def bench(request: pytest.FixtureRequest, benchmark, rival: Rival | None):
+def bench(request: pytest.FixtureRequest, benchmark, rival: Rival | None) -> Callable[..., None]:
+    """Measures one op at one size."""
+
     def run(op: str, size: str, make: Callable[[], harness.Bench]) -> None:
         if rival is not None:
             module = f"benchmarks.ops.{Path(request.module.__file__).stem}"
@@ -59,9 +62,9 @@ def bench(request: pytest.FixtureRequest, benchmark, rival: Rival | None):
 
 @pytest.fixture
 def report(request: pytest.FixtureRequest) -> Callable[[str], None]:
-    """Adds a line to what is printed at the end."""
+    """Adds a line to the summary at the end."""
     if request.config.getoption("--compare"):
-        pytest.skip("compares two recipes, not two revisions")
+        pytest.skip("compares two implementations, not two revisions")
     return request.config.stash[LINES].append
 
 

@@ -1,7 +1,7 @@
-"""Times an op beside its baselines and its floor, after comparing values; and the memory that its calls take.
+"""Measures time and memory of an op beside its baselines and its floor, after comparing their values.
 
-Runs are interleaved, one of each in turn, and ratios are taken within a turn: a machine that slows down for a while
-slows all of them. What is reported are medians.
+Runs are interleaved, and ratios are taken within a turn, so a machine that slows down for a while slows all of them
+alike. Results are medians.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-TURNS = (7, 40)  # at least, at most
-SECONDS = 6.0  # after which the turns end
-# Of the largest value: that of sums of thousands of fp32 products in another order, of results rounded to bf16.
+TURNS = (7, 40)  # fewest, most
+SECONDS = 6.0  # no new turn after this time
+# Tolerance relative to the largest value: fp32 sums of thousands of products in another order, results rounded to bf16.
 AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 MIB = 2**20
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -32,7 +32,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass
 class Run:
-    """`forward()` and, where there are `leaves`, the gradients of its result for `upstream` (default: of its sum)."""
+    """`forward()` and, if there are `leaves`, the gradients of its result for `upstream` (default: of its sum)."""
 
     forward: Callable[[], Tensor]
     leaves: Sequence[Tensor] = ()
@@ -50,7 +50,10 @@ class Run:
 
 @dataclass
 class Bench:
-    """One op at one size. The floor is what no implementation avoids: `floor()` takes 1 / `floor_times` of it."""
+    """One op at one size.
+
+    The floor is the work that no implementation avoids; `floor()` does 1 / `floor_times` of it.
+    """
 
     ours: Run
     baselines: dict[str, Run]
@@ -61,7 +64,7 @@ class Bench:
 
 @dataclass
 class Result:
-    """A row of the table: medians, in milliseconds, of the times and of the ratios to ours within a turn."""
+    """A row of the table: the median time, and median ratios within a turn."""
 
     op: str
     dtype: str
@@ -71,14 +74,14 @@ class Result:
     over_floor: float
     forward_mib: float
     backward_mib: float
-    baselines: dict[str, float] = field(default_factory=dict)  # their time over ours
+    baselines: dict[str, float] = field(default_factory=dict)  # time over ours, by name
 
 
 def check_values(bench: Bench) -> None:
-    """Every baseline's values and gradients against ours.
+    """Compares the values and gradients of every baseline with ours.
 
     Raises:
-        AssertionError: they differ by more than AGREEMENT of the largest.
+        AssertionError: they differ by more than AGREEMENT times the largest value.
     """
     ours, agreement = bench.ours(), AGREEMENT[torch.get_default_dtype()]
     for name, run in bench.baselines.items():
@@ -107,7 +110,7 @@ def synchronize() -> None:
 
 
 def interleave(calls: Sequence[Callable[[], object]]) -> list[tuple[float, ...]]:
-    """Seconds of every call, turn by turn, after one turn that does not count."""
+    """Seconds of every call, turn by turn, after one warm-up turn."""
     for call in calls:
         call()
     turns: list[tuple[float, ...]] = []
@@ -123,7 +126,7 @@ def interleave(calls: Sequence[Callable[[], object]]) -> list[tuple[float, ...]]
 
 
 def peak_mib(call: Callable[[], object]) -> float:
-    """Most memory of torch's allocator that the call held at once, its results included, over what it found."""
+    """Peak memory of torch's allocator during the call, results included, above the level before it."""
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -141,6 +144,7 @@ def peak_mib(call: Callable[[], object]) -> float:
 
 
 def measure(op: str, dtype: str, size: str, bench: Bench) -> Result:
+    """Checks values, then measures time and memory."""
     check_values(bench)
     turns = interleave([bench.ours, bench.floor, *bench.baselines.values()])
     over_floor = statistics.median(ours / (bench.floor_times * floor) for ours, floor, *_ in turns)
@@ -164,7 +168,7 @@ def measure(op: str, dtype: str, size: str, bench: Bench) -> Result:
 
 @contextmanager
 def defaults(dtype: torch.dtype) -> Iterator[None]:
-    """New tensors are of this type and on the device that is measured."""
+    """Creates new tensors with this dtype on the measured device."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -175,6 +179,7 @@ def defaults(dtype: torch.dtype) -> Iterator[None]:
 
 
 def processor() -> str:
+    """The name of the measured processor."""
     if DEVICE == "cuda":
         return torch.cuda.get_device_name()
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
@@ -184,7 +189,7 @@ def processor() -> str:
 
 
 def table(results: Sequence[Result]) -> str:
-    """Rows as text; a baseline's number is its time over ours, below 1 where it wins."""
+    """Rows as text. A baseline's number is its time over ours: below 1 it is faster."""
     lines = [f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"]
     head = f"{'op':26} {'type':4} {'size':34} {'ms':>9} {'x floor':>8} {'MiB fwd':>8} {'bwd':>7}"
     head += "   baselines, their time over ours"

@@ -1,6 +1,6 @@
-"""The same case by this tree and by another git revision of it, each in a process of its own, turn by turn.
+"""Times a case with this tree and with another git revision, each in its own process, in alternating turns.
 
-python benchmarks/revisions.py PACKAGE_ROOT    (a worker: cases by name on stdin, seconds on stdout)
+python benchmarks/revisions.py PACKAGE_ROOT    (a worker: names of cases on stdin, seconds on stdout)
 """
 
 from __future__ import annotations
@@ -13,15 +13,19 @@ import subprocess
 import sys
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from benchmarks.harness import Bench
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 1.10
 TURNS = 9
-TRIES = 3  # a slow neighbour may spoil one
+TRIES = 3  # other load may spoil one
 
 
 class Worker:
-    """A process that runs cases of this tree's benchmarks with the package of another folder."""
+    """A process that runs this tree's benchmark cases with the package of another folder."""
 
     def __init__(self, package_root: Path) -> None:
         environment = os.environ | {"PYTHONPATH": str(package_root)}
@@ -34,16 +38,16 @@ class Worker:
         )
 
     def seconds(self, module: str, size: str) -> float:
-        """Median of some runs.
+        """The median of three runs.
 
         Raises:
-            RuntimeError: the worker ended; its own error is on stderr.
+            RuntimeError: the worker exited; its error is on stderr.
         """
         self._process.stdin.write(json.dumps([module, size]) + "\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
         if not answer:
-            raise RuntimeError(f"the benchmark process ended with {self._process.wait()}")
+            raise RuntimeError(f"the benchmark process exited with {self._process.wait()}; its error is above")
         return float(answer)
 
     def close(self) -> None:
@@ -52,7 +56,7 @@ class Worker:
 
 
 def built(revision: str) -> tuple[str, Path]:
-    """The commit of a revision, and a built checkout of it in build/bench."""
+    """The commit of a revision and the folder of its built checkout, in build/bench."""
     commit = _git("rev-parse", "--verify", f"{revision}^{{commit}}")
     folder = ROOT / "build" / "bench" / commit[:12]
     if not (folder / ".built").exists():
@@ -61,7 +65,7 @@ def built(revision: str) -> tuple[str, Path]:
         build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
         environment = os.environ | {"SOFTMASK_FORCE_BUILD": "1"}
         subprocess.run(build, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
-        for name in ("kernels", "train"):  # older trees are one package only once they are installed
+        for name in ("kernels", "train"):  # older revisions become one package only when installed
             link = folder / "softmask" / name
             if not link.exists():
                 link.symlink_to(Path("..") / name)
@@ -70,7 +74,7 @@ def built(revision: str) -> tuple[str, Path]:
 
 
 class Rival:
-    """A built checkout of a revision, to be timed against."""
+    """A built checkout of the revision to compare with."""
 
     def __init__(self, revision: str) -> None:
         self.commit, self.folder = built(revision)
@@ -84,7 +88,11 @@ class Rival:
             worker.close()
 
     def check(self, module: str, size: str) -> None:
-        """AssertionError where this tree takes over LIMIT of the revision's time, in every one of TRIES."""
+        """Compares one case.
+
+        Raises:
+            AssertionError: this tree takes more than LIMIT times the revision's time in all of TRIES.
+        """
         ratios = []
         for _ in range(TRIES):
             turns = [[worker.seconds(module, size) for worker in self._workers] for _ in range(TURNS)]
@@ -92,7 +100,7 @@ class Rival:
             if ratios[-1] <= LIMIT:
                 return
         shown = ", ".join(f"{ratio:.2f}" for ratio in ratios)
-        raise AssertionError(f"{module} {size}: {shown} times the time at {self.commit[:12]}, allowed {LIMIT}")
+        raise AssertionError(f"{module} {size}: {shown} times the time of {self.commit[:12]}, expected at most {LIMIT}")
 
 
 def _git(*arguments: str) -> str:
@@ -100,17 +108,18 @@ def _git(*arguments: str) -> str:
 
 
 @lru_cache(maxsize=1)
-def _case(module: str, size: str):
+def _case(module: str, size: str) -> Bench:
     return importlib.import_module(module).CASES[size]()
 
 
 def work(package_root: Path) -> None:
+    """The loop of a worker process."""
     import softmask
 
     found = Path(softmask.__file__).resolve().parent.parent
     if found != package_root.resolve():
         sys.exit(f"softmask comes from {found}, expected {package_root}")
-    sys.path.insert(0, str(ROOT))  # the cases are this tree's, whatever the package
+    sys.path.insert(0, str(ROOT))  # the cases are always this tree's
     from benchmarks import harness
 
     for line in sys.stdin:

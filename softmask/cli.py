@@ -1,6 +1,6 @@
-"""The command `softmask`: the scripts of train/ by name, wherever it is called.
+"""The command `softmask`: the scripts of train/ in any folder.
 
-softmask pretrain | evaluate | report | env [its own arguments]
+softmask pretrain | evaluate | report | env [arguments of the command]
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import sys
 COMMANDS = {
     "pretrain": ("softmask.training.pretrain", "pre-train SoftMask++, ALBEF, SyCoCa or CoCa"),
     "evaluate": ("softmask.evaluation.evaluate", "retrieval, grounding, captions of a checkpoint"),
-    "report": ("softmask.report.build", "one page of a run"),
-    "env": ("softmask.env", "what is installed, and which backend each op takes"),
+    "report": ("softmask.report.build", "a page about a run"),
+    "env": ("softmask.env", "installed packages, and the backend of each op"),
 }
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; its exit status."""
+    """Run a command. Returns its exit status."""
     given = sys.argv[1:] if arguments is None else arguments
     if not given or given[0] not in COMMANDS:
         print("usage: softmask COMMAND [arguments]; softmask COMMAND --help", file=sys.stderr)

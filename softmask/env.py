@@ -1,4 +1,4 @@
-"""``python -m softmask.env``: what is installed, and which backend each op would take, and why."""
+"""``python -m softmask.env``: installed packages, processors, and the backend of each op with the reason."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PACKAGES = (
     "pillow",
 )
 DEVICES = ("cpu", "cuda")
-# Where "auto" takes no kernel, since none pays.
+# Cases in which "auto" takes no kernel because none is faster.
 LEFT_TO_PYTORCH = {("soft_mask", "cpp"): "one map per image, without gradient,"}
 
 
@@ -85,13 +85,13 @@ def _table() -> Iterator[str]:
 
 
 def demanded(name: str, device: str) -> tuple[str, str]:
-    """The named backend, or "none" and why ops raise."""
+    """The named backend, or "none", with the reason why ops raise."""
     reason = _backend.why_not(name, device)
     return (name, "named") if reason is None else ("none", f"{name}: {reason}")
 
 
 def taken(op: str, device: str) -> tuple[str, str]:
-    """What "auto" takes for fp32, and why: it runs here, or every one preferred to it cannot."""
+    """The backend that "auto" takes for fp32, and the reasons why those preferred to it cannot run."""
     backend = _backend.choose(device)
     left = LEFT_TO_PYTORCH.get((op, backend))
     return backend, why(device, backend) + (f"; {left} is left to the reference" if left else "")

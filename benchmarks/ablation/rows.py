@@ -1,7 +1,7 @@
-"""The rows of both ablations: what each changes in a demo's configuration, what is measured, which order is expected.
+"""The rows of both ablations: their overrides of a demo's configuration, what is measured, and the expected order.
 
-A row names every key in which the rows of its study differ, also where the demo already has that value, so that a
-change of the demo cannot bring two rows together. All else is the demo's.
+A row sets every key in which the rows of its study differ, even to the demo's value, so that a change of the demo
+cannot make two rows equal. All other settings are the demo's.
 """
 
 from __future__ import annotations
@@ -17,34 +17,38 @@ Pairs = tuple[tuple[str, str], ...]
 
 
 class AblationError(RuntimeError):
-    """A run that failed or cannot be used; the message names it."""
+    """A run failed or is unusable; the message names it."""
 
 
 @dataclass(frozen=True)
 class Row:
-    name: str  # of its folder, and of --rows
+    """One configuration of a study."""
+
+    name: str  # folder name, and value of --rows
     title: str
-    overrides: tuple[str, ...]  # of the study's configuration, key=value
-    published: tuple[float, ...] = ()  # the paper's, in percent, as many as the study has figures
+    overrides: tuple[str, ...]  # key=value, of the study's configuration
+    published: tuple[float, ...] = ()  # the paper's values in percent, one per figure of the study
 
 
 @dataclass(frozen=True)
 class Study:
-    """One table. `order` gives for each figure the pairs (lower, higher) of names of rows that are expected so."""
+    """The rows of one table. `order` lists for each figure the pairs (lower, higher) of row names that are expected."""
 
     method: str
     title: str
     note: str
     config: Path
     rows: tuple[Row, ...]
-    figures: dict[str, Callable[[dict], float]]  # title -> share, read from metrics.json
+    figures: dict[str, Callable[[dict], float]]  # title -> value as a fraction, read from metrics.json
     order: dict[str, Pairs]
-    order_name: str  # in a sentence
-    beside: dict[str, Callable[[dict], float | None]] = field(default_factory=dict)  # no order expected; None: has none
+    order_name: str  # used in a sentence
+    beside: dict[str, Callable[[dict], float | None]] = field(
+        default_factory=dict
+    )  # no expected order; None: not measured
 
 
 def mean_recall(way: str) -> Callable[[dict], float]:
-    """Mean of R@1, R@5 and R@10 by ITC; `way` is i2t or t2i."""
+    """The mean of R@1, R@5 and R@10 by ITC; `way` is i2t or t2i."""
     return lambda metrics: fmean(metrics["retrieval"]["itc"][way].values())
 
 
@@ -54,12 +58,12 @@ def reranked(way: str) -> Callable[[dict], float]:
 
 
 def section_figure(section: str, key: str) -> Callable[[dict], float | None]:
-    """A figure of a section that not every row has."""
+    """A value of a section that some rows lack."""
     return lambda metrics: metrics.get(section, {}).get(key)
 
 
 def published_order(rows: tuple[Row, ...], figures: dict[str, Callable[[dict], float]]) -> dict[str, Pairs]:
-    """All pairs of rows, as the published figures order them."""
+    """All pairs of rows in the order of the published figures."""
     return {
         title: tuple(
             (low.name, high.name) for low, high in permutations(rows, 2) if low.published[i] < high.published[i]
@@ -146,15 +150,15 @@ STUDIES = (
         method="sycoca",
         title="SyCoCa",
         note=(
-            "All rows have the demo's weight 2 of ITC (the paper's is 1) and its focal factor, gamma 1; CoCa is "
-            "trained without a pooler. The paper's rows are read so: with attentive masking on IC the caption is "
-            "told from the half of the patches that are most similar to one of its tokens; TG-MIM with random masks "
-            "paints random patches again, and the caption is told from the whole image. The paper's figures are of "
-            "zero-shot retrieval on COCO after training on CC3M. CIDEr is of the captions that the model writes, "
-            "of the whole image in every row, chosen by both heads as in evaluation; the gap is how much larger "
-            "the error of hidden patches, the row's own choice of them, is when they are painted by another "
-            "image's caption; both times 100. Attentive masks follow the right caption and random ones do not, so "
-            "that gaps under the one and the other are of different patches and compare only roughly."
+            "All rows use the demo's weight 2 of ITC (the paper has 1) and its focal factor, gamma 1; CoCa is trained "
+            "without a pooler. The paper's rows are interpreted as follows: with attentive masking on IC, the caption "
+            "decoder sees the half of the patches that are most similar to a token of the caption; TG-MIM with random "
+            "masks reconstructs random patches, and the caption decoder sees the whole image. The paper's figures are "
+            "zero-shot retrieval on COCO after training on CC3M. CIDEr scores captions generated from the whole image "
+            "in every row, chosen by both heads as in evaluation. The gap is the increase of the error of hidden "
+            "patches, chosen as in the row's training, when they are reconstructed with another image's caption. Both "
+            "are multiplied by 100. Attentive masks depend on the right caption and random ones do not, so their gaps "
+            "are of different patches and comparable only roughly."
         ),
         config=CONFIGS / "sycoca_demo.yaml",
         rows=SYCOCA_ROWS,
@@ -168,13 +172,12 @@ STUDIES = (
         title="SoftMask++",
         note=(
             "Each of the three middle rows adds one thing to ALBEF, the last adds all three. Multi-modal "
-            "augmentation is masked captions for every loss and distorted images, as strong as at full size; the "
-            "demo itself leaves the distortions off, because at this size they halve the speed of learning "
-            "([demo.md](../../docs/demo.md)). All rows, ALBEF among them, are the demo's: no queue, no soft targets, "
-            "ITC at "
-            "weight 2 and MLM at 0.25, the contrastive loss alone for the first steps, easy negatives, no "
-            "RandAugment. No published figures are at hand for single additions: the expected order is our reading, "
-            "that no addition lowers a figure."
+            "augmentation means masked captions for every loss and distorted images, as strong as at full size; the "
+            "demo leaves the distortions off, because at this size they halve the speed of learning "
+            "([demo.md](../../docs/demo.md)). All rows, including ALBEF, use the demo's settings: no queue, no soft "
+            "targets, ITC at weight 2 and MLM at 0.25, only the contrastive loss for the first steps, easy negatives, "
+            "no RandAugment. No figures are published for single additions, so the expected order is our reading of "
+            "the paper: no addition lowers a figure."
         ),
         config=CONFIGS / "demo.yaml",
         rows=SOFTMASK_PP_ROWS,

@@ -1,13 +1,13 @@
-"""Train and evaluate the rows of both ablations, several seeds each, and write benchmarks/ablation/README.md.
+"""Train and evaluate the rows of both ablations with several seeds, and write benchmarks/ablation/README.md.
 
     python -m benchmarks.ablation.run [--seeds 3] [--rows coca sycoca] [--steps 20] [--table-only]
 
 A run is a row with a seed, in runs/ablation/<method>/<row>/seed_<n>: `deepspeed train/pretrain.py --resume auto` on one
-rank, then `train/evaluate.py`. Its configuration and metrics are then recorded in a folder of the same name under
-benchmarks/ablation/record, which git keeps: the table is made of the record, and no clone repeats a recorded run. An
-unfinished one goes on from its checkpoint, and one that was made with another configuration is refused by name. The
-first seed of every row comes first, and the table is written anew after every run. `--steps` is for a try: such runs,
-their record and their table go to runs/ablation_<steps>_steps, with warm-up and contrast_steps shortened alike.
+rank, then `train/evaluate.py`. Its configuration and metrics are copied to benchmarks/ablation/record, which is under
+version control. The table is built from this record, and recorded runs are skipped. Unfinished runs continue from their
+checkpoint; runs of another configuration are an error. All rows run with the first seed before the next one, and the
+table is rewritten after every run. `--steps` is for trials: their runs, record and table go to
+runs/ablation_<steps>_steps, and warm-up and contrast_steps are shortened in proportion.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from softmask.training.logs import say
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "train"
 TEST_DATA = "data/scenes/test-*.tar"
-GALLERY = 256  # images that retrieval ranks
-SEEDS = 3  # of every row, before rows are compared
-# What comes out of a run does not depend on them.
+GALLERY = 256  # images in the retrieval gallery
+SEEDS = 3  # per row, before rows are compared
+# Keys that do not affect the result of a run.
 NEUTRAL_KEYS = (
     "output",
     "data.workers",
@@ -46,11 +46,11 @@ Start = Callable[[Sequence[str]], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run, and where it goes."""
+    """What to run, and where to write it."""
 
-    rows: tuple[str, ...]  # names of those to run; the table has all
+    rows: tuple[str, ...]  # names of the rows to run; the table has all rows
     seeds: int = SEEDS
-    steps: int = 0  # of a run; 0: as many as the configuration says
+    steps: int = 0  # steps per run; 0: those of the configuration
     runs: Path = Path("runs/ablation")
     record: Path = Path("benchmarks/ablation/record")
     table: Path = Path("benchmarks/ablation/README.md")
@@ -63,8 +63,8 @@ class Run:
     """A row with a seed."""
 
     folder: Path
-    record: Path  # folder of what is kept
-    file: Path
+    record: Path  # folder of the recorded configuration and metrics
+    file: Path  # configuration of the study
     overrides: tuple[str, ...]
     config: Config
 
@@ -73,7 +73,7 @@ def make_run(plan: Plan, study: Study, row: Row, seed: int) -> Run:
     """The run of a row with a seed.
 
     Raises:
-        ConfigError: the row names a key or value that the configuration does not have.
+        ConfigError: unknown key or invalid value in the row.
     """
     name = Path(study.method, row.name, f"seed_{seed}")
     folder = plan.runs / name
@@ -84,7 +84,7 @@ def make_run(plan: Plan, study: Study, row: Row, seed: int) -> Run:
 
 
 def shortened(config: Config, *, steps: int) -> list[str]:
-    """Overrides for fewer steps, of which warm-up and the contrastive loss alone take the same share as before."""
+    """Overrides for fewer steps, with warm-up and contrast_steps shortened in proportion."""
     share = steps / config.train.steps
     overrides = [f"train.steps={steps}", f"optimizer.warmup_steps={round(share * config.optimizer.warmup_steps)}"]
     if hasattr(config.model, "contrast_steps"):
@@ -93,7 +93,7 @@ def shortened(config: Config, *, steps: int) -> list[str]:
 
 
 def planned_runs(plan: Plan) -> Iterator[Run]:
-    """All rows by one seed before the next seed: what is there of an interrupted ablation can be compared."""
+    """All rows with one seed before the next seed, so that an interrupted ablation can be compared."""
     for seed in range(plan.seeds):
         for study in plan.studies:
             for row in study.rows:
@@ -105,7 +105,7 @@ def planned_runs(plan: Plan) -> Iterator[Run]:
 
 
 def check_configuration(run: Run, folder: Path) -> None:
-    """Refuse a folder whose run was begun with another configuration, the learning rate and the steps included.
+    """Refuses a folder whose run was started with another configuration.
 
     Raises:
         AblationError: naming every key that differs, with both values.
@@ -113,7 +113,7 @@ def check_configuration(run: Run, folder: Path) -> None:
     path = folder / "config.yaml"
     if not path.exists():
         return
-    way_out = f"move or remove {folder} and the run is made anew"
+    way_out = f"move or remove {folder} to run it again"
     try:
         old, new = flatten(load_config(path)), flatten(run.config)
     except ConfigError as error:
@@ -121,15 +121,15 @@ def check_configuration(run: Run, folder: Path) -> None:
     differing = [key for key in old | new if key not in NEUTRAL_KEYS and old.get(key) != new.get(key)]
     if differing:
         listed = ", ".join(f"{key} (was {old.get(key)!r}, now {new.get(key)!r})" for key in differing)
-        raise AblationError(f"{folder}: made with another configuration: {listed}; {way_out}")
+        raise AblationError(f"{folder}: run with another configuration: {listed}; {way_out}")
 
 
 def finished_metrics(run: Run, folder: Path, *, test_data: str) -> dict | None:
-    """metrics.json in the run's folder or its record, where it is of the last step and these test data; else None.
+    """metrics.json of a folder, if it is of the last step, these test data and the default beams; else None.
 
     Raises:
-        AblationError: the run was made with another configuration.
-        CheckpointError: metrics.json cannot be read.
+        AblationError: the run has another configuration.
+        CheckpointError: unreadable metrics.json.
     """
     check_configuration(run, folder)
     path = folder / "metrics.json"
@@ -142,19 +142,19 @@ def finished_metrics(run: Run, folder: Path, *, test_data: str) -> dict | None:
 
 
 def launcher() -> list[str]:
-    """DeepSpeed's, with one rank on every machine: the batch, and with it every loss, depends on their number.
+    """The DeepSpeed launcher with one rank, because the batch and so every loss depends on the number of ranks.
 
-    Over hours other runs start on this machine, and all would take the same port.
+    A free port avoids conflicts with other runs on the machine.
     """
     program = Path(sys.executable).with_name("deepspeed")
     return [str(program), "--num_accelerators", "1", "--master_port", str(free_port())]
 
 
 def carry_out(run: Run, *, test_data: str, start: Start) -> bool:
-    """Train, evaluate and record what of a run is not done yet; False: nothing was left to do.
+    """Trains, evaluates and records a run, skipping completed steps. False: the run was already recorded.
 
     Raises:
-        AblationError: another configuration made it, or a command did not reach its end.
+        AblationError: the run has another configuration, or a command did not finish.
     """
     if finished_metrics(run, run.record, test_data=test_data):
         return False
@@ -174,7 +174,7 @@ def train(run: Run, *, start: Start) -> None:
     options = ["--config", str(run.file), "--resume", "auto"]
     start([*launcher(), str(SCRIPTS / "pretrain.py"), *options, *run.overrides])
     if not done.is_file():
-        raise AblationError(f"{run.folder}: training stopped before the end; started again, it goes on from there")
+        raise AblationError(f"{run.folder}: training stopped before the end; run the command again to continue")
 
 
 def evaluate(run: Run, *, test_data: str, start: Start) -> None:
@@ -182,15 +182,15 @@ def evaluate(run: Run, *, test_data: str, start: Start) -> None:
     start([*command, "--data", test_data, "--pairs", str(GALLERY)])
     if not finished_metrics(run, run.folder, test_data=test_data):
         expected = f"metrics.json of step {run.config.train.steps} on {test_data}"
-        raise AblationError(f"{run.folder}: evaluation left no {expected}")
+        raise AblationError(f"{run.folder}: evaluation wrote no {expected}")
 
 
 def start_process(command: Sequence[str]) -> None:
-    """Run a command to its end. What it left tells whether it succeeded: after a stop signal ranks exit with 0."""
+    """Runs a command to its end. Success is judged by its files, because ranks exit with 0 after a stop signal."""
     with subprocess.Popen(command) as process:
         try:
             process.wait()
-        except KeyboardInterrupt:  # the terminal told the command too: it writes its checkpoint
+        except KeyboardInterrupt:  # the command got the signal too and writes its checkpoint
             process.wait()
             raise
 
@@ -199,7 +199,7 @@ def start_process(command: Sequence[str]) -> None:
 
 
 def collect(plan: Plan, study: Study) -> ablation_table.Results:
-    """The metrics of all recorded runs of a study, whatever seeds the plan is to run."""
+    """The metrics of all recorded runs of a study, independent of the plan's rows and seeds."""
     found = {row.name: list(recorded_metrics(plan, study, row)) for row in study.rows}
     steps = make_run(plan, study, study.rows[0], 0).config.train.steps
     seeds = max(SEEDS, *map(len, found.values()))
@@ -220,7 +220,7 @@ def write_table(plan: Plan) -> None:
 
 
 def run_all(plan: Plan, *, start: Start = start_process) -> None:
-    """Carry out every planned run; the table first, which refuses runs of other configurations before hours of work."""
+    """Carries out every planned run. Writing the table first finds other configurations before hours of work."""
     write_table(plan)
     runs = list(planned_runs(plan))
     for number, run in enumerate(runs, 1):
@@ -228,17 +228,19 @@ def run_all(plan: Plan, *, start: Start = start_process) -> None:
         if carry_out(run, test_data=plan.test_data, start=start):
             write_table(plan)
         else:
-            say("ablation: finished before")
+            say("ablation: already recorded")
 
 
 def parse(argv: list[str] | None) -> tuple[Plan, bool]:
-    """The plan, and whether only the table is wanted."""
+    """The plan, and whether to write only the table."""
     names = [row.name for study in STUDIES for row in study.rows]
-    parser = argparse.ArgumentParser(description="The rows of both ablations, several seeds each, and their table.")
-    parser.add_argument("--seeds", type=positive, default=SEEDS, help=f"of every row, from 0 on (default {SEEDS})")
-    parser.add_argument("--steps", type=positive, default=0, help="shorter runs, in a folder of their own, for a try")
+    parser = argparse.ArgumentParser(
+        description="Train and evaluate the rows of both ablations, and write their table."
+    )
+    parser.add_argument("--seeds", type=positive, default=SEEDS, help=f"seeds per row, from 0 (default {SEEDS})")
+    parser.add_argument("--steps", type=positive, default=0, help="shorter trial runs, in a folder of their own")
     parser.add_argument("--rows", nargs="+", choices=names, default=names, metavar="ROW", help=", ".join(names))
-    parser.add_argument("--table-only", action="store_true", help="write the table from the record")
+    parser.add_argument("--table-only", action="store_true", help="only write the table from the record")
     options = parser.parse_args(argv)
     plan = {"rows": tuple(options.rows), "seeds": options.seeds}
     if options.steps:
@@ -255,7 +257,7 @@ def main(argv: list[str] | None = None) -> int:
         say(f"ablation: {error}")
         return 1
     except KeyboardInterrupt:
-        say("ablation: interrupted; started again, it goes on from there")
+        say("ablation: interrupted; run the command again to continue")
         return 130
     print(f"table: {plan.table}")
     return 0

@@ -1,6 +1,6 @@
-"""The ablations' figures as Markdown: mean and spread of every row, and where the order is not the expected one.
+"""The ablations as Markdown: mean and spread of every row, and deviations from the expected order.
 
-Pure functions of what metrics.json holds; nothing here reads or writes files.
+Pure functions of the contents of metrics.json.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from benchmarks.ablation.rows import AblationError, Row, Study
 
 INTRODUCTION = """# Ablation
 
-What each part of the two methods changes on the embedded scenes, at the demo's size. `make ablation` trains and
-evaluates the rows, keeps the configuration and the metrics of every run in [record/](record), and writes this file
-from them; it is not edited by hand. The runs recorded so far, of 22 and 23 November 2026, are of code that masked
-[SEP], decayed position embeddings and re-ranked by the difference of ITM's logits; the README has the demos' figures
-since.
+What each part of the two methods changes, on the demo's scenes and at its size. `make ablation` trains and evaluates
+the rows, keeps the configuration and metrics of every run in [record/](record), and generates this file from them; do
+not edit it by hand. The recorded runs, of 22 and 23 November 2026, come from a revision that masked [SEP], applied
+weight decay to position embeddings, and re-ranked by the difference of ITM's logits.
+[results.md](../../docs/results.md) has the demos' figures of a later revision.
 
-Figures are percentages on test scenes never seen in training: mean over the seeds and, behind ±, their sample standard
-deviation. mTR and mIR are the means of R@1, R@5 and R@10 by ITC, image to caption and caption to image. Two rows
-are compared once all seeds of both are finished; equal means agree with any order. The spread that a difference is held
-against is the larger of the two rows' standard deviations. The papers trained on millions of images, a run here for
-minutes on tens of thousands of drawn scenes: what does not show here is not refuted.
+Figures are percentages on test scenes never seen in training: mean ± sample standard deviation over the seeds. mTR and
+mIR are the means of R@1, R@5 and R@10 by ITC, image to caption and caption to image. Two rows are compared once all
+seeds of both are finished; equal means agree with any order. A difference is compared with the larger of the two rows'
+standard deviations, its spread. The papers trained on millions of images, a run here trains for minutes on tens of
+thousands of drawn scenes: an effect that is missing here is not refuted.
 """
 
 
 @dataclass(frozen=True)
 class Results:
-    """What there is of one study."""
+    """The recorded runs of one study."""
 
     study: Study
-    steps: int  # of a run
-    seeds: int  # wanted of every row
-    metrics: dict[str, list[dict]]  # name of a row -> metrics.json of its finished seeds
+    steps: int  # per run
+    seeds: int  # per row, once it is finished
+    metrics: dict[str, list[dict]]  # row name -> metrics.json of its recorded seeds
 
     def shares(self, row: str, figure: str) -> list[float]:
         read = (self.study.figures | self.study.beside)[figure]
@@ -48,17 +48,17 @@ class Results:
 
 @dataclass(frozen=True)
 class Reversal:
-    """A pair of rows that does not stand as expected; difference and spread are shares."""
+    """A pair of rows in the opposite of the expected order; difference and spread are fractions."""
 
     figure: str
-    above: str  # title of the row that was expected below
+    above: str  # title of the row that was expected to be lower
     below: str
     difference: float
     spread: float | None  # None with one seed
 
 
 def render(results: Sequence[Results]) -> str:
-    """The whole file."""
+    """The README."""
     return "\n".join([INTRODUCTION, *map(section, results)])
 
 
@@ -70,23 +70,23 @@ def section(results: Results) -> str:
         f"## {study.title}",
         _wrapped(f"{length}. {study.note}"),
         table(results),
-        _wrapped(order_sentence(results)),
+        order(results),
     ]
     return "\n\n".join(paragraphs) + "\n"
 
 
 def gallery(results: Results) -> int | None:
-    """The number of images that retrieval ranked; None where nothing is evaluated yet.
+    """The number of images in the retrieval gallery; None without a recorded run.
 
     Raises:
-        AblationError: runs were evaluated among different numbers of images.
+        AblationError: runs with galleries of different sizes.
     """
     rows = results.metrics.values()
     sizes = {metrics["retrieval"]["images"] for row in rows for metrics in row}
     if len(sizes) > 1:
         raise AblationError(
             f"{results.study.method}: expected retrieval among equally many images in every metrics.json, "
-            f"got {sorted(sizes)}; those removed are made anew"
+            f"got {sorted(sizes)}; remove the runs of one size to run them again"
         )
     return sizes.pop() if sizes else None
 
@@ -117,24 +117,27 @@ def figure_cells(results: Results, row: Row) -> Iterator[str]:
         yield f"{100 * fmean(shares):.1f}{spread}" if shares else ""
 
 
-def order_sentence(results: Results) -> str:
-    """How many of the expected pairs came out so, and each that did not, with its difference and spread."""
+def order(results: Results) -> str:
+    """How many pairs of rows are in the expected order, and a list of the others with difference and spread."""
     study = results.study
     pairs = [(figure, *pair) for figure, pairs in study.order.items() for pair in pairs]
     compared = [pair for pair in pairs if all(results.is_finished(row) for row in pair[1:])]
     waiting = len(pairs) - len(compared)
-    missing = f"{waiting} of {len(pairs)} comparisons wait for rows that are not finished."
+    missing = f"{waiting} of {len(pairs)} comparisons wait for unfinished rows."
     if not compared:
         return missing
     found = [reversal for pair in compared if (reversal := reversed_pair(results, *pair))]
     agreeing = len(compared) - len(found)
-    said = f"{agreeing} of {len(compared)} comparisons (pairs of rows, by each figure) agree with {study.order_name}"
-    said += f"; it differs in {'; '.join(_by_figure(found))}." if found else "."
-    return f"{said} {missing}" if waiting else said
+    said = f"{agreeing} of {len(compared)} comparisons (of two rows by one figure) agree with {study.order_name}."
+    if waiting:
+        said += f" {missing}"
+    if not found:
+        return _wrapped(said)
+    return "\n".join([_wrapped(f"{said} The others:"), "", *_by_figure(found)])
 
 
 def reversed_pair(results: Results, figure: str, low: str, high: str) -> Reversal | None:
-    """The pair, where the row expected to be higher has the lower mean."""
+    """The pair, if the row expected to be higher has the lower mean."""
     below, above = results.shares(high, figure), results.shares(low, figure)
     difference = fmean(above) - fmean(below)
     if difference <= 0:
@@ -145,8 +148,9 @@ def reversed_pair(results: Results, figure: str, low: str, high: str) -> Reversa
 
 
 def _by_figure(reversals: list[Reversal]) -> Iterator[str]:
+    """A list item per figure, on one line each: wrapped, a title's "+" could start another item."""
     for figure, group in groupby(reversals, key=lambda reversal: reversal.figure):
-        yield f"{figure}: " + ", ".join(f"{one.above} above {one.below} by {_size(one)}" for one in group)
+        yield f"- {figure}: " + ", ".join(f"{one.above} above {one.below} by {_size(one)}" for one in group)
 
 
 def _size(reversal: Reversal) -> str:

@@ -1,1 +1,1 @@
-"""Scores of a trained model: metrics, retrieval, grounding, captioning, reconstruction, classification."""
+"""Evaluation of trained models: retrieval, grounding, captioning, reconstruction, zero-shot classification."""

@@ -1,12 +1,11 @@
-"""Generated captions against those people gave: CIDEr, BLEU-4, ROUGE-L and METEOR by pycocoevalcap.
+"""Scores of generated captions against the true ones: CIDEr, BLEU-4, ROUGE-L and METEOR by pycocoevalcap.
 
-A model's caption is that one of its beams which both of its heads find best together (`rerank` of
-models/sycoca/generation.py); what the beams give by themselves stands beside it. So do two that write nothing: a
-caption of the training set drawn at random, and the caption of the training image that looks most alike to the image
-encoder.
+The model's caption is the beam that its two heads together score highest (`rerank` of models/sycoca/generation.py).
+Three others are scored for comparison: the best beam by the decoder alone, a random caption of the training set, and
+the caption of the training image with the most similar image feature.
 
-Captions are split into words by the PTB tokenizer, as COCO's server does, where there is Java, which METEOR needs too;
-else into runs of letters and digits. The result names which.
+With Java, captions are split into words by the PTB tokenizer, as on COCO's server, and METEOR is computed. Without it,
+words are runs of letters and digits. The result says which tokenizer was used.
 """
 
 from __future__ import annotations
@@ -32,35 +31,36 @@ from tqdm import tqdm
 from softmask.data import DataError
 from softmask.evaluation.readers import Reader, Sample, Scorer, batches, each_image_once, pixels
 from softmask.models.sycoca.generation import generate_captions, search_captions
+from softmask.models.sycoca.model import SyCoCa
 
 if TYPE_CHECKING:
     from pycocoevalcap.meteor.meteor import Meteor
 
-JAVA_SECONDS = 600.0  # for one answer
+JAVA_SECONDS = 600.0  # time limit of one call
 
 Words = dict[int, list[str]]
-"""Number of an image -> its captions, words separated by blanks."""
+"""Number of an image -> its captions, words separated by spaces."""
 
 
 @dataclass(frozen=True)
 class CaptionOptions:
-    """How captions are made and what they are compared with."""
+    """Options of caption generation and of its comparisons."""
 
     beams: int = 24
-    neighbours: int = 0  # training images that the nearest is sought among, spread evenly; 0: all
-    seed: int = 0  # of the captions drawn at random
+    neighbours: int = 0  # evenly spaced training images among which the nearest is searched; 0: all
+    seed: int = 0  # of the random captions
 
 
 @dataclass
 class Captions:
-    """Of images, in their order: the best of their beams by both heads, and the best by the decoder alone."""
+    """Captions of images, in order: the best beam by both heads, and the best by the decoder alone."""
 
     chosen: list[str] = field(default_factory=list)
     beams_alone: list[str] = field(default_factory=list)
 
 
 def captioning(scorer: Scorer, samples: Iterable[Sample], training: Reader | None, options: CaptionOptions) -> dict:
-    """The metrics.json section: scores of the model, of its beams alone and, with `training`, of both comparisons."""
+    """The metrics.json section: scores of the model, of the decoder alone and, with `training`, of the comparisons."""
     references: dict[int, list[str]] = {}
     written, features = describe(scorer, each_image_once(samples, references), beams=options.beams)
     given = list(references.values())
@@ -77,10 +77,10 @@ def captioning(scorer: Scorer, samples: Iterable[Sample], training: Reader | Non
 
 @torch.no_grad()
 def describe(scorer: Scorer, samples: Iterable[Sample], *, beams: int) -> tuple[Captions, Tensor]:
-    """Captions of all images and their normalized features [N, d]; keeps none of the images.
+    """Captions and normalized features [N, d] of all images. Keeps no image in memory.
 
     Raises:
-        DataError: there is none.
+        DataError: no readable sample.
     """
     written, features = Captions(), []
     for batch in tqdm(batches(samples, scorer.batch_size), desc="captioning", disable=None, leave=False):
@@ -94,15 +94,17 @@ def describe(scorer: Scorer, samples: Iterable[Sample], *, beams: int) -> tuple[
 
 
 def write_captions(scorer: Scorer, samples: Sequence[Sample], *, beams: int) -> Captions:
-    """Captions of images, so few at a time that their beams make no more than a batch. One beam: no choice."""
-    options = {"max_length": min(scorer.config.data.max_length, scorer.config.model.text.max_positions)}
-    written = Captions()
+    """Captions of images, in batches small enough that all their beams fit one batch of the scorer."""
+    model, written = scorer.model, Captions()
+    if not isinstance(model, SyCoCa):
+        raise TypeError(f"captioning: expected a SyCoCa model, got {type(model).__name__}")
+    max_length = min(scorer.config.data.max_length, scorer.config.model.text.max_positions)
     for some in batches(samples, max(1, scorer.batch_size // beams)):
         images = pixels(scorer, some)
         if beams == 1:
-            written.chosen += scorer.tokenizer.decode(generate_captions(scorer.model, images, **options))
+            written.chosen += scorer.tokenizer.decode(generate_captions(model, images, max_length=max_length))
             continue
-        found = search_captions(scorer.model, images, num_beams=beams, **options)
+        found = search_captions(model, images, max_length=max_length, num_beams=beams)
         written.chosen += scorer.tokenizer.decode(found.best())
         written.beams_alone += scorer.tokenizer.decode(found.captions[:, 0])
     return written
@@ -112,7 +114,7 @@ def write_captions(scorer: Scorer, samples: Sequence[Sample], *, beams: int) -> 
 
 
 def chosen_numbers(total: int, wanted: int) -> list[int]:
-    """`wanted` numbers spread over range(total); all of them for 0."""
+    """`wanted` evenly spaced numbers of range(total); all of them for 0."""
     if wanted == 0 or total <= wanted:
         return list(range(total))
     return [number * total // wanted for number in range(wanted)]
@@ -122,11 +124,15 @@ def chosen_numbers(total: int, wanted: int) -> list[int]:
 def nearest_captions(
     scorer: Scorer, features: Tensor, training: Reader, numbers: Sequence[int]
 ) -> tuple[list[str], list[str]]:
-    """For each of the features [B, d], normalized, the caption of the most similar training image; then the captions
-    of all, one an image. Their features are dropped batch by batch: there may be millions.
+    """The caption of the most similar training image for each normalized feature [B, d].
+
+    Training features are compared batch by batch and not kept: there may be millions.
+
+    Returns:
+        These captions, and one caption of every training image.
 
     Raises:
-        DataError: no training sample can be read.
+        DataError: no readable training sample.
     """
     captions: list[str] = []
     nearness = features.new_full((len(features),), -torch.inf)
@@ -147,12 +153,12 @@ def nearest_captions(
 
 
 class JavaError(RuntimeError):
-    """Java is there and failed, or took too long."""
+    """Java failed or took too long."""
 
 
 @functools.cache
 def has_java() -> bool:
-    """Whether there is a Java that runs."""
+    """Whether a working Java is installed."""
     if shutil.which("java") is None:
         return False
     try:
@@ -164,7 +170,7 @@ def has_java() -> bool:
 def score_all(
     candidates: dict[str, Sequence[str]], references: Sequence[Sequence[str]]
 ) -> tuple[str, dict[str, dict[str, float]]]:
-    """The tokenizer ("ptb" or "words") and the scores of several candidates by it; where Java fails, those without."""
+    """The tokenizer ("ptb" or "words") and the scores of several candidates; if Java fails, the scores without it."""
     if has_java():
         try:
             return "ptb", {name: score(texts, references) for name, texts in candidates.items()}
@@ -176,10 +182,11 @@ def score_all(
 def score(
     candidates: Sequence[str], references: Sequence[Sequence[str]], *, java: bool | None = None
 ) -> dict[str, float]:
-    """candidates[i] against all references[i]: cider (1.0 is 100 in papers), bleu4, rouge_l and, with Java, meteor.
+    """Scores of candidates[i] against all references[i]: cider (1.0 is 100 in papers), bleu4, rouge_l and, with Java,
+    meteor.
 
     Raises:
-        JavaError: it fails, or takes longer than JAVA_SECONDS.
+        JavaError: Java fails, or takes longer than JAVA_SECONDS.
     """
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
@@ -188,7 +195,7 @@ def score(
     java = has_java() if java is None else java
     written = tokenized([[candidate] for candidate in candidates], java=java)
     given = tokenized(references, java=java)
-    with contextlib.redirect_stdout(io.StringIO()):  # they report lengths and file names
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocoevalcap prints lengths and file names
         result = {
             "cider": Cider().compute_score(given, written)[0],
             "bleu4": Bleu(4).compute_score(given, written, verbose=0)[0][3],
@@ -205,10 +212,10 @@ def _meteor_score(given: Words, written: Words) -> float:
     watch.start()
     try:
         return process.compute_score(given, written)[0]
-    except (OSError, ValueError, AssertionError) as error:  # no answer, or none that is a number
+    except (OSError, ValueError, AssertionError) as error:  # no answer, or not a number
         meteor.cache_clear()
         process.meteor_p.kill()
-        if process.lock.locked():  # its destructor waits for that
+        if process.lock.locked():  # the destructor would wait for it
             process.lock.release()
         raise JavaError(f"METEOR failed ({type(error).__name__}: {error})") from error
     finally:
@@ -217,14 +224,14 @@ def _meteor_score(given: Words, written: Words) -> float:
 
 @functools.cache
 def meteor() -> Meteor:
-    """One for all scores: its Java process reads a table of paraphrases for seconds, and ends with this process."""
+    """One instance for all scores, because its Java process takes seconds to load a table of paraphrases."""
     from pycocoevalcap.meteor.meteor import Meteor
 
     return Meteor()
 
 
 def tokenized(captions: Sequence[Sequence[str]], *, java: bool) -> Words:
-    """Words without punctuation, by PTB, which takes a line for a caption, or else runs of letters and digits."""
+    """Captions as words without punctuation: by the PTB tokenizer with Java, else runs of letters and digits."""
     rows = [[" ".join(text.split()) for text in row] for row in captions]
     if not java:
         return {i: [" ".join(re.findall(r"\w+", text.lower())) for text in row] for i, row in enumerate(rows)}
@@ -233,7 +240,7 @@ def tokenized(captions: Sequence[Sequence[str]], *, java: bool) -> Words:
 
 
 def _by_ptb(texts: Sequence[str]) -> list[str]:
-    """The Stanford tokenizer that comes with pycocoevalcap, called with a time limit, which its own call lacks."""
+    """The Stanford tokenizer of pycocoevalcap, with a time limit, which pycocoevalcap's own call lacks."""
     from pycocoevalcap.tokenizer import ptbtokenizer as ptb
 
     jar = Path(ptb.__file__).with_name(ptb.STANFORD_CORENLP_3_4_1_JAR)
@@ -241,9 +248,9 @@ def _by_ptb(texts: Sequence[str]) -> list[str]:
     try:
         done = subprocess.run(command, input="\n".join(texts).encode(), capture_output=True, timeout=JAVA_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise JavaError(f"its tokenizer failed ({type(error).__name__}: {error})") from error
+        raise JavaError(f"the tokenizer failed ({type(error).__name__}: {error})") from error
     lines = done.stdout.decode("utf-8", "replace").removesuffix("\n").split("\n")
     if done.returncode != 0 or len(lines) != len(texts):
         said = " ".join(done.stderr.decode("utf-8", "replace").split())[-200:]
-        raise JavaError(f"its tokenizer ended with {done.returncode} after {len(lines)} of {len(texts)} lines: {said}")
+        raise JavaError(f"the tokenizer exited with {done.returncode} after {len(lines)} of {len(texts)} lines: {said}")
     return [" ".join(word for word in line.split() if word not in ptb.PUNCTUATIONS) for line in lines]

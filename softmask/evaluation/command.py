@@ -1,4 +1,4 @@
-"""What evaluation and report have in common on the command line: options, their model, their data, their output."""
+"""Command-line code that evaluation and report share: options, loading of model and data, output."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from softmask import BackendError
 from softmask.data import DataError, open_source
-from softmask.evaluation.readers import Reader, Scorer
+from softmask.evaluation.readers import Model, Reader, Scorer
 from softmask.training.checkpoint.state import CheckpointError
 from softmask.training.checkpoint.store import load_model
 from softmask.training.config import ConfigError
@@ -22,13 +22,19 @@ from softmask.training.failures import explain
 from softmask.training.launchers import check_environment
 from softmask.training.run_folder import check_vocabulary, first_captions
 
+Resize = Literal["", "squash", "crop"]
+"""How images become square, whole or cut to their middle; "" takes `data.eval_resize`."""
+
 
 def load_scorer(
-    checkpoint: Path, *, batch_size: int, text_length: int = 0, image_size: int = 0, resize: str = ""
+    checkpoint: Path, *, batch_size: int, text_length: int = 0, image_size: int = 0, resize: Resize = ""
 ) -> Scorer:
-    """The checkpoint's model on the GPU where there is one, else on the CPU; 0 and "": as in training."""
+    """The checkpoint's model, on the GPU if present. 0 and "" keep the values of training."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer, config = load_model(checkpoint, device=device, image_size=image_size)
+    if not isinstance(model, Model):
+        needed = "encode_image, encode_text and patch_grid"
+        raise ConfigError(f"{config.method}: {type(model).__name__} lacks one of {needed}, which evaluation needs")
     longest = config.model.text.max_positions
     least = 2 + config.data.append_sep
     if not least <= (length := text_length or config.data.max_length) <= longest:
@@ -39,12 +45,12 @@ def load_scorer(
 
 
 def sizes(options: argparse.Namespace) -> dict[str, Any]:
-    """The options of `load_scorer`."""
+    """The options of `load_scorer` among the command line's."""
     return {name: getattr(options, name) for name in ("batch_size", "text_length", "image_size", "resize")}
 
 
 def open_reader(scorer: Scorer, data: str, image_root: str | None = None) -> Reader:
-    """Shards, or a JSON list, whose images lie in `image_root`; None: where those of training did."""
+    """Opens shards or a JSON list; `image_root` is the folder of the list's images, None the one of training."""
     root = scorer.config.data.image_root if image_root is None else image_root
     source = open_source(data, image_root=root)
     try:
@@ -55,24 +61,26 @@ def open_reader(scorer: Scorer, data: str, image_root: str | None = None) -> Rea
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
-    """What evaluation and report may read otherwise than training did."""
+    """Adds the options that select data and sizes."""
     parser.add_argument("--data", required=True, help="glob or brace pattern of shards, or a JSON list")
-    parser.add_argument("--image-root", help="folder of a JSON list's images; '': the list's own (default: training's)")
-    parser.add_argument("--text-length", type=count, default=0, help="tokens of a caption; 0: training's (default)")
-    parser.add_argument("--image-size", type=count, default=0, help="side of an image; 0: training's (default)")
+    parser.add_argument(
+        "--image-root", help="folder of a JSON list's images; '': the list's own (default: as in training)"
+    )
+    parser.add_argument("--text-length", type=count, default=0, help="tokens per caption; 0: as in training (default)")
+    parser.add_argument("--image-size", type=count, default=0, help="side of images, px; 0: as in training (default)")
     parser.add_argument(
         "--resize",
         choices=("squash", "crop"),
         default="",
-        help="whole images made square, or the middle of them (default: data.eval_resize, by the method's base)",
+        help="squash whole images to a square, or crop their middle (default: data.eval_resize, set by the method)",
     )
     parser.add_argument(
-        "--batch-size", type=positive, default=64, help="images, captions, beams or pairs at a time (default 64)"
+        "--batch-size", type=positive, default=64, help="images, captions, beams or pairs per batch (default 64)"
     )
 
 
 def evaluation_facts(scorer: Scorer, reader: Reader, checkpoint: Path) -> dict:
-    """What was evaluated, and how it was read: a report of the same says so."""
+    """What was evaluated and at which sizes, so that a report can check that it shows the same."""
     data = scorer.config.data
     read = {"text_length": data.max_length, "image_size": data.image_size, "resize": data.eval_resize}
     state = hashlib.sha256((checkpoint / "trainer.json").read_bytes()).hexdigest()
@@ -80,7 +88,7 @@ def evaluation_facts(scorer: Scorer, reader: Reader, checkpoint: Path) -> dict:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Either the whole text or the file as it was before, that which a link names."""
+    """Writes the whole text or leaves the file as it was. Follows a link to its target."""
     path = path.resolve()
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -91,7 +99,11 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def check_output(path: Path, ending: str) -> None:
-    """Before the work, not after it: can the file be written at all, and may what is there be replaced?"""
+    """Checks, before any work, that the file can be written and that an existing one may be replaced.
+
+    Raises:
+        OSError: the folder is missing or not writable, or the path is a folder or a file of another kind.
+    """
     if not path.parent.is_dir():
         raise FileNotFoundError(f"--output: no folder {str(path.parent)!r}")
     if not os.access(path.parent, os.W_OK):
@@ -99,19 +111,20 @@ def check_output(path: Path, ending: str) -> None:
     if path.is_dir():
         raise IsADirectoryError(f"--output: expected a file, got the folder {str(path)!r}")
     if path.exists() and not (path.is_file() and path.name.endswith(ending)):
-        raise FileExistsError(f"--output: {str(path)!r} is there and no {ending} file: name another")
+        raise FileExistsError(f"--output: {str(path)!r} exists and is not a {ending} file; choose another name")
 
 
 def name_skipped(reader: Reader) -> None:
+    """Names unreadable samples and the first unusable object on stderr."""
     for line in reader.skipped.values():
         print(f"left out: {line}", file=sys.stderr)
     for where, reason in list(reader.bad_objects.items())[:1]:
         count = len(reader.bad_objects)
-        print(f"left out: {count} objects that cannot be used, the first: {where}: {reason}", file=sys.stderr)
+        print(f"left out: {count} unusable objects, the first: {where}: {reason}", file=sys.stderr)
 
 
 def finish(name: str, work: Callable[[], str], *, smaller: str) -> int:
-    """Do a command's work and show what it says, or one line of what went wrong; the exit status."""
+    """Runs a command's work and prints its result, or one line for a known error. Returns the exit status."""
     try:
         check_environment()
         said = work()
@@ -128,7 +141,7 @@ def finish(name: str, work: Callable[[], str], *, smaller: str) -> int:
 
 
 def show(text: str) -> None:
-    """On stdout, if anybody still reads it."""
+    """Prints to stdout unless its reader is gone."""
     try:
         print(text, flush=True)
     except BrokenPipeError:  # `| head`

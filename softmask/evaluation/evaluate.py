@@ -1,30 +1,30 @@
-"""Retrieval, word grounding and, of SyCoCa, captions of a checkpoint on captioned shards, as one metrics.json.
+"""Evaluate a checkpoint on captioned shards and write metrics.json.
 
     python train/evaluate.py CHECKPOINT --data 'data/test-*.tar' [--output metrics.json] [--pairs 256] [--rerank 16]
                              [--rerank-by match|difference|match+itc] [--resize squash|crop]
                              [--training 'data/train-*.tar'] [--neighbours 0] [--beams 24] [--classes FILE]
 
 CHECKPOINT is a run's folder (its newest complete checkpoint) or one step_... folder. `--data` is a glob or brace
-pattern of WebDataset shards, or a JSON list, whose paths are relative to the run's `data.image_root`, or to its folder
-where that is empty.
+pattern of WebDataset shards, or a JSON list. The list's paths are relative to the run's `data.image_root`, or to the
+list's folder if that is empty.
 
-Retrieval takes the first `--pairs` readable samples in the order of the shards (0: all) and reports R@1, R@5 and R@10
-both ways, as fractions, by cosine similarity of the ITC features and with the `--rerank` best of them re-ranked by
-ITM, where the model has it (SyCoCa has not). Captions of one image are all right answers.
+Retrieval uses the first `--pairs` readable samples (0: all). It reports R@1, R@5 and R@10 in both directions, as
+fractions: by cosine similarity of the ITC features, and, if the model has ITM, with the `--rerank` best candidates
+re-ranked by it. All captions of an image are right answers.
 
-Grounding takes every sample whose .json holds objects and plays the pointing game with each phrase: does the word's
-map peak inside the object's mask? The format, with mask pixels as COCO's uncompressed run lengths (column-major,
-starting with the zeros) of the stored image's [height, width]:
+Grounding uses every sample whose .json lists objects and plays the pointing game with each phrase: does the word's map
+peak inside the object's mask? Masks are COCO's uncompressed run lengths (column-major, zeros first) of the stored
+image's [height, width]:
 
     {"caption": "a dodo above a red apple",
      "objects": [{"phrase": "red apple", "span": [15, 24], "mask": {"size": [256, 256], "counts": [1200, 31, ...]}}]}
 
-SyCoCa has no word maps; it writes a caption of each image of the first `--pairs` samples, the best of its beams,
-scored against the true ones beside captions of `--training`, and paints hidden patches again (captioning.py,
-reconstruction.py).
-Zero-shot classification takes `--classes`, by default the concepts.json beside the data (zero_shot.py).
+SyCoCa generates a caption for each image of the first `--pairs` samples, which is scored beside captions of
+`--training`, and reconstructs hidden patches (captioning.py, reconstruction.py).
 
-Unreadable samples are left out and named on stderr. On any failure nothing is written.
+Zero-shot classification uses `--classes`, by default the concepts.json beside the data (zero_shot.py).
+
+Unreadable samples are skipped and named on stderr. If the command fails, it writes nothing.
 """
 
 from __future__ import annotations
@@ -59,61 +59,73 @@ from softmask.training.checkpoint.store import find_checkpoint
 
 
 def known_classes(data: str, file: Path | None) -> list[Class]:
-    """Of the file; else of the concepts.json beside the data, if there is one."""
+    """The classes of the file; by default those of the concepts.json beside the data, if present."""
     beside = [Path(path).parent / "concepts.json" for path in expand_pattern(data)[:1]]
     files = [file] if file is not None else [path for path in beside if path.is_file()]
     return read_classes(files[0]) if files else []
 
 
 def training_facts(checkpoint: Path) -> dict:
-    """Seconds and steps of training behind a step_... folder, from its trainer.json."""
+    """Seconds and steps of training, from the checkpoint's trainer.json."""
     state = read_state(checkpoint)
     return {"seconds": state["seconds"], "steps": state["step"]}
 
 
 def summary(result: dict, sections: list[Section], given: Evaluation) -> str:
-    """The numbers in a few lines for the terminal."""
+    """The results as lines for the terminal."""
     shown = [section for section in sections if section.name in result]
     return "\n".join(line for section in shown for line in section.lines(result[section.name], given))
 
 
 def unused(options: argparse.Namespace, result: dict) -> list[str]:
-    """Options that were given and changed nothing."""
+    """Messages for options that had no effect."""
     lines = []
     if options.rerank_by != "match" and "itm" not in result.get("retrieval", {}):
-        lines.append(f"--rerank-by {options.rerank_by}: the model matches no pairs")
+        lines.append(f"--rerank-by {options.rerank_by}: the model has no ITM")
     if options.training and "captioning" not in result:
-        lines.append("--training: the model writes no captions to compare")
+        lines.append("--training: the model generates no captions")
     if options.classes and "zero_shot" not in result:
-        lines.append(f"--classes: no image of {options.data} shows one single object of a class")
+        lines.append(f"--classes: no image of {options.data} shows a single object of a class")
     return lines
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Retrieval and word grounding of a checkpoint on captioned shards.")
-    parser.add_argument("checkpoint", type=Path, help="a run's folder or one of its step_... folders")
+    parser = argparse.ArgumentParser(description="Evaluate a checkpoint on captioned shards and write metrics.json.")
+    parser.add_argument("checkpoint", type=Path, help="a run's folder, or one of its step_... folders")
     add_data_options(parser)
     parser.add_argument("--output", type=Path, help="default: metrics.json in CHECKPOINT")
     parser.add_argument("--pairs", type=count, default=256, help="size of the retrieval gallery; 0: all (default 256)")
     parser.add_argument("--rerank", type=positive, default=16, help="candidates that ITM re-ranks (default 16)")
     parser.add_argument(
-        "--rerank-by", choices=get_args(RerankBy), default="match",
-        help="logit of a match, as ALBEF (default), minus that of none, or plus the features' similarity, as BLIP",
-    )  # fmt: skip
-    parser.add_argument("--training", help="shards of training captions that generated ones are compared with")
-    parser.add_argument("--training-image-root", help="as --image-root, of --training (default: training's)")
+        "--rerank-by",
+        choices=get_args(RerankBy),
+        default="match",
+        help="logit of a match, as ALBEF (default), minus that of no match, or plus the features' similarity, as BLIP",
+    )
+    parser.add_argument("--training", help="training shards, whose captions are scored for comparison")
+    parser.add_argument("--training-image-root", help="--image-root of --training (default: as in training)")
     parser.add_argument(
-        "--neighbours", type=count, default=0, help="how many of them may be the nearest; 0: all (default)"
+        "--neighbours",
+        type=count,
+        default=0,
+        help="training images among which the nearest is searched; 0: all (default)",
     )
     parser.add_argument(
-        "--beams", type=positive, default=CaptionOptions.beams, help="of the search for captions (default %(default)s)"
+        "--beams",
+        type=positive,
+        default=CaptionOptions.beams,
+        help="beams of the caption search (default %(default)s)",
     )
-    parser.add_argument("--classes", type=Path, help="JSON list for zero-shot classification")
+    parser.add_argument(
+        "--classes",
+        type=Path,
+        help="JSON list of classes for zero-shot classification (default: concepts.json beside the data)",
+    )
     return parser.parse_args(argv)
 
 
 def run(options: argparse.Namespace) -> str:
-    """Write metrics.json; the numbers in a few lines."""
+    """Writes metrics.json. Returns its numbers as text."""
     start = time.perf_counter()
     output = options.output or options.checkpoint / "metrics.json"
     checkpoint = find_checkpoint(options.checkpoint)

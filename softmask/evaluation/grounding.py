@@ -1,4 +1,4 @@
-"""Maps of words, and the pointing game: does a word's map peak inside its object?"""
+"""Word maps, and the pointing game: does a word's map peak inside its object?"""
 
 from __future__ import annotations
 
@@ -19,36 +19,42 @@ MAP_KINDS = {"pointing": "gradcam", "attention": "attention"}  # key of metrics.
 
 @dataclass
 class Word:
-    """A word or phrase of a caption, its tokens and, where the json holds one, its object's mask [h, w] bool."""
+    """A word or phrase of a caption and the positions of its tokens."""
 
     text: str
     span: tuple[int, int]
     tokens: list[int]
-    mask: Tensor | None = None
 
 
-def phrases(sample: Sample, offsets: Tensor) -> list[Word]:
-    """The sample's object phrases; `tokens` is empty for those that the caption's truncation cut off.
+@dataclass
+class Phrase(Word):
+    """A phrase that names an object."""
 
-    Entries that do not follow the documented format are counted in `bad_objects`.
+    mask: Tensor  # of the object, [h, w] bool
+
+
+def phrases(sample: Sample, offsets: Tensor) -> list[Phrase]:
+    """The sample's object phrases. `tokens` is empty if the phrase was cut off with the caption.
+
+    Entries in another format are added to `bad_objects`.
     """
     words = []
     for number, entry in enumerate(sample.objects or []):
         try:
-            words.append(_word(sample, entry, offsets))
+            words.append(_phrase(sample, entry, offsets))
         except ValueError as error:
             sample.bad_objects[f"{sample.name}: objects[{number}]"] = str(error)
     return words
 
 
-def _word(sample: Sample, entry: Any, offsets: Tensor) -> Word:
-    """Raises ValueError that says what is wrong with the entry."""
+def _phrase(sample: Sample, entry: Any, offsets: Tensor) -> Phrase:
+    """The phrase of an entry of "objects". Raises ValueError if the entry is malformed."""
     try:
         text, (start, end) = entry["phrase"], entry["span"]
         if not (type(start) is type(end) is int and 0 <= start < end <= len(sample.caption)):
             raise ValueError(f"span {entry['span']} of a caption of {len(sample.caption)} characters")
         size = [sample.image.height, sample.image.width]
-        if list(entry["mask"]["size"]) != size:  # before it takes memory
+        if list(entry["mask"]["size"]) != size:  # before decoding allocates memory
             raise ValueError(f"mask size {entry['mask']['size']!r:.80}, expected the image's {size}")
         mask = torch.as_tensor(rle.decode(entry["mask"])).bool()  # of the stored image
         found = sample.caption[start:end]
@@ -58,7 +64,7 @@ def _word(sample: Sample, entry: Any, offsets: Tensor) -> Word:
     if found != text:
         raise ValueError(f"span [{start}, {end}] of the caption is {found!r}, expected the phrase {text!r}")
     left, top, right, bottom = sample.box
-    return Word(text, (start, end), metrics.tokens_of_span(offsets, (start, end)), mask[top:bottom, left:right])
+    return Phrase(text, (start, end), metrics.tokens_of_span(offsets, (start, end)), mask[top:bottom, left:right])
 
 
 @torch.no_grad()
@@ -70,10 +76,10 @@ def word_maps(
     kind: str = "gradcam",
     normalize: str | None = None,
 ) -> list[Tensor]:
-    """Maps of each sample's words over the patches. -> for each sample [W, gh * gw] fp32, on the CPU"""
+    """Maps of each sample's words over the patches: for each sample [W, gh * gw] fp32, on the CPU."""
     tokens = scorer.tokens([sample.caption for sample in samples])
     index = metrics.stack_words([[word.tokens for word in row] for row in words])
-    maps = scorer.model.word_maps(
+    maps = scorer.word_mapper.word_maps(
         pixels(scorer, samples),
         tokens.input_ids.to(scorer.device),
         tokens.attention_mask.to(scorer.device),
@@ -86,21 +92,21 @@ def word_maps(
 
 @dataclass
 class Tally:
-    """Counts of the pointing game. A random point's expected hits are the masks' shares of the image."""
+    """Counts of the pointing game. `random` sums the masks' shares of their images, a random point's expected hits."""
 
     samples: int = 0
     words: int = 0
-    truncated: int = 0  # phrases that the caption's truncation cut off
-    hidden: int = 0  # objects without a visible pixel: no point could hit them
+    truncated: int = 0  # phrases cut off with their caption
+    hidden: int = 0  # objects without a visible pixel, which no point can hit
     random: float = 0.0
     pointing: int = 0
     attention: int = 0
 
-    def usable(self, words: list[Word]) -> list[Word]:
-        """The words that can be played, counting them and the others."""
+    def usable(self, words: list[Phrase]) -> list[Phrase]:
+        """The phrases that can be scored; counts these and the others."""
         kept = [word for word in words if word.tokens and word.mask.any()]
         self.truncated += sum(not word.tokens for word in words)
-        self.hidden += sum(bool(word.tokens) and not word.mask.any() for word in words)
+        self.hidden += sum(1 for word in words if word.tokens and not word.mask.any())
         self.samples += bool(kept)
         self.words += len(kept)
         self.random += sum(word.mask.double().mean().item() for word in kept)
@@ -112,18 +118,20 @@ class Tally:
         return shares | counts
 
 
-def count_hits(scorer: Scorer, samples: list[Sample], words: list[list[Word]], tally: Tally) -> None:
+def count_hits(scorer: Scorer, samples: list[Sample], words: list[list[Phrase]], tally: Tally) -> None:
+    """Adds the hits of each kind of map to the tally."""
     for key, kind in MAP_KINDS.items():
         hits = 0
         for maps, row in zip(word_maps(scorer, samples, words, kind=kind), words, strict=True):
             for patches, word in zip(maps, row, strict=True):
-                plane = metrics.upsample_maps(patches[None], scorer.model.patch_grid, tuple(word.mask.shape))[0]
+                height, width = word.mask.shape
+                plane = metrics.upsample_maps(patches[None], scorer.model.patch_grid, (height, width))[0]
                 hits += metrics.pointing_hit(plane, word.mask)
         setattr(tally, key, getattr(tally, key) + hits)
 
 
 def grounding(scorer: Scorer, samples: Iterable[Sample]) -> dict | None:
-    """The pointing game over all samples with objects; None where no phrase can be played."""
+    """The metrics.json section: the pointing game over all samples with objects; None if no phrase can be scored."""
     tally = Tally()
     with_objects = (sample for sample in samples if sample.objects)
     for batch in tqdm(batches(with_objects, scorer.batch_size), desc="grounding", disable=None, leave=False):

@@ -1,8 +1,8 @@
-"""Retrieval and grounding metrics as pure functions of tensors: no model, no files, no state.
+"""Retrieval and grounding metrics as pure functions of tensors.
 
-Retrieval: a score matrix [queries, gallery] and the matrix of right answers give R@k. Grounding: a word's map over the
-patches and the object's mask over the pixels give a hit or a miss of the pointing game (Zhang et al., "Top-down Neural
-Attention by Excitation Backprop", 2016: does the map's maximum lie inside the object?).
+Retrieval computes R@k from a score matrix [queries, gallery] and a matrix of right answers. The pointing game asks
+whether the maximum of a word's map over the patches lies inside the object's mask over the pixels (Zhang et al.,
+"Top-down Neural Attention by Excitation Backprop", 2016).
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ RECALL_AT = (1, 5, 10)
 
 
 def right_answers(query_ids: Tensor, gallery_ids: Tensor) -> Tensor:
-    """Which gallery items answer which query: equal image numbers. [Q] and [G] int64 -> [Q, G] bool."""
+    """Pairs of query and gallery item with equal image ids. [Q] and [G] int64 -> [Q, G] bool."""
     return query_ids[:, None] == gallery_ids[None, :]
 
 
 def best_ranks(scores: Tensor, relevant: Tensor) -> Tensor:
-    """How many wrong items stand at or above the best right one: 0 is a hit at R@1. [Q, G], [Q, G] bool -> [Q] int64.
+    """Number of wrong items at or above the best right one; 0 is a hit at R@1. [Q, G], [Q, G] bool -> [Q] int64.
 
-    A wrong item with the very same score counts as above, so a model that scores everything alike gains nothing.
+    Ties count as above, so a model that scores all items alike gets no hit.
 
     Raises:
         ValueError: shapes differ, a score is not finite, or a query has no right answer.
@@ -42,13 +42,13 @@ def best_ranks(scores: Tensor, relevant: Tensor) -> Tensor:
 
 
 def recall(scores: Tensor, relevant: Tensor, *, ks: Sequence[int] = RECALL_AT) -> dict[str, float]:
-    """R@k: the share of queries with a right answer among the first k. -> {"r1": fraction, "r5": .., "r10": ..}"""
+    """R@k, the share of queries with a right answer among the first k: {"r1": fraction, "r5": ..., "r10": ...}."""
     ranks = best_ranks(scores, relevant)
     return {f"r{k}": (ranks < k).double().mean().item() for k in ks}
 
 
 def chance_recall(relevant: Tensor, *, ks: Sequence[int] = RECALL_AT) -> dict[str, float]:
-    """R@k of a random order: 1 - C(G - p, k) / C(G, k) for a query with p right answers of G, mean over the queries."""
+    """R@k of a random order: the mean over queries of 1 - C(G - p, k) / C(G, k), with p right answers among G items."""
     gallery = relevant.shape[1]
     wrong = gallery - relevant.sum(dim=1).double()  # [Q]
     chance = {}
@@ -60,16 +60,15 @@ def chance_recall(relevant: Tensor, *, ks: Sequence[int] = RECALL_AT) -> dict[st
 
 
 def top_candidates(scores: Tensor, k: int) -> Tensor:
-    """The k best of every row as a mask, ties to the lower position. [Q, G] -> [Q, G] bool with min(k, G) per row."""
+    """Mask of the k best items per row, ties to the lower position. [Q, G] -> [Q, G] bool, min(k, G) per row."""
     order = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, True)
 
 
 def rerank(scores: Tensor, candidates: Tensor, match: Tensor) -> Tensor:
-    """Scores whose order is: candidates by ``match``, then all others by ``scores``. All [Q, G] -> [Q, G] fp64.
+    """Scores that rank candidates by `match`, then all others by `scores`. All [Q, G] -> [Q, G] fp64.
 
-    ``match`` is read at the candidates only. The two scales are joined by lifting every candidate above the best
-    first-stage score of its row.
+    `match` is read at the candidates only. Every candidate is lifted above the best first-stage score of its row.
     """
     scores, match = scores.double(), match.double()
     lowest = match.masked_fill(~candidates, torch.inf).amin(dim=1, keepdim=True)
@@ -78,10 +77,10 @@ def rerank(scores: Tensor, candidates: Tensor, match: Tensor) -> Tensor:
 
 
 def tokens_of_span(offsets: Tensor, span: Sequence[int]) -> list[int]:
-    """Positions of the tokens that overlap the characters [start, end) of the caption. offsets [T, 2] -> positions.
+    """Positions of the tokens that overlap the characters [start, end) of the caption, from offsets [T, 2].
 
-    Special tokens and padding have empty spans and never count. Empty when the phrase, or its tail, was cut off by the
-    tokenizer's maximal length: half a phrase is not the phrase.
+    Special tokens and padding have empty spans and never overlap. Returns no position if the phrase or its end was
+    truncated, because half a phrase is not the phrase.
     """
     start, end = span
     if int(offsets[:, 1].max()) < end:
@@ -91,7 +90,7 @@ def tokens_of_span(offsets: Tensor, span: Sequence[int]) -> list[int]:
 
 
 def stack_words(words: Sequence[Sequence[Sequence[int]]]) -> Tensor:
-    """Token positions of the words of each caption, padded with -1. -> word_index [B, W, S] int64, W, S at least 1."""
+    """Token positions of each caption's words as word_index [B, W, S] int64, padded with -1; W and S are at least 1."""
     width = max([len(row) for row in words], default=0) or 1
     depth = max([len(word) for row in words for word in row], default=0) or 1
     index = torch.full((len(words), width, depth), -1, dtype=torch.int64)
@@ -102,7 +101,7 @@ def stack_words(words: Sequence[Sequence[Sequence[int]]]) -> Tensor:
 
 
 def upsample_maps(maps: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Patch maps to pixels, bilinear between patch centres (align_corners=False). [W, gh*gw] -> [W, h, w] fp32."""
+    """Maps over patches to maps over pixels, bilinear (align_corners=False). [W, gh * gw] -> [W, h, w] fp32."""
     if maps.dim() != 2 or maps.shape[1] != grid[0] * grid[1]:
         raise ValueError(f"maps must be [W, {grid[0]} * {grid[1]}] for the grid {grid}, got {list(maps.shape)}")
     planes = maps.float().reshape(-1, 1, *grid)
@@ -110,11 +109,11 @@ def upsample_maps(maps: Tensor, grid: tuple[int, int], size: tuple[int, int]) ->
 
 
 def peak(plane: Tensor) -> tuple[int, int] | None:
-    """The pixel (row, column) of the maximum; None where the map is constant and so points nowhere. plane [h, w].
+    """Pixel (row, column) of the maximum of a map [h, w]; None if the map is constant.
 
-    Outside the outermost patch centres bilinear upsampling repeats the border, so a maximum in a border patch is a
-    plateau that reaches the image's edge. Of equal pixels the one nearest to the middle of the image is taken,
-    which is the patch's centre, on all four sides alike.
+    Bilinear upsampling repeats the border outside the outermost patch centres, so a maximum in a border patch becomes a
+    plateau up to the image's edge. Among equal pixels, the one nearest to the middle of the image is taken: on all four
+    sides, this is the centre of the patch.
 
     Raises:
         ValueError: the map holds NaN or infinity.
@@ -131,7 +130,7 @@ def peak(plane: Tensor) -> tuple[int, int] | None:
 
 
 def pointing_hit(plane: Tensor, mask: Tensor) -> bool:
-    """Pointing game: does the peak lie inside the mask? A constant map is a miss. plane [h, w], mask [h, w] bool."""
+    """Whether the peak of a map [h, w] lies inside the mask [h, w] bool. A constant map is a miss."""
     if plane.shape != mask.shape:
         raise ValueError(f"mask must have the map's size {list(plane.shape)}, got {list(mask.shape)}")
     point = peak(plane)

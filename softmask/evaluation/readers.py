@@ -1,7 +1,6 @@
-"""A trained model's scores and maps on captioned images: what evaluate.py counts and report.py shows.
+"""Samples, and the model that scores them, for evaluation and report.
 
-Reading never stops at a broken sample: it is left out and named. Everything runs under `torch.no_grad()`, in batches,
-and keeps the order of the source.
+Unreadable samples are skipped and named. Batches keep the order of the source.
 """
 
 from __future__ import annotations
@@ -9,28 +8,42 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from softmask.data import DataConfig, SampleError, decode_image, eval_transform
+from softmask.data import DataConfig, SampleError, TokenBatch, decode_image, eval_transform
 from softmask.data.loader import require_words
 from softmask.data.transforms import middle_box
 from softmask.training.config import Config
 
 
+@runtime_checkable
 class Model(Protocol):
-    """What is asked of a model here; `softmask.models.SoftMaskPP` has it, `SyCoCa` but `match` and `word_maps`."""
+    """Methods of a task's model that every evaluation section and the report use."""
 
-    patch_grid: tuple[int, int]
-
+    @property
+    def patch_grid(self) -> tuple[int, int]: ...
     def encode_image(self, images: Tensor) -> tuple[Tensor, Tensor]: ...
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+
+@runtime_checkable
+class Matcher(Protocol):
+    """A model that scores image-text pairs (ITM)."""
+
     def match(
         self, image_tokens: Tensor, text_tokens: Tensor, attention_mask: Tensor, *, kv_index: Tensor
     ) -> Tensor: ...
+
+
+@runtime_checkable
+class WordMapper(Protocol):
+    """A model that maps words to image regions."""
+
     def word_maps(
         self,
         images: Tensor,
@@ -43,15 +56,27 @@ class Model(Protocol):
     ) -> Tensor: ...
 
 
+@runtime_checkable
+class Reconstructor(Protocol):
+    """A model that reconstructs hidden patches from a caption."""
+
+    @property
+    def patch_grid(self) -> tuple[int, int]: ...
+    @property
+    def patch_size(self) -> int: ...
+    def hidden_patches(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor: ...
+    def reconstruct(self, images: Tensor, hidden: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor: ...
+
+
 @dataclass
 class Scorer:
-    """A model with all it needs to look at images and captions.
+    """A model with its tokenizer and configuration.
 
     Attributes:
         model: in evaluation mode, on `device`.
         tokenizer: captions -> TokenBatch.
-        config: the run's; its `data:` section holds image size, normalization and max_length.
-        batch_size: images, captions, beams or pairs at a time.
+        config: the run's; its `data:` section has the image size, normalization and max_length.
+        batch_size: images, captions, beams or pairs per batch.
     """
 
     model: Model
@@ -60,13 +85,45 @@ class Scorer:
     device: torch.device = torch.device("cpu")
     batch_size: int = 64
 
-    def tokens(self, captions: Sequence[str]):
+    def tokens(self, captions: Sequence[str]) -> TokenBatch:
         return self.tokenizer(captions, **self.config.data.reading)
+
+    @property
+    def matcher(self) -> Matcher:
+        """The model. Raises TypeError if it cannot match pairs."""
+        if isinstance(self.model, Matcher):
+            return self.model
+        raise self._lacks("match")
+
+    @property
+    def word_mapper(self) -> WordMapper:
+        """The model. Raises TypeError if it cannot map words."""
+        if isinstance(self.model, WordMapper):
+            return self.model
+        raise self._lacks("word_maps")
+
+    @property
+    def reconstructor(self) -> Reconstructor:
+        """The model. Raises TypeError if it cannot reconstruct patches."""
+        if isinstance(self.model, Reconstructor):
+            return self.model
+        raise self._lacks("patch_size, hidden_patches and reconstruct")
+
+    def _lacks(self, methods: str) -> TypeError:
+        return TypeError(f"{type(self.model).__name__} lacks {methods}, which this evaluation section needs")
 
 
 @dataclass
 class Sample:
-    """One caption and its image (RGB, at the stored size); `index` is its number in the source."""
+    """One caption and its image.
+
+    Attributes:
+        index: number in the source.
+        image: RGB, at the stored size.
+        objects: from the sample's .json; None if it has none.
+        bad_objects: place -> error of all unusable objects, shared by all samples of a reader.
+        crop: the model sees the middle of the image only.
+    """
 
     index: int
     name: str
@@ -74,24 +131,28 @@ class Sample:
     caption: str
     image_id: int
     objects: list | None
-    bad_objects: dict[str, str] = field(default_factory=dict)  # of all the reader's samples: where -> what is wrong
+    bad_objects: dict[str, str] = field(default_factory=dict)
     crop: bool = False
 
     @property
     def box(self) -> tuple[int, int, int, int]:
-        """(left, top, right, bottom) of what the model looks at."""
+        """(left, top, right, bottom) of the part that the model sees."""
         return middle_box(self.image.size) if self.crop else (0, 0, *self.image.size)
 
     @property
     def seen(self) -> Image.Image:
-        """The part of the image that the model looks at."""
+        """The part of the image that the model sees."""
         return self.image.crop(self.box) if self.crop else self.image
 
 
 @dataclass
 class Reader:
-    """Samples of a source in order, as `data` looks at them; `skipped` collects one line for each that cannot be read,
-    `bad_objects` the objects that cannot be used."""
+    """Reads samples of a source in order.
+
+    Attributes:
+        skipped: number -> error of every unreadable sample.
+        bad_objects: place -> error of every unusable object.
+    """
 
     source: Any
     data: DataConfig = field(default_factory=DataConfig)
@@ -131,7 +192,7 @@ def batches(items: Iterable, size: int) -> Iterator[list]:
 
 
 def each_image_once(samples: Iterable[Sample], captions: dict[int, list[str]]) -> Iterator[Sample]:
-    """The first sample of every image; `captions` gets all that each has, by image_id, in the same order."""
+    """The first sample of every image. Collects each image's captions in `captions`, by image_id, in this order."""
     for sample in samples:
         is_new = sample.image_id not in captions
         captions.setdefault(sample.image_id, []).append(sample.caption)

@@ -1,4 +1,4 @@
-"""Retrieval both ways: a gallery of encoded images and captions, ranked by ITC and re-ranked by ITM."""
+"""Retrieval in both directions: a gallery of encoded images and captions, ranked by ITC and re-ranked by ITM."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ from softmask.evaluation.readers import Sample, Scorer, batches, pixels
 
 @dataclass
 class Gallery:
-    """Encoded images (each once) and captions; `image_ids` and `caption_ids` say which belong together. Tokens are
-    kept where the model matches pairs by them."""
+    """Encoded images, each once, and captions. Pairs with equal ids belong together.
+
+    Tokens are kept only if the model has ITM, which needs them.
+    """
 
     captions: list[str]
-    images: list[int]  # for each image the number of its first sample in the source
+    images: list[int]  # number of each image's first sample in the source
     image_ids: Tensor  # [I] int64
     caption_ids: Tensor  # [C] int64
     image_tokens: Tensor | None  # [I, P, D]
     image_features: Tensor  # [I, d]
-    cut: int  # captions that are longer than the text's length
+    cut: int  # number of truncated captions
     text_tokens: Tensor | None  # [C, T, D]
     text_features: Tensor  # [C, d]
     attention_mask: Tensor  # [C, T] bool
@@ -44,7 +46,7 @@ class Gallery:
 
 @dataclass
 class EncodedBatches:
-    """Tokens and features of images or captions, batch by batch; tokens of a model that matches pairs alone."""
+    """Collects features and, `with_tokens`, tokens of images or captions, batch by batch."""
 
     with_tokens: bool
     tokens: list[Tensor] = field(default_factory=list)  # [B, T, D]
@@ -60,13 +62,13 @@ class EncodedBatches:
 
 
 def matches(scorer: Scorer) -> bool:
-    """Whether the model can say of an image and a caption that they belong together (ITM)."""
+    """Whether the model has ITM."""
     return scorer.config.task.matches_pairs
 
 
 @torch.no_grad()
 def encode_captions(scorer: Scorer, captions: Sequence[str]) -> tuple[Tensor | None, Tensor, TokenBatch]:
-    """Tokens [C, T, D], where they are kept, features [C, d], and the captions as they were read."""
+    """Tokens [C, T, D] (None if they are not kept), features [C, d], and the tokenized captions."""
     batch = scorer.tokens(captions)
     ids = batch.input_ids.to(scorer.device).split(scorer.batch_size)
     masks = batch.attention_mask.to(scorer.device).split(scorer.batch_size)
@@ -78,8 +80,15 @@ def encode_captions(scorer: Scorer, captions: Sequence[str]) -> tuple[Tensor | N
 
 @torch.no_grad()
 def build_gallery(scorer: Scorer, samples: Iterable[Sample]) -> Gallery:
-    """Encodes every image once (equal image_id: the same image) and every caption; keeps no pixels."""
-    captions, caption_ids, first_samples, images = [], [], {}, EncodedBatches(matches(scorer))
+    """Encodes every image once, by image_id, and every caption. Keeps no pixels.
+
+    Raises:
+        DataError: no readable sample.
+    """
+    captions: list[str] = []
+    caption_ids: list[int] = []
+    first_samples: dict[int, int] = {}
+    images = EncodedBatches(matches(scorer))
     for batch in tqdm(batches(samples, scorer.batch_size), desc="encoding", disable=None, leave=False):
         captions += [sample.caption for sample in batch]
         caption_ids += [sample.image_id for sample in batch]
@@ -108,21 +117,30 @@ def build_gallery(scorer: Scorer, samples: Iterable[Sample]) -> Gallery:
 
 
 RerankBy = Literal["match", "difference", "match+itc"]
-"""What re-ranks: the logit of "match", as ALBEF's evaluation; that minus the logit of "no match"; or it plus the cosine
-similarity of the features, as BLIP's and LAVIS's."""
+"""The score that re-ranks: the logit of a match, as in ALBEF's evaluation; that minus the logit of no match; or that
+plus the cosine similarity of the features, as in BLIP's and LAVIS's."""
 
 
 @torch.no_grad()
 def match_scores(scorer: Scorer, gallery: Gallery, wanted: Tensor, *, by: RerankBy = "match") -> Tensor:
-    """Scores by ITM of the wanted pairs [I, C] bool; NaN elsewhere. -> [I, C] fp32"""
-    scores = torch.full(wanted.shape, torch.nan)
+    """ITM scores [I, C] fp32 of the wanted pairs [I, C] bool; NaN elsewhere.
+
+    Raises:
+        ValueError: the gallery has no tokens.
+    """
+    image_tokens, text_tokens = gallery.image_tokens, gallery.text_tokens
+    if image_tokens is None or text_tokens is None:
+        raise ValueError(
+            "gallery: expected tokens of images and captions, got features only; the task must set matches_pairs"
+        )
+    model, scores = scorer.matcher, torch.full(wanted.shape, torch.nan)
     chunks = wanted.nonzero().split(scorer.batch_size)
     for pairs in tqdm(chunks, desc="matching", disable=None, leave=False):
         images, kv_index = pairs[:, 0].unique(return_inverse=True)
         images, texts = images.to(scorer.device), pairs[:, 1].to(scorer.device)
-        logits = scorer.model.match(
-            gallery.image_tokens[images],
-            gallery.text_tokens[texts],
+        logits = model.match(
+            image_tokens[images],
+            text_tokens[texts],
             gallery.attention_mask[texts],
             kv_index=kv_index.to(scorer.device),
         )
@@ -133,7 +151,7 @@ def match_scores(scorer: Scorer, gallery: Gallery, wanted: Tensor, *, by: Rerank
 
 @dataclass
 class Ranking:
-    """First-stage (ITC) and, where the model matches pairs, re-ranked (ITM) scores; rows are queries."""
+    """First-stage (ITC) scores and, if the model has ITM, re-ranked ones; rows are queries."""
 
     itc: Tensor
     itm: Tensor | None
@@ -141,7 +159,7 @@ class Ranking:
 
 
 def rank_both_ways(scorer: Scorer, gallery: Gallery, *, rerank: int, by: RerankBy = "match") -> dict[str, Ranking]:
-    """i2t [I, C] and t2i [C, I]: the `rerank` best of every row by ITC, re-ranked by ITM. Each pair is fused once."""
+    """Rankings i2t [I, C] and t2i [C, I]: ITM re-ranks the `rerank` best of every row by ITC. Fuses each pair once."""
     similarity, relevant = gallery.similarity, gallery.relevant
     if not matches(scorer):
         return {"i2t": Ranking(similarity, None, relevant), "t2i": Ranking(similarity.T, None, relevant.T)}
@@ -155,7 +173,7 @@ def rank_both_ways(scorer: Scorer, gallery: Gallery, *, rerank: int, by: RerankB
 
 
 def retrieval(scorer: Scorer, samples: Iterable[Sample], *, rerank: int, by: RerankBy = "match") -> dict:
-    """R@1/5/10 both ways by ITC and by ITM re-ranking, with the gallery's size and the chance level."""
+    """The metrics.json section: R@1/5/10 in both directions by ITC and by ITM, chance, and the gallery's size."""
     gallery = build_gallery(scorer, samples)
     ranking = rank_both_ways(scorer, gallery, rerank=rerank, by=by)
     result = {
@@ -165,7 +183,7 @@ def retrieval(scorer: Scorer, samples: Iterable[Sample], *, rerank: int, by: Rer
         "itc": {way: metrics.recall(rank.itc, rank.relevant) for way, rank in ranking.items()},
         "chance": {way: metrics.chance_recall(rank.relevant) for way, rank in ranking.items()},
     }
-    if all(rank.itm is not None for rank in ranking.values()):
-        result |= {"rerank": rerank, "rerank_by": by}
-        result["itm"] = {way: metrics.recall(rank.itm, rank.relevant) for way, rank in ranking.items()}
+    itm = {way: metrics.recall(rank.itm, rank.relevant) for way, rank in ranking.items() if rank.itm is not None}
+    if itm:
+        result |= {"rerank": rerank, "rerank_by": by, "itm": itm}
     return result

@@ -1,4 +1,4 @@
-"""The sections of metrics.json, which a task names: what each computes and how the terminal shows it."""
+"""The sections of metrics.json. A task names those that its models support."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ from softmask.training.config import ConfigError
 
 @dataclass
 class Evaluation:
-    """What a section is given.
+    """Model, data and options, the input of a section.
 
     Attributes:
-        reader: the samples; those of `first()` are the gallery.
-        training: samples of training that generated captions are compared with, None: without.
-        pairs: size of the gallery; 0: all.
-        rerank: candidates that ITM re-ranks, by the score `rerank_by`.
-        text_length: tokens that are read of a caption.
-        classes: of zero-shot classification.
+        scorer: the model with its tokenizer and configuration.
+        reader: all samples.
+        training: training samples whose captions are compared with generated ones; None skips the comparison.
+        pairs: size of the gallery; 0: all samples.
+        rerank: number of candidates that ITM re-ranks.
+        rerank_by: the score that re-ranks them.
+        captions: options of caption generation.
+        classes: classes of zero-shot classification; without classes the section is left out.
     """
 
     scorer: Scorer
@@ -39,6 +41,7 @@ class Evaluation:
 
     @property
     def text_length(self) -> int:
+        """Tokens per caption; longer captions are truncated."""
         return self.scorer.config.data.max_length
 
     def first(self) -> Iterator[Sample]:
@@ -47,20 +50,26 @@ class Evaluation:
 
 
 class Section:
-    """One object of metrics.json. A section of your own is a subclass that your task names as `module:Class`."""
+    """One object of metrics.json. For a section of your own, write a subclass and name it `module:Class` in your task.
 
-    name: str  # its key in metrics.json
+    Attributes:
+        name: key in metrics.json.
+    """
+
+    name: str
 
     def run(self, given: Evaluation) -> dict | None:
-        """The object; None where the data has nothing to measure it by."""
+        """The object of metrics.json; None if the data has nothing to measure."""
         raise NotImplementedError
 
     def lines(self, result: dict, given: Evaluation) -> list[str]:
-        """The object on the terminal."""
+        """The object as lines for the terminal."""
         raise NotImplementedError
 
 
 class Retrieval(Section):
+    """R@1, R@5 and R@10 in both directions."""
+
     name = "retrieval"
 
     def run(self, given: Evaluation) -> dict:
@@ -70,9 +79,7 @@ class Retrieval(Section):
         size = f"{result['images']} images and {result['samples']} captions"
         lines = [f"retrieval among {size}, R@1 / R@5 / R@10:"]
         if result["cut"]:
-            lines.append(
-                f"  {result['cut']} captions have more than the {given.text_length} tokens that are read of them"
-            )
+            lines.append(f"  {result['cut']} captions were truncated to {given.text_length} tokens")
         for stage in [name for name in ("itc", "itm", "chance") if name in result]:
             for way in ("i2t", "t2i"):
                 shares = " / ".join(f"{100 * value:5.1f}" for value in result[stage][way].values())
@@ -81,6 +88,8 @@ class Retrieval(Section):
 
 
 class Grounding(Section):
+    """The pointing game on samples with object masks; the model has `word_maps`."""
+
     name = "grounding"
 
     def run(self, given: Evaluation) -> dict | None:
@@ -92,6 +101,8 @@ class Grounding(Section):
 
 
 class Captioning(Section):
+    """Scores of generated captions; the model is SyCoCa."""
+
     name = "captioning"
 
     def run(self, given: Evaluation) -> dict:
@@ -108,6 +119,8 @@ class Captioning(Section):
 
 
 class Reconstruction(Section):
+    """Error of hidden patches by caption; the model has `patch_size`, `hidden_patches` and `reconstruct`."""
+
     name = "reconstruction"
 
     def run(self, given: Evaluation) -> dict | None:
@@ -115,10 +128,12 @@ class Reconstruction(Section):
 
     def lines(self, result: dict, given: Evaluation) -> list[str]:
         interval = f"{result['gap']:.4f} [{result['low']:.4f}, {result['high']:.4f}]"
-        return [f"error of hidden patches {result['right']:.4f}, more by a wrong caption: {interval}"]
+        return [f"error of hidden patches {result['right']:.4f}, increase with a wrong caption: {interval}"]
 
 
 class ZeroShot(Section):
+    """Zero-shot classification of images of a single object."""
+
     name = "zero_shot"
 
     def run(self, given: Evaluation) -> dict | None:
@@ -133,10 +148,10 @@ SECTIONS = {kind.name: kind for kind in (Retrieval, Grounding, Captioning, Recon
 
 
 def find_section(name: str) -> Section:
-    """The section of a name, or of `module:Class`.
+    """The section with a name of SECTIONS, or of `module:Class`.
 
     Raises:
-        ValueError: there is none.
+        ValueError: unknown name, failed import, or not a Section.
     """
     if name in SECTIONS:
         return SECTIONS[name]()
@@ -153,10 +168,10 @@ def find_section(name: str) -> Section:
 
 
 def sections_of(scorer: Scorer) -> list[Section]:
-    """Of the scorer's task, in the order of metrics.json.
+    """The sections of the scorer's task, in the order of metrics.json.
 
     Raises:
-        ConfigError: the task names one that is not there.
+        ConfigError: the task names an unknown section.
     """
     try:
         return [find_section(name) for name in scorer.config.task.sections(scorer.config.model)]
@@ -165,6 +180,6 @@ def sections_of(scorer: Scorer) -> list[Section]:
 
 
 def evaluate(given: Evaluation, sections: list[Section]) -> dict[str, dict]:
-    """Every section that the data has something for, by name."""
+    """The results of all sections that found something to measure, by name."""
     found = ((section.name, section.run(given)) for section in sections)
     return {name: result for name, result in found if result}

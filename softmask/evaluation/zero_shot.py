@@ -1,8 +1,9 @@
-"""Zero-shot classification: the class whose name, put into templates as CLIP does, lies nearest to the image.
+"""Zero-shot classification: the class whose name in CLIP-style templates is most similar to the image.
 
-Images are those of the data whose .json names one object, an entry of "objects" whose "concept" is a class, whose
-phrase is the class's name, not its plural, and whose "count", where there is one, is 1. Classes are read from a JSON
-list of {"name", "phrase"}, such as {"name": "red apple", "phrase": "a red apple"}; the scenes' is `concepts.json`.
+Only images of a single object are used: the sample's .json has one entry in "objects", its "concept" is a class, its
+"phrase" is the class's name (not the plural), and its "count", if present, is 1. Classes come from a JSON list of
+{"name", "phrase"}, such as {"name": "red apple", "phrase": "a red apple"}; for the demo's scenes this is
+`concepts.json`.
 """
 
 from __future__ import annotations
@@ -31,24 +32,28 @@ class Class:
 
 
 def read_classes(path: Path) -> list[Class]:
-    """DataError where the file is no such list."""
+    """The classes of a JSON file.
+
+    Raises:
+        DataError: not a list of classes, an empty list, or a name that occurs twice.
+    """
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
         classes = [Class(entry["name"], entry["phrase"]) for entry in entries]
         if not all(isinstance(text, str) for one in classes for text in (one.name, one.phrase)):
-            raise TypeError("a name or a phrase is no text")
+            raise TypeError("a name or phrase is not a string")
         for one in classes:
             one.phrase.encode()  # lone surrogates, which JSON escapes can smuggle in
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise DataError(f"{path}: expected a JSON list of classes with name and phrase: {reason}") from error
     if len({one.name for one in classes}) != len(classes) or not classes:
-        raise DataError(f"{path}: expected at least one class, and no name twice")
+        raise DataError(f"{path}: expected at least one class and unique names, got {len(classes)} classes")
     return classes
 
 
 def zero_shot(scorer: Scorer, samples: Iterable[Sample], classes: Sequence[Class]) -> dict | None:
-    """The metrics.json section; None where no image shows one single object of a class."""
+    """The metrics.json section; None if no image shows a single object of a class."""
     number = {one.name: index for index, one in enumerate(classes)}
     prompts = class_features(scorer, classes)
     hits, total = dict.fromkeys(TOP, 0), 0
@@ -66,7 +71,7 @@ def zero_shot(scorer: Scorer, samples: Iterable[Sample], classes: Sequence[Class
 
 
 def only_class(sample: Sample, number: dict[str, int]) -> int | None:
-    """The class of the one object in the image; None where there are others, several of it, or none."""
+    """The class of the image's single object; None if it has no, several or other objects."""
     if not sample.objects or len(sample.objects) > 1:
         return None
     (entry,) = sample.objects
@@ -78,7 +83,7 @@ def only_class(sample: Sample, number: dict[str, int]) -> int | None:
 
 
 def class_features(scorer: Scorer, classes: Sequence[Class]) -> Tensor:
-    """[C, d] normalized mean of the features of a class's prompts."""
+    """The normalized mean feature of each class's prompts, [C, d]."""
     prompts = [template.format(one.phrase) for one in classes for template in TEMPLATES]
     _, features, _ = encode_captions(scorer, prompts)
     return F.normalize(features.unflatten(0, (len(classes), len(TEMPLATES))).mean(1), dim=-1)
@@ -86,6 +91,6 @@ def class_features(scorer: Scorer, classes: Sequence[Class]) -> Tensor:
 
 @torch.no_grad()
 def similarities(scorer: Scorer, samples: Sequence[Sample], prompts: Tensor) -> Tensor:
-    """[B, C] on the CPU."""
+    """Similarities of images and classes [B, C], on the CPU."""
     _, feature = scorer.model.encode_image(pixels(scorer, samples))
     return (feature @ prompts.T).float().cpu()

@@ -1,1 +1,1 @@
-"""One self-contained page of a run."""
+"""The report: one self-contained HTML page of a run."""

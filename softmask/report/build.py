@@ -1,12 +1,12 @@
-"""One self-contained report.html of a run: curves, metrics, retrieval, and what the model sees, writes and paints.
+"""Write report.html of a run, a self-contained page: curves, metrics, retrieval examples, and the model's outputs.
 
     python train/report.py RUN --data 'data/test-*.tar' [--output RUN/report.html] [--scenes 12]
 
-RUN is a run's folder with log.jsonl, a complete checkpoint and metrics.json (train/evaluate.py writes it). Every
-image is inside the page, nothing is loaded from elsewhere. Of SoftMask++ it shows the regions that words point to:
-the phrases of "objects" in a sample's .json (format: train/evaluate.py), or all content words where there are none; of
-SyCoCa captions that it writes and hidden patches that it paints. An ATTRIBUTION.txt beside the shards goes
-into the footer. Unreadable samples are left out and named on stderr; on any failure nothing is written.
+RUN is a run's folder with log.jsonl, a complete checkpoint and the metrics.json of train/evaluate.py. All images are
+embedded in the page. For SoftMask++ it shows word maps: of the phrases of "objects" in a sample's .json (format:
+softmask/evaluation/evaluate.py), or of all content words if there are no objects. For SyCoCa it shows generated
+captions and reconstructions. The footer quotes an ATTRIBUTION.txt beside the shards. Unreadable samples are skipped and
+named on stderr. If the command fails, it writes nothing.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -35,7 +37,7 @@ from softmask.evaluation.command import (
     sizes,
     write_atomically,
 )
-from softmask.evaluation.grounding import Word
+from softmask.evaluation.grounding import Phrase, Word
 from softmask.evaluation.readers import Reader, Sample, Scorer, batches
 from softmask.evaluation.retrieval import Gallery, RerankBy
 from softmask.report.facts import facts, lead
@@ -54,8 +56,8 @@ CAPTION_QUERIES = 5
 IMAGE_QUERIES = 6
 THUMBNAIL = 200  # pixels of a retrieval image's longer side
 OVERLAY = 512  # pixels of a map's longer side
-WORDS = 8  # content words shown of a caption without objects
-# Words that name nothing to be seen; English, as only captions without objects need it.
+WORDS = 8  # most content words shown for a caption without objects
+# Words that name nothing visible. English only; used for captions without objects.
 EMPTY_TEXT = """
 a an the this that these those some any each and or but with without of in on at by to from for into onto over
 under above below beside between near next behind front left right top bottom is are was were be being been has
@@ -70,13 +72,12 @@ NO_CURVE = ("step", "epoch", "seconds", "samples_per_second")
 
 
 def read_log(path: Path) -> list[dict]:
-    """The rows of log.jsonl; a last line without its end is still being written and left out."""
+    """The rows of log.jsonl, without an incomplete last line, which is still being written."""
     return [row for _, row in read_lines(path)]
 
 
 def curves(rows: list[dict], known: dict[str, Curve]) -> list[Series]:
-    """One series for each number that was logged: the loss, what is known of the task, then the others by their name in
-    the log."""
+    """One series per logged number: the loss, the task's curves (`known`), the learning rate, then all others."""
     logged = dict.fromkeys(key for row in rows for key in row if key not in NO_CURVE and is_number(row[key]))
     titles = {"loss": GENERAL["loss"]} | known | GENERAL
     keys = [key for key in titles if key in logged] + [key for key in logged if key not in titles]
@@ -89,7 +90,7 @@ def curves(rows: list[dict], known: dict[str, Curve]) -> list[Series]:
 
 
 def attribution(data: str) -> str:
-    """The ATTRIBUTION.txt files that lie beside the data, each once."""
+    """The text of all ATTRIBUTION.txt files beside the data."""
     folders = dict.fromkeys(Path(path).parent for path in expand_pattern(data))
     files = [folder / "ATTRIBUTION.txt" for folder in folders]
     return "\n\n".join(file.read_text(encoding="utf-8", errors="replace").strip() for file in files if file.is_file())
@@ -99,16 +100,28 @@ def attribution(data: str) -> str:
 
 
 def spread(total: int, wanted: int) -> list[int]:
-    """`wanted` numbers evenly over range(total), or all of them."""
+    """`wanted` evenly spaced numbers of range(total), or all of them."""
     if total <= wanted:
         return list(range(total))
     return [round((part + 0.5) * total / wanted - 0.5) for part in range(wanted)]
 
 
+@dataclass(frozen=True)
+class Rerank:
+    """How many candidates ITM re-ranks, and by what score."""
+
+    candidates: int
+    by: RerankBy
+
+
+Answers = tuple[list[int], list[bool], int]
+"""The best answers to a query, which of them are right, and how many wrong ones rank above the right one."""
+
+
 def answers(
-    scorer: Scorer, gallery: Gallery, queries: list[int], *, rerank: int | None, by: RerankBy | None, by_text: bool
-) -> list[tuple]:
-    """For each query its best answers, which of them are right, and how many wrong ones stand above the right one."""
+    scorer: Scorer, gallery: Gallery, queries: list[int], *, rerank: Rerank | None, by_text: bool
+) -> list[Answers]:
+    """The answers to each query: by ITC, re-ranked by ITM with `rerank`."""
     similarity, relevant = gallery.similarity, gallery.relevant
     if by_text:
         similarity, relevant = similarity.T, relevant.T
@@ -116,8 +129,8 @@ def answers(
     if rerank is not None:
         chosen = torch.zeros(len(similarity), 1, dtype=torch.bool)
         chosen[queries] = True
-        candidates = metrics.top_candidates(similarity, rerank) & chosen
-        match = retrieval.match_scores(scorer, gallery, candidates.T if by_text else candidates, by=by)
+        candidates = metrics.top_candidates(similarity, rerank.candidates) & chosen
+        match = retrieval.match_scores(scorer, gallery, candidates.T if by_text else candidates, by=rerank.by)
         match = match.T if by_text else match
         scores = metrics.rerank(scores, candidates[queries], match[queries])
     best = scores.argsort(dim=1, descending=True, stable=True)[:, :ANSWERS]
@@ -127,14 +140,14 @@ def answers(
 
 
 def retrieval_examples(
-    scorer: Scorer, reader: Reader, *, samples: int, rerank: int | None, by: RerankBy | None
+    scorer: Scorer, reader: Reader, *, samples: int, rerank: Rerank | None
 ) -> tuple[list[Query], list[Query]]:
-    """Caption queries and image queries over the same gallery as in metrics.json; rerank is None without ITM."""
+    """Caption queries and image queries over the gallery of metrics.json; `rerank` is None without ITM."""
     gallery = retrieval.build_gallery(scorer, islice(reader.all(), samples))
     asked_texts = spread(len(gallery.captions), CAPTION_QUERIES)
     asked_images = spread(len(gallery.images), IMAGE_QUERIES)
-    by_text = answers(scorer, gallery, asked_texts, rerank=rerank, by=by, by_text=True)
-    by_image = answers(scorer, gallery, asked_images, rerank=rerank, by=by, by_text=False)
+    by_text = answers(scorer, gallery, asked_texts, rerank=rerank, by_text=True)
+    by_image = answers(scorer, gallery, asked_images, rerank=rerank, by_text=False)
 
     def shown(image: int) -> tuple[str, str]:
         (sample,) = reader.read([gallery.images[image]])
@@ -142,8 +155,11 @@ def retrieval_examples(
 
     captions = []
     for asked, (best, right, rank) in zip(asked_texts, by_text, strict=True):
-        found = [(*shown(image), hit) for image, hit in zip(best, right, strict=True)]
-        captions.append(Query(gallery.captions[asked], [Candidate(text, hit, uri) for text, uri, hit in found], rank))
+        found = []
+        for image, hit in zip(best, right, strict=True):
+            text, uri = shown(image)
+            found.append(Candidate(text, hit, uri))
+        captions.append(Query(gallery.captions[asked], found, rank))
     images = []
     for asked, (best, right, rank) in zip(asked_images, by_image, strict=True):
         found = [Candidate(gallery.captions[caption], hit) for caption, hit in zip(best, right, strict=True)]
@@ -156,7 +172,7 @@ def retrieval_examples(
 
 
 def content_words(caption: str, tokens: TokenBatch, row: int) -> list[Word]:
-    """The caption's words that may name something, each with its tokens: for captions without objects."""
+    """The words of a caption without objects that may name something visible."""
     words = []
     for number in range(int(tokens.word_ids[row].max()) + 1):
         positions = (tokens.word_ids[row] == number).nonzero().flatten()
@@ -167,37 +183,38 @@ def content_words(caption: str, tokens: TokenBatch, row: int) -> list[Word]:
 
 
 def word_view(scorer: Scorer, sample: Sample, word: Word, patches: Tensor) -> WordView:
-    """The drawings of one word; `patches` [gh * gw] is its map, normalized as in training."""
+    """Draws one word; `patches` [gh * gw] is its map, normalized as in training."""
     config, grid = scorer.config, scorer.model.patch_grid
     seen = sample.seen
     small = limited(seen, OVERLAY)
     plane = metrics.upsample_maps(patches[None], grid, (small.height, small.width))[0]
     full = metrics.upsample_maps(patches[None], grid, (seen.height, seen.width))[0]
+    mask = word.mask if isinstance(word, Phrase) else None
     masked = soft_masked(small, plane, mean=config.data.mean, strength=config.model.strength)
     return WordView(
         text=word.text,
         span=word.span,
         overlay=data_uri(heat_overlay(small, plane)),
         masked=data_uri(masked),
-        outline="" if word.mask is None else outline_path(word.mask.numpy()),
+        outline="" if mask is None else outline_path(mask.numpy()),
         point=metrics.peak(full),
-        hit=None if word.mask is None else metrics.pointing_hit(full, word.mask),
+        hit=None if mask is None else metrics.pointing_hit(full, mask),
     )
 
 
 def scene_views(scorer: Scorer, samples: list[Sample]) -> list[SceneView]:
-    """Image, caption and words of each sample, in batches of the scorer's size."""
+    """Image, caption and word maps of each sample."""
     views = []
     for batch in batches(samples, scorer.batch_size):
         tokens = scorer.tokens([sample.caption for sample in batch])
-        words = []
+        words: list[list[Word]] = []
         for row, sample in enumerate(batch):
             known = grounding.phrases(sample, tokens.offsets[row])
-            found = known if sample.objects else content_words(sample.caption, tokens, row)
+            found: Sequence[Word] = known if sample.objects else content_words(sample.caption, tokens, row)
             words.append(sorted((word for word in found if word.tokens), key=lambda word: word.span))
         maps = grounding.word_maps(scorer, batch, words, normalize=scorer.config.model.normalize)
-        for sample, row, planes in zip(batch, words, maps, strict=True):
-            drawn = [word_view(scorer, sample, word, plane) for word, plane in zip(row, planes, strict=True)]
+        for sample, own, planes in zip(batch, words, maps, strict=True):
+            drawn = [word_view(scorer, sample, word, plane) for word, plane in zip(own, planes, strict=True)]
             seen = sample.seen
             size = (seen.height, seen.width)
             views.append(SceneView(sample.name, sample.caption, data_uri(seen), size, drawn))
@@ -208,16 +225,21 @@ def scene_views(scorer: Scorer, samples: list[Sample]) -> list[SceneView]:
 
 
 def check_evaluation(path: Path, was: dict, now: dict) -> None:
-    """CheckpointError where metrics.json is not of this checkpoint, on this data, read like this."""
+    """Checks that metrics.json is of this checkpoint, these data and these sizes.
+
+    Raises:
+        CheckpointError: naming what differs.
+    """
     changed = {key: f"{key} {was.get(key)!r}, not {value!r}" for key, value in now.items() if was.get(key) != value}
     if "digest" in changed:
         changed["digest"] = "the data"
     if changed:
-        differs = f"another evaluation's: it differs in {'; '.join(changed.values())}"
+        differs = f"of another evaluation, it differs in {'; '.join(changed.values())}"
         raise CheckpointError(f"{path}: {differs}; run train/evaluate.py with this report's options first")
 
 
 def build_page(options: argparse.Namespace) -> Page:
+    """Collects everything that the page shows."""
     run, data, scenes = options.run, options.data, options.scenes
     checkpoint = find_checkpoint(run)
     result = read_metrics(run / "metrics.json")
@@ -227,9 +249,8 @@ def build_page(options: argparse.Namespace) -> Page:
     check_evaluation(run / "metrics.json", result["evaluation"], evaluation_facts(scorer, reader, checkpoint))
     try:
         examples = result["retrieval"]
-        reranked = {"rerank": examples.get("rerank"), "by": examples.get("rerank_by")}
-        reranked |= {"samples": examples["samples"]}
-        captions, images = retrieval_examples(scorer, reader, **reranked)
+        rerank = Rerank(examples["rerank"], examples["rerank_by"]) if "itm" in examples else None
+        captions, images = retrieval_examples(scorer, reader, samples=examples["samples"], rerank=rerank)
         shown = list(reader.read(spread(len(reader.source), scenes)))
         drawn = scene_views(scorer, shown) if scorer.config.task.shows_word_maps(scorer.config.model) else []
         written = generated(scorer, shown, result)
@@ -251,16 +272,18 @@ def build_page(options: argparse.Namespace) -> Page:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="One self-contained report.html of a run.")
+    parser = argparse.ArgumentParser(description="Write report.html of a run, a self-contained page.")
     parser.add_argument("run", type=Path, help="a run's folder")
     add_data_options(parser)
     parser.add_argument("--output", type=Path, help="default: report.html in RUN")
-    parser.add_argument("--scenes", type=positive, default=12, help="images with their words' maps (default 12)")
+    parser.add_argument(
+        "--scenes", type=positive, default=12, help="images with word maps, captions or reconstructions (default 12)"
+    )
     return parser.parse_args(argv)
 
 
 def run(options: argparse.Namespace) -> str:
-    """Write report.html; what to say of it."""
+    """Writes report.html. Returns a line that names it."""
     output = options.output or options.run / "report.html"
     check_output(output, ".html")
     write_atomically(output, render(build_page(options)))

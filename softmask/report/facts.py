@@ -1,4 +1,4 @@
-"""What a run is, in a table and a sentence: the head of the report."""
+"""The head of the report: facts about the run in a table and a sentence."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from softmask.report.page import duration
 
 
 def facts(scorer: Scorer, state: dict, rows: list[dict]) -> list[tuple[str, str]]:
-    """What was trained, on what and how, for the table at the top. `state` is the checkpoint's trainer.json."""
+    """The table of facts: what was trained, and how. `state` is the checkpoint's trainer.json."""
     config = scorer.config
     model, train = config.model, config.train
     ranks = state["world_size"]
@@ -33,10 +33,11 @@ def facts(scorer: Scorer, state: dict, rows: list[dict]) -> list[tuple[str, str]
 
 
 def lead(scorer: Scorer) -> str:
+    """The sentence under the title."""
     task, model = scorer.config.task, scorer.config.model
     parts = task.additions(model)
-    additions = f" with {' and '.join(parts)}" if parts else ""
+    additions = f", with {' and '.join(parts)}" if parts else ""
     return (
-        f"A vision-language model pre-trained from images and their captions alone{additions}. No boxes, no labels: "
-        f"{task.learned(model)} was learned from the captions."
+        f"A vision-language model pre-trained on captioned images only{additions}. Without boxes or labels, it learned "
+        f"from captions {task.learned(model)}."
     )

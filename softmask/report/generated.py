@@ -1,4 +1,4 @@
-"""SyCoCa's part of the report: captions that it writes, and hidden patches that it paints as captions say."""
+"""SyCoCa's part of the report: generated captions, and patches reconstructed with the help of captions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from softmask.evaluation.captioning import write_captions
 from softmask.evaluation.readers import Sample, Scorer, batches
-from softmask.evaluation.reconstruction import Repainted, repaint, with_another
+from softmask.evaluation.reconstruction import Reconstructed, reconstruct, with_another
 from softmask.report.images import data_uri, limited
 
 SHOWN = 256  # pixels of an image's longer side
@@ -20,7 +20,7 @@ PATCH_VARIANCE_EPS = 1e-6  # of ops.masked_patch_loss
 
 @dataclass
 class Written:
-    """An image, what the model says of it and what people said."""
+    """An image, its generated caption and its true one."""
 
     image: str
     written: str
@@ -28,8 +28,8 @@ class Written:
 
 
 @dataclass
-class Painting:
-    """An image, the same with patches hidden, and painted with the right caption and a wrong one; images as URIs."""
+class Reconstruction:
+    """An image, the same with hidden patches, and its reconstructions with two captions. Images are data URIs."""
 
     whole: str
     hidden: str
@@ -42,62 +42,65 @@ class Painting:
 
 @dataclass
 class Generated:
-    """Both lists; empty for a model that neither writes nor paints. `hidden` says which patches it paints."""
+    """Generated captions and reconstructions, empty for other models. `hidden` says which patches were hidden."""
 
     captions: list[Written] = field(default_factory=list)
-    paintings: list[Painting] = field(default_factory=list)
+    reconstructions: list[Reconstruction] = field(default_factory=list)
     hidden: str = ""
 
 
 def generated(scorer: Scorer, samples: list[Sample], metrics: dict) -> Generated:
-    """Of each sample a caption and its reconstructions, where metrics.json has these sections."""
+    """A caption and reconstructions of each sample, if metrics.json has these sections."""
     found = Generated()
     if "captioning" in metrics:
         captions = write_captions(scorer, samples, beams=metrics["captioning"]["beams"])
         for sample, text in zip(samples, captions.chosen, strict=True):
             found.captions.append(Written(data_uri(limited(sample.seen, SHOWN)), text, sample.caption))
     if "reconstruction" in metrics:
-        found.paintings, found.hidden = (
-            paintings(scorer, samples),
-            scorer.config.task.hidden_patches(scorer.config.model),
-        )
+        found.reconstructions = reconstructions(scorer, samples)
+        found.hidden = scorer.config.task.hidden_patches(scorer.config.model)
     return found
 
 
-def paintings(scorer: Scorer, samples: list[Sample]) -> list[Painting]:
+def reconstructions(scorer: Scorer, samples: list[Sample]) -> list[Reconstruction]:
+    """Reconstructions of each sample with its caption and with the next image's."""
     drawn = []
     for batch in batches(with_another(samples), scorer.batch_size):
         ours, others = [sample for sample, _ in batch], [other for _, other in batch]
-        one = repaint(scorer, ours, others)
+        one = reconstruct(scorer, ours, others)
         errors = zip(one.right_error.tolist(), one.wrong_error.tolist(), strict=True)
-        views = zip(*(map(data_uri, row) for row in painted_images(scorer, one)), strict=True)
+        views = zip(*reconstructed_images(scorer, one), strict=True)
         for sample, other, view, error in zip(ours, others, views, errors, strict=True):
-            drawn.append(Painting(*view, sample.caption, other, error))
+            whole, hidden, right, wrong = map(data_uri, view)
+            drawn.append(Reconstruction(whole, hidden, right, wrong, sample.caption, other, error))
     return drawn
 
 
 # -- pixels ----------------------------------------------------------------------------------------
 
 
-def painted_images(scorer: Scorer, one: Repainted) -> tuple[list[Image.Image], ...]:
-    """Whole, with patches hidden, and painted with either caption; what was not hidden stays as it was."""
-    size, grid = scorer.model.patch_size, scorer.model.patch_grid
+def reconstructed_images(scorer: Scorer, one: Reconstructed) -> tuple[list[Image.Image], ...]:
+    """Images, the same with hidden patches in the mean colour, and reconstructions with the right and a wrong caption.
+
+    Reconstructions show visible patches as they are.
+    """
+    size, grid = scorer.reconstructor.patch_size, scorer.reconstructor.patch_grid
     true = to_patches(one.images, size)
     hidden = one.hidden[..., None]
     right, wrong = (
-        torch.where(hidden, restored(paint, true, normalized=scorer.config.model.normalize_pixels), true)
-        for paint in (one.right, one.wrong)
+        torch.where(hidden, restored(prediction, true, normalized=scorer.config.model.normalize_pixels), true)
+        for prediction in (one.right, one.wrong)
     )
     rows = (true, true.masked_fill(hidden, 0.0), right, wrong)
     return tuple(to_images(scorer, from_patches(row, size, grid)) for row in rows)
 
 
-def restored(paint: Tensor, true: Tensor, *, normalized: bool) -> Tensor:
-    """Predicted patches in the image's range: a normalized patch gets back its true mean and deviation, as in MAE."""
+def restored(prediction: Tensor, true: Tensor, *, normalized: bool) -> Tensor:
+    """Predicted patches in the image's range. Normalized ones get the true mean and deviation, as in MAE's figures."""
     if not normalized:
-        return paint
+        return prediction
     variance, mean = torch.var_mean(true, dim=-1, keepdim=True)
-    return paint * (variance + PATCH_VARIANCE_EPS).sqrt() + mean
+    return prediction * (variance + PATCH_VARIANCE_EPS).sqrt() + mean
 
 
 def to_patches(images: Tensor, size: int) -> Tensor:
@@ -106,13 +109,13 @@ def to_patches(images: Tensor, size: int) -> Tensor:
 
 
 def from_patches(patches: Tensor, size: int, grid: tuple[int, int]) -> Tensor:
-    """The way back."""
+    """The inverse of `to_patches`."""
     rows = patches.unflatten(1, grid).unflatten(-1, (size, size, 3))  # [B, rows, columns, row, column, channel]
     return rows.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
 def to_images(scorer: Scorer, images: Tensor) -> list[Image.Image]:
-    """Normalized pixels as images, enlarged to what is shown."""
+    """Normalized pixels as images of the size that is shown."""
     data = scorer.config.data
     mean, std = (images.new_tensor(values)[:, None, None] for values in (data.mean, data.std))
     pixels = (255 * (images * std + mean)).round().clamp(0, 255).to(torch.uint8).movedim(1, -1).cpu().numpy()
@@ -131,36 +134,36 @@ def written_cards(captions: list[Written]) -> str:
     return f'<div class="cards">{cards}</div>'
 
 
-def painted_rows(paintings: list[Painting]) -> str:
-    return "".join(map(_painted_row, paintings))
+def reconstruction_rows(reconstructions: list[Reconstruction]) -> str:
+    return "".join(map(_reconstruction_row, reconstructions))
 
 
-def _painted_row(one: Painting) -> str:
+def _reconstruction_row(one: Reconstruction) -> str:
     views = [
-        (one.whole, "The image", one.caption),
-        (one.hidden, "What is painted from", ""),
-        (one.right, f"With its caption, error {one.errors[0]:.3f}", one.caption),
-        (one.wrong, f"With another, error {one.errors[1]:.3f}", one.wrong_caption),
+        (one.whole, "Image", one.caption),
+        (one.hidden, "Visible patches", ""),
+        (one.right, f"Own caption, error {one.errors[0]:.3f}", one.caption),
+        (one.wrong, f"Other caption, error {one.errors[1]:.3f}", one.wrong_caption),
     ]
     figures = "".join(
         f'<figure><img src="{uri}" alt="{escape(name)}"><figcaption>{escape(name)}</figcaption>'
         f"<small>{escape(text)}</small></figure>"
         for uri, name, text in views
     )
-    return f'<div class="painting">{figures}</div>\n'
+    return f'<div class="reconstruction">{figures}</div>\n'
 
 
 def caption_table(captioning: dict) -> str:
-    """Scores of the model, of its beams alone and of the two comparisons, where they were made."""
+    """Scores of the model, of the decoder alone and of the comparisons, if present."""
     scores = [("cider", "CIDEr"), ("bleu4", "BLEU-4"), ("rouge_l", "ROUGE-L"), ("meteor", "METEOR")]
     scores = [(key, name) for key, name in scores if key in captioning]
-    nearest = f"Nearest of {captioning.get('neighbours', 0):,} training images'"
+    nearest = f"Caption of the nearest of {captioning.get('neighbours', 0):,} training images"
     beams, alone = f"{captioning['beams']} beams", captioning.get("beams_alone")
     rows = {
         f"Best of {beams} by both heads" if alone else "Generated": captioning,
         f"Best of {beams} by the caption decoder": alone,
         nearest: captioning.get("nearest"),
-        "A training caption at random": captioning.get("random"),
+        "Random training caption": captioning.get("random"),
     }
     head = "".join(f'<th scope="col">{name}</th>' for _, name in scores)
     body = "".join(
@@ -179,5 +182,5 @@ def reconstruction_note(section: dict) -> str:
     right, wrong, gap, low, high = (f"{section[key]:.4f}" for key in ("right", "wrong", "gap", "low", "high"))
     return (
         f'<p class="note apart">Hidden patches of {section["samples"]:,} images: error {right} with the right '
-        f"caption, {wrong} with another image's. The gap is {gap}, 95 % interval {low} to {high}.</p>\n"
+        f"caption, {wrong} with another image's. The gap is {gap} (95 % interval {low} to {high}).</p>\n"
     )

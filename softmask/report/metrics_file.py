@@ -1,10 +1,9 @@
-"""metrics.json as the report reads it: every number that is drawn is looked at first."""
+"""Reading of metrics.json, with a check of every number that the report shows."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeGuard, get_args
 
 from softmask.evaluation.retrieval import RerankBy
 from softmask.training.checkpoint.state import CheckpointError, read_json
@@ -24,16 +23,16 @@ OPTIONAL: dict[str, Any] = {
 }
 
 
-def is_number(value: object) -> bool:
-    """A finite number that can be drawn."""
-    return type(value) in (int, float) and abs(value) < 1e300 and math.isfinite(value)
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether the value is a finite number of a size that can be drawn."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
     """metrics.json of a run.
 
     Raises:
-        CheckpointError: it cannot be read, or is not what train/evaluate.py writes; it names the key.
+        CheckpointError: unreadable, or not what train/evaluate.py writes; names the key.
     """
     result = read_json(path, *NEEDED)
     for name, spec in (NEEDED | OPTIONAL).items():
@@ -57,7 +56,7 @@ def _check(path: Path, name: str, value: Any, spec: Any) -> None:
         for key, inner in spec.items():
             _check(path, f"{name}.{key}", value.get(key), inner)
     elif spec is int and not (type(value) is int and 0 <= value < 1 << 31):
-        raise _wrong(path, name, "a number of things", value)
+        raise _wrong(path, name, "a non-negative integer", value)
     elif spec is float and not is_number(value):
         raise _wrong(path, name, "a number", value)
 

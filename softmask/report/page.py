@@ -1,4 +1,4 @@
-"""The report as one HTML page: plain functions from what was measured to markup. No scripts, no outside resources."""
+"""The report as one HTML page, by plain functions from results to markup. No scripts, no external resources."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from html import escape
 from softmask.report.generated import (
     Generated,
     caption_table,
-    painted_rows,
     reconstruction_note,
+    reconstruction_rows,
     written_cards,
 )
 from softmask.report.images import heat_gradient
@@ -68,7 +68,7 @@ class SceneView:
 
 @dataclass
 class Page:
-    """All the report shows; `scenes` are SoftMask++'s, `generated` is SyCoCa's."""
+    """Everything that the report shows; `scenes` are of SoftMask++, `generated` is of SyCoCa."""
 
     method: str
     run: str
@@ -84,6 +84,7 @@ class Page:
 
 
 def render(page: Page) -> str:
+    """The page as HTML."""
     title = f"{escape(page.method)} · {escape(page.run)}"
     sections = [
         header(page),
@@ -151,7 +152,7 @@ def tile(value: str, name: str, detail: str, *, unit: str = " %") -> str:
 
 
 def duration(seconds: float) -> str:
-    """5 s, 14 min, 3.2 h: short enough for a headline."""
+    """A short text such as 5 s, 14.0 min or 3.2 h."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
@@ -170,7 +171,7 @@ def curves_section(curves: list[Series]) -> str:
         return section("curves", "Training", "No step was logged.", "")
     figures = [figure(curves[0], width=1060, height=300, kind="wide")]
     small = "".join(figure(curve, width=340, height=210, kind="small") for curve in curves[1:])
-    note = "Every logged step (pale) and its Gaussian mean over the neighbouring steps; the number is where it ends."
+    note = "Every logged step (pale) and its Gaussian average over neighbouring steps, with the final value."
     return section("curves", "Training", note, figures[0] + f'<div class="charts">{small}</div>')
 
 
@@ -185,17 +186,17 @@ def figure(series: Series, *, width: int, height: int, kind: str) -> str:
 
 RERANKED_BY = {
     "match": " by the logit of a match",
-    "difference": " by the logits of match less mismatch",
-    "match+itc": " by the logit of a match plus ITC's similarity",
+    "difference": " by the logit of a match minus that of no match",
+    "match+itc": " by the logit of a match plus the ITC similarity",
 }
 
 
 def metrics_section(metrics: dict) -> str:
     retrieval = metrics["retrieval"]
     by = RERANKED_BY.get(retrieval.get("rerank_by"), "")
-    reranked = f"ITM re-ranks the {retrieval['rerank']} best of ITC{by}. " if "itm" in retrieval else ""
-    note = f"A gallery of {retrieval['images']:,} images and {retrieval['samples']:,} captions. {reranked}"
-    note += "All numbers in percent."
+    reranked = f"ITM re-ranks the {retrieval['rerank']} best candidates of ITC{by}. " if "itm" in retrieval else ""
+    note = f"Gallery of {retrieval['images']:,} images and {retrieval['samples']:,} captions. {reranked}"
+    note += "All numbers are percentages."
     body = retrieval_table(retrieval)
     if "grounding" in metrics:
         body += grounding_bars(metrics["grounding"])
@@ -209,7 +210,7 @@ def metrics_section(metrics: dict) -> str:
 
 
 def retrieval_table(retrieval: dict) -> str:
-    stages = [("itc", "ITC"), ("itm", "ITC, re-ranked by ITM"), ("chance", "chance")]
+    stages = [("itc", "ITC"), ("itm", "ITC, re-ranked by ITM"), ("chance", "Chance")]
     stages = [(stage, name) for stage, name in stages if stage in retrieval]
     ways = [("i2t", "Image → caption"), ("t2i", "Caption → image")]
     groups = "".join(f'<th scope="colgroup" colspan="3">{name}</th>' for _, name in stages)
@@ -235,28 +236,28 @@ def edge(k: int) -> str:
 def grounding_bars(grounding: dict) -> str:
     rows = [
         ("Grad-CAM of the match score", grounding["pointing"], "strong"),
-        ("Cross-attention alone", grounding["attention"], ""),
-        ("A random point", grounding["random"], "faint"),
+        ("Cross-attention", grounding["attention"], ""),
+        ("Random point", grounding["random"], "faint"),
     ]
     left_out = grounding["truncated"] + grounding["hidden"]
-    aside = f"; {left_out:,} more were cut off by the text length or have no visible pixel" if left_out else ""
+    aside = f" Another {left_out:,} were truncated or have no visible pixel." if left_out else ""
     caption = (
-        f"Pointing game: the share of {grounding['words']:,} phrases in {grounding['samples']:,} scenes whose map "
-        f"peaks inside the object{aside}."
+        f"Pointing game: share of {grounding['words']:,} phrases in {grounding['samples']:,} images whose map peaks "
+        f"inside the object.{aside}"
     )
     return bars(caption, rows)
 
 
 def zero_shot_bars(section: dict) -> str:
     caption = (
-        f"Zero-shot classification of {section['samples']:,} images of one object, {section['classes']:,} classes."
+        f"Zero-shot classification of {section['samples']:,} images of a single object, {section['classes']:,} classes."
     )
-    rows = [("Right at once", section["top1"], "strong"), ("Among the first five", section["top5"], "")]
+    rows = [("Top-1", section["top1"], "strong"), ("Top-5", section["top5"], "")]
     return bars(caption, [*rows, ("Chance", section["chance"], "faint")])
 
 
 def bars(caption: str, rows: list[tuple[str, float, str]]) -> str:
-    """rows: name, share and kind ("strong", "faint" or "")."""
+    """A table of bars; rows are (name, share, kind), where kind is "strong", "faint" or ""."""
     body = "".join(
         f'<tr><th scope="row">{name}</th><td class="track"><div class="bar {kind}" style="width:{100 * share:.2f}%">'
         f"</div></td><td>{percent(share)}</td></tr>"
@@ -272,10 +273,9 @@ def retrieval_section(captions: list[Query], images: list[Query], *, reranked: b
     rows = "".join(caption_query(query) for query in captions)
     cards = "".join(image_query(query) for query in images)
     when = " after re-ranking" if reranked else ""
-    note = f"The first five answers{when}, best first, for queries spread evenly over the gallery. "
-    note += f"{mark(True)} marks the right one."
-    body = f'<h3>From a caption to images</h3>\n<div class="queries">{rows}</div>\n'
-    body += f'<h3>From an image to captions</h3>\n<div class="cards">{cards}</div>'
+    note = f"The top five answers{when} to queries spaced evenly over the gallery. {mark(True)} marks right answers."
+    body = f'<h3>Caption → image</h3>\n<div class="queries">{rows}</div>\n'
+    body += f'<h3>Image → caption</h3>\n<div class="cards">{cards}</div>'
     return section("retrieval", "Retrieval", note, body)
 
 
@@ -285,8 +285,8 @@ def mark(hit: bool) -> str:
 
 def standing(query: Query) -> str:
     if query.rank == 0:
-        return '<span class="hit">right at once</span>'
-    return f'<span class="miss">right one at place {query.rank + 1}</span>'
+        return '<span class="hit">right answer first</span>'
+    return f'<span class="miss">right answer at rank {query.rank + 1}</span>'
 
 
 def caption_query(query: Query) -> str:
@@ -319,15 +319,15 @@ def image_query(query: Query) -> str:
 
 def scenes_section(scenes: list[SceneView]) -> str:
     note = (
-        "For each phrase of the caption: its Grad-CAM map with a ring on the peak and the object's true outline, and "
-        "the image softly masked by that map, as training masks its tokens. The scenes are spread evenly over the "
-        "data, not chosen."
+        "For each phrase of the caption: its Grad-CAM map, with a ring at the peak and the object's true outline, and "
+        "the image soft-masked by that map, as training masks its tokens. The images are spaced evenly over the data, "
+        "not selected."
     )
     legend = (
         f'<p class="legend"><span>0</span><i style="background:{heat_gradient()}"></i><span>1</span> map, scaled to '
-        f"its own range {mark(True)} peak inside the object {mark(False)} outside</p>\n"
+        f"its range {mark(True)} peak inside the object {mark(False)} outside</p>\n"
     )
-    return section("scenes", "Words and their regions", note, legend + "\n".join(map(scene, scenes)))
+    return section("scenes", "Word maps", note, legend + "\n".join(map(scene, scenes)))
 
 
 def scene(view: SceneView) -> str:
@@ -341,7 +341,7 @@ def scene(view: SceneView) -> str:
 
 
 def marked_caption(view: SceneView) -> str:
-    """The caption with its phrases emphasized, no character twice."""
+    """The caption with its phrases emphasized; overlapping phrases are merged."""
     parts, done = [], 0
     for start, end in sorted((item.span for item in view.words), key=lambda span: (span[0], -span[1])):
         if end > done:
@@ -364,7 +364,7 @@ def word(item: WordView, size: tuple[int, int]) -> str:
         f'<div class="word"><p class="label"><span>{name}</span>{verdict}</p>'
         f'<div class="pair"><div class="layers"><img src="{item.overlay}" alt="Map of “{name}”{seen}">'
         f'<svg viewBox="0 0 {width} {height}" aria-hidden="true">{drawing}</svg></div>'
-        f'<img src="{item.masked}" alt="The image with “{name}” softly masked"></div></div>'
+        f'<img src="{item.masked}" alt="Image soft-masked by “{name}”"></div></div>'
     )
 
 
@@ -374,14 +374,14 @@ def word(item: WordView, size: tuple[int, int]) -> str:
 def generated_sections(found: Generated) -> list[str]:
     sections = []
     if found.captions:
-        note = "What the model writes of images that are spread evenly over the data, not chosen."
+        note = "Generated captions of images spaced evenly over the data, not selected."
         sections.append(section("captions", "Captions", note, written_cards(found.captions)))
-    if found.paintings:
+    if found.reconstructions:
         note = (
-            f"{found.hidden} and painted from the rest and a caption: the image's own, and the next image's. Of "
-            "normalized patches the true mean and contrast are put back, as MAE's figures do."
+            f"{found.hidden}, and reconstructed from the rest and a caption: the image's own, or the next image's. "
+            "Normalized patches are shown with the true mean and contrast, as in MAE's figures."
         )
-        sections.append(section("paintings", "Reconstructions", note, painted_rows(found.paintings)))
+        sections.append(section("reconstructions", "Reconstructions", note, reconstruction_rows(found.reconstructions)))
     return sections
 
 

@@ -1,4 +1,4 @@
-"""The style sheet of the report: light, dark and print."""
+"""The style sheet of the report, for light and dark screens and for print."""
 
 from __future__ import annotations
 
@@ -113,9 +113,10 @@ td.chance { color: var(--muted); }
 .card li.right { color: var(--ink); font-weight: 600; }
 .card li .hit { font-size: 12px; }
 
-.painting { display: grid; grid-template-columns: repeat(4, 1fr); gap: 16px; padding: 18px 0; break-inside: avoid; }
-.painting + .painting { border-top: 1px solid var(--grid); }
-.painting img { width: 100%; border-radius: 5px; margin-bottom: 8px; }
+.reconstruction { display: grid; grid-template-columns: repeat(4, 1fr); gap: 16px; padding: 18px 0; }
+.reconstruction { break-inside: avoid; }
+.reconstruction + .reconstruction { border-top: 1px solid var(--grid); }
+.reconstruction img { width: 100%; border-radius: 5px; margin-bottom: 8px; }
 
 .legend { display: flex; flex-wrap: wrap; gap: 6px 8px; align-items: center; color: var(--muted); font-size: 13px; }
 .legend i { width: 130px; height: 10px; border-radius: 2px; }

@@ -1,6 +1,6 @@
-"""Inline SVG for the report: line charts with axes, and outlines of masks. Plain strings, no library.
+"""Inline SVG for the report: line charts with axes, and outlines of masks, as plain strings.
 
-Colours are CSS variables of the page, so that a chart follows its light or dark theme.
+Colours are CSS variables of the page, so charts follow its light or dark theme.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MARGIN_LEFT, MARGIN_RIGHT, MARGIN_TOP, MARGIN_BOTTOM = 44, 62, 10, 40
 
 @dataclass
 class Series:
-    """One quantity over the steps of training."""
+    """One logged quantity over the steps of training."""
 
     title: str
     unit: str
@@ -26,7 +26,7 @@ class Series:
 
 
 def nice_step(span: float, target: int) -> float:
-    """The 1, 2 or 5 times a power of ten that cuts `span` into about `target` parts."""
+    """1, 2 or 5 times a power of ten, so that it divides `span` into about `target` parts."""
     rough = span / target
     power = 10.0 ** math.floor(math.log10(rough))
     return min((factor * power for factor in (1, 2, 5, 10)), key=lambda step: abs(math.log(step / rough)))
@@ -40,7 +40,7 @@ def ticks(low: float, high: float, target: int) -> list[float]:
 
 
 def label(value: float) -> str:
-    """A tick's text: 0.05, 2.5, 800, 12k."""
+    """The text of a tick, such as 0.05, 2.5, 800 or 12k."""
     if value and abs(value) < 1e-2:
         mantissa, exponent = f"{value:.0e}".split("e")
         return f"{mantissa}e{int(exponent)}"
@@ -48,7 +48,7 @@ def label(value: float) -> str:
 
 
 def smooth(values: np.ndarray, *, share: float = 0.02) -> np.ndarray:
-    """Gaussian mean over neighbours, sigma a `share` of the length (at least one point), renormalized at the ends."""
+    """Gaussian average with sigma `share` of the length, at least one point; renormalized at the ends."""
     sigma = max(1.0, share * len(values))
     position = np.arange(len(values))
     reach = int(3 * sigma) + 1
@@ -63,7 +63,7 @@ def line_path(x: np.ndarray, y: np.ndarray) -> str:
 
 
 def value_range(values: np.ndarray) -> tuple[float, float]:
-    """From 0 where that leaves half of the height to the curve, else close around it."""
+    """The range of the y axis: from 0 if the curve then spans at least half of it, else close around the curve."""
     low, high = float(values.min()), float(values.max())
     if low >= 0 and low <= 0.5 * high:
         low = 0.0
@@ -73,7 +73,7 @@ def value_range(values: np.ndarray) -> tuple[float, float]:
 
 
 def line_chart(series: Series, *, width: int, height: int) -> str:
-    """The raw values as a pale line, their smoothed course over it, its last value at the end."""
+    """A chart of the raw values (pale) and their smoothed course, labelled with its last value."""
     pairs = [(step, value) for step, value in zip(series.steps, series.values, strict=True) if math.isfinite(value)]
     if not pairs:
         return f'<p class="muted">{escape(series.title)}: no finite value was logged.</p>'
@@ -112,7 +112,7 @@ def line_chart(series: Series, *, width: int, height: int) -> str:
 
 
 def number(value: float) -> str:
-    """Three significant digits without an exponent where that is short."""
+    """Three significant digits; an exponent below 0.001."""
     return f"{value:.1e}" if value and abs(value) < 1e-3 else f"{value:#.3g}".rstrip(".")
 
 
@@ -122,7 +122,7 @@ def describe(series: Series, values: np.ndarray) -> str:
 
 
 def outline_path(mask: np.ndarray) -> str:
-    """The border of a mask [h, w] bool as a path in pixel units: runs of pixel edges between inside and outside."""
+    """The border of a mask [h, w] bool as a path in pixel units, of runs of pixel edges between inside and outside."""
     padded = np.pad(mask, 1)
     across = padded[1:, 1:-1] != padded[:-1, 1:-1]  # [h + 1, w]: edge above pixel (y, x)
     down = (padded[1:-1, 1:] != padded[1:-1, :-1]).T  # [w + 1, h]: edge left of pixel (y, x)
@@ -132,7 +132,7 @@ def outline_path(mask: np.ndarray) -> str:
 
 
 def runs(edges: np.ndarray) -> Sequence[tuple[int, int, int]]:
-    """Line, start and length of every run of True along the rows of a matrix."""
+    """(row, start, length) of every run of True along the rows of a matrix."""
     change = np.diff(np.pad(edges, ((0, 0), (1, 1))).astype(np.int8), axis=1)
     lines, starts = np.nonzero(change == 1)
     ends = np.nonzero(change == -1)[1]

@@ -64,7 +64,7 @@ class SyCoCaTask(Task):
         return f"{100 * config.reconstruct_ratio:g} % of the patches, {which}, are hidden {where}"
 
     def learned(self, config: SyCoCaConfig) -> str:
-        verbs = ["writes"] * config.has_caption_loss + ["paints"] * config.has_reconstruction or ["finds"]
+        verbs = ["writes"] * config.has_caption_loss + ["reconstructs"] * config.has_reconstruction or ["finds"]
         return f"what it {' and '.join(verbs)}"
 
 

@@ -1,7 +1,7 @@
 """Typed configuration of a training run, read from YAML (or JSON) with `key=value` overrides.
 
-Strict: a key nobody reads, a value of the wrong type or out of range is a `ConfigError` that names the dotted key,
-what was expected and what came.
+Unknown keys, values of the wrong type and values out of range are a `ConfigError` that names the dotted key, what was
+expected and what came.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ ZERO_STAGES = (0, 1, 2, 3)
 
 @dataclass
 class OptimizerConfig:
-    """AdamW, linear warm-up from 0 to `lr`, then a cosine to `min_lr` at the last step."""
+    """AdamW with a linear warm-up from 0 to `lr`, then a cosine decay to `min_lr` at the last step."""
 
     lr: float = 1e-4
     min_lr: float = 1e-5
-    # Start of parameter names -> factor on both rates, such as {backbone.vision: 0.1}; the longest that fits counts.
+    # Prefix of parameter names -> factor on both rates, such as {backbone.vision: 0.1}; the longest match counts.
     lr_scales: dict[str, float] = field(default_factory=dict)
     warmup_steps: int = 2000
-    weight_decay: float = 0.02  # on matrices and kernels, but for position embeddings and class tokens
+    weight_decay: float = 0.02  # of matrices and kernels, except position embeddings and class tokens
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
 
@@ -66,19 +66,19 @@ class ProfileConfig:
 
 @dataclass
 class TrainConfig:
-    """Length, batches, precision and book-keeping of a run."""
+    """Length, batches, precision and bookkeeping of a run."""
 
-    steps: int = 0  # optimizer steps; or
+    steps: int = 0  # optimizer steps, or
     epochs: float = 0.0  # passes over the captions
     batch_size: int = 64  # per rank and micro-step
     accumulation: int = 1  # micro-steps per optimizer step
-    clip_grad: float = 0.0  # largest global gradient norm, 0: not clipped
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the matrix products; weights stay fp32
+    clip_grad: float = 0.0  # largest global gradient norm; 0: no clipping
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of matrix products; weights stay fp32
     activation_checkpointing: bool = False
-    checkpoint_every: int = 1000  # steps; 0: at the end only
+    checkpoint_every: int = 1000  # steps; 0: only at the end
     keep_checkpoints: int = 2
     log_every: int = 20
-    max_nonfinite: int = 20  # micro-batches in a row whose loss or gradients are not finite, before the run stops
+    max_nonfinite: int = 20  # consecutive micro-batches with nonfinite loss or gradients, after which the run ends
     profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:
@@ -100,11 +100,11 @@ class Config:
     output: str
     train: TrainConfig
     seed: int = 0
-    method: str = "softmask_pp"  # the task, which says what `model` configures: softmask_pp, sycoca, or module:Class
-    init: str = ""  # a run or checkpoint whose weights (and, without data.tokenizer, tokenizer) a new run starts from
+    method: str = "softmask_pp"  # softmask_pp, sycoca, another task, or module:Class; it defines the keys of `model`
+    init: str = ""  # run or checkpoint to take weights (and tokenizer, unless data.tokenizer is set) from
     # starts of parameter names, such as itm_head: parts that `init` may lack or have beyond this model
     init_heads: list[str] = field(default_factory=list)
-    model: Any = None  # None: the defaults of the method
+    model: Any = None  # None: the method's defaults
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     deepspeed: dict[str, Any] = field(default_factory=dict)
@@ -130,7 +130,7 @@ class Config:
 
         if self.data.eval_resize == "auto":
             self.data.eval_resize = task.eval_resize
-        expected = f"true with method: {self.method}, whose captions end by [SEP]"
+        expected = f"true with method: {self.method}, whose captions end with [SEP]"
         _require(self.data.append_sep or not task.ends_captions, "data.append_sep", expected, self.data.append_sep)
 
     @property
@@ -146,11 +146,14 @@ class Config:
 
 
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
-    """The configuration in the YAML or JSON file `path`, or of that name among the installed ones (`demo`,
-    `softmask_base`), with overrides like `train.steps=100` (values are YAML).
+    """Read a configuration.
+
+    Args:
+        path: a YAML or JSON file, or the name of an installed configuration (`demo`, `softmask_base`).
+        overrides: texts such as `train.steps=100`, with YAML values.
 
     Raises:
-        ConfigError: no such file, no YAML, an unknown or ill-typed key, a value out of range.
+        ConfigError: no such file, not YAML, an unknown key, a value of the wrong type or out of range.
     """
     path = _find(os.path.expanduser(path))
     tree = read_mapping(path, "configuration")
@@ -167,7 +170,7 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
 
 
 def save_config(config: Config, path: str | Path) -> None:
-    """Write a YAML file from which `load_config` reads an equal configuration."""
+    """Write a YAML file that `load_config` reads as an equal configuration."""
     tree = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists
     Path(path).write_text(dump(tree), encoding="utf-8")
 
@@ -182,7 +185,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def chosen(config: Config) -> dict[str, Any]:
-    """Dotted key -> value of what differs from the defaults of the method, the run's place, length and data aside."""
+    """Dotted key -> value of all keys that differ from the method's defaults, except output, length and data."""
     plain = Config(output=config.output, train=TrainConfig(steps=1), method=config.method, model=type(config.model)())
     defaults, aside = (
         flatten(plain),
@@ -204,7 +207,7 @@ def _require(condition: bool, key: str, expected: str, value: Any) -> None:
 
 
 def _find(name: str) -> Path:
-    """The file of that name, else an installed configuration: in the package, or in the checkout around it."""
+    """The file of that name, or else an installed configuration: in the package, or in the checkout around it."""
     package = Path(softmask.__file__).parent
     folders = [] if os.path.dirname(name) else [package / "configs", package.parent / "train" / "configs"]
     places = [Path(name), *(folder / f"{name}{suffix}" for folder in folders for suffix in ("", ".yaml"))]
@@ -212,14 +215,16 @@ def _find(name: str) -> Path:
 
 
 def _beside(path: Path, name: str) -> Path:
-    """`name` as given, or beside the file that mentions it."""
+    """`name` as given, or relative to the folder of the file that mentions it."""
     given = Path(os.path.expanduser(name))
     return given if given.is_absolute() or given.exists() else path.parent / given
 
 
 def _build(cls: type, tree: Any, prefix: str, *, types: dict[str, type] | None = None) -> Any:
-    """A dataclass from a mapping; `prefix` is the dotted key of the mapping, with its dot, `types` those of fields that
-    may be of several."""
+    """A dataclass from a mapping.
+
+    `prefix` is the dotted key of the mapping with a trailing dot; `types` overrides the declared types of fields.
+    """
     if not isinstance(tree, dict):
         raise ConfigError(f"{prefix[:-1]}: expected a mapping, got {describe(tree)}")
     hints = typing.get_type_hints(cls) | (types or {})
@@ -236,7 +241,7 @@ def _build(cls: type, tree: Any, prefix: str, *, types: dict[str, type] | None =
         return cls(**values)
     except ConfigError:
         raise
-    except ValueError as error:  # a value out of range; the message starts with the field, or with "section.field"
+    except ValueError as error:  # a value out of range; the message starts with "field" or "section.field"
         section = prefix[:-1].rpartition(".")[2]
         raise ConfigError(prefix + str(error).removeprefix(f"{section}.")) from error
 
@@ -248,7 +253,7 @@ def _unknown(prefix: str, key: str, names: list[str]) -> str:
 
 
 def _convert(hint: Any, value: Any, key: str) -> Any:
-    """`value` as the type `hint`, or a ConfigError that names `key`."""
+    """`value` as the type `hint`. Raises a ConfigError that names `key` if it cannot be."""
     if hint is Any:
         return value
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)

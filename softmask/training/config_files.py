@@ -1,7 +1,7 @@
-"""Mappings read from YAML and JSON files, and from overrides, as people write them.
+"""Mappings from YAML and JSON files, and from `key=value` overrides.
 
-YAML as its version 1.2 reads numbers: 1e-4 and 5e8 are numbers, 1:30 and 010 are none. A key that stands twice in a
-mapping is an error, in JSON too; so is a file of another kind.
+Numbers follow YAML 1.2: 1e-4 and 5e8 are numbers, 1:30 and 010 are not. A key given twice in a mapping is an error, in
+JSON too.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from softmask.lfs import NOT_THE_FILE, is_pointer
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the key."""
+    """A configuration that cannot be used. The message names the key."""
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2's floats, and without keys given twice."""
+    """SafeLoader with YAML 1.2's numbers, which refuses duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -35,7 +35,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes what `_Loader` would read as a number."""
+    """SafeDumper that quotes texts which `_Loader` would read as numbers."""
 
 
 FLOAT, INT = "tag:yaml.org,2002:float", "tag:yaml.org,2002:int"
@@ -53,24 +53,24 @@ for _one in (_Loader, _Dumper):
 
 
 def parse(text: str) -> Any:
-    """The value that YAML text stands for. Raises yaml.YAMLError."""
+    """The value of a YAML text. Raises yaml.YAMLError."""
     return yaml.load(text, Loader=_Loader)  # noqa: S506 a SafeLoader
 
 
 def dump(tree: dict[str, Any]) -> str:
-    """YAML that `parse` reads as the same."""
+    """YAML that `parse` reads back."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False)
 
 
-# UnicodeDecodeError and JSON's errors are ValueErrors; tags such as !!int raise what their constructors do.
+# UnicodeDecodeError and JSON's errors are ValueErrors; tags such as !!int raise whatever their constructors raise.
 NOT_YAML = (yaml.YAMLError, ValueError, RecursionError, KeyError, IndexError, AttributeError, TypeError)
 
 
 def read_mapping(path: Path, what: str) -> dict[str, Any]:
-    """The mapping in a YAML file, or in a JSON file where the name ends in .json.
+    """The mapping in a YAML file, or in a JSON file if the name ends in .json.
 
     Raises:
-        ConfigError: no such file, no YAML or JSON, or no mapping; the message begins with `what`.
+        ConfigError: no such file, not YAML or JSON, or not a mapping. The message starts with `what`.
     """
     kind = "JSON" if path.suffix == ".json" else "YAML"
     try:
@@ -99,10 +99,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def override(tree: dict[str, Any], overrides: list[str]) -> None:
-    """Put `key=value` texts into the tree; values are YAML.
+    """Apply `key=value` texts, with YAML values, to the tree.
 
     Raises:
-        ConfigError: no key=value, no YAML, a key below a value, or a key that is given twice.
+        ConfigError: not key=value, not YAML, a key below a value, or a key given twice.
     """
     seen: dict[str, str] = {}
     for text in overrides:
@@ -110,7 +110,7 @@ def override(tree: dict[str, Any], overrides: list[str]) -> None:
         if not equals or not key:
             raise ConfigError(f"override: expected key=value such as train.steps=100, got {text!r}")
         if key in seen:
-            hint = "; the shell expands braces and stars that are not in quotes" if key.startswith("data.") else ""
+            hint = "; the shell expands braces and stars without quotes" if key.startswith("data.") else ""
             raise ConfigError(f"{key}: given twice, as {seen[key]!r} and {value!r}{hint}")
         seen[key] = value
         _put(tree, key, value)

@@ -1,6 +1,6 @@
-"""The `deepspeed` section: DeepSpeed's own keys, of which some follow from ours and none may be misspelt.
+"""Checks of the `deepspeed` section: DeepSpeed's own keys, except those that follow from ours.
 
-DeepSpeed reads the keys that it knows and passes over all others without a word.
+DeepSpeed ignores unknown keys silently; here they are errors.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-# Set in two places, they could disagree.
+# Keys that follow from ours -> what to use instead.
 OWNED_DEEPSPEED_KEYS = {
     "train_batch_size": "train.batch_size and train.accumulation",
     "train_micro_batch_size_per_gpu": "train.batch_size",
@@ -26,7 +26,7 @@ OWNED_DEEPSPEED_KEYS = {
     "torch_autocast": "train.precision",
     "amp": "train.precision",
     "activation_checkpointing": "train.activation_checkpointing",
-    "tensorboard": "output (a run's folder always holds tensorboard/)",
+    "tensorboard": "output (the run's folder always holds tensorboard/)",
 }
 _FREE = """
 aio autotuning checkpoint comet comms_logger communication_data_type compile compression_training csv_monitor
@@ -38,7 +38,7 @@ vocabulary_size wall_clock_breakdown wandb weight_quantization zero_allow_untest
 zero_optimization
 """
 FREE_DEEPSPEED_KEYS = frozenset(_FREE.split())  # of DeepSpeed 0.19
-# Of the sections that DeepSpeed does not check itself.
+# Sections whose keys DeepSpeed does not check.
 KEYS_OF_SECTIONS = {
     "aio": "block_size queue_depth intra_op_parallelism single_submit overlap_events use_gds",
     "checkpoint": "tag_validation load_universal use_node_local_storage parallel_write",
@@ -48,7 +48,7 @@ KEYS_OF_SECTIONS = {
 
 
 def check_deepspeed(section: dict[str, Any]) -> None:
-    """ValueError naming the first key that this configuration sets itself, or that DeepSpeed does not know."""
+    """Raise ValueError for the first key that follows from ours or that DeepSpeed does not know."""
     for key in section:
         if key in OWNED_DEEPSPEED_KEYS:
             raise ValueError(f"deepspeed.{key}: set by this configuration, use {OWNED_DEEPSPEED_KEYS[key]} instead")
@@ -65,11 +65,11 @@ def _known(prefix: str, key: str, known: Iterable[str]) -> None:
     if key not in known:
         near = difflib.get_close_matches(str(key), known, n=1)
         hint = f"; did you mean {prefix}{near[0]}?" if near else ""
-        raise ValueError(f"{prefix}{key}: DeepSpeed knows no such key and would pass over it{hint}")
+        raise ValueError(f"{prefix}{key}: unknown to DeepSpeed, which would ignore it{hint}")
 
 
 def why_refused(error: Exception, section: dict[str, Any]) -> str:
-    """One line on what DeepSpeed, or pydantic for it, has against a section that it refuses."""
+    """One line on why DeepSpeed, or its pydantic models, refused a section."""
     if not isinstance(error, ValidationError):
         return f"deepspeed: {' '.join(str(error).split()) or type(error).__name__}"
     first = error.errors()[0]

@@ -1,4 +1,4 @@
-"""One line for what libraries raise when the machine, not the program, is at fault."""
+"""One line for errors of libraries that are caused by the machine: memory, network, other ranks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NETWORK = (dist.DistNetworkError, dist.DistStoreError)
 
 
 def explain(error: BaseException, *, smaller: str) -> str | None:
-    """The line, None of an error that is not of this kind. `smaller` says what takes less memory."""
+    """The line, or None for other errors. `smaller` says how to use less memory."""
     text = " ".join(str(error).split())
     lower = text.lower()
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(part in lower for part in NO_MEMORY):
@@ -23,19 +23,19 @@ def explain(error: BaseException, *, smaller: str) -> str | None:
     if "unable to find address for" in lower or "no socket interface found" in lower:
         return f"GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME: this machine has no such network interface ({_head(text)})"
     if "dataloader worker" in lower:
-        return f"data.workers: a worker ended, mostly for lack of memory or of /dev/shm: use fewer ({_head(text)})"
+        return f"data.workers: a worker died, usually for lack of memory or /dev/shm: use fewer ({_head(text)})"
     if isinstance(error, NETWORK) and "eaddrinuse" in lower:
         port = re.search(r"port: (\d+)", text)
         taken = f"port {port.group(1)}" if port else "the port"
         return f"MASTER_PORT: {taken} is taken on this machine, choose another (--master_port of the launcher)"
     if isinstance(error, NETWORK):
-        return f"MASTER_ADDR, MASTER_PORT: rank 0 is not reached there; is it running? ({_head(text)})"
+        return f"MASTER_ADDR, MASTER_PORT: cannot reach rank 0 there; is it running? ({_head(text)})"
     if isinstance(error, dist.DistBackendError) or any(part in lower for part in LOST_RANK):
-        return f"the connection to another rank broke; the rank that ended first says why ({_head(text)})"
+        return f"lost the connection to another rank; the rank that ended first says why ({_head(text)})"
     return None
 
 
 def _head(text: str) -> str:
-    """The beginning, without the places in the source and the stack that some messages have."""
+    """The start of a message, without source locations and stack."""
     start = re.split(r"\bException raised from\b|\bOriginal Traceback\b|This is typically caused", text)[0]
     return re.sub(r"^\[[^\]]*\.(cc|cpp):\d+\] (err == 0\. )?", "", start)[:200].strip()

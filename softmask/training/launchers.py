@@ -1,7 +1,7 @@
-"""Which rank of how many this process is, by the variables of whatever launched it.
+"""Rank and number of ranks of this process, from the environment variables of its launcher.
 
 `deepspeed`, torchrun and accelerate set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. `srun` and `mpirun`
-set their own, from which those five follow. A process that was launched by none is rank 0 of 1.
+set their own variables, from which these five follow. A process without a launcher is rank 0 of 1.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PORT = 29500  # torchrun's
 
 @dataclass(frozen=True)
 class Launcher:
-    """Names of a launcher's variables; of several, the first that is set counts."""
+    """Names of a launcher's variables; the first that is set counts."""
 
     name: str
     rank: tuple[str, ...]
@@ -38,23 +38,23 @@ LAUNCHERS = (
         ("OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK"),
         ("OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE"),
     ),
-    # Before mpiexec's: srun sets PMI variables of its own.
+    # Before mpiexec, because srun sets PMI variables too.
     Launcher("srun", ("SLURM_PROCID",), ("SLURM_STEP_NUM_TASKS",), ("SLURM_LOCALID",)),
     Launcher("mpiexec", ("PMI_RANK",), ("PMI_SIZE",), ("MPI_LOCALRANKID",), ("MPI_LOCALNRANKS",)),
 )
 
 
 def complete_environment() -> None:
-    """Set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT where they follow from other variables.
+    """Set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT from the launcher's variables.
 
     Raises:
-        ConfigError: variables that lack, are no numbers or contradict each other.
+        ConfigError: variables that are missing, not numbers or contradictory.
     """
     os.environ.update(rank_variables(os.environ))
 
 
 def check_environment() -> None:
-    """ConfigError where a variable that is read later has a value that nobody knows."""
+    """Raise ConfigError for an unknown value of a variable that is read later."""
     try:
         _backend.named()
     except ValueError as error:
@@ -62,7 +62,7 @@ def check_environment() -> None:
 
 
 def rank_variables(given: Mapping[str, str]) -> dict[str, str]:
-    """What `complete_environment` sets, by the variables `given`."""
+    """The variables that `complete_environment` sets, from the variables `given`."""
     launcher = next((one for one in LAUNCHERS if _launched_by(one, given)), None)
     rank = _number(given, launcher.rank, 0) if launcher else 0
     world = _number(given, launcher.world_size, 1) if launcher else 1
@@ -88,14 +88,14 @@ def rank_variables(given: Mapping[str, str]) -> dict[str, str]:
 
 
 def _launched_by(launcher: Launcher, given: Mapping[str, str]) -> bool:
-    """By its rank, and where that is 0 of srun also by the step's number of tasks."""
+    """Whether its rank is set; SLURM_PROCID=0 is also set without srun, so there the step's number of tasks counts."""
     if launcher.name == "srun" and given.get("SLURM_PROCID", "0") == "0":
         return bool(_first(given, launcher.world_size))
     return bool(_first(given, launcher.rank))
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on now."""
+    """A port of this machine that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -110,20 +110,20 @@ def _number(given: Mapping[str, str], names: tuple[str, ...], default: int) -> i
     if name is None:
         return default
     if not re.fullmatch(r"\d{1,9}", given[name]):
-        raise ConfigError(f"environment: {name}: expected a number that is not negative, got {given[name]!r}")
+        raise ConfigError(f"environment: {name}: expected a number >= 0, got {given[name]!r}")
     return int(given[name])
 
 
 def _refuse_stray(given: Mapping[str, str]) -> None:
-    """Several processes announced, and no rank: every one would be rank 0 and write into one folder."""
+    """Refuse several processes without ranks: each would be rank 0 and write into the same folder."""
     tasks = _number(given, ("SLURM_NTASKS", "SLURM_NPROCS"), 1)
-    if tasks > 1 and not given.get("SLURM_STEP_NUM_TASKS"):  # in the batch script itself, srun forgotten
+    if tasks > 1 and not given.get("SLURM_STEP_NUM_TASKS"):  # in the batch script itself, without srun
         raise ConfigError(
-            f"environment: SLURM has {tasks} tasks and srun did not start this process: start it by srun, or set "
+            f"environment: SLURM has {tasks} tasks, but srun did not start this process: start it with srun, or set "
             "SLURM_NTASKS=1 for a single process"
         )
     if _number(given, ("WORLD_SIZE",), 1) > 1:
-        raise ConfigError(f"environment: WORLD_SIZE is {given['WORLD_SIZE']} and RANK is not set: expected both")
+        raise ConfigError(f"environment: WORLD_SIZE is {given['WORLD_SIZE']} without RANK: expected both")
 
 
 def _local_rank(given: Mapping[str, str], launcher: Launcher, rank: int, world: int) -> int:
@@ -133,33 +133,33 @@ def _local_rank(given: Mapping[str, str], launcher: Launcher, rank: int, world: 
     if _number(given, launcher.local_size, 0) == world or world == 1:
         return rank
     raise ConfigError(f"environment: {_first(given, launcher.rank)} is set without {launcher.local_rank[0]}: expected "
-                      "the number of this process on its machine, which says which GPU it takes")  # fmt: skip
+                      "the number of this process on its machine, which selects its GPU")  # fmt: skip
 
 
 def _address(given: Mapping[str, str], launcher: Launcher, world: int) -> str:
-    """Of rank 0: this machine where all ranks are on it, else the first of SLURM's."""
+    """Address of rank 0: the first of SLURM's nodes, or this machine if all ranks are on it."""
     nodes = given.get("SLURM_STEP_NODELIST") or given.get("SLURM_JOB_NODELIST") or given.get("SLURM_NODELIST")
     if nodes and launcher.name == "srun":
         return first_node(nodes)
     if world == 1 or _number(given, launcher.local_size, 0) == world:
         return "127.0.0.1"
     raise ConfigError(f"environment: {_first(given, launcher.rank)} is set without MASTER_ADDR: expected the host name "
-                      "or address of rank 0's machine, alike on all ranks")  # fmt: skip
+                      "or address of rank 0's machine, the same on all ranks")  # fmt: skip
 
 
 def first_node(nodes: str) -> str:
-    """The first of SLURM's list of nodes: gpu03 of "gpu[03-06,09],cpu1"."""
+    """The first node of SLURM's list: gpu03 of "gpu[03-06,09],cpu1"."""
     match = re.fullmatch(r"([^\[\],]+)(?:\[([^\],-]+)[^\]]*\]([^,]*))?(?:,.*)?", nodes)
     if match is None:
         raise ConfigError(f"environment: SLURM's list of nodes: expected one such as gpu[01-04], got {nodes!r}")
     prefix, number, suffix = match.groups()
     if suffix and "[" in suffix:
-        raise ConfigError(f"environment: SLURM's list of nodes {nodes!r} is not understood: set MASTER_ADDR")
+        raise ConfigError(f"environment: cannot read SLURM's list of nodes {nodes!r}: set MASTER_ADDR")
     return prefix + (number or "") + (suffix or "")
 
 
 def _master_port(given: Mapping[str, str]) -> int:
-    """The given one, or one that is alike on all ranks and another one for another job on the same machine."""
+    """The given port, or one that is the same on all ranks and differs between jobs on a machine."""
     job = given.get("SLURM_JOB_ID", "")
     port = _number(given, ("MASTER_PORT",), 15000 + int(job) % 20000 if job.isdigit() else PORT)
     if not 0 < port < 1 << 16:

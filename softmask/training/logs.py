@@ -1,5 +1,7 @@
-"""What a run tells: a header, a progress bar (plain lines where there is no terminal), log.jsonl, events.jsonl and
-TensorBoard. Only rank 0 writes."""
+"""Output of a run: header, progress bar (plain lines without a terminal), log.jsonl, events.jsonl and TensorBoard.
+
+Only rank 0 writes.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,11 @@ from tqdm import tqdm
 
 from softmask.files import write_atomically
 
-NOT_SHOWN = ("step", "epoch", "lr", "temperature", "samples_per_second", "seconds")  # on the console, beside the losses
+NOT_SHOWN = ("step", "epoch", "lr", "temperature", "samples_per_second", "seconds")  # not printed on the console
 
 
 class RunLog:
-    """The logs of one run, continued after `step` steps: what an interrupted run wrote beyond that is cut off."""
+    """The logs of a run. On resuming after `step` steps, what the interrupted run wrote beyond that is removed."""
 
     def __init__(self, run: Path, *, step: int, steps: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -34,12 +36,12 @@ class RunLog:
             self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.05)
 
     def advance(self) -> None:
-        """One optimizer step was done."""
+        """Count an optimizer step."""
         if self._bar is not None:
             self._bar.update()
 
     def row(self, row: dict[str, Any]) -> None:
-        """A logged step."""
+        """Log a step."""
         _write_line(self._rows, row)
         for name, value in row.items():
             if name not in ("step", "seconds"):
@@ -53,12 +55,12 @@ class RunLog:
         say(f"step {row['step']}/{self.steps}  {terms}  {rate} samples/s  {self._time_left(row['step'])} left")
 
     def event(self, kind: str, text: str, **fields: Any) -> None:
-        """Something out of the ordinary: a line for the reader, an object in events.jsonl (which needs `step`)."""
+        """Report something unusual: a printed line and an object in events.jsonl. `fields` must include `step`."""
         self.note(kind, **fields)
         say(f"{kind}: {text}")
 
     def note(self, kind: str, **fields: Any) -> None:
-        """An object in events.jsonl, for what the reader was told already."""
+        """Write only the object in events.jsonl, for what has been printed already."""
         _write_line(self._events, {"event": kind, **fields})
 
     def close(self) -> None:
@@ -69,14 +71,14 @@ class RunLog:
         self._board.close()
 
     def _time_left(self, step: int) -> str:
-        """At the pace since the last row: steps cost more once contrast_steps are over."""
+        """From the pace since the last row: steps take longer after contrast_steps."""
         last, then = self._last_row
         self._last_row = (step, time.monotonic())
         return clock((self._last_row[1] - then) / max(step - last, 1) * (self.steps - step))
 
 
 def say(text: str) -> None:
-    """A line on stderr that leaves a progress bar in place."""
+    """Print a line on stderr without breaking the progress bar."""
     tqdm.write(text, file=sys.stderr)
     sys.stderr.flush()
 
@@ -89,7 +91,7 @@ def clock(seconds: float) -> str:
 
 
 def read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Every whole line of JSON objects with its object; what a kill or a full disk left in between is passed over."""
+    """Every complete line with its JSON object; remains of a kill or a full disk are skipped."""
     found = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
@@ -102,7 +104,7 @@ def read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def cut_back(path: Path, step: int) -> None:
-    """Keep the JSON lines of `path` up to `step`, in one step; lines torn by a kill go too."""
+    """Remove the JSON lines of `path` after `step`, and incomplete lines."""
     if not path.exists():
         return
     kept = [line for line, content in read_lines(path) if content["step"] <= step]

@@ -1,5 +1,4 @@
-"""What changes with the step number alone, learning rate and random state, and the groups of parameters. Nothing here
-needs to be saved."""
+"""Learning rate and random state as functions of the step, and the optimizer's parameter groups. Nothing is saved."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ from softmask.training.config import ConfigError, OptimizerConfig
 def lr_factor(step: int, config: OptimizerConfig, *, steps: int) -> float:
     """Learning rate of optimizer step `step` (from 0) of `steps`, as a multiple of `config.lr`.
 
-    Warm-up: (step + 1) / warmup_steps. Then, with m = min_lr / lr and t from 0 to 1 at the last step,
+    Warm-up: (step + 1) / warmup_steps. After it, with m = min_lr / lr and t rising from 0 to 1 at the last step:
     m + (1 - m) * (1 + cos(pi * t)) / 2.
     """
     if step < config.warmup_steps:
@@ -31,24 +30,25 @@ def lr_factor(step: int, config: OptimizerConfig, *, steps: int) -> float:
 
 
 def scheduler_factory(config: OptimizerConfig, *, steps: int) -> Callable[[torch.optim.Optimizer], LambdaLR]:
-    """The callable that DeepSpeed makes the scheduler of."""
+    """The callable from which DeepSpeed makes the scheduler."""
     return lambda optimizer: LambdaLR(optimizer, lambda step: lr_factor(step, config, steps=steps))
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
-    """Trainable parameters, one group for every `lr_scale` and, in it, for those with weight decay (matrices and
-    kernels) and those without: biases, norms and all other vectors, and what modules name in `no_weight_decay`, as
-    timm's do: embeddings of positions, class tokens.
+    """Groups of the trainable parameters by `lr_scale` and weight decay.
+
+    Matrices and kernels decay. Biases, norms and other vectors do not, nor do parameters that modules name in
+    `no_weight_decay`, as timm's modules do: position embeddings and class tokens.
 
     Raises:
-        ConfigError: a key of `config.lr_scales` at which no parameter's name starts.
+        ConfigError: no parameter's name starts with a key of `config.lr_scales`.
     """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     for part in config.lr_scales:
         if not any(_starts_with(name, part) for name in trained):
             known = sorted({".".join(name.split(".")[:2]) for name in trained})
             raise ConfigError(
-                f"optimizer.lr_scales: no trained parameter's name starts with {part!r}, but with {', '.join(known)}"
+                f"optimizer.lr_scales: no trained parameter's name starts with {part!r}; known: {', '.join(known)}"
             )
     groups: dict[tuple[float, bool], dict] = {}
     spared = _spared(model)
@@ -64,7 +64,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
 def groups_digest(
     model: nn.Module, config: OptimizerConfig, *, name_of: Callable[[str], str] = lambda name: name
 ) -> str:
-    """Which parameter is in which group: an optimizer's state fits no other. `name_of`: names to use instead."""
+    """Digest of the parameters in each group. The optimizer's state fits only equal groups. `name_of` renames them."""
     names = {id(parameter): name_of(name) for name, parameter in model.named_parameters()}
     groups = parameter_groups(model, config)
     text = [[group["lr_scale"], group["decayed"], [names[id(p)] for p in group["params"]]] for group in groups]
@@ -72,19 +72,19 @@ def groups_digest(
 
 
 def _spared(model: nn.Module) -> set[str]:
-    """Names of the parameters that modules ask not to decay."""
+    """Names of the parameters that modules exempt from weight decay."""
     asking = ((prefix, getattr(module, "no_weight_decay", None)) for prefix, module in model.named_modules())
     return {f"{prefix}.{name}".lstrip(".") for prefix, names in asking if callable(names) for name in names()}
 
 
 def group_options(config: OptimizerConfig, *, lr_scale: float, decayed: bool) -> dict[str, float | bool]:
-    """Peak learning rate and weight decay of a parameter group, beside the two choices they follow from."""
+    """Options of a parameter group: its two characteristics, and the peak learning rate and weight decay they imply."""
     decay = config.weight_decay if decayed else 0.0
     return {"lr_scale": lr_scale, "decayed": decayed, "lr": config.lr * lr_scale, "weight_decay": decay}
 
 
 def _lr_scale(name: str, scales: dict[str, float]) -> float:
-    """The factor of the longest key that `name` starts with, 1 where there is none."""
+    """The factor of the longest key that `name` starts with, or 1."""
     return scales.get(max((part for part in scales if _starts_with(name, part)), key=len, default=""), 1.0)
 
 
@@ -93,7 +93,7 @@ def _starts_with(name: str, part: str) -> bool:
 
 
 def seed_everything(seed: int, micro_batch: int, rank: int) -> None:
-    """Random state of one micro-step, a function of (seed, micro_batch, rank): a resumed run draws the same numbers."""
+    """Set the random state of a micro-step from (seed, micro_batch, rank), also in a resumed run."""
     state = np.random.SeedSequence([seed, micro_batch, rank]).generate_state(4, np.uint32)
     torch.manual_seed(int(state[0]) << 32 | int(state[1]))
     random.seed(int(state[2]))

@@ -3,9 +3,10 @@
     deepspeed train/pretrain.py --config train/configs/demo.yaml [--resume auto] [train.steps=1000 ...]
     python train/pretrain.py --config ...        the same in one process
 
-A known failure prints one line and exits with 2. SIGTERM and Ctrl-C write a checkpoint, and every rank exits with 0.
-The launcher hands SIGTERM on when its process group gets it (as from a batch system), not when its own process alone
-does; it gives the ranks 30 seconds and exits with 1 itself. Runs on several machines need `output` on a shared disk.
+A known failure prints one line and exits with 2. On SIGTERM and Ctrl-C the run writes a checkpoint and every rank
+exits with 0. The deepspeed launcher forwards a SIGTERM that is sent to its process group (as batch systems do), not one
+sent only to its own process; it gives the ranks 30 seconds and exits with 1 itself. Runs on several machines need
+`output` on a shared disk.
 """
 
 from __future__ import annotations
@@ -39,20 +40,20 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--resume",
         default="none",
-        help="none: start a new run; auto: go on with the newest checkpoint of the run's folder, if there is one; "
-        "or a checkpoint or another run's folder to start from",
+        help="none: start a new run; auto: resume from the newest checkpoint of the run's folder, if any; "
+        "or the checkpoint or run folder to resume from",
     )
-    # The launcher passes it; the environment says it too, to every launcher's processes.
+    # Passed by deepspeed; the environment has it too, with every launcher.
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.steps=1000")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.steps=1000")
     return parser.parse_intermixed_args(arguments)
 
 
 def choose_checkpoint(config: Config, resume: str) -> Path | None:
-    """The checkpoint to start from, None for a new run.
+    """The checkpoint to resume from, None for a new run.
 
     Raises:
-        CheckpointError: the folder holds a run that would be overwritten, or there is no such checkpoint.
+        CheckpointError: no such checkpoint, or a run in the folder would be overwritten.
     """
     run = Path(config.output)
     own = complete_checkpoints(run)
@@ -62,7 +63,7 @@ def choose_checkpoint(config: Config, resume: str) -> Path | None:
         traces = [name for name in ("config.yaml", "log.jsonl", "checkpoints") if (run / name).exists()]
         if traces:
             raise CheckpointError(
-                f"{run}: holds a run already ({', '.join(traces)}); go on with --resume auto or name another output"
+                f"{run}: holds a run already ({', '.join(traces)}); use --resume auto or choose another output"
             )
         return None
     chosen = find_checkpoint(resume)
@@ -70,13 +71,13 @@ def choose_checkpoint(config: Config, resume: str) -> Path | None:
     if newest is not None and newest.resolve() != chosen.resolve():
         raise CheckpointError(
             f"{run}: holds {newest.name}, which starting from {chosen} would overwrite (step {step_of(chosen)}); "
-            "use --resume auto or name another output"
+            "use --resume auto or choose another output"
         )
     return chosen
 
 
 def already_done(config: Config) -> str | None:
-    """What to say when the run of this configuration is finished."""
+    """The message for a run that is finished, None for any other."""
     run = Path(config.output)
     if not (run / "done.json").is_file():
         return None
@@ -93,9 +94,8 @@ def run(arguments: list[str] | None = None) -> None:
     check_environment()
     complete_environment()
     if not is_first_rank():
-        logging.getLogger("softmask.data").setLevel(
-            logging.ERROR
-        )  # all ranks open the same data; one says what it lacks
+        # All ranks open the same data; only rank 0 reports its problems.
+        logging.getLogger("softmask.data").setLevel(logging.ERROR)
     config = load_config(options.config, options.overrides)
     if options.resume == "auto" and (message := already_done(config)):
         if is_first_rank():
@@ -110,7 +110,7 @@ def is_first_rank() -> bool:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, nothing a user can act on
+    warnings.filterwarnings("ignore", category=FutureWarning)  # from libraries; users cannot act on them
     try:
         run(arguments)
     except (ConfigError, DataError, CheckpointError, TrainingError, BackendError) as error:
@@ -118,7 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except FirstRankError:
         return 2
-    except OSError as error:  # a disk that is full or read-only, a file that went away
+    except OSError as error:  # a full or read-only disk, a file that vanished
         where = f"{error.filename}: " if error.filename else ""
         say(f"error: {where}{error.strerror or error}")
         return 2

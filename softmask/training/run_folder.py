@@ -1,4 +1,4 @@
-"""A run's folder before training: locked, with its configuration and its tokenizer."""
+"""Prepares a run's folder: lock, configuration, tokenizer."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from softmask.training.checkpoint.store import check_no_debris, find_checkpoint,
 from softmask.training.config import Config, ConfigError, save_config
 
 SAMPLED_CAPTIONS = 1000
-MOST_UNKNOWN = 0.5  # share of [UNK] among their tokens
-_lock: TextIO | None = None  # of the folder that this process writes; open as long as it lives
+MOST_UNKNOWN = 0.5  # largest share of [UNK] among their tokens
+_lock: TextIO | None = None  # of the folder that this process writes; open until it ends
 
 
 class FirstRankError(RuntimeError):
-    """Rank 0 failed, and has said why."""
+    """Rank 0 failed and has reported why."""
 
 
 def prepare_run(config: Config, source: Source, checkpoint: Path | None) -> CaptionTokenizer:
-    """Make the run's folder with config.yaml and tokenizer/ (rank 0), and load the tokenizer (all ranks).
+    """Write config.yaml and tokenizer/ into the run's folder (rank 0) and load the tokenizer (all ranks).
 
     Raises:
-        ConfigError: a tokenizer that cannot be used.
+        ConfigError: the tokenizer cannot be used.
     """
     failed: list[Exception | None] = [None]
     if dist.get_rank() == 0:
@@ -59,7 +59,7 @@ def _prepare(config: Config, source: Source, checkpoint: Path | None) -> None:
     run.mkdir(parents=True, exist_ok=True)
     lock(run)
     check_no_debris(run, 0 if checkpoint is None else step_of(checkpoint))
-    (run / "done.json").unlink(missing_ok=True)  # of a shorter run that goes on now
+    (run / "done.json").unlink(missing_ok=True)  # of a shorter run that is extended now
     own = checkpoint is not None and checkpoint.resolve().parents[1] == run.resolve()
     try:
         if not own or not (run / "tokenizer").exists():
@@ -73,29 +73,29 @@ def _prepare(config: Config, source: Source, checkpoint: Path | None) -> None:
 
 
 def lock(run: Path) -> None:
-    """Keep the run's folder for this process until it ends.
+    """Lock the run's folder until this process ends.
 
     Raises:
-        ConfigError: another one has it.
+        ConfigError: another process holds the lock.
     """
     global _lock
     if _lock is not None:
         _lock.close()
     _lock = (run / ".lock").open("a+", encoding="utf-8")
     try:
-        fcntl.lockf(_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which the loader's workers would hold too
+        fcntl.lockf(_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: loader workers would inherit it
     except (BlockingIOError, PermissionError):
         _lock.seek(0)
-        holder = _lock.read().strip() or "that has not said which"
+        holder = _lock.read().strip() or "unknown"
         raise ConfigError(f"output: {run} is written by another process ({holder})") from None
-    except OSError:  # a file system without locks
+    except OSError:  # the file system has no locks
         return
     _lock.truncate(0)
     print(f"process {os.getpid()} of {socket.gethostname()}", file=_lock, flush=True)
 
 
 def captions_read(config: Config, source: Source) -> Iterator[str]:
-    """All captions in order, as the tokenizer gets them."""
+    """All captions in order, as the tokenizer reads them."""
     return (plain_words(text).text if config.data.clean_captions else text for text in source.captions())
 
 
@@ -104,7 +104,7 @@ def first_captions(config: Config, source: Source) -> list[str]:
 
 
 def check_same_words(tokenizer: CaptionTokenizer, checkpoint: Path | None, config: Config) -> None:
-    """ValueError where weights that were trained with one vocabulary would read another."""
+    """Raise ValueError if the tokenizer is not that of the weights."""
     if checkpoint is None and not config.init:
         return
     origin = checkpoint if checkpoint is not None else find_checkpoint(config.init)
@@ -113,16 +113,16 @@ def check_same_words(tokenizer: CaptionTokenizer, checkpoint: Path | None, confi
 
 
 def check_vocabulary(tokenizer: CaptionTokenizer, captions: list[str]) -> None:
-    """ValueError where the tokenizer does not know the words of the data, by its first captions."""
+    """Raise ValueError if the tokenizer does not know the words of the first captions."""
     if (share := tokenizer.unknown(captions)) > MOST_UNKNOWN:
         raise ValueError(
             f"tokenizer: {share:.0%} of the tokens in the first {len(captions)} captions are [UNK], expected at most "
-            f"{MOST_UNKNOWN:.0%}: is it the tokenizer for captions such as {captions[0]!r:.60}?"
+            f"{MOST_UNKNOWN:.0%}: is it the right tokenizer for captions such as {captions[0]!r:.60}?"
         )
 
 
 def _write_tokenizer(config: Config, source: Source, checkpoint: Path | None) -> None:
-    """The checkpoint's, the configured or one trained on the captions, into the run's folder; whole or not at all."""
+    """Write the tokenizer of the checkpoint, the configured one or one trained on the captions, whole or not at all."""
     final = Path(config.output) / "tokenizer"
     partial = final.with_name("tokenizer.tmp")
     given = checkpoint / "tokenizer" if checkpoint is not None else config.data.tokenizer

@@ -1,8 +1,8 @@
-"""The training loop: batches in, optimizer steps, logs and checkpoints out.
+"""The training loop: optimizer steps, logs, checkpoints.
 
 Exact resumption rests on three things: the engine's checkpoint holds weights, momentum encoder, queue, optimizer and
-schedule; data order is a function of the number of micro-batches consumed; and so is the random state of every
-micro-step (`seed_everything`).
+schedule; the order of the data is a function of the number of micro-batches consumed; and so is the random state of
+every micro-step (`seed_everything`).
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on."""
+    """Training cannot continue."""
 
 
 def train(config: Config, *, checkpoint: Path | None = None) -> Trainer:
-    """Train from scratch, or on from `checkpoint`, to the end or to a stop signal.
+    """Train from scratch or from `checkpoint`, to the end or until a stop signal.
 
-    Every rank calls it with the same arguments. Returns the trainer; its `finished` says which of the two it was.
+    Every rank calls it with the same arguments. `finished` of the returned trainer says whether it reached the end.
     """
     source = open_source(config.data.train, image_root=config.data.image_root)
     start_distributed()
@@ -98,7 +98,7 @@ class Trainer:
         self.engine, self.guard = create_engine(model, config, steps=self.steps)
         self.device = self.engine.device
         self.model.set_activation_checkpointing(config.train.activation_checkpointing)
-        # BatchNorm's running statistics: the forward pass of a skipped step must leave no trace in them.
+        # BatchNorm's running statistics, which a skipped step must not change.
         self._statistics = self.model.statistics()
         self.progress = Progress()
         if checkpoint is not None:
@@ -146,7 +146,7 @@ class Trainer:
     # -- the loop -----------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Train to the last step or to a stop signal, either with a checkpoint at the end."""
+        """Train to the last step or until a stop signal, then write a checkpoint."""
         run = Path(self.config.output)
         if self.rank == 0:
             self._log = RunLog(run, step=self.progress.step, steps=self.steps)
@@ -193,8 +193,8 @@ class Trainer:
     def _step(self, batches: Iterator[Batch]) -> tuple[list[StepOutput], bool]:
         """One optimizer step. Returns the outputs of its micro-steps, and whether a rank was asked to stop.
 
-        A micro-batch whose loss is not finite on some rank is left out on all and the next one takes its place.
-        A step whose gradients are not finite (usual in fp16) is left out whole.
+        A micro-batch whose loss is not finite on some rank is skipped on all and replaced by the next one. A step whose
+        gradients are not finite (common in fp16) is skipped as a whole.
         """
         outputs: list[StepOutput] = []
         stop = False
@@ -226,7 +226,7 @@ class Trainer:
         return outputs, stop
 
     def _forward(self, batches: Iterator[Batch]) -> tuple[Tensor | None, StepOutput, bool]:
-        """Loss (None where it is not finite on some rank) and output of the next batch, and the request to stop."""
+        """Loss (None if not finite on some rank) and output of the next batch, and whether a rank was asked to stop."""
         # Workers inherit the mask of signals, so that they outlive one sent to the process group.
         with named_range("data"), _blocked(STOP_SIGNALS):
             batch = next(batches)
@@ -251,7 +251,7 @@ class Trainer:
         return loss, output, stop
 
     def _count_nonfinite(self, what: str, detail: str) -> None:
-        """Log a loss or gradients that are not finite; too many in a row end the run."""
+        """Log a loss or gradients that are not finite. Too many in a row end the run."""
         self.progress.nonfinite += 1
         self._nonfinite_in_row += 1
         micro_batch = self.progress.micro_batches - 1
@@ -290,7 +290,7 @@ class Trainer:
         )
 
     def _report_skipped(self) -> None:
-        """Name the unreadable samples of all ranks since the last time; all ranks end where the run has too many."""
+        """Log the unreadable samples of all ranks since the last call. All ranks raise DataError if too many."""
         gathered: list[Any] = [self._skipped]
         if self.world_size > 1:
             gathered = [None] * self.world_size
@@ -313,7 +313,7 @@ class Trainer:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """Turn a stop signal into a request that all ranks follow after the current step."""
+        """Turn a stop signal into a request that all ranks obey after the current step."""
         previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
 
         def request(number: int, _frame: Any) -> None:

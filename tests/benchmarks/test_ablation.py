@@ -1,4 +1,4 @@
-"""The ablation: rows are configurations that add one thing each, runs resume, the table says what is there."""
+"""The ablation: rows add one thing each, runs resume, and the table shows the recorded runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.ablation import run as ablation
 from benchmarks.ablation import table as ablation_table
 from benchmarks.ablation.rows import STUDIES, Study
 from benchmarks.ablation.run import AblationError, Plan, Run, carry_out, run_all
-from benchmarks.ablation.table import Results, order_sentence, render
+from benchmarks.ablation.table import Results, order, render
 from softmask.evaluation import evaluate
 from softmask.training import pretrain
 from softmask.training.config import flatten, load_config, save_config
@@ -211,7 +211,7 @@ def test_evaluation_alone_is_repeated_where_metrics_are_missing_or_of_another_ki
             (folder / "metrics.json").write_text(json.dumps(other))
         assert carry_out(run, test_data=ablation.TEST_DATA, start=fake)
     assert fake.calls == ["pretrain", "evaluate", "evaluate", "evaluate", "evaluate"]
-    with pytest.raises(AblationError, match=f"seed_0: evaluation left no metrics.json of step {STEPS} on other.tar"):
+    with pytest.raises(AblationError, match=f"seed_0: evaluation wrote no metrics.json of step {STEPS} on other.tar"):
         carry_out(run, test_data="other.tar", start=fake)
 
 
@@ -223,7 +223,7 @@ def test_a_run_of_another_configuration_is_refused(tmp_path: Path) -> None:
     assert not carry_out(dataclasses.replace(run, config=harmless), test_data=ablation.TEST_DATA, start=fake)
     changed = load_config(run.file, [*run.overrides, "optimizer.lr=0.5", "train.steps=9"])
     differing = rf"train.steps \(was {STEPS}, now 9\), optimizer.lr \(was 0.001, now"
-    message = f"seed_0: made with another configuration: {differing}"
+    message = f"seed_0: run with another configuration: {differing}"
     with pytest.raises(AblationError, match=message):
         carry_out(dataclasses.replace(run, config=changed), test_data=ablation.TEST_DATA, start=fake)
     shutil.rmtree(run.record)
@@ -273,7 +273,7 @@ def test_table_has_mean_spread_and_unfinished_rows() -> None:
     assert line_of(text, "CoCa (ITC + IC)")[2:] == ["1 of 2, not finished", "30.0", "30.0", "", "", "16.1 / 16.0"]
     assert line_of(text, "SyCoCa")[2:] == ["0 of 2, not finished", "", "", "", "", "18.3 / 18.4"]
     assert "`sycoca_demo.yaml`, 700 steps; retrieval among 256 images." in text
-    assert "\n20 of 20 comparisons wait for rows that are not finished.\n" in text
+    assert "\n20 of 20 comparisons wait for unfinished rows.\n" in text
 
 
 def test_figures_beside_the_papers_are_of_the_rows_that_have_them() -> None:
@@ -298,8 +298,8 @@ def test_softmasks_figures_come_from_their_sections() -> None:
 
 
 def test_order_as_in_the_paper() -> None:
-    assert order_sentence(sycoca_results(IN_ORDER)) == (
-        "20 of 20 comparisons (pairs of rows, by each figure) agree with the paper's order."
+    assert order(sycoca_results(IN_ORDER)) == (
+        "20 of 20 comparisons (of two rows by one figure) agree with the paper's order."
     )
 
 
@@ -308,19 +308,19 @@ def test_order_names_each_reversed_pair_and_whether_it_exceeds_the_spread() -> N
     results = sycoca_results(shares)
     for metrics in results.metrics["itc"]:
         metrics["retrieval"]["itc"]["t2i"] = dict.fromkeys(("r1", "r5", "r10"), 0.0)
-    assert order_sentence(results) == (
-        "17 of 20 comparisons (pairs of rows, by each figure) agree with the paper's order; it differs in "
-        "mTR: ITC above CoCa + TG-MIM with random masks by 3.5 points (more than the spread of 1.4), "
-        "CoCa + attentive masking on IC above SyCoCa by 2.0 points (within the spread of 2.8); "
-        "mIR: CoCa + attentive masking on IC above SyCoCa by 2.0 points (within the spread of 2.8)."
+    assert order(results) == (
+        "17 of 20 comparisons (of two rows by one figure) agree with the paper's order. The others:\n\n"
+        "- mTR: ITC above CoCa + TG-MIM with random masks by 3.5 points (more than the spread of 1.4), "
+        "CoCa + attentive masking on IC above SyCoCa by 2.0 points (within the spread of 2.8)\n"
+        "- mIR: CoCa + attentive masking on IC above SyCoCa by 2.0 points (within the spread of 2.8)"
     )
 
 
 def test_order_of_finished_rows_alone_and_of_one_seed() -> None:
     partial = sycoca_results({"itc": [0.5, 0.5], "coca": [0.3, 0.3], "sycoca": [0.1]})
-    assert order_sentence(partial).endswith("18 of 20 comparisons wait for rows that are not finished.")
-    assert "0 of 2 comparisons" in order_sentence(partial) and "SyCoCa" not in order_sentence(partial)
-    single = order_sentence(sycoca_results({"itc": [0.5], "coca": [0.3]}, seeds=1))
+    assert "order. 18 of 20 comparisons wait for unfinished rows. The others:" in " ".join(order(partial).split())
+    assert "0 of 2 comparisons" in order(partial) and "SyCoCa" not in order(partial)
+    single = order(sycoca_results({"itc": [0.5], "coca": [0.3]}, seeds=1))
     assert "ITC above CoCa (ITC + IC) by 20.0 points (one seed has no spread)" in single
 
 

@@ -1,4 +1,4 @@
-"""Captions as ALBEF reads them: cleaned, without [SEP], one of an image's an epoch."""
+"""Captions as ALBEF reads them: cleaned, without [SEP], one per image and epoch."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_cut_captions_are_counted_by_words_too(tokenizer) -> None:
 
 @pytest.fixture(scope="module")
 def several(tmp_path_factory):
-    """Nine captions of five images in two shards; an image of the first is in the second again."""
+    """Nine captions of five images in two shards; one image is in both."""
     folder = tmp_path_factory.mktemp("several")
     for shard, numbers in enumerate([{0: 3, 1: 1, 2: 2}, {3: 1, 0: 1, 4: 1}]):
         members = []
@@ -113,7 +113,7 @@ def several(tmp_path_factory):
 
 
 def captions_of(source, tokenizer, *, epochs: int, batch_size: int = 5, **options) -> list[list[int]]:
-    """The image_id of every sample, epoch by epoch; and that captions differ between epochs is looked at elsewhere."""
+    """The image_id of every sample, epoch by epoch. Another test checks that captions differ between epochs."""
     config = DataConfig(image_size=16, captions="random", **options)
     loader = Loader(source, config, tokenizer, batch_size=batch_size)
     assert loader.batches_per_epoch == 5 // batch_size
@@ -129,7 +129,7 @@ def test_every_image_once_an_epoch(several, tokenizer) -> None:
 
 def test_every_caption_of_a_image_has_the_same_chance(several) -> None:
     images = Images(several.group_sizes, several.image_ids)
-    assert images.group_sizes.tolist() == [3, 2]  # the image of both shards is the first one's
+    assert images.group_sizes.tolist() == [3, 2]  # the image in both shards belongs to the first
     everything = np.arange(5)
     drawn = np.stack([images.captions(everything, seed=3, epoch=epoch) for epoch in range(4000)])
     assert (several.image_ids[drawn] == several.image_ids[drawn[0]]).all()

@@ -1,4 +1,4 @@
-"""JSON lists: what is read of them, and what is said about what is wrong."""
+"""JSON lists: what is read, and how problems are reported."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def test_same_sample_looks_different_in_the_next_epoch(data):
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_share_what_one_rank_reads(data, world_size):
-    """Also over the end of an epoch, whose remainder is dropped: 21 samples, 3 batches of 6."""
+    """Also across the end of an epoch, whose remainder is dropped: 21 samples, 3 batches of 6."""
     source, tokenizer = data
     config = DataConfig(**SMALL)
     one = Loader(source, config, tokenizer, batch_size=6)
@@ -135,14 +135,14 @@ def test_order_is_a_local_permutation():
     assert order.tolist() == epoch_order(sizes, seed=3, epoch=2, window=8).tolist()
     assert order.tolist() != epoch_order(sizes, seed=3, epoch=3, window=8).tolist()
     assert order.tolist() != epoch_order(sizes, seed=4, epoch=2, window=8).tolist()
-    # shards are open one after the other: the span of a shard never exceeds its window of shards
+    # Shards are read one after the other: the samples of a shard stay within its window of shards.
     for shard in (0, 2, 3, 4):
         places = np.flatnonzero(owner[order] == shard)
         assert places.max() - places.min() < 8 + sizes.max()
 
 
 def test_small_data_is_shuffled_in_full():
-    """Every sample comes first about equally often: 4 standard deviations of the binomial."""
+    """Every sample comes first about equally often, within 4 standard deviations of the binomial."""
     sizes = np.array([3, 3])
     firsts = np.bincount([epoch_order(sizes, seed=0, epoch=e)[0] for e in range(1200)], minlength=6)
     assert (np.abs(firsts - 200) <= 4 * (1200 * 5 / 36) ** 0.5).all()
@@ -153,7 +153,7 @@ def test_small_data_is_shuffled_in_full():
 
 @pytest.fixture
 def broken(tmp_path):
-    """30 samples of which 3 are unreadable, each in its own way."""
+    """30 samples, 3 of them unreadable in different ways."""
     members = [member for n in range(27) for member in sample(n)]
     members += [("cut.png", make_image(1)[:200]), ("cut.txt", CAPTION.encode())]
     members += sample(98, b"  ") + sample(99, b"\xff\xfe")
@@ -198,7 +198,7 @@ def test_a_few_bad_samples_prove_nothing(bad, read, allowed):
 
 
 def test_half_of_what_is_allowed_ends_no_run():
-    """1,000 runs over 5,000 samples of which 0.5 % are bad and 1 % allowed; without confidence a quarter would end."""
+    """1,000 runs over 5,000 samples, 0.5 % of them bad, 1 % allowed. Without the bound a quarter would end."""
     bad = np.random.default_rng(0).random((1000, 5000)) < 0.005
     for counts in bad.cumsum(1)[:, 99::100]:
         for number, count in enumerate(counts.tolist(), start=1):

@@ -1,4 +1,4 @@
-"""Generated scenes: what the captions say is in the image, what the masks cover is seen, and no split leaks."""
+"""Generated scenes: captions are true, masks cover what is visible, and no split leaks."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ def test_spatial_words_are_true():
     said = texts(dog, group("owl", (0.65, 0.62, 0.9, 0.92)))
     assert any("a dog next to an owl" in text for text in said)
     assert not any(re.search("above|over|below|under", text) for text in said)
-    said = texts(group("owl", (0.3, 0.3, 0.6, 0.6)), pears)  # one pear lies aside rather than below
+    said = texts(group("owl", (0.3, 0.3, 0.6, 0.6)), pears)  # one pear is beside rather than below
     assert not any(re.search("above|over|below|under|next to|beside", text) for text in said)
 
 
@@ -214,7 +214,7 @@ def test_size_words_are_true():
 
 
 def on(scene: scenes.Scene, value: int, monkeypatch) -> np.ndarray:
-    """The scene on a background of one grey value."""
+    """The scene on a background of one gray value."""
     monkeypatch.setattr(scenes, "_paint_background", lambda _, side: Image.new("RGB", (side, side), (value,) * 3))
     return np.asarray(scenes.render(scene, 64)[0], dtype=np.float64)
 

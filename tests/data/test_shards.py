@@ -1,4 +1,4 @@
-"""Tar shards: what is found in them, and what is said about what is wrong."""
+"""Tar shards: what is read, and how problems are reported."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def test_reads_what_pillow_reads(tmp_path, form):
 
 
 def test_members_that_nobody_reads_are_counted(tmp_path):
-    """Links, attributes that macOS keeps, dotted names, other files and second images of a sample."""
+    """Links, macOS's attribute files, dotted names, other files and second images of a sample."""
     path = write_tar(tmp_path / "a.tar", [*sample(0), ("._000001.png", b"x"), ("._000001.txt", b"y"), *sample(1)])
     with tarfile.open(path, "a") as tar:
         link = tarfile.TarInfo("000002.png")
@@ -193,7 +193,7 @@ def test_members_that_nobody_reads_are_counted(tmp_path):
 
 
 def test_lines_are_captions_of_one_image(tmp_path):
-    """So are copies of an image: COCO's, say, once per caption. Other images of the same size are others."""
+    """So are copies of an image, such as COCO's, one per caption. Different images of the same size are not."""
     members = [
         ("a.png", make_image(1)),
         ("a.txt", b"one\n\n two \r\nthree\n"),
@@ -316,7 +316,7 @@ def test_problems_survive_the_cache(tmp_path):
 def test_cache_folder_that_cannot_be_written(tmp_path, monkeypatch, caplog):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    # not even looking for a cache file may fail where its folder is a file
+    # The folder of the cache is a file: even looking for a cache file must not fail.
     assert len(open_source(str(write_tar(tmp_path / "a.tar", sample(0))))) == 1
     assert "cannot be kept" in caplog.text
 

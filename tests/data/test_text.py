@@ -138,7 +138,7 @@ def test_trained_wordpiece_reads_its_captions(trained):
     once = tokenizer(["a dodo", "A DODO"], max_length=25)
     assert torch.equal(once.input_ids[0], once.input_ids[1]), "lower-cased"
     pieces = json.loads((path / "tokenizer.json").read_text())["model"]["vocab"]
-    assert {"apple", "dodo", "##o"} <= set(pieces), "frequent words are whole, inner characters are there"
+    assert {"apple", "dodo", "##o"} <= set(pieces), "frequent words are whole, inner characters are included"
     word = tokenizer(["dodox cafe"], max_length=25)
     assert word.word_ids[0].tolist()[1] == 0 and len(set(word.word_ids[0].tolist())) == 3
 
@@ -181,7 +181,7 @@ def test_training_needs_words_and_room(tmp_path):
 
 
 def test_a_folder_without_its_vocabulary_is_refused(tmp_path) -> None:
-    """transformers reads it as a tokenizer that knows its special tokens alone."""
+    """transformers reads it as a tokenizer that knows only its special tokens."""
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
     with pytest.raises(ValueError, match=r"knows no word, only \d special tokens|cannot be loaded"):
         CaptionTokenizer.load(tmp_path)

@@ -41,7 +41,7 @@ def test_decode_modes():
 
 
 def test_decode_is_upright():
-    """Orientation 6: the camera was turned, what is on the left belongs on top."""
+    """Orientation 6: the camera was rotated; the left edge belongs on top."""
     image = Image.new("RGB", (6, 4), "blue")
     image.paste("red", (0, 0, 3, 4))
     exif = Image.Exif()
@@ -163,7 +163,7 @@ def test_crop_boxes():
     boxes = [T.crop_box((width, height), (0.2, 0.8), rng) for _ in range(2000)]
     sizes = np.array([(r - x, b - y) for x, y, r, b in boxes], float)
     assert all(0 <= x < r <= width and 0 <= y < b <= height for x, y, r, b in boxes)
-    # half a pixel of rounding in either side
+    # Half a pixel of rounding on either side.
     half = 0.5 / sizes.min(axis=1)
     area, ratio = sizes.prod(axis=1) / (width * height), sizes[:, 0] / sizes[:, 1]
     assert (area >= 0.2 * (1 - half) ** 2).all() and (area <= 0.8 * (1 + half) ** 2).all()
@@ -188,7 +188,7 @@ def test_hue_equals_torchvision(turn):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_jitter_equals_torchvision(seed):
-    """Replays the random numbers with torchvision's functions."""
+    """Replay the random numbers with torchvision's functions."""
     ours = T.color_jitter(photo(seed), (0.4, 0.4, 0.4, 0.1), random.Random(seed))
     rng, image = random.Random(seed), photo(seed)
     functions = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation)
@@ -205,13 +205,13 @@ def test_jitter_equals_torchvision(seed):
 
 @pytest.mark.parametrize(("name", "probability"), [("jitter", 0.8), ("grayscale", 0.2), ("blur", 0.5)])
 def test_distortions_have_their_probability(name, probability):
-    """Only one distortion on; how often does the image change? Within 4 standard deviations of the binomial."""
+    """With one distortion on, the image changes as often as expected, within 4 standard deviations of the binomial."""
     options = {f"{other}_probability": 0.0 for other in ("jitter", "grayscale", "blur") if other != name}
     config = DataConfig(image_size=224, **options)
     image, trials = photo(), 1500
     changed = sum(T.distort(image, config, random.Random(s)).tobytes() != image.tobytes() for s in range(trials))
     slack = 4 * (trials * probability * (1 - probability)) ** 0.5
-    # a blur of the smallest radii or a jitter near 1 may leave all 8-bit pixels: rare, and on the low side only
+    # A blur with a tiny radius or a jitter near 1 may change no 8-bit pixel: rare, and only lowers the count.
     assert probability * trials - slack - 0.05 * trials <= changed <= probability * trials + slack
 
 

@@ -205,8 +205,8 @@ def test_a_class_list_that_is_none_is_refused(tmp_path: Path) -> None:
 # -- reconstruction --------------------------------------------------------------------------------
 
 
-class Painter:
-    """Hides the left half; paints zeros, or the truth (normalized) where the caption names the image's left box."""
+class Reconstructor:
+    """Hides the left half; predicts zeros, or the (normalized) truth if the caption names the left box."""
 
     patch_size, patch_grid = 8, (4, 4)
 
@@ -226,7 +226,7 @@ class Painter:
 
 @pytest.mark.parametrize("listens", [True, False])
 def test_the_gap_is_what_the_caption_tells(scorer: Scorer, samples: list[Sample], listens: bool) -> None:
-    scorer.model = Painter(scorer.model, listens=listens)
+    scorer.model = Reconstructor(scorer.model, listens=listens)
     scorer.config.model = SimpleNamespace(normalize_pixels=True)
     section = reconstruction.reconstruction(scorer, samples)
     assert section["samples"] == 12
@@ -253,10 +253,10 @@ def test_equal_captions_make_no_pair(scorer: Scorer, samples: list[Sample]) -> N
     for sample in samples:
         sample.caption = "a red box beside a green one"
     assert reconstruction.reconstruction(scorer, samples) is None
-    assert report_generation.paintings(scorer, samples) == []
+    assert report_generation.reconstructions(scorer, samples) == []
 
 
-class Drawer(Painter):
+class Drawer(Reconstructor):
     """Hides patches that are drawn, as `masks: random` does."""
 
     def hidden_patches(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -274,7 +274,7 @@ def test_patches_that_are_drawn_are_the_same_each_time(scorer: Scorer, samples: 
 
 
 def test_another_caption_of_the_same_image_is_no_wrong_one(scorer: Scorer, samples: list[Sample]) -> None:
-    scorer.model = Painter(scorer.model, listens=True)
+    scorer.model = Reconstructor(scorer.model, listens=True)
     scorer.config.model = SimpleNamespace(normalize_pixels=True)
     doubled = [one for s in samples for one in (s, dataclasses.replace(s, caption=f"{s.caption} and a box"))]
     assert reconstruction.reconstruction(scorer, doubled) == reconstruction.reconstruction(scorer, samples)

@@ -268,7 +268,7 @@ def test_objects_that_cannot_be_used_stop_nothing(run, tmp_path, capsys, objects
     assert evaluate.main([str(run), "--data", data, "--output", str(tmp_path / "metrics.json")]) == 0
     result = json.loads((tmp_path / "metrics.json").read_text())
     assert result["retrieval"]["samples"] == 2 and result["grounding"]["samples"] == 1
-    said = "left out: 1 objects that cannot be used, the first: test.tar:0000: objects"
+    said = "left out: 1 unusable objects, the first: test.tar:0000: objects"
     assert said in capsys.readouterr().err
 
 
@@ -286,7 +286,7 @@ def test_a_list_elsewhere_at_other_sizes(run, tmp_path, capsys):
     assert evaluate.main([*command, *sizes]) == 0
     result = json.loads((tmp_path / "metrics.json").read_text())
     assert result["retrieval"]["samples"] == result["retrieval"]["cut"] == 3
-    assert "3 captions have more than the 5 tokens that are read of them" in capsys.readouterr().out
+    assert "3 captions were truncated to 5 tokens" in capsys.readouterr().out
     for wrong, said in (
         ("--text-length=2000", "--text-length: expected 3 to"),
         ("--image-size=33", "vision.image_size"),
@@ -302,7 +302,7 @@ def test_files_that_are_no_results_are_left_alone(run, tmp_path, capsys):
     before = (tmp_path / "test.tar").read_bytes()
     for output in (data, "/dev/null"):
         assert evaluate.main([str(run), "--data", data, "--output", output]) == 1
-        assert f"--output: {output!r} is there and no .json file: name another" in capsys.readouterr().err
+        assert f"--output: {output!r} exists and is not a .json file; choose another name" in capsys.readouterr().err
     assert (tmp_path / "test.tar").read_bytes() == before
     (tmp_path / "target.json").write_text("old")
     (tmp_path / "link.json").symlink_to(tmp_path / "target.json")

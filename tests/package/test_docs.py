@@ -1,4 +1,4 @@
-"""Links of the pages lead somewhere, and their Python runs."""
+"""Links of the pages work, their Python runs, and they name what the code reads."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_commands_of_the_readme_are_there() -> None:
 
 
 def test_environment_page_names_every_variable() -> None:
-    """That the code reads or sets, written as a text or as one of setup.py's switches."""
+    """Every variable that the code reads or sets, and every switch of setup.py."""
     sources = [path for folder in ("softmask", "kernels") for path in (ROOT / folder).rglob("*.py")]
     sources += [ROOT / "setup.py", *(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cpp")]
     call = r"(?:environ\.get|environ\.setdefault|environ\[|getenv|given\.get|given\[|switched_on)\(?\"([A-Z_]+)\""

@@ -1,4 +1,4 @@
-"""What is installed, what it needs, and how a build that cannot have C++ kernels ends."""
+"""Contents and requirements of the package, and builds without C++ kernels."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ with softmask.backend("auto"):
 
 
 def python(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run this interpreter with `environment` on top of the session's, less the switches of setup.py."""
+    """Run this interpreter with `environment` added to the session's, without the switches of setup.py."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("SOFTMASK_")}
     return subprocess.run(
         [sys.executable, *arguments], cwd=cwd, env=inherited | environment, capture_output=True, text=True
@@ -64,7 +64,7 @@ class Wheel:
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the source tree without anything that was built."""
+    """A copy of the source tree without build products."""
     folder = tmp_path_factory.mktemp("tree")
     for name in SOURCES:
         source = ROOT / name

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-# A room may import from those after it, and those of its own place never from each other.
+# A room may import from the rooms after it; rooms of one place never import each other.
 ORDER = [{"cli"}, {"report"}, {"evaluation"}, {"training"}, {"tasks"}, {"models", "data"}]
 ORDER += [{"batch", "lfs", "files", "ranges", "arguments"}, {"ops"}, {"reference", "kernels", "_C"}]
 PLACE = {room: place for place, rooms in enumerate(ORDER) for room in rooms}
@@ -22,7 +22,7 @@ def modules(folder: str) -> list[Path]:
 
 
 def imported(path: Path) -> Iterator[tuple[str, bool]]:
-    """(dotted module or name, whether it runs: not for the type checker alone) of every import."""
+    """(dotted module or name, whether it is imported at run time) of every import."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for_types = {id(inner) for node in ast.walk(tree) if _is_type_checking(node) for inner in ast.walk(node)}
     for node in ast.walk(tree):
@@ -39,7 +39,7 @@ def _is_type_checking(node: ast.AST) -> bool:
 
 
 def room_of(dotted: str) -> str | None:
-    """Of "softmask.models.config" models; None of other packages."""
+    """ "models" for "softmask.models.config", None for other packages."""
     parts = dotted.split(".")
     return parts[1] if parts[0] == "softmask" and len(parts) > 1 else None
 
@@ -64,7 +64,7 @@ def test_configurations_import_no_layers(path: Path) -> None:
 
 @pytest.mark.parametrize("folder", ["softmask", "train", "benchmarks", "tests"])
 def test_imports_are_by_path(folder: str) -> None:
-    """An editor, a type checker and grep find every module of ours where its name says."""
+    """Editors, type checkers and grep find every module under its name."""
     for path in modules(folder):
         for name, _ in imported(path):
             first = name.split(".")[0]

@@ -14,7 +14,7 @@ CAPTION = "a red apple above two cherries"
 
 
 def make_image(seed: int, *, size: tuple[int, int] = (40, 32), form: str = "PNG", mode: str = "RGB") -> bytes:
-    """An encoded image of random pixels, `size` = (width, height)."""
+    """An encoded image of random pixels; `size` is (width, height)."""
     channels = {"RGB": 3, "RGBA": 4}[mode]
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], channels), np.uint8)
     file = io.BytesIO()
@@ -46,7 +46,7 @@ def sample(number: int, caption: str | bytes = CAPTION, **options) -> list[tuple
 
 
 def write_shards(folder: Path, count: int, per_shard: int) -> str:
-    """`count` shards of `per_shard` good samples; the brace pattern that names them."""
+    """Write `count` shards of `per_shard` good samples. Returns their brace pattern."""
     for shard in range(count):
         numbers = range(shard * per_shard, (shard + 1) * per_shard)
         members = [member for n in numbers for member in sample(n, f"{CAPTION} number {n}")]

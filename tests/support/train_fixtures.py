@@ -1,4 +1,4 @@
-"""A small training run: data, configuration, and ways to start it and to read its state."""
+"""A small training run: data, configuration, ways to start it and to read its state."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from softmask.training.trainer import Trainer, train
 ROOT = Path(__file__).resolve().parents[2]
 PRETRAIN = ROOT / "train" / "pretrain.py"
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (30, 60, 220), "white": (250, 250, 250)}
-# Written by DeepSpeed's start-up into the environment of this process; a child must find its own.
+# DeepSpeed's start-up sets these in this process; a child must set its own.
 DISTRIBUTED = (
     "RANK",
     "LOCAL_RANK",
@@ -68,7 +68,7 @@ data: {{train: {data}, image_size: 32, vocab_size: 64, max_length: 16}}
 
 
 def write_shard(path: Path, *, count: int = 64, broken: tuple[int, ...] = ()) -> Path:
-    """A tar shard of `count` two-coloured images; those numbered in `broken` cannot be decoded."""
+    """Write a tar shard of `count` two-coloured images; those in `broken` cannot be decoded."""
     rng = random.Random(0)
     with tarfile.open(path, "w") as shard:
         for number in range(count):
@@ -90,13 +90,13 @@ def _add(shard: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def make_config(folder: Path, *overrides: str, data: Path | None = None) -> Config:
-    """Configuration of a run in `folder`/run on the data of `folder`, which is made when it is not there."""
+    """Configuration of a run in `folder`/run on the data of `folder`, which is written if it is missing."""
     data = data or folder / "train.tar"
     return _write_config(YAML, folder / "base.yaml", overrides, output=folder / "run", data=data)
 
 
 def make_sycoca_config(folder: Path, name: str, *overrides: str) -> Config:
-    """SyCoCa's, of a run in `folder`/`name` on the data of `folder`; written to `folder`/`name`.yaml."""
+    """SyCoCa's configuration of a run in `folder`/`name` on the data of `folder`, written to `folder`/`name`.yaml."""
     data = folder / "train.tar"
     return _write_config(SYCOCA_YAML, folder / f"{name}.yaml", overrides, output=folder / name, data=data)
 
@@ -109,7 +109,7 @@ def _write_config(template: str, path: Path, overrides: tuple[str, ...], *, outp
 
 
 def make_trainer(config: Config) -> Trainer:
-    """A trainer that has not run yet."""
+    """A trainer before its run."""
     from softmask.data import open_source
     from softmask.training.engine.startup import start_distributed
 
@@ -155,7 +155,7 @@ def launch(script: Path, *arguments: str) -> subprocess.Popen:
 
 
 def run_on_two_ranks(script: Path, *arguments: str) -> None:
-    """The script in two processes of one world, without the launcher, which takes longer to start than they."""
+    """Run the script in two processes of one world, without the launcher, which takes long to start."""
     world = {"WORLD_SIZE": 2, "LOCAL_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     world |= {"OMP_NUM_THREADS": 1, "DS_ACCELERATOR": "cpu"}
     ranks = []
@@ -181,7 +181,7 @@ def rows(run: str | Path, name: str = "log.jsonl") -> list[dict]:
 
 
 def assert_rows_close(logged: list[dict], expected: list[dict]) -> None:
-    """Equal up to the rounding of sums that were taken in another order, times of day left out."""
+    """Assert equality up to the rounding of sums in another order, times left out."""
     for row, other in zip(logged, expected, strict=True):
         names = row.keys() - {"seconds", "samples_per_second"}
         assert {name: row[name] for name in names} == pytest.approx({name: other[name] for name in names}, rel=1e-5)
@@ -208,7 +208,7 @@ def _collect(node: object, name: str, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def different(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
-    """Names of the tensors that are not equal to the bit."""
+    """Names of the tensors that differ in any bit."""
     assert one.keys() == other.keys()
     return [name for name in one if not torch.equal(one[name], other[name])]
 

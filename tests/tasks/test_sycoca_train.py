@@ -115,7 +115,7 @@ def test_evaluation_attends_by_torch(run: Config, tmp_path: Path) -> None:
     assert loaded.model.text.attention == model.backbone.text.blocks[0].attention.library == "sdpa"
 
 
-def test_evaluation_writes_and_paints(run: Config) -> None:
+def test_evaluation_writes_and_reconstructs(run: Config) -> None:
     result = json.loads((Path(run.output) / "metrics.json").read_text())
     section = result["captioning"]
     assert (section["samples"], section["beams"]) == (16, 2)
@@ -129,7 +129,7 @@ def test_evaluation_writes_and_paints(run: Config) -> None:
 
 
 def test_the_gap_is_of_the_models_own_loss(run: Config) -> None:
-    """All images in one batch, by the model's own calls: the same patches painted by either caption."""
+    """All images in one batch, by the model's own calls: the same patches reconstructed by either caption."""
     scorer = command.load_scorer(find_checkpoint(run.output), batch_size=5)
     model = scorer.model
     with torch.no_grad():
@@ -143,18 +143,18 @@ def test_the_gap_is_of_the_models_own_loss(run: Config) -> None:
     right, wrong = ((one.input_ids, one.attention_mask) for one in tokens)
     with torch.no_grad():
         hidden = model.hidden_patches(images, *right)
-        painted = [model.reconstruct(images, hidden, *one) for one in (right, wrong)]
-    losses = [reference.masked_patch_loss(x, images, hidden, patch_size=model.patch_size).item() for x in painted]
+        reconstructed = [model.reconstruct(images, hidden, *one) for one in (right, wrong)]
+    losses = [reference.masked_patch_loss(x, images, hidden, patch_size=model.patch_size).item() for x in reconstructed]
     assert section["samples"] == len(pairs) and abs(losses[1] - losses[0]) > 1e-3 * losses[0]
     assert [section["right"], section["wrong"]] == pytest.approx(losses, rel=1e-5)
 
 
-def test_the_report_shows_captions_and_paintings(run: Config) -> None:
+def test_the_report_shows_captions_and_reconstructions(run: Config) -> None:
     data = run.data.train
     assert report.main([run.output, "--data", data, "--scenes", "3"]) == 0
     page = (Path(run.output) / "report.html").read_text(encoding="utf-8")
     assert "<h1>SyCoCa <span>run</span></h1>" in page and "CIDEr" in page
-    assert page.count('<div class="painting">') == 3 and page.count("true caption: a ") == 3
+    assert page.count('<div class="reconstruction">') == 3 and page.count("true caption: a ") == 3
     assert "ITM" not in page and "Grad-CAM" not in page
 
 
@@ -168,7 +168,7 @@ def test_captions_do_not_depend_on_the_batch_size(run: Config) -> None:
     torch.testing.assert_close(features, once)
     greedy, _ = captioning.describe(scorer, samples, beams=1)
     assert len(greedy.chosen) == 12 and greedy.beams_alone == []
-    shown = reconstruction.repaint(scorer, samples[:3], [sample.caption for sample in samples[1:4]])
+    shown = reconstruction.reconstruct(scorer, samples[:3], [sample.caption for sample in samples[1:4]])
     whole = report_generation.to_patches(shown.images, scorer.model.patch_size)
     back = report_generation.from_patches(whole, scorer.model.patch_size, scorer.model.patch_grid)
     assert torch.equal(back, shown.images)

@@ -1,4 +1,4 @@
-"""The configuration: what is accepted, what is refused, and that the refusal names the key."""
+"""The configuration: what is accepted, and errors that name the key."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_files_that_cannot_be_used(write, tmp_path) -> None:
 
 
 def test_numbers_as_people_write_them(write, tmp_path) -> None:
-    """YAML 1.1 takes 5e8 and 1e-4 for texts."""
+    """YAML 1.1 reads 5e8 and 1e-4 as texts."""
     text = "output: x\ntrain: {steps: 1e3}\noptimizer: {lr: 5e-4, min_lr: 1.e-5}\ndeepspeed: {zero_optimization: %s}"
     for section in ("{stage: 2, reduce_bucket_size: 5e8}", '{"stage": 2, "reduce_bucket_size": 500_000_000}'):
         config = load_config(write(text % section))

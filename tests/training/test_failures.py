@@ -1,4 +1,4 @@
-"""What the machine refuses is one line: memory, ports, killed workers, ranks that end."""
+"""Failures of the machine are one line: memory, ports, killed workers, ranks that end."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Killed(Dataset):
 
 
 def raised(call) -> Exception:
-    with pytest.raises(Exception) as caught:  # the text is what is tested
+    with pytest.raises(Exception) as caught:  # the text is tested
         call()
     return caught.value
 
@@ -43,7 +43,7 @@ def raised(call) -> Exception:
 def test_real_failures_are_explained() -> None:
     cases = {
         "out of memory: less (": lambda: torch.empty(1 << 46),
-        "data.workers: a worker ended": lambda: list(DataLoader(Killed(), num_workers=1)),
+        "data.workers: a worker died": lambda: list(DataLoader(Killed(), num_workers=1)),
     }
     for expected, call in cases.items():
         line = explain(raised(call), smaller="less")
@@ -64,7 +64,7 @@ except Exception as error:
 
 
 @pytest.mark.parametrize(
-    ("rank", "said"), [("0", "MASTER_PORT: port {} is taken on this machine"), ("1", "rank 0 is not reached there")]
+    ("rank", "said"), [("0", "MASTER_PORT: port {} is taken on this machine"), ("1", "cannot reach rank 0 there")]
 )
 def test_a_port_that_is_taken_and_a_rank_0_that_is_not_there(rank: str, said: str) -> None:
     with socket.socket() as taken:
@@ -106,7 +106,7 @@ def test_a_rank_that_ends_is_the_others_line(leaves: int, tmp_path: Path) -> Non
     ]  # fmt: skip
     said = [process.communicate(timeout=120)[0] for process in ranks]
     assert said[leaves] == ""
-    assert said[1 - leaves].startswith("the connection to another rank broke; the rank that ended first says why (")
+    assert said[1 - leaves].startswith("lost the connection to another rank; the rank that ended first says why (")
 
 
 def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,6 +139,6 @@ def test_commands_end_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         output = capsys.readouterr()
         (line,) = (output.out + output.err).splitlines()
         assert line.startswith(advice)
-    monkeypatch.setattr(pretrain, "train", lambda *_, **__: 1 / 0)  # a fault of the program stays one
+    monkeypatch.setattr(pretrain, "train", lambda *_, **__: 1 / 0)  # a bug stays a traceback
     with pytest.raises(ZeroDivisionError):
         pretrain.main(["--config", str(config)])

@@ -1,4 +1,4 @@
-"""Ranks by the variables of torchrun, srun and mpirun; what is half set is refused."""
+"""Ranks from the variables of torchrun, srun and mpirun; incomplete ones are refused."""
 
 from __future__ import annotations
 
@@ -47,17 +47,20 @@ def test_ranks(given: dict[str, str], expected: tuple[str, ...]) -> None:
     ("given", "said"),
     [
         ({"RANK": "0"}, "RANK is set without WORLD_SIZE"),
-        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2 and RANK is not set"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2 without RANK"),
         ({"RANK": "1", "WORLD_SIZE": "2"}, "RANK is set without LOCAL_RANK"),
-        ({"RANK": "one", "WORLD_SIZE": "2"}, "RANK: expected a number that is not negative, got 'one'"),
+        ({"RANK": "one", "WORLD_SIZE": "2"}, "RANK: expected a number >= 0, got 'one'"),
         ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "expected a rank below the number of ranks, got 2 of 2"),
         ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, "RANK is set without MASTER_ADDR"),
-        (TORCHRUN | {"MASTER_PORT": "-1"}, "MASTER_PORT: expected a number that is not negative, got '-1'"),
+        (TORCHRUN | {"MASTER_PORT": "-1"}, "MASTER_PORT: expected a number >= 0, got '-1'"),
         ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}, "SLURM_PROCID is set without SLURM_LOCALID"),
         (TORCHRUN | {"MASTER_PORT": "99999"}, "MASTER_PORT: expected 1 to 65535, got 99999"),
-        (SLURM | {"SLURM_NODELIST": "rack[0-1]n[0-3]"}, "is not understood: set MASTER_ADDR"),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0"}, "SLURM has 8 tasks and srun did not start"),
-        ({"SLURM_NTASKS": "8"}, "SLURM has 8 tasks and srun did not start"),
+        (
+            SLURM | {"SLURM_NODELIST": "rack[0-1]n[0-3]"},
+            "cannot read SLURM's list of nodes 'rack[0-1]n",
+        ),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0"}, "SLURM has 8 tasks, but srun did not start"),
+        ({"SLURM_NTASKS": "8"}, "SLURM has 8 tasks, but srun did not start"),
         ({"SLURM_PROCID": "1"}, "SLURM_PROCID is set without SLURM_STEP_NUM_TASKS"),
         (OPEN_MPI, "OMPI_COMM_WORLD_RANK is set without MASTER_ADDR"),
     ],

@@ -1,4 +1,4 @@
-"""Learning rates, weight decay, the ramp of soft targets and random state: what follows from the step's number."""
+"""Learning rates, weight decay, the ramp of soft targets and random state as functions of the step."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_weight_decay_spares_vectors_positions_and_class_tokens(tmp_path) -> Non
 
 
 def test_learning_rates_of_parts(tmp_path) -> None:
-    """The longest start of a parameter's name decides; whole parts of names count ("text" is no start of "text_x")."""
+    """The longest prefix of a parameter's name counts, by whole parts ("text" is not a prefix of "text_x")."""
     model = make_trainer(make_config(tmp_path)).model
     scales = {"backbone.text": 0.5, "backbone.text.embeddings": 4.0, "itm_head.weight": 2.0}
     config = OptimizerConfig(lr=1e-2, weight_decay=0.1, lr_scales=scales)

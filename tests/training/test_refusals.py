@@ -1,4 +1,4 @@
-"""Configuration keys, paths and environment variables set wrong: one line that names them, no traceback."""
+"""Wrong configuration keys, paths and environment variables: one line that names them, no traceback."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ PATHS = ("output", "init", "data.train", "data.tokenizer", "data.image_root", "m
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What may stand where a path leads: nothing, a folder, files that are something else."""
+    """What a path may lead to: nothing, a folder, files of other kinds."""
     folder = tmp_path_factory.mktemp("places")
     (folder / "folder").mkdir()
     (folder / "empty").touch()
@@ -149,7 +149,7 @@ def test_every_variable_of_a_launcher_set_wrong_is_refused_by_name() -> None:
     ],
 )
 def test_a_variable_set_wrong_is_one_line(tmp_path: Path, variable: str, value: str, said: str) -> None:
-    """By the command line, in a process that nothing prepared."""
+    """From the command line, in a fresh process."""
     make_config(tmp_path, "train.steps=1")
     environment = {name: text for name, text in os.environ.items() if name not in DISTRIBUTED} | {variable: value}
     if variable != "DS_ACCELERATOR":

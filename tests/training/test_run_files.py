@@ -1,4 +1,4 @@
-"""Damaged and exchanged files of a run are one line that names the file and what is wrong with it."""
+"""Damaged and exchanged files of a run: one line that names the file and what is wrong with it."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_json_nested_beyond_all_reason(tmp_path: Path) -> None:
 
 
 def test_words_that_the_weights_do_not_know(finished: Config, tmp_path: Path) -> None:
-    """Of equal number: nothing else would notice."""
+    """With vocabularies of equal size: nothing else would notice."""
     checkpoint = find_checkpoint(finished.output)
     own = CaptionTokenizer.load(checkpoint / "tokenizer")
     check_same_words(own, checkpoint, finished)
@@ -83,7 +83,7 @@ def test_words_that_the_weights_do_not_know(finished: Config, tmp_path: Path) ->
 
 
 def test_an_optimizer_of_other_groups_is_refused(finished: Config, tmp_path: Path) -> None:
-    """As a checkpoint of a version whose weight decay was of other parameters: its sizes may fit, its meaning not."""
+    """A checkpoint of a version that decayed other parameters: sizes may fit, their meaning does not."""
     shutil.copytree(finished.output, tmp_path / "copy")
     path = find_checkpoint(tmp_path / "copy") / "trainer.json"
     state = json.loads(path.read_text())

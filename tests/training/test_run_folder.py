@@ -1,4 +1,4 @@
-"""What a run leaves behind, and which folders it refuses."""
+"""The files that a run writes, and the folders that it refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The trainer in this process: what a step does, what it skips, and what a run leaves behind."""
+"""The trainer in this process: what a step does and what it skips."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("plain_linear")
 
 
 def poison_loss(monkeypatch, broken) -> None:
-    """Make the loss of the forward passes (counted from 0) for which `broken` is true NaN."""
+    """Make the loss NaN in the forward passes (counted from 0) for which `broken` is true."""
     forward, count = SoftMaskPP.forward, iter(range(1 << 30))
 
     def poisoned(self, batch, **options):
@@ -45,7 +45,7 @@ def poison_loss(monkeypatch, broken) -> None:
 
 
 def poison_images(monkeypatch, broken) -> None:
-    """Give some forward passes images that are NaN: everything computed from them is."""
+    """Give some forward passes NaN images, so that everything computed from them is NaN."""
     forward, count = SoftMaskPP.forward, iter(range(1 << 30))
 
     def poisoned(self, batch, **options):
@@ -91,7 +91,7 @@ def plain_training(config: Config, model: SoftMaskPP, tokenizer) -> SoftMaskPP:
             model.enqueue(output)
             micro_batch += 1
         for parameter in trained:
-            if parameter.grad is None:  # no loss has reached it yet: to DeepSpeed its gradient is zero
+            if parameter.grad is None:  # no loss has reached it yet; DeepSpeed uses a zero gradient
                 parameter.grad = torch.zeros_like(parameter)
         if config.train.clip_grad:
             torch.nn.utils.clip_grad_norm_(trained, config.train.clip_grad)
@@ -169,7 +169,7 @@ def test_nonfinite_steps_are_skipped_and_counted(tmp_path, monkeypatch, stage: i
         ("nonfinite", 2, 1),
         ("nonfinite", 2, 2),
     ]
-    assert trainer.engine.lr_scheduler.last_epoch == 4  # the schedule counts the steps that were taken
+    assert trainer.engine.lr_scheduler.last_epoch == 4  # the schedule counts only the steps taken
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])

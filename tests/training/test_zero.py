@@ -1,4 +1,4 @@
-"""ZeRO 0 to 3 train alike and resume exactly on two ranks, which stop together under the `deepspeed` launcher."""
+"""ZeRO 0 to 3 on two ranks: equal training, exact resumption, a common stop under the `deepspeed` launcher."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ NOTHING_KEPT = (  # of the parameters that a module has fetched
     "{stage: 3, stage3_param_persistence_threshold: 0, stage3_max_live_parameters: 0, stage3_max_reuse_distance: 0, "
     "stage3_prefetch_bucket_size: 0}"
 )
-CROSSED = {0: 3, 3: 1, 2: 0}  # from stage to stage, 1 and 2 being alike
-# Both ranks run this: every stage to the end, and from its checkpoint of step 2 on in the same and in another stage.
+CROSSED = {0: 3, 3: 1, 2: 0}  # from stage to stage; 1 and 2 are alike
+# Both ranks run this: every stage to the end, and from its checkpoint of step 2 in the same and in another stage.
 WORKER = """
 import dataclasses, sys
 from softmask.training.checkpoint.store import find_checkpoint
@@ -72,7 +72,7 @@ def test_all_stages_train_alike_and_resume_exactly(tmp_path) -> None:
         whole, resumed = (saved_state(f"{config.output}-{stage}-{name}") for name in ("whole", "resumed"))
         assert different(whole, resumed) == []
         assert any("optim_states" in name for name in whole) == (stage > 0)
-        # The stages add up the same gradients in another order: what differs is rounding.
+        # The stages sum the same gradients in different orders, so they differ by rounding.
         assert_rows_close(rows(f"{config.output}-{stage}-whole"), reference)
     for stage in CROSSED:
         assert_rows_close(rows(f"{config.output}-{stage}-crossed"), reference[2:])
@@ -100,7 +100,7 @@ def test_stage_3_trains_as_stage_0(tmp_path, overrides: list[str]) -> None:
 
 @pytest.mark.usefixtures("plain_linear")
 def test_stage_3_gives_every_parameter_back_after_its_use(tmp_path, monkeypatch) -> None:
-    """The fusion layers', too, which have two backward passes and a third one for the word map."""
+    """Those of the fusion layers too, which have two backward passes and a third one for the word map."""
     gathered, fetch = [], PartitionedParameterCoordinator.fetch_sub_module
 
     def watched(self, module, forward):
@@ -116,7 +116,7 @@ def test_stage_3_gives_every_parameter_back_after_its_use(tmp_path, monkeypatch)
 
 
 def test_launcher_passes_the_stop_signal_on(tmp_path) -> None:
-    """SIGTERM to the launcher's process group, as a batch system sends it: both ranks agree on the step and save."""
+    """SIGTERM to the launcher's process group, as from a batch system: both ranks save at the same step."""
     overrides = ["train.steps=100000", "data.workers=1", "deepspeed.zero_optimization.stage=2"]
     config = make_config(tmp_path, *overrides)
     save_config(config, tmp_path / "config.yaml")

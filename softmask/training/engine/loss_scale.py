@@ -1,4 +1,4 @@
-"""Gradients that are scaled, checked and clipped alike at every ZeRO stage and precision."""
+"""Loss scale, check and clipping of gradients, the same at every ZeRO stage and precision."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class GuardedOptimizer(Protocol):
 
 
 class GradientGuard:
-    """Loss scale of fp16 (dynamic) and, at every precision, no step on gradients that are not finite.
+    """Dynamic loss scale for fp16 and, at every precision, no step on gradients that are not finite.
 
     DeepSpeed 0.19's own scaling under torch_autocast clips scaled gradients by the unscaled norm, updates the scale
-    once per parameter group, and neither lowers it after a skipped step nor saves it; its clipping at stage 0 fails on
-    parameters without dimensions. Here one scale belongs to the step. ZeRO 1 to 3 divide by it, clip and skip
-    themselves (`override_loss_scale`); at stage 0 the engine calls this object as its gradient scaler.
+    once per parameter group, and neither lowers it after a skipped step nor saves it. Its clipping at stage 0 fails on
+    parameters without dimensions. Here a step has one scale. ZeRO 1 to 3 divide by it, clip and skip steps themselves
+    (`override_loss_scale`); at stage 0 the engine calls this object as its gradient scaler.
     """
 
     def __init__(self, *, dynamic: bool, clip_grad: float = 0.0, growth_interval: int = 2000) -> None:
@@ -45,7 +45,7 @@ class GradientGuard:
             self._engine.optimizer.override_loss_scale(self.value)
 
     def after_step(self) -> bool:
-        """Adjust the scale after an optimizer step; False: the gradients were not finite, nothing was changed."""
+        """Adjust the scale after an optimizer step. Returns False if the step was skipped for its gradients."""
         finite = not self._engine.optimizer.overflow
         if self.dynamic:
             self.good_steps = self.good_steps + 1 if finite else 0
@@ -63,14 +63,14 @@ class GradientGuard:
         self.value, self.good_steps = state["value"], state["good_steps"]
         self._publish()
 
-    # -- what the engine calls at ZeRO stage 0 ----------------------------------------------------------------------
+    # -- called by the engine at ZeRO stage 0 ----------------------------------------------------------------------
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
         return loss * self.value if self.dynamic else loss
 
     @torch.no_grad()
     def step(self, optimizer: GuardedOptimizer) -> None:
-        """Unscale, clip, and step unless a gradient is not finite; every rank holds the same, reduced gradients."""
+        """Unscale, clip, and step unless a gradient is not finite. All ranks hold the same, reduced gradients."""
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         grads = [parameter.grad for parameter in parameters]
         if self.dynamic:
@@ -79,9 +79,9 @@ class GradientGuard:
             norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip_grad)
         else:
             norm = torch.stack(torch._foreach_norm(grads))
-        optimizer.overflow = not bool(norm.isfinite().all())  # the engine reads it and leaves the schedule alone
+        optimizer.overflow = not bool(norm.isfinite().all())  # then the engine does not advance the schedule
         if not optimizer.overflow:
             optimizer.step()
 
     def update(self) -> None:
-        """The scale is adjusted by `after_step`, the same way at every stage."""
+        """Do nothing: `after_step` adjusts the scale, at every stage."""

@@ -14,7 +14,7 @@ from softmask.training.launchers import complete_environment
 def start_distributed() -> None:
     """Choose the accelerator, complete the environment and join the process group.
 
-    Called before anything imports DeepSpeed.
+    Must be called before anything imports DeepSpeed.
     """
     choose_accelerator()
     complete_environment()
@@ -24,17 +24,17 @@ def start_distributed() -> None:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # Answered before it is asked: DeepSpeed would try to compile and link every op it has, the linker's complaints
-    # included, and then build an all-reduce for inference (40 seconds) on every CPU machine. Nothing else reads this.
+    # Otherwise DeepSpeed tries to compile and link all of its ops, with the linker's warnings, and then builds an
+    # all-reduce for inference on every CPU machine (40 seconds). Nothing else reads this.
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     deepspeed.init_distributed(verbose=False)
 
 
 def choose_accelerator() -> None:
-    """Spare DeepSpeed, which chooses its accelerator on import, the search for one.
+    """Set DS_ACCELERATOR, which DeepSpeed reads on import, if there is no GPU.
 
     Raises:
-        ConfigError: DS_ACCELERATOR names one that is not here.
+        ConfigError: DS_ACCELERATOR names an accelerator that is not present.
     """
     present = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     if not torch.cuda.is_available():
@@ -44,10 +44,10 @@ def choose_accelerator() -> None:
 
 
 def check_device(local_rank: int, count: int) -> None:
-    """ConfigError where there are more ranks than GPUs."""
+    """Raise ConfigError if there are more ranks than GPUs."""
     if local_rank >= count:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         of = f" (CUDA_VISIBLE_DEVICES={visible})" if visible is not None else ""
         raise ConfigError(
-            f"LOCAL_RANK: expected one rank a GPU, below {count}{of}, got {local_rank}; start as many ranks as GPUs"
+            f"LOCAL_RANK: expected one rank per GPU, below {count}{of}, got {local_rank}; start as many ranks as GPUs"
         )

@@ -19,10 +19,12 @@ AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}
 
 
 def deepspeed_config(config: Config, *, parameters: int) -> dict[str, Any]:
-    """The user's DeepSpeed section, completed by what follows from the rest of the configuration and from the number
-    of trained parameters."""
+    """DeepSpeed's configuration: the user's section and what follows from the other keys.
+
+    `parameters` is the number of trained parameters.
+    """
     train = config.train
-    # DeepSpeed allocates whole buckets in every step, by default of 2 GB, and wants even sizes.
+    # DeepSpeed allocates whole buckets in every step, by default of 2 GB, and needs even sizes.
     bucket = min(parameters + parameters % 2, 500_000_000)
     buckets = {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket} if config.zero_stage else {}
     section = {
@@ -33,14 +35,14 @@ def deepspeed_config(config: Config, *, parameters: int) -> dict[str, Any]:
         "gradient_clipping": train.clip_grad if config.zero_stage else 0.0,  # at stage 0 the guard clips
     }
     if train.precision in AUTOCAST:
-        # Weights, momentum encoder, queue and reduced gradients stay fp32; only the products of the forward are cast.
+        # Weights, momentum encoder, queue and reduced gradients stay fp32; only products of the forward pass are cast.
         autocast = {"enabled": True, "dtype": AUTOCAST[train.precision], "lower_precision_safe_modules": []}
         section["torch_autocast"] = autocast
     return section
 
 
 def create_engine(model: nn.Module, config: Config, *, steps: int) -> tuple[Any, GradientGuard]:
-    """Engine around `model`, with AdamW and the schedule. A forward pass through it gives (loss, output)."""
+    """The engine of `model`, with AdamW and the schedule. Its forward pass returns (loss, output)."""
     import deepspeed
 
     options = config.optimizer
@@ -52,17 +54,17 @@ def create_engine(model: nn.Module, config: Config, *, steps: int) -> tuple[Any,
         eps=options.eps,
         fused=True,
     )
-    # DeepSpeed prepares its backward in hooks on the output's tensors, and looks for them in tuples, not dataclasses.
+    # DeepSpeed prepares the backward pass in hooks on the output's tensors, which it finds in tuples, not dataclasses.
     model.register_forward_hook(lambda _module, _inputs, output: (output.loss, output))
     section = deepspeed_config(config, parameters=parameters)
     try:
         deepspeed.DeepSpeedConfig(section)
-    except Exception as error:  # it raises whatever a wrong value runs into
+    except Exception as error:  # wrong values raise errors of many types
         raise ConfigError(why_refused(error, section)) from error
     if "offload_optimizer" in section.get("zero_optimization", {}) and section.get("zero_force_ds_cpu_optimizer", True):
         raise ConfigError(
-            "deepspeed.zero_optimization.offload_optimizer: DeepSpeed refuses it beside an optimizer that is not its "
-            "own; expected deepspeed.zero_force_ds_cpu_optimizer=false too"
+            "deepspeed.zero_optimization.offload_optimizer: DeepSpeed refuses it with optimizers other than its own; "
+            "set deepspeed.zero_force_ds_cpu_optimizer=false too"
         )
     with _scalars_kept_from_broadcast(model):
         if config.zero_stage == 3:
@@ -83,8 +85,8 @@ def create_engine(model: nn.Module, config: Config, *, steps: int) -> tuple[Any,
 
 
 def _partition(model: nn.Module, section: dict[str, Any]) -> None:
-    """Leave each rank its share of every parameter, as `deepspeed.initialize` would at stage 3, without the broadcast
-    of parameters that have no dimensions (see `_scalars_kept_from_broadcast`)."""
+    """Partition every parameter among the ranks, as `deepspeed.initialize` does at stage 3, but without broadcasting
+    parameters without dimensions (see `_scalars_kept_from_broadcast`)."""
     from deepspeed.runtime.zero.partition_parameters import Init
 
     class Partition(Init):
@@ -99,18 +101,21 @@ def _partition(model: nn.Module, section: dict[str, Any]) -> None:
     parameters: Iterable[Any] = model.parameters()
     for parameter in parameters:
         _, owned = own_range(parameter)
-        parameter.ds_tensor[owned:].zero_()  # else equal runs write unequal padding into their checkpoints
+        parameter.ds_tensor[owned:].zero_()  # otherwise equal runs write different padding into their checkpoints
     modules: Iterable[Any] = model.modules()
     for module in modules:
-        # DeepSpeed fetches a module's parameters for as many backward passes as it had forward passes. The gradient
-        # that the word map takes in the middle of the forward pass is one more; this count never ends.
+        # DeepSpeed fetches a module's parameters for as many backward passes as there were forward passes. The word map
+        # takes one more gradient within the forward pass; this count never runs out.
         module.applied_pre_backward_ref_cnt = 1 << 62
 
 
 def _release_after_each_backward(module: Any, _inputs: Any, output: Any) -> None:
-    """Forward hook, after DeepSpeed's own. DeepSpeed releases a module's parameters when its inputs have all had their
-    gradient, but counts the inputs of the last forward pass only: a module that was called more than once, as the
-    fusion layers are, would keep its parameters from its second backward pass to the end of the step."""
+    """Forward hook, after DeepSpeed's own.
+
+    DeepSpeed releases a module's parameters when all of its inputs have their gradients, but counts only the inputs of
+    the last forward pass. A module that is called more than once, like the fusion layers, would keep its parameters
+    from its second backward pass to the end of the step.
+    """
     inputs = module.ds_grads_remaining
 
     def count_again(_gradient: torch.Tensor) -> None:
@@ -122,22 +127,23 @@ def _release_after_each_backward(module: Any, _inputs: Any, output: Any) -> None
 
 
 def own_range(parameter: Any) -> tuple[int, int]:
-    """First and number of a parameter's elements that this rank holds at ZeRO stage 3; what follows is padding."""
+    """Start and number of the parameter's elements on this rank at ZeRO stage 3; the rest is padding."""
     width = parameter.ds_tensor.numel()
     start = min(dist.get_rank() * width, parameter.ds_numel)
     return start, min(width, parameter.ds_numel - start)
 
 
 def full_size(parameter: nn.Parameter) -> int:
-    """Number of a parameter's elements, on all ranks together at ZeRO stage 3."""
+    """Number of a parameter's elements, over all ranks."""
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
 @contextmanager
 def _scalars_kept_from_broadcast(model: nn.Module) -> Iterator[None]:
-    """DeepSpeed 0.19 broadcasts the weights of rank 0 as bytes, and a tensor without dimensions has no such view.
+    """Exempt parameters without dimensions from DeepSpeed 0.19's broadcast of rank 0's weights.
 
-    Its mark for parameters that ranks do not share spares them; all ranks built the same weights from the seed.
+    It broadcasts them viewed as bytes, which such tensors do not allow. DeepSpeed's mark for parameters that ranks do
+    not share exempts them; all ranks have built the same weights from the seed.
     """
     scalars: list[Any] = [parameter for parameter in model.parameters() if parameter.ndim == 0]
     for parameter in scalars:
@@ -148,7 +154,7 @@ def _scalars_kept_from_broadcast(model: nn.Module) -> Iterator[None]:
 
 
 def apply_hyperparameters(engine: Any, config: Config) -> None:
-    """Make the configuration win over the optimizer settings that a checkpoint brought along."""
+    """Replace the optimizer settings of a loaded checkpoint by those of the configuration."""
     options = config.optimizer
     scheduler = engine.lr_scheduler
     groups = scheduler.optimizer.param_groups
