@@ -48,6 +48,7 @@ class DataConfig:
     rand_augment: bool = False  # ALBEF's RandAugment(2, 7) without colour operations
     distort: bool = True  # SoftMask++'s colour jitter, grayscale and blur, set by the next keys
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)  # brightness, contrast, saturation, hue
+    keep_named_colors: bool = False  # no hue shift and no grayscale where the caption names a colour
     jitter_probability: float = 0.8
     grayscale_probability: float = 0.2
     blur_probability: float = 0.5
@@ -130,7 +131,7 @@ class _BatchReader(Dataset[Batch | DataError]):
             image = decode_image(record.image_bytes)
         except ValueError as error:
             raise SampleError(record.name, str(error)) from None
-        return record, self.transform(image, rng)
+        return record, self.transform(image, rng, record.caption)
 
 
 class Loader:

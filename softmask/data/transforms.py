@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -23,6 +24,10 @@ from softmask.lfs import NOT_THE_FILE, is_pointer
 if TYPE_CHECKING:
     from softmask.data.loader import DataConfig
 
+COLOR_WORDS = frozenset(
+    ("black", "blue", "brown", "gold", "golden", "gray", "green", "grey", "orange", "pink", "purple", "red", "silver")
+    + ("violet", "white", "yellow")
+)
 RAND_AUGMENT_OPS = (
     "AutoContrast", "Equalize", "Brightness", "Sharpness",
     "ShearX", "ShearY", "TranslateXRel", "TranslateYRel", "Rotate",
@@ -135,7 +140,7 @@ class TrainTransform:
         self.config = config
         self._rand_augment = _rand_augment() if config.rand_augment else None
 
-    def __call__(self, image: Image.Image, rng: random.Random) -> np.ndarray:
+    def __call__(self, image: Image.Image, rng: random.Random, caption: str = "") -> np.ndarray:
         config = self.config
         box = crop_box(image.size, config.crop_scale, rng)
         image = image.resize((config.image_size, config.image_size), Image.Resampling.BICUBIC, box=box)
@@ -145,7 +150,8 @@ class TrainTransform:
             with _seeded(rng.getrandbits(32)):
                 image = self._rand_augment(image)
         if config.distort:
-            image = distort(image, config, rng)
+            keep = config.keep_named_colors and names_color(caption)
+            image = distort(image, config, rng, keep_colors=keep)
         return np.asarray(image)
 
 
@@ -168,11 +174,18 @@ def crop_box(
     return left, top, left + w, top + h
 
 
-def distort(image: Image.Image, config: DataConfig, rng: random.Random) -> Image.Image:
-    """SoftMask++'s distortions: colour jitter, grayscale, Gaussian blur, each with its probability."""
+def names_color(caption: str) -> bool:
+    """Whether one of the caption's words is the English name of a basic colour."""
+    return not COLOR_WORDS.isdisjoint(re.findall("[a-z]+", caption.lower()))
+
+
+def distort(image: Image.Image, config: DataConfig, rng: random.Random, *, keep_colors: bool = False) -> Image.Image:
+    """SoftMask++'s distortions: colour jitter, grayscale, Gaussian blur, each with its probability. With `keep_colors`
+    the hue stays and grayscale is left out."""
     if rng.random() < config.jitter_probability:
-        image = color_jitter(image, config.jitter, rng)
-    if rng.random() < config.grayscale_probability:
+        jitter = (*config.jitter[:3], 0.0) if keep_colors else config.jitter
+        image = color_jitter(image, jitter, rng)
+    if rng.random() < config.grayscale_probability and not keep_colors:
         image = _grayscale(image)
     if rng.random() < config.blur_probability:
         # MoCo's radii are for 224 pixels.

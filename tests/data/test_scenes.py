@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
 import tarfile
@@ -17,19 +18,21 @@ import pytest
 from PIL import Image
 
 from softmask.data import rle
-from softmask.data.scenes import draw as scenes
-from softmask.data.scenes import write
+from softmask.data.scenes import draw, layout, write
 from softmask.data.scenes.captions import MAX_WORDS, Box, Group, write_caption
-from softmask.data.scenes.openmoji import ATTRIBUTION, Concept, concepts
+from softmask.data.scenes.concepts import Concept, concepts
+from softmask.data.scenes.drawings import OPAQUE
+from softmask.data.scenes.layout import Scene
 
 BY_NAME = {concept.name: concept for concept in concepts()}
 NUMBERS = {1: "a", 2: "two", 3: "three", 4: "four"}
 SMALL = write.Options(train=12, val=6, test=6, size=32, test_size=64)
+ATTRIBUTION = write.attribution(SMALL)
+SPLITS = ("train", "val", "test")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    scenes._drawings()  # before the first fork, so that the processes inherit them
     out = tmp_path_factory.mktemp("scenes") / "set"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(write, "SHARD_SAMPLES", 5)
@@ -38,8 +41,8 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def sampled() -> dict[str, list[scenes.Scene]]:
-    return {split: [scenes.sample_scene(split, i) for i in range(400)] for split in scenes.SPLITS}
+def sampled() -> dict[str, list[Scene]]:
+    return {split: [layout.sample_scene(split, i) for i in range(400)] for split in SPLITS}
 
 
 def read(folder: Path, split: str) -> list[dict[str, bytes]]:
@@ -52,13 +55,13 @@ def read(folder: Path, split: str) -> list[dict[str, bytes]]:
     return list(samples.values())
 
 
-def names(scene: scenes.Scene) -> list[str]:
+def names(scene: Scene) -> list[str]:
     return [concepts()[scene.placements[group[0]].concept].name for group in scene.groups]
 
 
 def test_concepts_are_many_readable_and_unique():
     assert len(concepts()) >= 400
-    assert len(BY_NAME) == len(concepts()) == len({concept.file for concept in concepts()})
+    assert len(BY_NAME) == len(concepts()) == len({concept.emoji for concept in concepts()})
     forbidden = r"\b(flag|skin tone|letter|digit|keycap|arrow button|o.clock|face|zodiac|symbol)\b"
     for concept in concepts():
         assert re.fullmatch(r"[a-z]+([ -][a-z]+)*", concept.name), concept
@@ -89,12 +92,12 @@ def test_folder_is_complete_and_attributed(folder):
     assert "OpenMoji" in ATTRIBUTION and "CC BY-SA 4.0" in ATTRIBUTION
     listed = json.loads((folder / "concepts.json").read_text(encoding="utf-8"))
     assert [entry["name"] for entry in listed] == [concept.name for concept in concepts()]
-    for split in scenes.SPLITS:
+    for split in SPLITS:
         samples = read(folder, split)
-        assert len(samples) == getattr(SMALL, split)
+        assert len(samples) == SMALL.count(split)
         for sample in samples:
             record = json.loads(sample["json"])
-            image = Image.open(scenes.io.BytesIO(sample["png"]))
+            image = Image.open(io.BytesIO(sample["png"]))
             side = SMALL.test_size if split == "test" else SMALL.size
             assert image.mode == "RGB" and image.size == (side, side)
             assert record["caption"] == sample["txt"].decode() and record["split"] == split
@@ -140,24 +143,24 @@ def test_command_line(tmp_path, capsys):
 
 
 def test_splits_are_disjoint(folder, sampled):
-    images = [hashlib.sha256(s["png"]).digest() for split in scenes.SPLITS for s in read(folder, split)]
+    images = [hashlib.sha256(s["png"]).digest() for split in SPLITS for s in read(folder, split)]
     assert len(set(images)) == len(images)
-    layouts = [scene.placements for split in scenes.SPLITS for scene in sampled[split]]
+    layouts = [scene.placements for split in SPLITS for scene in sampled[split]]
     assert len(set(layouts)) == len(layouts)
 
 
 def test_held_out_pairs_occur_in_test_only(sampled):
     def share(split: str) -> float:
         pairs = [[(BY_NAME[a], BY_NAME[b]) for a, b in combinations(names(scene), 2)] for scene in sampled[split]]
-        return float(np.mean([any(scenes.held_out(*pair) for pair in scene) for scene in pairs]))
+        return float(np.mean([any(layout.held_out(*pair) for pair in scene) for scene in pairs]))
 
     assert share("train") == share("val") == 0
     assert 0.4 < share("test") < 0.6
     pairs = list(combinations(concepts()[:200], 2))
-    hits = [scenes.held_out(a, b) for a, b in pairs]
-    assert hits == [scenes.held_out(b, a) for a, b in pairs]
-    deviation = (scenes.HELD_OUT_SHARE * (1 - scenes.HELD_OUT_SHARE) / len(pairs)) ** 0.5
-    assert abs(np.mean(hits) - scenes.HELD_OUT_SHARE) < 4 * deviation
+    hits = [layout.held_out(a, b) for a, b in pairs]
+    assert hits == [layout.held_out(b, a) for a, b in pairs]
+    deviation = (layout.HELD_OUT_SHARE * (1 - layout.HELD_OUT_SHARE) / len(pairs)) ** 0.5
+    assert abs(np.mean(hits) - layout.HELD_OUT_SHARE) < 4 * deviation
 
 
 def test_captions_name_and_count_every_object(sampled):
@@ -213,19 +216,19 @@ def test_size_words_are_true():
     assert not any("big" in text or "small" in text for text in said)
 
 
-def on(scene: scenes.Scene, value: int, monkeypatch) -> np.ndarray:
+def on(scene: Scene, value: int, monkeypatch) -> np.ndarray:
     """The scene on a background of one gray value."""
-    monkeypatch.setattr(scenes, "_paint_background", lambda _, side: Image.new("RGB", (side, side), (value,) * 3))
-    return np.asarray(scenes.render(scene, 64)[0], dtype=np.float64)
+    monkeypatch.setattr(draw, "paint_background", lambda _, side: Image.new("RGB", (side, side), (value,) * 3))
+    return np.asarray(draw.render(scene, 64)[0], dtype=np.float64)
 
 
 def test_masks_cover_what_is_drawn(sampled, monkeypatch):
     """Coverage of a pixel = 1 - (its difference between white and black background) / 255."""
     singles = [scene for scene in sampled["val"] if len(scene.placements) == 1][:30]
     for scene in singles:
-        mask = scenes.render(scene, 64)[1][0]
+        mask = draw.render(scene, 64)[1][0]
         coverage = 1 - (on(scene, 255, monkeypatch) - on(scene, 0, monkeypatch)).mean(axis=2) / 255
-        opaque, rounding = scenes._OPAQUE / 255, 3 / 255
+        opaque, rounding = OPAQUE / 255, 3 / 255
         assert coverage[mask].min() >= 2 * opaque / 4 - rounding  # two of four points are opaque
         assert coverage[~mask].max() <= (1 + 3 * opaque) / 4 + rounding  # at most one of four is
         monkeypatch.undo()
@@ -235,15 +238,15 @@ def test_masks_leave_out_what_is_hidden(sampled):
     hidden = 0
     for scene in sampled["val"][:150]:
         apart = replace(scene, groups=tuple((k,) for k in range(len(scene.placements))))
-        visible = scenes.render(apart, 128)[1]
+        visible = draw.render(apart, 128)[1]
         for k, mask in enumerate(visible):
             alone = replace(apart, placements=(scene.placements[k],), groups=((0,),))
-            whole = scenes.render(alone, 128)[1][0]
+            whole = draw.render(alone, 128)[1][0]
             assert not (mask & ~whole).any()
             assert not any((mask & other).any() for other in visible[k + 1 :])
-            assert mask.sum() >= scenes.MIN_VISIBLE * whole.sum(), scene.caption.text
+            assert mask.sum() >= layout.MIN_VISIBLE * whole.sum(), scene.caption.text
             hidden += mask.sum() < whole.sum()
-        joined = scenes.render(scene, 128)[1]
+        joined = draw.render(scene, 128)[1]
         for mask, group in zip(joined, scene.groups, strict=True):
             assert (mask == np.logical_or.reduce([visible[k] for k in group])).all()
     assert hidden > 20
@@ -251,8 +254,8 @@ def test_masks_leave_out_what_is_hidden(sampled):
 
 def test_small_image_looks_like_a_reduced_large_one(sampled):
     some = sampled["test"][:12]
-    small = [np.asarray(scenes.render(scene, 64)[0], dtype=np.float64) for scene in some]
-    large = [np.asarray(scenes.render(scene, 256)[0].reduce(4), dtype=np.float64) for scene in some]
+    small = [np.asarray(draw.render(scene, 64)[0], dtype=np.float64) for scene in some]
+    large = [np.asarray(draw.render(scene, 256)[0].reduce(4), dtype=np.float64) for scene in some]
     distances = np.array([[np.abs(a - b).mean() for b in large] for a in small])
     own = np.diag(distances).copy()
     np.fill_diagonal(distances, np.inf)
@@ -288,7 +291,7 @@ def test_rle_errors():
 
 def test_unknown_split():
     with pytest.raises(ValueError, match="split must be one of"):
-        scenes.sample_scene("dev", 0)
+        layout.sample_scene("dev", 0)
 
 
 def test_pair_and_uncounted_forms():
