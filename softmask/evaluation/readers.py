@@ -57,7 +57,7 @@ class WordMapper(Protocol):
 
 
 @runtime_checkable
-class Painter(Protocol):
+class Reconstructor(Protocol):
     """A model that reconstructs hidden patches from a caption."""
 
     @property
@@ -103,9 +103,9 @@ class Scorer:
         raise self._lacks("word_maps")
 
     @property
-    def painter(self) -> Painter:
+    def reconstructor(self) -> Reconstructor:
         """The model. Raises TypeError if it cannot reconstruct patches."""
-        if isinstance(self.model, Painter):
+        if isinstance(self.model, Reconstructor):
             return self.model
         raise self._lacks("patch_size, hidden_patches and repaint")
 

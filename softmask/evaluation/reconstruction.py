@@ -21,7 +21,7 @@ Z_95 = 1.96  # two-sided 95 % of a normal distribution
 
 
 @dataclass
-class Repainted:
+class Reconstructions:
     """Reconstructions of B images with the right caption and with a wrong one."""
 
     images: Tensor  # [B, 3, S, S], normalized
@@ -33,9 +33,9 @@ class Repainted:
 
 
 @torch.no_grad()
-def repaint(scorer: Scorer, samples: Sequence[Sample], wrong_captions: Sequence[str]) -> Repainted:
+def repaint(scorer: Scorer, samples: Sequence[Sample], wrong_captions: Sequence[str]) -> Reconstructions:
     """Hides patches of the samples and reconstructs them with either caption."""
-    model, images = scorer.painter, pixels(scorer, samples)
+    model, images = scorer.reconstructor, pixels(scorer, samples)
     tokens = scorer.tokens([*(sample.caption for sample in samples), *wrong_captions])
     ids, masks = tokens.input_ids.to(scorer.device), tokens.attention_mask.to(scorer.device)
     right, wrong = ((ids[: len(samples)], masks[: len(samples)]), (ids[len(samples) :], masks[len(samples) :]))
@@ -44,12 +44,12 @@ def repaint(scorer: Scorer, samples: Sequence[Sample], wrong_captions: Sequence[
         hidden = model.hidden_patches(images, *right)
     painted = [model.repaint(images, hidden, *caption) for caption in (right, wrong)]
     errors = [error_by_image(scorer, one, images, hidden) for one in painted]
-    return Repainted(images, hidden, *painted, *errors)
+    return Reconstructions(images, hidden, *painted, *errors)
 
 
 def error_by_image(scorer: Scorer, painted: Tensor, images: Tensor, hidden: Tensor) -> Tensor:
     """TG-MIM's loss of each image, [B] fp64."""
-    options = {"patch_size": scorer.painter.patch_size, "normalize": scorer.config.model.normalize_pixels}
+    options = {"patch_size": scorer.reconstructor.patch_size, "normalize": scorer.config.model.normalize_pixels}
     loss = ops.masked_patch_loss(painted, images, hidden, reduction="none", **options)
     return (loss.sum(1) / hidden.sum(1)).double().cpu()
 
