@@ -1,4 +1,4 @@
-# `make help` lists the targets. Everything is installed into .venv; PYTHON names the interpreter it is made from.
+# `make help` lists the targets. Packages are installed into .venv, which is created with the interpreter PYTHON.
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -6,7 +6,7 @@ SHELL := bash
 .NOTPARALLEL:
 MAKEFLAGS += --no-print-directory --no-builtin-rules
 
-# The caller's environment must not decide what is imported or where packages go.
+# The caller's environment must not affect what is imported or where packages are installed.
 unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME PIP_TARGET PIP_PREFIX PIP_USER
 
 PYTHON ?= python3
@@ -26,22 +26,22 @@ READY := $(VENV)/.extension
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
-env: $(READY)  ## the environment: .venv with everything installed, C++ kernels built
+env: $(READY)  ## create .venv with all packages, and build the C++ kernels
 	@echo "env: ready in $(VENV)"
 
 $(VENV)/.torch: constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.10 is needed, %s is %s" % (sys.executable, sys.version.split()[0]) if sys.version_info < (3, 10) else 0)'
+	@$(PYTHON) -c 'import sys; sys.exit("expected Python >= 3.10, got %s: %s; set PYTHON=..." % (sys.version.split()[0], sys.executable) if sys.version_info < (3, 10) else 0)'
 	@test -x "$(BIN)/pip" || $(PYTHON) -m venv --clear $(VENV)
 	@echo "env: installing torch (the largest part, once)"
 	@$(PIP) torch torchvision numpy setuptools wheel ninja
 	@touch $@
 
 $(VENV)/.package: setup.py pyproject.toml constraints.txt $(VENV)/.torch
-	@echo "env: installing softmask and what it needs"
+	@echo "env: installing softmask and its requirements"
 	@SOFTMASK_SKIP_EXT=1 $(PIP) --no-build-isolation -e '.[dev]'
 	@touch $@
 
-# No stamp without a built library: the next call tries again.
+# Without a built library there is no stamp, so the next call tries again.
 $(READY): $(CPP) $(VENV)/.package
 	@rm -f softmask/_C*.so
 	@mkdir -p build
@@ -51,7 +51,7 @@ $(READY): $(CPP) $(VENV)/.package
 	@if compgen -G 'softmask/_C*.so' > /dev/null; then touch $@; \
 	  else grep '^softmask: ' build/extension.log; echo "env: details in build/extension.log"; fi
 
-pretrain: $(RUN_DIR)/report.html  ## data, training, evaluation, report of SoftMask++'s demo (resumes); DEMO=sycoca_demo: SyCoCa's
+pretrain: $(RUN_DIR)/report.html  ## the demo of SoftMask++: data, training, evaluation, report (resumes); DEMO=sycoca_demo for SyCoCa
 	@echo "report: $(CURDIR)/$(RUN_DIR)/report.html"
 	@echo "metrics: $(CURDIR)/$(RUN_DIR)/metrics.json"
 
@@ -60,7 +60,7 @@ $(SCENES)/scenes.json: | $(READY)
 
 $(RUN_DIR)/done.json: train/configs/$(DEMO).yaml | $(READY) $(SCENES)/scenes.json
 	@$(IN_VENV) deepspeed train/pretrain.py --config $< --resume auto
-	@test -f $@ || { echo "pretrain: stopped before the end; make pretrain goes on from the last checkpoint" >&2; exit 1; }
+	@test -f $@ || { echo "pretrain: stopped before the end; run make pretrain again to continue from the last checkpoint" >&2; exit 1; }
 	@touch $@
 
 $(RUN_DIR)/metrics.json: $(RUN_DIR)/done.json
@@ -70,31 +70,31 @@ $(RUN_DIR)/metrics.json: $(RUN_DIR)/done.json
 $(RUN_DIR)/report.html: $(RUN_DIR)/metrics.json
 	@$(IN_VENV) python train/report.py $(RUN_DIR) --data '$(SCENES)/test-*.tar'
 
-ablation: $(READY) $(SCENES)/scenes.json  ## hours: both methods with and without their parts, benchmarks/ablation/README.md; ARGS="--rows coca --steps 20"
+ablation: $(READY) $(SCENES)/scenes.json  ## both methods with and without their parts (days); ARGS="--rows coca --steps 20"
 	@$(IN_VENV) python -m benchmarks.ablation.run $(ARGS)
 
-test: $(READY)  ## all tests, JOBS at a time
+test: $(READY)  ## all tests, in JOBS processes
 	@OMP_NUM_THREADS=1 $(IN_VENV) python -m pytest tests -q -n $(JOBS) --dist worksteal
 
-bench: $(VENV)/.peers  ## speed of every op beside its baselines; ARGS="--compare main~1", "--csv FILE" or pytest's own
+bench: $(VENV)/.peers  ## time every op beside its baselines; ARGS="--compare main~1", "--csv FILE" or pytest options
 	@$(IN_VENV) python -m pytest benchmarks -q -p no:xdist -p no:cacheprovider --benchmark-quiet $(ARGS)
 
 $(VENV)/.peers: setup.py constraints.txt | $(READY)
-	@echo "bench: installing the packages that ops are compared with"
+	@echo "bench: installing the packages with the baselines"
 	@SOFTMASK_SKIP_EXT=1 $(PIP) --no-build-isolation -e '.[$(if $(shell command -v nvidia-smi),bench-gpu,bench)]'
 	@touch $@
 
-gpu-report: $(READY)  ## what is known of the Triton kernels without a GPU: registers, tensor cores, bytes moved
+gpu-report: $(READY)  ## registers, tensor cores and bytes moved of the Triton kernels, without a GPU
 	@$(IN_VENV) python -m benchmarks.gpu.report
 
-gpu-budgets: $(READY)  ## every variant of the Triton kernels against the limits of six processors; ARGS="attention"
+gpu-budgets: $(READY)  ## check all variants of the Triton kernels against the limits of six GPUs; ARGS="attention"
 	@$(IN_VENV) python -m benchmarks.gpu.budgets $(ARGS)
 
-gpu-matrix: $(READY)  ## which Triton, 3.2 to 3.8, compiles which kernels; installs each into build/; ARGS="3.3.1"
+gpu-matrix: $(READY)  ## compile the kernels with Triton 3.2 to 3.8, each installed into build/; ARGS="3.3.1"
 	@$(IN_VENV) python -m benchmarks.gpu.matrix $(ARGS)
 
-# The interpreter is not instrumented, so its leaks are not ours, and the sanitizers' libraries come first.
-sanitize: $(READY)  ## tests of the C++ kernels under the address and undefined-behaviour sanitizers
+# The interpreter is not instrumented: its leaks are ignored, and the sanitizers' libraries are loaded first.
+sanitize: $(READY)  ## test the C++ kernels under the address and undefined-behaviour sanitizers
 	@rm -rf build/sanitize/softmask
 	@mkdir -p build/sanitize/objects
 	@SOFTMASK_SANITIZE=1 SOFTMASK_FORCE_BUILD=1 $(IN_VENV) python setup.py -q build_ext \
@@ -106,7 +106,7 @@ sanitize: $(READY)  ## tests of the C++ kernels under the address and undefined-
 	  PYTHONPATH=build/sanitize:. $(BIN)/pytest -q -o pythonpath= -p no:cacheprovider -p no:xdist \
 	  tests/ops/test_cpp_kernels.py tests/ops/test_soft_mask.py -k "not compile and not opcheck"
 
-docs: $(VENV)/.docs  ## the documentation site, build/site/index.html; warnings are errors
+docs: $(VENV)/.docs  ## build the documentation site, build/site/index.html
 	@$(IN_VENV) NO_MKDOCS_2_WARNING=1 python -m mkdocs build -q --strict
 	@echo "docs: build/site/index.html"
 
@@ -115,15 +115,15 @@ $(VENV)/.docs: setup.py constraints.txt | $(READY)
 	@SOFTMASK_SKIP_EXT=1 $(PIP) --no-build-isolation -e '.[docs]'
 	@touch $@
 
-lint: $(READY)  ## style of Python and C++
+lint: $(READY)  ## check the style of Python and C++
 	@$(IN_VENV) ruff check -q .
 	@$(IN_VENV) ruff format -q --check . || { echo "lint: make format rewrites the files"; exit 1; }
 	@if [ -n "$(CPP)" ]; then $(IN_VENV) clang-format --dry-run -Werror $(CPP); fi
 
-format: $(READY)  ## rewrite Python and C++ in the project's style
+format: $(READY)  ## format Python and C++
 	@$(IN_VENV) ruff check -q --fix .
 	@$(IN_VENV) ruff format -q .
 	@if [ -n "$(CPP)" ]; then $(IN_VENV) clang-format -i $(CPP); fi
 
-clean:  ## remove what was built (.venv, data and runs stay)
+clean:  ## remove build products; keeps .venv, data and runs
 	@rm -rf build dist *.egg-info softmask/_C*.so $(READY) .pytest_cache .ruff_cache

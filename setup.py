@@ -48,6 +48,7 @@ BENCH = [
 ]
 BENCH_GPU = [*BENCH, "inf-cl>=1.2", "liger-kernel>=0.5", "memeff>=0.3"]
 TEST = [*DEMO, "ninja>=1.11", "packaging>=23", "pytest>=8", "pytest-xdist>=3.5", "setuptools>=77", "wheel>=0.43"]
+DOCS = ["mkdocs-material>=9.6", "mkdocstrings-python>=1.16"]
 DEV = [*TEST, "clang-format>=18", "mypy>=1.15", "ruff>=0.9", "types-PyYAML", "types-tqdm"]
 
 
@@ -155,6 +156,14 @@ setup(
     package_data={"softmask": ["py.typed"], "softmask.configs": ["*.yaml"]},
     entry_points={"console_scripts": ["softmask=softmask.cli:main"]},
     install_requires=["torch>=2.6"],
-    extras_require={"train": TRAIN, "demo": DEMO, "bench": BENCH, "bench-gpu": BENCH_GPU, "test": TEST, "dev": DEV},
+    extras_require={
+        "train": TRAIN,
+        "demo": DEMO,
+        "bench": BENCH,
+        "bench-gpu": BENCH_GPU,
+        "test": TEST,
+        "docs": DOCS,
+        "dev": DEV,
+    },
     **extension_arguments(),
 )

@@ -8,8 +8,10 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write `content` (text as UTF-8) beside `path`, then rename it, so that readers and a killed process never leave
-    or see half a file. Several processes may write the same path. A link's target is replaced, not the link.
+    """Write `content` (text as UTF-8) beside `path`, then rename it.
+
+    Readers never see half a file, nor does a killed process leave one. Several processes may write the same path. A
+    link's target is replaced, not the link.
     """
     path = path.resolve()
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")

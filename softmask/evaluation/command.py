@@ -14,7 +14,7 @@ import torch
 
 from softmask import BackendError
 from softmask.data import DataError, open_source
-from softmask.evaluation.readers import Model, Reader, Scorer
+from softmask.evaluation.readers import Reader, Scorer, is_model
 from softmask.training.checkpoint.state import CheckpointError
 from softmask.training.checkpoint.store import load_model
 from softmask.training.config import ConfigError
@@ -32,7 +32,7 @@ def load_scorer(
     """The checkpoint's model, on the GPU if present. 0 and "" keep the values of training."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer, config = load_model(checkpoint, device=device, image_size=image_size)
-    if not isinstance(model, Model):
+    if not is_model(model):
         needed = "encode_image, encode_text and patch_grid"
         raise ConfigError(f"{config.method}: {type(model).__name__} lacks one of {needed}, which evaluation needs")
     longest = config.model.text.max_positions

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from PIL import Image
@@ -20,7 +20,6 @@ from softmask.data.transforms import middle_box
 from softmask.training.config import Config
 
 
-@runtime_checkable
 class Model(Protocol):
     """Methods of a task's model that every evaluation section and the report use."""
 
@@ -31,7 +30,6 @@ class Model(Protocol):
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
 
-@runtime_checkable
 class Matcher(Protocol):
     """A model that scores image-text pairs (ITM)."""
 
@@ -40,7 +38,6 @@ class Matcher(Protocol):
     ) -> Tensor: ...
 
 
-@runtime_checkable
 class WordMapper(Protocol):
     """A model that maps words to image regions."""
 
@@ -56,7 +53,6 @@ class WordMapper(Protocol):
     ) -> Tensor: ...
 
 
-@runtime_checkable
 class Reconstructor(Protocol):
     """A model that reconstructs hidden patches from a caption."""
 
@@ -66,6 +62,28 @@ class Reconstructor(Protocol):
     def patch_size(self) -> int: ...
     def hidden_patches(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor: ...
     def reconstruct(self, images: Tensor, hidden: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor: ...
+
+
+def is_model(model: object) -> TypeGuard[Model]:
+    """Whether the model has the methods that evaluation needs."""
+    return _has(model, "patch_grid", "encode_image", "encode_text", "parameters")
+
+
+def _is_matcher(model: object) -> TypeGuard[Matcher]:
+    return _has(model, "match")
+
+
+def _is_word_mapper(model: object) -> TypeGuard[WordMapper]:
+    return _has(model, "word_maps")
+
+
+def _is_reconstructor(model: object) -> TypeGuard[Reconstructor]:
+    return _has(model, "patch_grid", "patch_size", "hidden_patches", "repaint")
+
+
+def _has(model: object, *names: str) -> bool:
+    # From Python 3.12 on, isinstance with a protocol does not see submodules of an nn.Module.
+    return all(hasattr(model, name) for name in names)
 
 
 @dataclass
@@ -91,21 +109,21 @@ class Scorer:
     @property
     def matcher(self) -> Matcher:
         """The model. Raises TypeError if it cannot match pairs."""
-        if isinstance(self.model, Matcher):
+        if _is_matcher(self.model):
             return self.model
         raise self._lacks("match")
 
     @property
     def word_mapper(self) -> WordMapper:
         """The model. Raises TypeError if it cannot map words."""
-        if isinstance(self.model, WordMapper):
+        if _is_word_mapper(self.model):
             return self.model
         raise self._lacks("word_maps")
 
     @property
     def reconstructor(self) -> Reconstructor:
         """The model. Raises TypeError if it cannot reconstruct patches."""
-        if isinstance(self.model, Reconstructor):
+        if _is_reconstructor(self.model):
             return self.model
         raise self._lacks("patch_size, hidden_patches and reconstruct")
 

@@ -21,7 +21,7 @@ Z_95 = 1.96  # two-sided 95 % of a normal distribution
 
 
 @dataclass
-class Reconstructed:
+class Reconstructions:
     """Reconstructions of B images with the right caption and with a wrong one."""
 
     images: Tensor  # [B, 3, S, S], normalized
@@ -33,7 +33,7 @@ class Reconstructed:
 
 
 @torch.no_grad()
-def reconstruct(scorer: Scorer, samples: Sequence[Sample], wrong_captions: Sequence[str]) -> Reconstructed:
+def reconstruct(scorer: Scorer, samples: Sequence[Sample], wrong_captions: Sequence[str]) -> Reconstructions:
     """Hides patches of the samples and reconstructs them with either caption."""
     model, images = scorer.reconstructor, pixels(scorer, samples)
     tokens = scorer.tokens([*(sample.caption for sample in samples), *wrong_captions])
@@ -44,7 +44,7 @@ def reconstruct(scorer: Scorer, samples: Sequence[Sample], wrong_captions: Seque
         hidden = model.hidden_patches(images, *right)
     reconstructed = [model.reconstruct(images, hidden, *caption) for caption in (right, wrong)]
     errors = [error_by_image(scorer, one, images, hidden) for one in reconstructed]
-    return Reconstructed(images, hidden, *reconstructed, *errors)
+    return Reconstructions(images, hidden, *reconstructed, *errors)
 
 
 def error_by_image(scorer: Scorer, reconstructed: Tensor, images: Tensor, hidden: Tensor) -> Tensor:

@@ -234,8 +234,8 @@ def check_evaluation(path: Path, was: dict, now: dict) -> None:
     if "digest" in changed:
         changed["digest"] = "the data"
     if changed:
-        differs = f"of another evaluation, it differs in {'; '.join(changed.values())}"
-        raise CheckpointError(f"{path}: {differs}; run train/evaluate.py with this report's options first")
+        differs = f"belongs to another evaluation: it differs in {'; '.join(changed.values())}"
+        raise CheckpointError(f"{path} {differs}; run train/evaluate.py with this report's options first")
 
 
 def build_page(options: argparse.Namespace) -> Page:

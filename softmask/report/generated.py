@@ -11,7 +11,7 @@ from torch import Tensor
 
 from softmask.evaluation.captioning import write_captions
 from softmask.evaluation.readers import Sample, Scorer, batches
-from softmask.evaluation.reconstruction import Reconstructed, reconstruct, with_another
+from softmask.evaluation.reconstruction import Reconstructions, reconstruct, with_another
 from softmask.report.images import data_uri, limited
 
 SHOWN = 256  # pixels of an image's longer side
@@ -19,16 +19,16 @@ PATCH_VARIANCE_EPS = 1e-6  # of ops.masked_patch_loss
 
 
 @dataclass
-class Written:
+class CaptionView:
     """An image, its generated caption and its true one."""
 
     image: str
-    written: str
-    given: str
+    generated: str
+    true: str
 
 
 @dataclass
-class Reconstruction:
+class ReconstructionView:
     """An image, the same with hidden patches, and its reconstructions with two captions. Images are data URIs."""
 
     whole: str
@@ -44,8 +44,8 @@ class Reconstruction:
 class Generated:
     """Generated captions and reconstructions, empty for other models. `hidden` says which patches were hidden."""
 
-    captions: list[Written] = field(default_factory=list)
-    reconstructions: list[Reconstruction] = field(default_factory=list)
+    captions: list[CaptionView] = field(default_factory=list)
+    reconstructions: list[ReconstructionView] = field(default_factory=list)
     hidden: str = ""
 
 
@@ -55,31 +55,31 @@ def generated(scorer: Scorer, samples: list[Sample], metrics: dict) -> Generated
     if "captioning" in metrics:
         captions = write_captions(scorer, samples, beams=metrics["captioning"]["beams"])
         for sample, text in zip(samples, captions.chosen, strict=True):
-            found.captions.append(Written(data_uri(limited(sample.seen, SHOWN)), text, sample.caption))
+            found.captions.append(CaptionView(data_uri(limited(sample.seen, SHOWN)), text, sample.caption))
     if "reconstruction" in metrics:
-        found.reconstructions = reconstructions(scorer, samples)
+        found.reconstructions = reconstruction_views(scorer, samples)
         found.hidden = scorer.config.task.hidden_patches(scorer.config.model)
     return found
 
 
-def reconstructions(scorer: Scorer, samples: list[Sample]) -> list[Reconstruction]:
+def reconstruction_views(scorer: Scorer, samples: list[Sample]) -> list[ReconstructionView]:
     """Reconstructions of each sample with its caption and with the next image's."""
     drawn = []
     for batch in batches(with_another(samples), scorer.batch_size):
         ours, others = [sample for sample, _ in batch], [other for _, other in batch]
         one = reconstruct(scorer, ours, others)
         errors = zip(one.right_error.tolist(), one.wrong_error.tolist(), strict=True)
-        views = zip(*reconstructed_images(scorer, one), strict=True)
+        views = zip(*reconstruction_images(scorer, one), strict=True)
         for sample, other, view, error in zip(ours, others, views, errors, strict=True):
             whole, hidden, right, wrong = map(data_uri, view)
-            drawn.append(Reconstruction(whole, hidden, right, wrong, sample.caption, other, error))
+            drawn.append(ReconstructionView(whole, hidden, right, wrong, sample.caption, other, error))
     return drawn
 
 
 # -- pixels ----------------------------------------------------------------------------------------
 
 
-def reconstructed_images(scorer: Scorer, one: Reconstructed) -> tuple[list[Image.Image], ...]:
+def reconstruction_images(scorer: Scorer, one: Reconstructions) -> tuple[list[Image.Image], ...]:
     """Images, the same with hidden patches in the mean colour, and reconstructions with the right and a wrong caption.
 
     Reconstructions show visible patches as they are.
@@ -88,19 +88,19 @@ def reconstructed_images(scorer: Scorer, one: Reconstructed) -> tuple[list[Image
     true = to_patches(one.images, size)
     hidden = one.hidden[..., None]
     right, wrong = (
-        torch.where(hidden, restored(prediction, true, normalized=scorer.config.model.normalize_pixels), true)
-        for prediction in (one.right, one.wrong)
+        torch.where(hidden, restored(paint, true, normalized=scorer.config.model.normalize_pixels), true)
+        for paint in (one.right, one.wrong)
     )
     rows = (true, true.masked_fill(hidden, 0.0), right, wrong)
     return tuple(to_images(scorer, from_patches(row, size, grid)) for row in rows)
 
 
-def restored(prediction: Tensor, true: Tensor, *, normalized: bool) -> Tensor:
+def restored(paint: Tensor, true: Tensor, *, normalized: bool) -> Tensor:
     """Predicted patches in the image's range. Normalized ones get the true mean and deviation, as in MAE's figures."""
     if not normalized:
-        return prediction
+        return paint
     variance, mean = torch.var_mean(true, dim=-1, keepdim=True)
-    return prediction * (variance + PATCH_VARIANCE_EPS).sqrt() + mean
+    return paint * (variance + PATCH_VARIANCE_EPS).sqrt() + mean
 
 
 def to_patches(images: Tensor, size: int) -> Tensor:
@@ -125,20 +125,20 @@ def to_images(scorer: Scorer, images: Tensor) -> list[Image.Image]:
 # -- markup ----------------------------------------------------------------------------------------
 
 
-def written_cards(captions: list[Written]) -> str:
+def caption_cards(captions: list[CaptionView]) -> str:
     cards = "".join(
-        f'<div class="card"><img src="{one.image}" alt="{escape(one.given)}"><div><p class="quote">'
-        f"{escape(one.written)}</p><small>true caption: {escape(one.given)}</small></div></div>"
+        f'<div class="card"><img src="{one.image}" alt="{escape(one.true)}"><div><p class="quote">'
+        f"{escape(one.generated)}</p><small>true caption: {escape(one.true)}</small></div></div>"
         for one in captions
     )
     return f'<div class="cards">{cards}</div>'
 
 
-def reconstruction_rows(reconstructions: list[Reconstruction]) -> str:
-    return "".join(map(_reconstruction_row, reconstructions))
+def reconstruction_rows(views: list[ReconstructionView]) -> str:
+    return "".join(map(_reconstruction_row, views))
 
 
-def _reconstruction_row(one: Reconstruction) -> str:
+def _reconstruction_row(one: ReconstructionView) -> str:
     views = [
         (one.whole, "Image", one.caption),
         (one.hidden, "Visible patches", ""),

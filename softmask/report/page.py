@@ -7,10 +7,10 @@ from html import escape
 
 from softmask.report.generated import (
     Generated,
+    caption_cards,
     caption_table,
     reconstruction_note,
     reconstruction_rows,
-    written_cards,
 )
 from softmask.report.images import heat_gradient
 from softmask.report.style import STYLE
@@ -375,7 +375,7 @@ def generated_sections(found: Generated) -> list[str]:
     sections = []
     if found.captions:
         note = "Generated captions of images spaced evenly over the data, not selected."
-        sections.append(section("captions", "Captions", note, written_cards(found.captions)))
+        sections.append(section("captions", "Captions", note, caption_cards(found.captions)))
     if found.reconstructions:
         note = (
             f"{found.hidden}, and reconstructed from the rest and a caption: the image's own, or the next image's. "

@@ -41,16 +41,23 @@ class Task:
         patch_grid, num_prefix_tokens    (rows, columns), number of tokens before the patches
 
     and whatever its evaluation sections need (softmask/evaluation/sections.py).
+
+    Attributes:
+        Config: the dataclass of the `model:` section, with vision.image_size, text.max_positions and text.vocab_size
+            (0: the tokenizer's).
+        eval_resize: what data.eval_resize "auto" means.
+        ends_captions: whether the model generates captions that end with [SEP].
+        matches_pairs: whether the model has `match`, for re-ranking.
+        curves: how the report shows its terms, by their names in the log.
+        renamed: starts of parameter names in older checkpoints -> today's.
     """
 
-    # the dataclass of the `model:` section, with vision.image_size, text.max_positions and text.vocab_size (0: the
-    # tokenizer's)
     Config: ClassVar[type]
-    eval_resize: ClassVar[Literal["squash", "crop"]] = "squash"  # for data.eval_resize "auto"
-    ends_captions: ClassVar[bool] = False  # the model generates captions that end with [SEP]
-    matches_pairs: ClassVar[bool] = False  # the model has `match`, for re-ranking
-    curves: ClassVar[dict[str, Curve]] = {}  # by the names of its terms in the log
-    renamed: ClassVar[dict[str, str]] = {}  # starts of parameter names in older checkpoints -> today's
+    eval_resize: ClassVar[Literal["squash", "crop"]] = "squash"
+    ends_captions: ClassVar[bool] = False
+    matches_pairs: ClassVar[bool] = False
+    curves: ClassVar[dict[str, Curve]] = {}
+    renamed: ClassVar[dict[str, str]] = {}
 
     def build(self, config: Any, special_ids: SpecialIds) -> nn.Module:
         """The model for a `model:` section."""
@@ -61,7 +68,11 @@ class Task:
         return {}
 
     def check_batch(self, config: Any, batch: int) -> None:
-        """ValueError where the model cannot train with `batch` pairs per micro-step, over all ranks."""
+        """Called before training with the pairs per micro-step over all ranks.
+
+        Raises:
+            ValueError: the model cannot train with so many.
+        """
 
     def step_options(self, config: Any, step: int, *, steps_per_epoch: float) -> dict[str, Any]:
         """Options of the forward pass that depend on the optimizer step."""

@@ -9,7 +9,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -111,6 +111,6 @@ def cut_back(path: Path, step: int) -> None:
     write_atomically(path, "".join(kept))
 
 
-def _write_line(file: Any, content: dict[str, Any]) -> None:
+def _write_line(file: TextIO, content: dict[str, Any]) -> None:
     file.write(json.dumps(content) + "\n")
     file.flush()

@@ -7,6 +7,7 @@ import json
 import math
 import random
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ def scheduler_factory(config: OptimizerConfig, *, steps: int) -> Callable[[torch
     return lambda optimizer: LambdaLR(optimizer, lambda step: lr_factor(step, config, steps=steps))
 
 
-def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
     """Groups of the trainable parameters by `lr_scale` and weight decay.
 
     Matrices and kernels decay. Biases, norms and other vectors do not, nor do parameters that modules name in
@@ -50,13 +51,13 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
             raise ConfigError(
                 f"optimizer.lr_scales: no trained parameter's name starts with {part!r}; known: {', '.join(known)}"
             )
-    groups: dict[tuple[float, bool], dict] = {}
+    groups: dict[tuple[float, bool], dict[str, Any]] = {}
     spared = _spared(model)
     for name, parameter in trained.items():
         shape = getattr(parameter, "ds_shape", parameter.shape)  # at ZeRO stage 3 the parameter itself is empty
         scale = _lr_scale(name, config.lr_scales)
         decayed = len(shape) >= 2 and not name.endswith("bias") and name not in spared
-        group: dict = {"params": [], **group_options(config, lr_scale=scale, decayed=decayed)}
+        group: dict[str, Any] = {"params": [], **group_options(config, lr_scale=scale, decayed=decayed)}
         groups.setdefault((scale, decayed), group)["params"].append(parameter)
     return [groups[key] for key in sorted(groups, reverse=True)]
 

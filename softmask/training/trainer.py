@@ -75,7 +75,7 @@ class Trainer:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         if not torch.cuda.is_available():
             torch.use_deterministic_algorithms(True, warn_only=True)
-            # A debugging aid that costs a pass over every buffer. The stubs lack it.
+            # Deterministic mode fills new buffers, which helps debugging but costs a pass over each. The stubs lack it.
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.manual_seed(config.seed)  # the same weights on every rank
         fresh = checkpoint is None and not config.init
@@ -84,10 +84,7 @@ class Trainer:
             "weights": weights_from(model, config, checkpoint),
             "words": words_from(tokenizer, config, checkpoint),
         }
-        options = {"batch_size": config.train.batch_size, "rank": self.rank, "world_size": self.world_size}
-        self._loader = lambda start: Loader(
-            source, config.data, tokenizer, seed=config.seed, start_batch=start, **options
-        )
+        self._source, self._tokenizer = source, tokenizer
         self.batches_per_epoch = self._loader(0).batches_per_epoch
         self.steps = self._count_steps()
         self._task = config.task
@@ -108,7 +105,6 @@ class Trainer:
         self.finished = False
         self._stop_requested = False
         self._nonfinite_in_row = 0
-        self._source, self._tokenizer = source, tokenizer
         self._skipped: list[str] = []
         self._log: RunLog | None = None
         self._header()
@@ -116,6 +112,19 @@ class Trainer:
     @property
     def model(self) -> TrainedModel:
         return self.engine.module
+
+    def _loader(self, start: int) -> Loader:
+        """Batches of this rank from micro-batch `start` on."""
+        return Loader(
+            self._source,
+            self.config.data,
+            self._tokenizer,
+            batch_size=self.config.train.batch_size,
+            rank=self.rank,
+            world_size=self.world_size,
+            seed=self.config.seed,
+            start_batch=start,
+        )
 
     def _count_steps(self) -> int:
         options = self.config.train

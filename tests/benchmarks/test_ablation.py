@@ -32,7 +32,7 @@ def keys_of(study: Study, name: str) -> dict:
 
 
 def differences(study: Study, one: str, other: str) -> dict:
-    """Keys that differ between two rows -> the second's values."""
+    """Keys that differ between two rows, with the values of the second."""
     before, after = keys_of(study, one), keys_of(study, other)
     return {key: after[key] for key in after if before[key] != after[key]}
 
@@ -41,7 +41,7 @@ def differences(study: Study, one: str, other: str) -> dict:
 
 
 @pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.method)
-def test_rows_are_configurations_of_their_method_and_name_the_same_keys(study: Study) -> None:
+def test_rows_are_configurations_of_their_method_and_set_the_same_keys(study: Study) -> None:
     for row in study.rows:
         assert load_config(study.config, row.overrides).method == study.method
     (keys,) = {tuple(override.partition("=")[0] for override in row.overrides) for row in study.rows}
@@ -73,7 +73,7 @@ def test_softmasks_rows_add_one_thing_to_albef_and_the_last_has_all() -> None:
     assert (albef["model.soft_mask"], albef["model.gamma"], albef["model.mask_text"]) == (False, 0.0, "mlm")
 
 
-def test_the_expected_order_names_rows_and_is_the_papers() -> None:
+def test_expected_order_names_rows_and_is_the_papers() -> None:
     for study in STUDIES:
         named = {name for pairs in study.order.values() for pair in pairs for name in pair}
         assert named == {row.name for row in study.rows} and study.order.keys() == study.figures.keys()
@@ -85,7 +85,7 @@ def test_the_expected_order_names_rows_and_is_the_papers() -> None:
 
 
 def made_metrics(*, itc: float = 0.5, itm: float = 0.5, pointing: float = 0.5, steps: int = STEPS, images: int = 256):
-    """metrics.json with every recall of a stage alike."""
+    """metrics.json in which all recalls of a stage are equal."""
     stages = {name: {way: dict.fromkeys(("r1", "r5", "r10"), share) for way in ("i2t", "t2i")}
               for name, share in (("itc", itc), ("itm", itm))}  # fmt: skip
     return {
@@ -97,11 +97,11 @@ def made_metrics(*, itc: float = 0.5, itm: float = 0.5, pointing: float = 0.5, s
 
 
 class Fake:
-    """Stands for the two commands: leaves the files that they would leave, and counts."""
+    """Replaces the two commands: writes the files they would write, and records the calls."""
 
     def __init__(self, *, stops: int = 0, metrics: dict | None = None) -> None:
         self.calls: list[str] = []
-        self.stops = stops  # so many trainings end early
+        self.stops = stops  # number of trainings that end early
         self.metrics = metrics or made_metrics()
 
     def __call__(self, command: Sequence[str]) -> None:
@@ -143,8 +143,8 @@ def test_a_finished_run_is_not_repeated(tmp_path: Path) -> None:
     assert folders == [f"sycoca/{row}/seed_{seed}" for row in ("coca", "sycoca") for seed in range(3)]
 
 
-def test_the_record_alone_gives_the_table_and_spares_the_run(tmp_path: Path) -> None:
-    """As in a new clone, which has no runs."""
+def test_record_alone_gives_the_table_and_skips_the_run(tmp_path: Path) -> None:
+    """As in a new clone, which has a record and no runs."""
     plan, fake = make_plan(tmp_path, "coca", seeds=1), Fake()
     run_all(plan, start=fake)
     table = plan.table.read_text(encoding="utf-8")
@@ -155,7 +155,7 @@ def test_the_record_alone_gives_the_table_and_spares_the_run(tmp_path: Path) -> 
     assert plan.table.read_text(encoding="utf-8") == table and fake.calls == ["pretrain", "evaluate"]
 
 
-def test_the_table_has_what_is_recorded_whatever_is_run(tmp_path: Path) -> None:
+def test_table_shows_the_record_whatever_the_plan_runs(tmp_path: Path) -> None:
     fake = Fake()
     run_all(make_plan(tmp_path, "coca", seeds=4), start=fake)
     plan = make_plan(tmp_path, "itc", seeds=1)
@@ -174,8 +174,8 @@ def test_a_finished_run_without_a_record_is_recorded(tmp_path: Path) -> None:
         assert (run.record / name).read_text() == (run.folder / name).read_text()
 
 
-def test_the_table_in_docs_is_that_of_the_record(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also that every recorded run has the configuration of its row as it is today."""
+def test_readme_is_generated_from_the_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also checks that every recorded run has the current configuration of its row."""
     monkeypatch.chdir(Path(ablation.__file__).resolve().parents[2])
     plan, _ = ablation.parse([])
     results = [ablation.collect(plan, study) for study in plan.studies]
@@ -192,7 +192,7 @@ def test_every_row_has_its_first_seed_before_the_second(tmp_path: Path) -> None:
     assert all(run.config.output == str(run.folder) for run in runs)
 
 
-def test_a_stopped_run_goes_on_and_the_error_names_it(tmp_path: Path) -> None:
+def test_stopped_run_continues_and_the_error_names_it(tmp_path: Path) -> None:
     run, fake = one_run(tmp_path), Fake(stops=1)
     with pytest.raises(AblationError, match="coca/seed_0: training stopped before the end"):
         carry_out(run, test_data=ablation.TEST_DATA, start=fake)
@@ -200,7 +200,7 @@ def test_a_stopped_run_goes_on_and_the_error_names_it(tmp_path: Path) -> None:
     assert fake.calls == ["pretrain", "pretrain", "evaluate"]
 
 
-def test_evaluation_alone_is_repeated_where_metrics_are_missing_or_of_another_kind(tmp_path: Path) -> None:
+def test_only_evaluation_is_repeated_if_metrics_are_missing_or_differ(tmp_path: Path) -> None:
     run, fake = one_run(tmp_path), Fake()
     carry_out(run, test_data=ablation.TEST_DATA, start=fake)
     for folder in (run.folder, run.record):
@@ -216,7 +216,7 @@ def test_evaluation_alone_is_repeated_where_metrics_are_missing_or_of_another_ki
 
 
 def test_a_run_of_another_configuration_is_refused(tmp_path: Path) -> None:
-    """Also by what the trainer would let a resumed run change."""
+    """Even by keys that the trainer lets a resumed run change."""
     run, fake = one_run(tmp_path), Fake()
     carry_out(run, test_data=ablation.TEST_DATA, start=fake)
     harmless = load_config(run.file, [*run.overrides, "train.log_every=5", "data.workers=0"])
@@ -276,7 +276,7 @@ def test_table_has_mean_spread_and_unfinished_rows() -> None:
     assert "\n20 of 20 comparisons wait for unfinished rows.\n" in text
 
 
-def test_figures_beside_the_papers_are_of_the_rows_that_have_them() -> None:
+def test_additional_figures_are_empty_for_rows_without_them() -> None:
     results = sycoca_results({"itc": [0.1, 0.2], "coca": [0.3, 0.3], "sycoca": [0.3, 0.3]})
     for row in ("coca", "sycoca"):
         for metrics, cider in zip(results.metrics[row], (1.0, 1.2), strict=True):
@@ -335,7 +335,7 @@ def test_galleries_of_different_sizes_are_refused() -> None:
 
 
 def run_in_this_process(command: Sequence[str]) -> None:
-    """What the two scripts do, without the launcher and the start of Python."""
+    """Runs what the two scripts do, without launcher and new process."""
     script = next(number for number, word in enumerate(command) if word.endswith(".py"))
     arguments = list(command[script + 1 :])
     if command[script].endswith("evaluate.py"):
@@ -347,7 +347,7 @@ def run_in_this_process(command: Sequence[str]) -> None:
 
 
 def test_two_rows_from_data_to_table(tmp_path: Path) -> None:
-    """ITC alone trains without a gradient for the caption decoder; SoftMask++ has every figure."""
+    """ITC trains without a gradient for the caption decoder; SoftMask++ has every figure."""
     write_training_shard(tmp_path / "train.tar", count=32)
     make_config(tmp_path)  # writes base.yaml, of SoftMask++
     make_sycoca_config(tmp_path, "sycoca")

@@ -1,4 +1,4 @@
-"""Scores of generated captions, zero-shot classes and reconstructions, where the right numbers are known."""
+"""Scores of captions, zero-shot classification and reconstructions on cases with known results."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def scorer(tmp_path: Path) -> Scorer:
 
 
 @pytest.mark.parametrize("java", [False, JAVA])
-def test_scores_of_equal_like_and_foreign_captions(java: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_of_equal_similar_and_unrelated_captions(java: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(captioning, "has_java", lambda: java)
     true = [f"a {a} box beside a {b} one" for a, b in PAIRS]
     perfect = captioning.score([f"A {a} box, beside a {b} one." for a, b in PAIRS], [[text] for text in true])
@@ -53,7 +53,7 @@ def test_scores_of_equal_like_and_foreign_captions(java: bool, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("java", [False, JAVA])
-def test_a_break_inside_a_caption_shifts_no_other(java: bool) -> None:
+def test_line_break_inside_a_caption_shifts_no_other_caption(java: bool) -> None:
     texts = ["a red box", "a blue owl\rbeside\u2028a cat", "a green box"]
     words = captioning.tokenized([[text] for text in texts], java=java)
     assert words == {0: ["a red box"], 1: ["a blue owl beside a cat"], 2: ["a green box"]}
@@ -70,7 +70,7 @@ JAVAS = {
 
 
 @pytest.mark.parametrize("script", JAVAS.values(), ids=JAVAS)
-def test_a_java_that_fails_costs_its_scores_alone(tmp_path: Path, monkeypatch, capsys, script: str) -> None:
+def test_failing_java_loses_only_its_own_scores(tmp_path: Path, monkeypatch, capsys, script: str) -> None:
     (tmp_path / "java").write_text(f"#!/bin/sh\n{script}\n")
     (tmp_path / "java").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
@@ -89,7 +89,7 @@ def test_a_java_that_fails_costs_its_scores_alone(tmp_path: Path, monkeypatch, c
     assert said.startswith("captions are scored without Java: ") or script == "exit 1"
 
 
-def test_rouge_is_the_longest_common_subsequence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rouge_uses_the_longest_common_subsequence(monkeypatch: pytest.MonkeyPatch) -> None:
     """LCS of "the cat sat down" and "the cat ran" is 2: precision 2/4, recall 2/3, F with beta 1.2."""
     monkeypatch.setattr(captioning, "has_java", lambda: False)
     precision, recall, beta = 2 / 4, 2 / 3, 1.2
@@ -97,7 +97,7 @@ def test_rouge_is_the_longest_common_subsequence(monkeypatch: pytest.MonkeyPatch
     assert captioning.score(["the cat sat down"], [["the cat ran"]])["rouge_l"] == pytest.approx(expected)
 
 
-def test_captions_of_one_image_are_all_references(samples: list[Sample]) -> None:
+def test_all_captions_of_an_image_are_references(samples: list[Sample]) -> None:
     samples[3].image_id = samples[0].image_id
     references: dict[int, list[str]] = {}
     images = list(each_image_once(samples, references))
@@ -105,17 +105,17 @@ def test_captions_of_one_image_are_all_references(samples: list[Sample]) -> None
     assert list(references.values())[0] == [samples[0].caption, samples[3].caption]
 
 
-def test_no_image_is_an_error(scorer: Scorer) -> None:
+def test_captioning_without_images_is_an_error(scorer: Scorer) -> None:
     with pytest.raises(DataError, match="no readable sample to caption"):
         captioning.captioning(scorer, [], None, captioning.CaptionOptions())
 
 
 @pytest.mark.parametrize(("total", "wanted", "expected"), [(4, 0, [0, 1, 2, 3]), (3, 9, [0, 1, 2]), (10, 3, [0, 3, 6])])
-def test_training_images_are_spread(total: int, wanted: int, expected: list[int]) -> None:
+def test_training_images_are_evenly_spaced(total: int, wanted: int, expected: list[int]) -> None:
     assert captioning.chosen_numbers(total, wanted) == expected
 
 
-def test_the_nearest_image_lends_its_caption(scorer, samples, tmp_path) -> None:
+def test_nearest_caption_is_that_of_the_nearest_image(scorer, samples, tmp_path) -> None:
     training = Reader(open_source(write_scenes(tmp_path / "train.tar", reversed(ALL))))
     features = scorer.model.encode_image(pixels(scorer, samples))[1]
     nearest, known = captioning.nearest_captions(scorer, features, training, range(12))
@@ -124,7 +124,7 @@ def test_the_nearest_image_lends_its_caption(scorer, samples, tmp_path) -> None:
     assert len(known) == 2 and set(few) == set(known) and few[8] == nearest[8] and few[2] == nearest[2]
 
 
-def test_the_section_compares_with_training_captions(scorer, samples, tmp_path, monkeypatch) -> None:
+def test_section_compares_with_training_captions(scorer, samples, tmp_path, monkeypatch) -> None:
     def write(_scorer: Scorer, found: list[Sample], *, beams: int) -> captioning.Captions:
         true = [sample.caption for sample in found]
         return captioning.Captions(true, true[1:] + true[:1] if beams > 1 else [])
@@ -134,7 +134,9 @@ def test_the_section_compares_with_training_captions(scorer, samples, tmp_path, 
     training = Reader(open_source(write_scenes(tmp_path / "train.tar")))
     section = captioning.captioning(scorer, samples, training, captioning.CaptionOptions(beams=2))
     assert (section["samples"], section["beams"], section["tokenizer"]) == (12, 2, "words")
-    assert section["nearest"] == {key: section[key] for key in ("cider", "bleu4", "rouge_l")}  # the oracle's is right
+    assert section["nearest"] == {
+        key: section[key] for key in ("cider", "bleu4", "rouge_l")
+    }  # the oracle's nearest is right
     assert section["random"]["cider"] < section["cider"] and section["neighbours"] == 12
     assert section["beams_alone"]["cider"] < section["cider"]
     few = captioning.captioning(scorer, samples, training, captioning.CaptionOptions(neighbours=3))
@@ -147,7 +149,7 @@ def test_the_section_compares_with_training_captions(scorer, samples, tmp_path, 
 
 
 class Boxes:
-    """Images' features are the colour of their left box; a prompt's the colour that it names, two of them swapped."""
+    """An image's feature is the colour of its left box, a prompt's the colour it names, with two colours swapped."""
 
     def __init__(self, oracle: Oracle, swapped: tuple[str, ...] = ()) -> None:
         self.oracle, self.swapped = oracle, swapped
@@ -165,7 +167,7 @@ class Boxes:
         return features[:, None], features
 
 
-@pytest.mark.parametrize(("swapped", "hits"), [((), 7), (("red", "green"), 1)])  # blue is found either way
+@pytest.mark.parametrize(("swapped", "hits"), [((), 7), (("red", "green"), 1)])  # blue is right in both cases
 def test_zero_shot_counts_images_of_one_object(scorer, samples, monkeypatch, swapped, hits) -> None:
     monkeypatch.setattr(zero_shot, "TEMPLATES", ("{}", "a {}"))
     scorer.model = Boxes(scorer.model, swapped)
@@ -183,7 +185,7 @@ def test_zero_shot_counts_images_of_one_object(scorer, samples, monkeypatch, swa
     assert zero_shot.zero_shot(scorer, samples[10:], classes) is None
 
 
-def test_objects_of_another_form_are_no_class(samples) -> None:
+def test_malformed_objects_have_no_class(samples) -> None:
     sample = samples[0]
     sample.objects = [{"phrase": ["red"], "concept": ["red"]}]
     assert zero_shot.only_class(sample, {"red": 0}) is None
@@ -192,7 +194,7 @@ def test_objects_of_another_form_are_no_class(samples) -> None:
     assert sample.bad_objects[f"{sample.name}: objects[0]"].startswith("expected phrase, span, mask and concept")
 
 
-def test_a_class_list_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_malformed_class_list_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "classes.json"
     for text in ("[", "[]", '[{"name": "a"}]', json.dumps([{"name": "a", "phrase": "an a"}] * 2)):
         path.write_text(text, encoding="utf-8")
@@ -206,7 +208,7 @@ def test_a_class_list_that_is_none_is_refused(tmp_path: Path) -> None:
 
 
 class Reconstructor:
-    """Hides the left half; predicts zeros, or the (normalized) truth if the caption names the left box."""
+    """Hides the left half. Paints zeros, or the truth (normalized) if the caption names the image's left box."""
 
     patch_size, patch_grid = 8, (4, 4)
 
@@ -225,7 +227,7 @@ class Reconstructor:
 
 
 @pytest.mark.parametrize("listens", [True, False])
-def test_the_gap_is_what_the_caption_tells(scorer: Scorer, samples: list[Sample], listens: bool) -> None:
+def test_gap_is_the_effect_of_the_caption(scorer: Scorer, samples: list[Sample], listens: bool) -> None:
     scorer.model = Reconstructor(scorer.model, listens=listens)
     scorer.config.model = SimpleNamespace(normalize_pixels=True)
     section = reconstruction.reconstruction(scorer, samples)
@@ -234,7 +236,7 @@ def test_the_gap_is_what_the_caption_tells(scorer: Scorer, samples: list[Sample]
     hidden = scorer.model.hidden_patches(images, None, None)
     blind = reference.masked_patch_loss(torch.zeros(12, 16, 192), images, hidden, patch_size=8, reduction="none")
     blind = blind.sum(1) / 8
-    wrong = [PAIRS[i][0] != PAIRS[(i + 1) % 12][0] for i in range(12)]  # the next image's left box is another one
+    wrong = [PAIRS[i][0] != PAIRS[(i + 1) % 12][0] for i in range(12)]  # the next image has another left box
     expected = torch.where(torch.tensor(wrong), blind, 0.0) if listens else torch.zeros(12)
     assert section["gap"] == pytest.approx(expected.mean().item(), abs=1e-6)
     half = 1.96 * expected.std().item() / 12**0.5
@@ -249,21 +251,21 @@ def scoring_pixels(scorer: Scorer, samples: list[Sample]) -> Tensor:
     return pixels(scorer, samples)
 
 
-def test_equal_captions_make_no_pair(scorer: Scorer, samples: list[Sample]) -> None:
+def test_images_with_equal_captions_are_not_compared(scorer: Scorer, samples: list[Sample]) -> None:
     for sample in samples:
         sample.caption = "a red box beside a green one"
     assert reconstruction.reconstruction(scorer, samples) is None
-    assert report_generation.reconstructions(scorer, samples) == []
+    assert report_generation.reconstruction_views(scorer, samples) == []
 
 
 class Drawer(Reconstructor):
-    """Hides patches that are drawn, as `masks: random` does."""
+    """Hides random patches, like `masks: random`."""
 
     def hidden_patches(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         return torch.rand(len(images), 16).argsort(1) < 8
 
 
-def test_patches_that_are_drawn_are_the_same_each_time(scorer: Scorer, samples: list[Sample]) -> None:
+def test_random_patches_are_reproducible(scorer: Scorer, samples: list[Sample]) -> None:
     scorer.model = Drawer(scorer.model, listens=True)
     scorer.config.model = SimpleNamespace(normalize_pixels=True)
     torch.manual_seed(1)
@@ -273,7 +275,7 @@ def test_patches_that_are_drawn_are_the_same_each_time(scorer: Scorer, samples: 
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_another_caption_of_the_same_image_is_no_wrong_one(scorer: Scorer, samples: list[Sample]) -> None:
+def test_other_caption_of_the_same_image_is_not_a_wrong_caption(scorer: Scorer, samples: list[Sample]) -> None:
     scorer.model = Reconstructor(scorer.model, listens=True)
     scorer.config.model = SimpleNamespace(normalize_pixels=True)
     doubled = [one for s in samples for one in (s, dataclasses.replace(s, caption=f"{s.caption} and a box"))]

@@ -1,4 +1,4 @@
-"""Evaluation with an oracle whose results are known, and through the command line with a tiny model."""
+"""Evaluation of an oracle with known results, and by command line of a tiny model."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def test_oracle_is_perfect_and_attention_misses(tmp_path, batch_size):
 
 
 @pytest.mark.parametrize("rerank", [4, 12, 99])
-def test_itm_finds_what_blind_features_leave_among_the_candidates(tmp_path, rerank):
-    """All first-stage scores are equal: the candidates are the first `rerank` items, and only their owners win."""
+def test_itm_reranks_the_candidates_of_uninformative_features(tmp_path, rerank):
+    """All first-stage scores are equal, so the candidates are the first `rerank` items: only their queries win."""
     scorer = make_scorer(tmp_path, blind=True)
     reader = Reader(open_source(write_scenes(tmp_path / "test.tar")))
     section = retrieval.retrieval(scorer, reader.all(), rerank=rerank)
@@ -67,12 +67,12 @@ def test_itm_finds_what_blind_features_leave_among_the_candidates(tmp_path, rera
     share = min(rerank, 12) / 12
     assert section["itm"]["i2t"]["r1"] == section["itm"]["t2i"]["r1"] == share
     first = min(rerank, 12)
-    assert scorer.model.fused == 144 - (12 - first) ** 2  # each pair that either direction wants, once
+    assert scorer.model.fused == 144 - (12 - first) ** 2  # each pair that is a candidate in either direction, once
 
 
 @pytest.mark.parametrize("image_root", ["", "images"])
-def test_captions_of_one_image_share_it(tmp_path, image_root):
-    """A JSON list, its images beside it or where the run's were."""
+def test_captions_of_one_image_share_its_encoding(tmp_path, image_root):
+    """A JSON list with its images beside it, or in the image_root of training."""
     images = tmp_path / image_root
     images.mkdir(exist_ok=True)
     for number in range(12):
@@ -91,7 +91,7 @@ def test_captions_of_one_image_share_it(tmp_path, image_root):
     assert "grounding" not in result
 
 
-def test_pairs_bounds_retrieval_but_not_grounding(tmp_path):
+def test_pairs_limits_retrieval_but_not_grounding(tmp_path):
     reader = Reader(open_source(write_scenes(tmp_path / "test.tar", broken=(1, 11))))
     result = all_sections(make_scorer(tmp_path), reader, pairs=4, rerank=2)
     assert result["retrieval"]["samples"] == 4  # scene 1 is broken: 0, 2, 3 and 4
@@ -100,7 +100,7 @@ def test_pairs_bounds_retrieval_but_not_grounding(tmp_path):
     assert reader.skipped[11].startswith("test.tar:0011: image cannot be decoded")
 
 
-def test_truncated_phrases_and_hidden_objects_are_counted_not_played(tmp_path):
+def test_truncated_phrases_and_hidden_objects_are_counted_not_scored(tmp_path):
     members = scene(0)
     content = json.loads(members[2][1])
     content["objects"][0]["mask"]["counts"] = [1024]
@@ -113,7 +113,7 @@ def test_truncated_phrases_and_hidden_objects_are_counted_not_played(tmp_path):
         "truncated": 0,
         "hidden": 1,
     }
-    # [CLS] a red box beside a green [SEP]: "green one" lost its tail
+    # [CLS] a red box beside a green [SEP]: "green one" lost its end
     result = grounding.grounding(make_scorer(tmp_path, max_length=8), reader.all())
     assert (result["words"], result["truncated"], result["hidden"], result["pointing"]) == (1, 2, 1, 1.0)
 
@@ -134,7 +134,7 @@ def test_truncated_phrases_and_hidden_objects_are_counted_not_played(tmp_path):
         (lambda entry: entry["mask"].update(size=[16, 64]), r"mask size \[16, 64\], expected the image's \[32, 32\]"),
     ],
 )
-def test_malformed_objects_name_sample_and_entry(tmp_path, change, message):
+def test_malformed_objects_are_named_with_sample_and_entry(tmp_path, change, message):
     members = scene(0)
     content = json.loads(members[2][1])
     change(content["objects"][1])
@@ -160,8 +160,8 @@ def wide(number: int, *, shift: int) -> list[tuple[str, bytes]]:
     return [(name, file.getvalue()), text, (json_name, json.dumps(content).encode())]
 
 
-def test_masks_are_cut_as_images_are(tmp_path):
-    """Cut to their middle, wide images are the scenes; an object at the side is hidden."""
+def test_masks_are_cropped_like_images(tmp_path):
+    """Cropped to their middle, wide images are the scenes; an object at the side is hidden."""
     write_tar(tmp_path / "test.tar", [member for number in range(12) for member in wide(number, shift=16)])
     write_tar(tmp_path / "aside.tar", wide(0, shift=0))
     scorer = make_scorer(tmp_path)
@@ -206,7 +206,7 @@ def test_command_line_writes_the_documented_structure(run, capsys):
 
 
 def test_results_of_the_real_model_do_not_depend_on_the_batch_size(run):
-    """In double precision, so that no rank hangs on a rounding unit."""
+    """In double precision, so that no rank depends on rounding."""
     scorer = command.load_scorer(run / "checkpoints" / "step_00000005", batch_size=3)
     scorer.model.double()
     encode = scorer.model.encode_image
@@ -261,7 +261,7 @@ def test_unreadable_samples_are_named_on_stderr(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("objects", [[{"phrase": "red box"}], [3], "red box", {"phrase": "red box"}])
-def test_objects_that_cannot_be_used_stop_nothing(run, tmp_path, capsys, objects):
+def test_unusable_objects_are_skipped(run, tmp_path, capsys, objects):
     broken = json.loads(scene(0)[2][1]) | {"objects": objects}
     members = [*scene(0)[:2], ("0000.json", json.dumps(broken).encode()), *scene(1)]
     data = str(write_tar(tmp_path / "test.tar", members))
@@ -272,8 +272,8 @@ def test_objects_that_cannot_be_used_stop_nothing(run, tmp_path, capsys, objects
     assert said in capsys.readouterr().err
 
 
-def test_a_list_elsewhere_at_other_sizes(run, tmp_path, capsys):
-    """Images in a folder of their own, larger images and shorter captions than training's."""
+def test_json_list_with_image_root_and_other_sizes(run, tmp_path, capsys):
+    """Images in another folder, larger images and shorter captions than in training."""
     folder = tmp_path / "images"
     folder.mkdir()
     for number in range(3):
@@ -297,7 +297,7 @@ def test_a_list_elsewhere_at_other_sizes(run, tmp_path, capsys):
         assert said in error and len(error.splitlines()) == 1
 
 
-def test_files_that_are_no_results_are_left_alone(run, tmp_path, capsys):
+def test_output_replaces_only_json_files(run, tmp_path, capsys):
     data = write_scenes(tmp_path / "test.tar")
     before = (tmp_path / "test.tar").read_bytes()
     for output in (data, "/dev/null"):
@@ -317,7 +317,7 @@ def test_captions_of_unknown_words_are_refused(run, tmp_path, capsys):
     assert "of the tokens in the first 2 captions are [UNK]" in line
 
 
-def test_options_that_change_nothing_are_named(run, tmp_path, capsys):
+def test_options_without_effect_are_named(run, tmp_path, capsys):
     data = write_scenes(tmp_path / "test.tar")
     (tmp_path / "classes.json").write_text('[{"name": "owl", "phrase": "an owl"}]')
     command = [str(run), "--data", data, "--output", str(tmp_path / "metrics.json"), "--training", data]
@@ -329,6 +329,16 @@ def test_options_that_change_nothing_are_named(run, tmp_path, capsys):
             evaluate.main([*command, wrong, "100000000000000000000"])
 
 
+def test_missing_methods_of_a_model_are_named(tmp_path):
+    scorer = make_scorer(tmp_path)
+    assert scorer.matcher is scorer.word_mapper is scorer.model
+    with pytest.raises(TypeError, match="Oracle lacks patch_size, hidden_patches and reconstruct"):
+        _ = scorer.reconstructor
+    scorer.model = object()
+    with pytest.raises(TypeError, match="object lacks word_maps"):
+        _ = scorer.word_mapper
+
+
 def test_captions_without_objects_have_no_grounding(run, tmp_path, capsys):
     data = write_plain(tmp_path / "plain.tar", ["a red box", "a green box"])
     assert evaluate.main([str(run), "--data", data, "--output", str(tmp_path / "metrics.json")]) == 0
@@ -336,7 +346,7 @@ def test_captions_without_objects_have_no_grounding(run, tmp_path, capsys):
     assert "pointing" not in capsys.readouterr().out
 
 
-def test_nobody_reads_the_numbers(run, tmp_path):
+def test_closed_stdout_is_no_error(run, tmp_path):
     command = [sys.executable, "train/evaluate.py", str(run), "--data", str(run.parent / "test.tar"), "--output"]
     process = subprocess.Popen(
         [*command, str(tmp_path / "metrics.json")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT

@@ -1,4 +1,4 @@
-"""Metrics against naive loops, ties, duplicates, chance and hand-made maps."""
+"""Metrics against naive loops, with ties, duplicates, chance and hand-made maps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from softmask.evaluation import metrics
 
 
 def naive_recall(scores, relevant, k):
-    """Sort each row with wrong items first among equals, look whether a right one is within k places of wrong ones."""
+    """Sorts each row with wrong items first among equals, and counts the wrong ones before the first right one."""
     hits = 0
     for row, right in zip(scores.tolist(), relevant.tolist(), strict=True):
         order = sorted(range(len(row)), key=lambda j: (-row[j], right[j]))
@@ -51,7 +51,7 @@ def test_every_caption_of_the_image_is_right():
     assert metrics.recall(scores, relevant, ks=(1, 2, 3)) == {"r1": 1 / 3, "r2": 2 / 3, "r3": 1.0}
 
 
-def test_recall_refuses_what_would_look_like_a_hit():
+def test_recall_refuses_input_that_would_count_as_a_hit():
     relevant = torch.eye(2, dtype=torch.bool)
     with pytest.raises(ValueError, match="finite, got 1 NaN"):
         metrics.recall(torch.tensor([[torch.nan, 0], [0, 1]]), relevant)
@@ -69,7 +69,7 @@ def test_chance_equals_the_mean_over_all_orders():
         assert metrics.chance_recall(relevant, ks=(k,))[f"r{k}"] == pytest.approx(expected, rel=1e-12)
 
 
-def test_candidates_are_exactly_k_also_among_equals():
+def test_candidates_are_exactly_k_even_with_ties():
     scores = torch.tensor([[1.0, 3, 3, 3, 2], [0, 0, 0, 0, 0]])
     assert metrics.top_candidates(scores, 2).int().tolist() == [[0, 1, 1, 0, 0], [1, 1, 0, 0, 0]]
     assert metrics.top_candidates(scores, 16).all()
@@ -106,10 +106,10 @@ OFFSETS = torch.tensor([[0, 0], [0, 1], [2, 5], [6, 8], [8, 11], [12, 13], [14, 
     [
         ((2, 11), [2, 3, 4]),
         ((6, 11), [3, 4]),
-        ((7, 9), [3, 4]),  # half of both pieces overlaps both
+        ((7, 9), [3, 4]),  # overlaps half of each piece
         ((0, 1), [1]),
         ((14, 17), [6]),
-        ((14, 21), []),  # its tail was cut off
+        ((14, 21), []),  # its end was truncated
         ((20, 25), []),
         ((11, 12), []),  # white space
     ],
@@ -124,7 +124,7 @@ def test_stack_words_pads_with_minus_one():
 
 
 def naive_bilinear(plane, size):
-    """Each pixel's centre in patch coordinates, clamped to the patch centres, weights by distance (fp64)."""
+    """Interpolates at each pixel's centre in patch coordinates, clamped to the patch centres (fp64)."""
     (gh, gw), (h, w) = plane.shape, size
     out = torch.zeros(h, w, dtype=torch.float64)
     for y in range(h):
@@ -159,7 +159,7 @@ def test_peak_lies_in_its_patch_centre_on_all_sides(row, column):
     assert (y, x) == (11 * row + 5, 11 * column + 5)
 
 
-def test_peak_of_constant_and_broken_maps():
+def test_peak_of_constant_and_nan_maps():
     assert metrics.peak(torch.full((5, 7), 0.3)) is None
     with pytest.raises(ValueError, match="finite"):
         metrics.peak(torch.tensor([[0.0, torch.nan]]))

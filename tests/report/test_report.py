@@ -1,4 +1,4 @@
-"""The report's page: well-formed, self-contained, complete; and the pure functions behind its drawings."""
+"""The report's page is well-formed, self-contained and complete; tests of the functions that draw."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FOREIGN_EMPTY = {"path", "circle"}  # of SVG, closed by "/>"
 
 
 class Page(HTMLParser):
-    """Checks the nesting of tags and collects them."""
+    """Collects tags and checks their nesting."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -111,7 +111,7 @@ def test_paths_are_finite(page):
         assert all(math.isfinite(float(number)) for number in re.findall(r"-?[\d.]+", path))
 
 
-def test_content_words_stand_in_for_missing_objects(run, tmp_path):
+def test_content_words_replace_missing_objects(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     data = write_plain(tmp_path / "plain.tar", ["a red box & the <b>green</b> one", "there is a box"])
     assert evaluate.main([str(tmp_path / "run"), "--data", data]) == 0
@@ -195,13 +195,13 @@ def test_damaged_metrics_are_named(run, tmp_path, capsys, key, value):
     assert not (tmp_path / "run" / "report.html").exists()
 
 
-def test_values_of_the_log_that_cannot_be_drawn_are_left_out():
+def test_unusable_log_values_are_left_out():
     rows = [{"step": 1, "a": "x", "b": 10**400, "c": 1e308, "d": None}, {"step": 2, "a": 1.0, "e": math.nan}]
     (series,) = report.curves(rows, {})
     assert (series.title, series.steps, series.values) == ("a", [2], [1.0])
 
 
-def test_log_without_its_last_line_and_with_a_broken_one(tmp_path):
+def test_log_with_incomplete_and_broken_lines(tmp_path):
     log = tmp_path / "log.jsonl"
     log.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo', encoding="utf-8")
     assert report.read_log(log) == [{"step": 1, "loss": 2.0}]
@@ -209,7 +209,7 @@ def test_log_without_its_last_line_and_with_a_broken_one(tmp_path):
     assert report.read_log(log) == [{"step": 1}, {"step": 2}]
 
 
-def test_curves_begin_with_the_loss_and_keep_unknown_terms():
+def test_curves_start_with_the_loss_and_keep_unknown_terms():
     rows = [{"step": 1, "mine": 3.0, "loss": 2.0, "seconds": 1.0}, {"step": 2, "mine": 4.0, "loss": 1.0}]
     first, second = report.curves(rows, {})
     assert (first.steps, first.values, first.unit) == ([1, 2], [2.0, 1.0], "nats")
@@ -265,7 +265,7 @@ def test_outline_holds_every_edge_between_inside_and_outside():
     assert outline_path(np.zeros((4, 4), bool)) == ""
 
 
-def test_heat_runs_through_its_anchors_and_fades_out():
+def test_heat_colours_pass_their_anchors_and_fade_out():
     anchors = np.linspace(0, 1, len(HEAT))
     assert np.allclose(heat_colours(anchors), HEAT)
     assert np.allclose(heat_colours(np.array([-1.0, 2.0])), HEAT[[0, -1]])
@@ -301,7 +301,7 @@ def test_spread_is_even_and_within_range():
     assert len(set(report.spread(13, 12))) == 12
 
 
-def test_content_words_leave_out_empty_words():
+def test_content_words_leave_out_function_words():
     caption = "a red box beside a green one"
     words = report.content_words(caption, Words()([caption], max_length=16), 0)
     assert [(word.text, word.span, word.tokens) for word in words] == [
