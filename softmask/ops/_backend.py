@@ -99,9 +99,9 @@ def resolve(op: str, *tensors: Tensor | None, kernel_pays: bool = True, acting: 
     kernel_pays: False where benchmarks found PyTorch to be faster at these inputs; "auto" then takes the reference.
     acting: a transform of the inputs that kernels have no rule for; "auto" then takes the reference too.
     """
-    name, device = named(), tensors[0].device
-    double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
-    dtype = torch.float64 if double else tensors[0].dtype
+    name, given = named(), [tensor for tensor in tensors if tensor is not None]
+    device, double = given[0].device, any(tensor.dtype == torch.float64 for tensor in given)
+    dtype = torch.float64 if double else given[0].dtype
     if name == "auto":
         return choose(device, dtype) if kernel_pays and acting is None else "reference"
     reason = why_not(name, device, dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -16,11 +17,11 @@ NORMALIZATIONS = (None, "minmax", "max", "sum")
 REDUCTIONS = ("mean", "sum", "none")
 
 
-def fail(name: str, expected: object, got: object) -> None:
+def fail(name: str, expected: object, got: object) -> NoReturn:
     raise ValueError(f"{name}: expected {expected}, got {got}")
 
 
-def shape(name: str, tensor: Tensor, dims: Sequence[int | str], **least_one: str) -> None:
+def shape(name: str, tensor: object, dims: Sequence[int | str], **least_one: str) -> None:
     """dims: an int where the size is known, a letter where it is free, as in ("B", heads, "T", width).
 
     least_one: letters of dimensions that may not be empty, and one of what they count: T="token".

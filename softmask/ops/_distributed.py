@@ -8,6 +8,7 @@ Every rank must hold the same number of rows, which is checked: collectives of o
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -93,13 +94,13 @@ def _got(what: str, low: int, high: int, rows: Tensor, ids: Tensor | None) -> st
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         return gather_rows_no_grad(rows, group)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         wide = torch.promote_types(grad.dtype, torch.float32)  # half precision would round at every rank
         total = grad.to(wide, copy=True, memory_format=torch.contiguous_format)  # all_reduce writes in place
         dist.all_reduce(total, group=ctx.group)

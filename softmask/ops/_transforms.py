@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -40,6 +41,10 @@ def has_values(tensor: Tensor) -> bool:
     return plain and tensor.device.type == "cpu" and not _functorch.is_functorch_wrapped_tensor(tensor)
 
 
+@overload
+def saveable(value: Tensor) -> Tensor: ...
+@overload
+def saveable(value: object) -> object: ...
 def saveable(value: object) -> object:
     """As it is, or a copy of a tensor made in inference mode, which autograd refuses to keep for a backward pass."""
     if not isinstance(value, Tensor) or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
@@ -47,6 +52,12 @@ def saveable(value: object) -> object:
     return value.clone() if value.is_inference() else value
 
 
+@overload
+def constant(value: Tensor) -> Tensor: ...
+@overload
+def constant(value: float) -> float: ...
+@overload
+def constant(value: None) -> None: ...
 def constant(value: Tensor | float | None) -> Tensor | float | None:
     """What takes no gradient and carries no tangent, by any backend."""
     return value.detach() if isinstance(value, Tensor) else value

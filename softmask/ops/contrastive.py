@@ -45,12 +45,12 @@ def focal_contrastive_loss(
     Source: CLIP (arXiv 2103.00020), focal factor of arXiv 1708.02002 as in SoftMask++ (arXiv 2304.00719).
     """
     logit_scale, gamma = check_features(image, text, logit_scale, gamma=gamma, ids=ids, reduction=reduction)
-    columns = {}
-    if group is not None:  # one collective for both
+    all_image = all_text = all_ids = None
+    if group is not None:
         check_alike("focal_contrastive_loss", "image, text", group, image, ids, text)
+        # One collective gathers both.
         all_image, all_text = gather_rows(torch.cat([image, text], -1), group).split(image.shape[1], -1)
-        columns = {"all_image": all_image, "all_text": all_text, "first_row": first_row(image, group)}
-        columns["all_ids"] = None if ids is None else gather_rows_no_grad(ids, group)
+        all_ids = None if ids is None else gather_rows_no_grad(ids, group)
     return run(
         "focal_contrastive_loss",
         reference.focal_contrastive_loss,
@@ -61,8 +61,11 @@ def focal_contrastive_loss(
         floating=(image, text),
         gamma=gamma,
         ids=ids,
+        all_image=all_image,
+        all_text=all_text,
+        all_ids=all_ids,
+        first_row=0 if group is None else first_row(image, group),
         reduction=reduction,
-        **columns,
     )
 
 
@@ -85,9 +88,8 @@ def check_features(
         _checks.shape("ids", ids, (len(image),))
         _checks.dtype("ids", ids, (torch.int64,))
     _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
-    return _checks.scalar("logit_scale", logit_scale, or_one_element=True), constant(
-        _checks.scalar("gamma", gamma, least=0.0)
-    )
+    gamma = constant(_checks.scalar("gamma", gamma, least=0.0))
+    return _checks.scalar("logit_scale", logit_scale, or_one_element=True), gamma
 
 
 class FocalContrastiveLoss(OverRanks):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -64,13 +67,11 @@ def momentum_contrastive_loss(
     logit_scale, gamma = check_features(image, text, logit_scale, gamma=gamma, ids=ids, reduction=reduction)
     _check_keys(image, image_teacher, text_teacher, image_queue, text_queue)
     _check_queue_ids(image_queue, ids, queue_ids)
-    columns = {}
+    all_image_teacher = all_text_teacher = all_ids = None
     if group is not None:
         check_alike("momentum_contrastive_loss", "image_teacher, text_teacher", group, image_teacher, ids, image, text)
-        teachers = _gather_pair(image_teacher, text_teacher, group)
-        columns = {"all_image_teacher": teachers[0], "all_text_teacher": teachers[1]}
-        columns["all_ids"] = None if ids is None else gather_rows_no_grad(ids, group)
-        columns["first_row"] = first_row(image, group)
+        all_image_teacher, all_text_teacher = _gather_pair(image_teacher, text_teacher, group)
+        all_ids = None if ids is None else gather_rows_no_grad(ids, group)
     return run(
         "momentum_contrastive_loss",
         reference.momentum_contrastive_loss,
@@ -87,14 +88,18 @@ def momentum_contrastive_loss(
         gamma=gamma,
         ids=ids,
         queue_ids=queue_ids,
+        all_image_teacher=all_image_teacher,
+        all_text_teacher=all_text_teacher,
+        all_ids=all_ids,
+        first_row=0 if group is None else first_row(image, group),
         reduction=reduction,
-        **columns,
     )
 
 
 def _gather_pair(image: Tensor, text: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
     """One collective for both."""
-    return gather_rows_no_grad(torch.cat([image, text], -1), group).split(image.shape[1], -1)
+    all_image, all_text = gather_rows_no_grad(torch.cat([image, text], -1), group).split(image.shape[1], -1)
+    return all_image, all_text
 
 
 def _check_keys(
@@ -105,7 +110,7 @@ def _check_keys(
         _checks.dtype(name, teacher)
     if (image_queue is None) != (text_queue is None):
         _checks.fail("image_queue, text_queue", "both or neither", "one")
-    if image_queue is not None:
+    if image_queue is not None and text_queue is not None:
         _checks.shape("image_queue", image_queue, ("K", image.shape[1]))
         _checks.shape("text_queue", text_queue, tuple(image_queue.shape))
         _checks.dtype("image_queue", image_queue)
@@ -136,6 +141,11 @@ class MomentumContrastiveLoss(OverRanks):
         queue_size: K; 0 = no queue.
         alpha, gamma, reduction, group: as in :func:`momentum_contrastive_loss`; forward may override alpha.
     """
+
+    image_queue: Tensor
+    text_queue: Tensor
+    queue_ids: Tensor
+    queue_pointer: Tensor
 
     def __init__(
         self,
@@ -170,10 +180,10 @@ class MomentumContrastiveLoss(OverRanks):
         self.queue_ids.fill_(NO_ID)
         self.queue_pointer.zero_()
 
-    def _apply(self, *arguments, **options) -> MomentumContrastiveLoss:
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> MomentumContrastiveLoss:
         """A queue made on "meta" is filled when it gets its memory: `to_empty` would leave garbage."""
         had_none = self.queue_pointer.is_meta
-        super()._apply(*arguments, **options)
+        super()._apply(fn, recurse)
         if had_none and not self.queue_pointer.is_meta:
             self.reset_parameters()
         return self

@@ -66,10 +66,9 @@ def word_attention(
     keys = key.shape[2]
     _checks.whole("num_prefix_tokens", num_prefix_tokens, least=0, most=keys - 1, of=f"of the {keys} keys")
     _checks.positions("word_index", word_index, least=-1, size=query.shape[2])
-    floating = (query, key, value, grad_output, value_bias)
     if not differentiable:
-        floating = tuple(map(constant, floating))
-    query, key, value, grad_output, value_bias = floating
+        query, key = constant(query), constant(key)
+        value, grad_output, value_bias = constant(value), constant(grad_output), constant(value_bias)
     return run(
         "word_attention",
         reference.word_attention,
@@ -77,7 +76,7 @@ def word_attention(
         query,
         key,
         word_index,
-        floating=floating,
+        floating=(query, key, value, grad_output, value_bias),
         value=value,
         grad_output=grad_output,
         value_bias=value_bias,
@@ -105,12 +104,12 @@ def _check(
     _checks.dtype("word_index", word_index, (torch.int64,))
     if (value is None) != (grad_output is None):
         _checks.fail("value, grad_output", "both or neither", "grad_output alone" if value is None else "value alone")
-    if value_bias is not None and value is None:
-        _checks.fail("value_bias", "None where no value is given", list(value_bias.shape))
     if value is not None:
         _checks.shape("value", value, (batch, heads, key.shape[2], "V"), V="feature")
         _checks.shape("grad_output", grad_output, (batch, heads, length, value.shape[3]))
     if value_bias is not None:
+        if value is None:
+            _checks.fail("value_bias", "None where no value is given", list(value_bias.shape))
         _checks.shape("value_bias", value_bias, (heads, value.shape[3]))
     if key_padding_mask is not None:
         _checks.shape("key_padding_mask", key_padding_mask, (batch, key.shape[2]))
