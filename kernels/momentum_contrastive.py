@@ -260,9 +260,15 @@ def forward(
 
 
 def backward(
-    grad: Tensor, image: Tensor, scale: Tensor, at_scale: Tensor, image_gradients: Tensor, text_gradients: Tensor
+    grad: Tensor,
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    at_scale: Tensor,
+    image_gradients: Tensor,
+    text_gradients: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of image, text, both of image's type, and scale."""
+    """Gradients of image, text and scale."""
     rows, width = image.shape
     found = [tuple(one.shape) for one in (image_gradients, text_gradients)]
     if found != [(rows, width)] * 2:

@@ -45,6 +45,32 @@ struct Problem {
     for (int64_t s = 0; s < subtokens; ++s) count += index[(b * words + w) * subtokens + s] >= 0;
     return count;
   }
+
+  SOFTMASK_INLINE int64_t rows() const { return words * subtokens; }
+
+  SOFTMASK_INLINE bool ignores_all(int64_t b) const {
+    const bool* ignored = ignored_of(b);
+    return ignored != nullptr &&
+           std::all_of(ignored, ignored + patches, [](bool one) { return one; });
+  }
+};
+
+// What the forward pass keeps for the gradient, [1 or 2, B, H, W S, pitch]: the words' rows of the
+// attention and, for Grad-CAM, of the gradient at it. Null if nothing is kept.
+template <typename T>
+struct Kept {
+  T *attention = nullptr, *gradient = nullptr;
+  int64_t pitch = 0;
+
+  Kept() = default;
+  explicit Kept(const at::Tensor& kept) : pitch(kept.size(-1)) {
+    if constexpr (std::is_const_v<T>) {
+      attention = kept.const_data_ptr<std::remove_const_t<T>>();
+    } else {
+      attention = kept.mutable_data_ptr<T>();
+    }
+    if (kept.size(0) == 2) gradient = attention + kept.numel() / 2;
+  }
 };
 
 // What one row of one head needs: converted rows, the softmax, the gradient at the attention, and a
@@ -111,18 +137,22 @@ SOFTMASK_INLINE bool load_row(const Problem<scalar_t>& problem, const Scratch<ac
 struct AddMaps {
   template <int Bytes, typename scalar_t, typename acc_t>
   static SOFTMASK_INLINE void run(const Problem<scalar_t>& problem, const Scratch<acc_t>& scratch,
-                                  int64_t b, int64_t first, int64_t last, acc_t* maps) {
+                                  const Kept<acc_t>& kept, int64_t b, int64_t first, int64_t last,
+                                  acc_t* maps) {
     const int64_t size = problem.patches - problem.prefix;
-    const acc_t* attention = scratch.attention + problem.prefix;
-    const acc_t* gradient = scratch.gradient + problem.prefix;
+    Scratch<acc_t> own = scratch;
     for (int64_t i = 0; i < (last - first) * size; ++i) maps[i] = 0;
     for (int64_t h = 0; h < problem.heads; ++h) {
       for (int64_t row = first * problem.subtokens; row < last * problem.subtokens; ++row) {
-        const int64_t token = problem.index[b * problem.words * problem.subtokens + row];
-        if (token < 0 || !load_row<Bytes>(problem, scratch, b, h, token)) continue;
+        const int64_t token = problem.index[b * problem.rows() + row];
+        const int64_t place = ((b * problem.heads + h) * problem.rows() + row) * kept.pitch;
+        if (kept.attention != nullptr) own.attention = kept.attention + place;
+        if (kept.gradient != nullptr) own.gradient = kept.gradient + place;
+        if (token < 0 || !load_row<Bytes>(problem, own, b, h, token)) continue;
         acc_t* map = maps + (row / problem.subtokens - first) * size;
+        const acc_t* attention = own.attention + problem.prefix;
         if (problem.gradcam) {
-          add_gradcam<Bytes>(map, attention, gradient, size);
+          add_gradcam<Bytes>(map, attention, own.gradient + problem.prefix, size);
         } else {
           for (int64_t p = 0; p < size; ++p) map[p] += attention[p];
         }
@@ -161,32 +191,36 @@ struct Gradients {
 struct AddGradients {
   template <int Bytes, typename scalar_t, typename acc_t>
   static SOFTMASK_INLINE void run(const Problem<scalar_t>& problem, const Scratch<acc_t>& scratch,
-                                  int64_t b, const acc_t* grad, acc_t* at_logits,
-                                  const Gradients<acc_t>& to) {
+                                  const Kept<const acc_t>& kept, int64_t b, const acc_t* grad,
+                                  acc_t* at_logits, const Gradients<acc_t>& to) {
+    if (problem.ignores_all(b)) return;
     const int64_t size = problem.patches - problem.prefix;
     const bool* ignore = problem.ignored_of(b);
     for (int64_t h = 0; h < problem.heads; ++h) {
-      for (int64_t row = 0; row < problem.words * problem.subtokens; ++row) {
-        const int64_t token = problem.index[b * problem.words * problem.subtokens + row];
-        if (token < 0 || !load_row<Bytes>(problem, scratch, b, h, token)) continue;
+      for (int64_t row = 0; row < problem.rows(); ++row) {
+        const int64_t token = problem.index[b * problem.rows() + row];
+        if (token < 0) continue;
+        const int64_t place = ((b * problem.heads + h) * problem.rows() + row) * kept.pitch;
+        const acc_t *attention = kept.attention + place, *gradient = kept.gradient + place;
+        simd::convert(scratch.query, problem.query.at(b, h, token), problem.width);
+        if (problem.gradcam) {
+          simd::convert(scratch.grad_output, problem.grad_output.at(b, h, token),
+                        problem.value_width);
+        }
         const int64_t w = row / problem.subtokens;
         const acc_t share = 1 / static_cast<acc_t>(problem.heads * problem.subtokens_of(b, w));
         for (int64_t p = 0; p < problem.patches; ++p) {
           const bool shown = p >= problem.prefix && (ignore == nullptr || !ignore[p]);
           const acc_t upstream = shown ? grad[w * size + p - problem.prefix] * share : acc_t(0);
-          const acc_t gate = !problem.gradcam          ? acc_t(1)
-                             : scratch.gradient[p] < 0 ? acc_t(0)
-                                                       : scratch.gradient[p];
-          at_logits[p] = upstream * gate * scratch.attention[p];  // A dA
-          // From here on `gradient` is the gradient at dO (v + bias)^T.
-          if (problem.gradcam) {
-            scratch.gradient[p] =
-                scratch.gradient[p] > 0 ? upstream * scratch.attention[p] : acc_t(0);
+          const acc_t gate = !problem.gradcam ? acc_t(1) : gradient[p] < 0 ? acc_t(0) : gradient[p];
+          at_logits[p] = upstream * gate * attention[p];  // A dA
+          if (problem.gradcam) {                          // the gradient at dO (v + bias)^T
+            scratch.gradient[p] = gradient[p] > 0 ? upstream * attention[p] : acc_t(0);
           }
         }
         const acc_t total = simd::sum<Bytes>(at_logits, problem.patches);
         for (int64_t p = 0; p < problem.patches; ++p) {
-          at_logits[p] = (at_logits[p] - scratch.attention[p] * total) * problem.scale;
+          at_logits[p] = (at_logits[p] - attention[p] * total) * problem.scale;
           if (ignore != nullptr && ignore[p]) continue;
           simd::add_scaled(to.key.at(b, h, p), scratch.query, at_logits[p], problem.width);
         }
@@ -222,6 +256,7 @@ struct AddGradients {
 
 // The arguments, made readable by the kernels.
 struct Inputs {
+  at::ScalarType type;  // of query, key, value and grad_output
   at::Tensor query, key, word_index, value, grad_output, bias, ignore;
   double scale;
   int64_t prefix;
@@ -230,8 +265,10 @@ struct Inputs {
          const OptionalTensor& value, const OptionalTensor& grad_output,
          const OptionalTensor& value_bias, const OptionalTensor& key_padding_mask, double scale,
          int64_t prefix)
-      : query(dense_rows(query)),
-        key(dense_rows(key)),
+      : type(has_type(value_bias, at::kDouble) ? at::kDouble
+                                               : common_type(query, key, value, grad_output)),
+        query(dense_rows(query.to(type))),
+        key(dense_rows(key.to(type))),
         word_index(word_index.contiguous()),
         scale(scale),
         prefix(prefix) {
@@ -245,12 +282,14 @@ struct Inputs {
                       key.size(2), " keys, got ", prefix);
     check_range();
     if (value.has_value()) {
-      this->value = dense_rows(*value);
-      this->grad_output = dense_rows(*grad_output);
+      this->value = dense_rows(value->to(type));
+      this->grad_output = dense_rows(grad_output->to(type));
     }
-    if (value_bias.has_value()) bias = value_bias->to(compute_type(query)).contiguous();
+    if (value_bias.has_value()) bias = value_bias->to(accumulated()).contiguous();
     if (key_padding_mask.has_value()) ignore = key_padding_mask->contiguous();
   }
+
+  at::ScalarType accumulated() const { return type == at::kDouble ? at::kDouble : at::kFloat; }
 
   void check_range() const {
     const int64_t* index = word_index.const_data_ptr<int64_t>();
@@ -285,11 +324,14 @@ struct Inputs {
 };
 
 template <typename scalar_t>
-void forward_kernel(const Inputs& inputs, Normalize mode, at::Tensor& maps) {
+void forward_kernel(const Inputs& inputs, Normalize mode, const at::Tensor& maps,
+                    const at::Tensor& raw, const at::Tensor& kept_rows) {
   using acc_t = at::opmath_type<scalar_t>;
   const Problem<scalar_t> problem = inputs.problem<scalar_t>();
   const int64_t size = problem.patches - problem.prefix, words = problem.words;
   acc_t* out = maps.mutable_data_ptr<acc_t>();
+  acc_t* unnormalized = raw.numel() > 0 ? raw.mutable_data_ptr<acc_t>() : nullptr;
+  const Kept<acc_t> kept = kept_rows.numel() > 0 ? Kept<acc_t>(kept_rows) : Kept<acc_t>();
   at::parallel_for(0, problem.batch * words, 1, [&](int64_t begin, int64_t end) {
     auto memory = Scratch<acc_t>::memory(problem.width, problem.value_width, problem.patches);
     const Scratch<acc_t> scratch(memory, problem.width, problem.value_width, problem.patches);
@@ -297,7 +339,9 @@ void forward_kernel(const Inputs& inputs, Normalize mode, at::Tensor& maps) {
       int64_t b = at / words, first = at % words;
       int64_t last = std::min(words, first + end - at);
       acc_t* map = out + at * size;
-      simd::run<AddMaps>(problem, scratch, b, first, last, map);
+      simd::run<AddMaps>(problem, scratch, kept, b, first, last, map);
+      if (unnormalized != nullptr)
+        std::copy_n(map, (last - first) * size, unnormalized + at * size);
       for (int64_t w = first; w < last; ++w, ++at, map += size) {
         if (mode == Normalize::kNone) continue;
         const Normalizer norm(map, size, mode);
@@ -309,11 +353,14 @@ void forward_kernel(const Inputs& inputs, Normalize mode, at::Tensor& maps) {
 
 template <typename scalar_t>
 void backward_kernel(const Inputs& inputs, Normalize mode, const at::Tensor& grad,
+                     const at::Tensor& raw, const at::Tensor& kept_rows,
                      const std::vector<at::Tensor>& outputs) {
   using acc_t = at::opmath_type<scalar_t>;
   const Problem<scalar_t> problem = inputs.problem<scalar_t>();
   const int64_t size = problem.patches - problem.prefix, words = problem.words;
   const acc_t* upstream = grad.const_data_ptr<acc_t>();
+  const acc_t* unnormalized = mode == Normalize::kNone ? nullptr : raw.const_data_ptr<acc_t>();
+  const Kept<const acc_t> kept(kept_rows);
   Gradients<acc_t> to{rows_of<acc_t>(outputs[0]), rows_of<acc_t>(outputs[1]), {}, {}, nullptr};
   if (problem.gradcam) {
     to.value = rows_of<acc_t>(outputs[2]);
@@ -323,68 +370,78 @@ void backward_kernel(const Inputs& inputs, Normalize mode, const at::Tensor& gra
   at::parallel_for(0, problem.batch, 1, [&](int64_t begin, int64_t end) {
     auto memory = Scratch<acc_t>::memory(problem.width, problem.value_width, problem.patches);
     const Scratch<acc_t> scratch(memory, problem.width, problem.value_width, problem.patches);
-    std::vector<acc_t> map(words * size), at_map(words * size), at_logits(problem.patches);
+    std::vector<acc_t> at_map(words * size), at_logits(problem.patches);
     std::vector<double> wide(size);
     for (int64_t b = begin; b < end; ++b) {
       std::copy_n(upstream + b * words * size, words * size, at_map.begin());
-      if (mode != Normalize::kNone) {
-        int64_t first = 0, last = words;
-        acc_t* raw = map.data();
-        simd::run<AddMaps>(problem, scratch, b, first, last, raw);
-        for (int64_t w = 0; w < words; ++w) {
-          acc_t* g = at_map.data() + w * size;
-          std::copy_n(g, size, wide.begin());
-          Normalizer(raw + w * size, size, mode).backward(raw + w * size, wide.data(), size);
-          std::copy_n(wide.begin(), size, g);
-        }
+      for (int64_t w = 0; w < words && mode != Normalize::kNone; ++w) {
+        const acc_t* map = unnormalized + (b * words + w) * size;
+        acc_t* g = at_map.data() + w * size;
+        std::copy_n(g, size, wide.begin());
+        Normalizer(map, size, mode).backward(map, wide.data(), size);
+        std::copy_n(wide.begin(), size, g);
       }
       const acc_t* g = at_map.data();
       acc_t* logits = at_logits.data();
-      simd::run<AddGradients>(problem, scratch, b, g, logits, to);
+      simd::run<AddGradients>(problem, scratch, kept, b, g, logits, to);
     }
   });
 }
 
-at::Tensor word_attention(const at::Tensor& query, const at::Tensor& key,
-                          const at::Tensor& word_index, const OptionalTensor& value,
-                          const OptionalTensor& grad_output, const OptionalTensor& value_bias,
-                          const OptionalTensor& key_padding_mask, double scale,
-                          int64_t num_prefix_tokens, std::string_view normalize) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> word_attention(
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& word_index,
+    const OptionalTensor& value, const OptionalTensor& grad_output,
+    const OptionalTensor& value_bias, const OptionalTensor& key_padding_mask, double scale,
+    int64_t num_prefix_tokens, std::string_view normalize, bool keep) {
   const Normalize mode = parse_normalize(normalize);
   const Inputs inputs(query, key, word_index, value, grad_output, value_bias, key_padding_mask,
                       scale, num_prefix_tokens);
-  at::Tensor maps = at::empty({query.size(0), word_index.size(1), key.size(2) - num_prefix_tokens},
-                              query.options().dtype(compute_type(query)));
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, query.scalar_type(), "word_attention",
-                                  [&] { forward_kernel<scalar_t>(inputs, mode, maps); });
-  return maps;
+  const auto options = query.options().dtype(inputs.accumulated());
+  const int64_t keys = key.size(2), rows = word_index.size(1) * word_index.size(2);
+  const at::Tensor maps =
+      at::empty({query.size(0), word_index.size(1), keys - num_prefix_tokens}, options);
+  const at::Tensor nothing = at::empty({0}, options);
+  const at::Tensor raw = keep && mode != Normalize::kNone ? at::empty_like(maps) : nothing;
+  const at::Tensor kept = keep ? at::empty({value.has_value() ? 2 : 1, query.size(0), query.size(1),
+                                            rows, (keys + 15) / 16 * 16},
+                                           options)
+                               : nothing;
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, inputs.type, "word_attention",
+                                  [&] { forward_kernel<scalar_t>(inputs, mode, maps, raw, kept); });
+  return {maps, raw, kept};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> word_attention_backward(
-    const at::Tensor& grad, const at::Tensor& query, const at::Tensor& key,
-    const at::Tensor& word_index, const OptionalTensor& value, const OptionalTensor& grad_output,
-    const OptionalTensor& value_bias, const OptionalTensor& key_padding_mask, double scale,
-    int64_t num_prefix_tokens, std::string_view normalize) {
+    const at::Tensor& grad, const at::Tensor& raw, const at::Tensor& kept, const at::Tensor& query,
+    const at::Tensor& key, const at::Tensor& word_index, const OptionalTensor& value,
+    const OptionalTensor& grad_output, const OptionalTensor& value_bias,
+    const OptionalTensor& key_padding_mask, double scale, int64_t num_prefix_tokens,
+    std::string_view normalize) {
   const Normalize mode = parse_normalize(normalize);
   const Inputs inputs(query, key, word_index, value, grad_output, value_bias, key_padding_mask,
                       scale, num_prefix_tokens);
-  const auto options = query.options().dtype(compute_type(query));
-  const bool gradcam = value.has_value();
-  const std::vector<at::Tensor> sums = {
-      at::zeros(query.sizes(), options), at::zeros(key.sizes(), options),
-      gradcam ? at::zeros(value->sizes(), options) : at::empty({0}, options),
-      gradcam ? at::zeros(grad_output->sizes(), options) : at::empty({0}, options),
+  TORCH_CHECK_VALUE(kept.dim() == 5 && (mode == Normalize::kNone || raw.sizes() == grad.sizes()),
+                    "raw, kept: expected what word_attention returns with keep=True, got shapes ",
+                    raw.sizes(), ", ", kept.sizes());
+  const auto options = query.options().dtype(inputs.accumulated());
+  const auto zeros_like = [&](const OptionalTensor& tensor) {
+    return tensor.has_value() ? at::zeros(tensor->sizes(), options) : at::empty({0}, options);
+  };
+  const at::Tensor by_caption =
       value_bias.has_value()
           ? at::zeros({query.size(0), query.size(1), value_bias->size(1)}, options)
-          : at::empty({0}, options)};
-  const at::Tensor upstream = grad.to(compute_type(query)).contiguous();
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, query.scalar_type(),
-                                  "word_attention_backward",
-                                  [&] { backward_kernel<scalar_t>(inputs, mode, upstream, sums); });
-  const at::ScalarType type = query.scalar_type();
-  const at::Tensor bias =
-      value_bias.has_value() ? sums[4].sum(0).to(value_bias->scalar_type()) : sums[4].to(type);
-  return {sums[0].to(type), sums[1].to(type), sums[2].to(type), sums[3].to(type), bias};
+          : at::empty({0}, options);
+  const std::vector<at::Tensor> sums = {zeros_like(query), zeros_like(key), zeros_like(value),
+                                        zeros_like(grad_output), by_caption};
+  const at::Tensor upstream = grad.to(inputs.accumulated()).contiguous();
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, inputs.type, "word_attention_backward",
+      [&] { backward_kernel<scalar_t>(inputs, mode, upstream, raw, kept, sums); });
+  const auto as = [&](const at::Tensor& sum, const OptionalTensor& like) {
+    return sum.to(like.value_or(query).scalar_type());
+  };
+  return {as(sums[0], query), as(sums[1], key), as(sums[2], value), as(sums[3], grad_output),
+          as(value_bias.has_value() ? by_caption.sum(0) : by_caption, value_bias)};
 }
 
 }  // namespace
