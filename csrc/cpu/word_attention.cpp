@@ -71,6 +71,12 @@ struct Kept {
     }
     if (kept.size(0) == 2) gradient = attention + kept.numel() / 2;
   }
+
+  // Zeros from column `first` of the row at `place`: nothing returned is uninitialized.
+  SOFTMASK_INLINE void blank_from(int64_t place, int64_t first) const {
+    if (attention != nullptr) std::fill_n(attention + place + first, pitch - first, T(0));
+    if (gradient != nullptr) std::fill_n(gradient + place + first, pitch - first, T(0));
+  }
 };
 
 // What one row of one head needs: converted rows, the softmax, the gradient at the attention, and a
@@ -148,7 +154,9 @@ struct AddMaps {
         const int64_t place = ((b * problem.heads + h) * problem.rows() + row) * kept.pitch;
         if (kept.attention != nullptr) own.attention = kept.attention + place;
         if (kept.gradient != nullptr) own.gradient = kept.gradient + place;
-        if (token < 0 || !load_row<Bytes>(problem, own, b, h, token)) continue;
+        const bool live = token >= 0 && load_row<Bytes>(problem, own, b, h, token);
+        kept.blank_from(place, live ? problem.patches : 0);
+        if (!live) continue;
         acc_t* map = maps + (row / problem.subtokens - first) * size;
         const acc_t* attention = own.attention + problem.prefix;
         if (problem.gradcam) {
