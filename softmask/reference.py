@@ -1,10 +1,10 @@
-"""Every op of softmask in plain PyTorch: the definition that all backends are held to, and the fallback.
+"""Every op in plain PyTorch: the definition that all backends are tested against, and the fallback.
 
 Shapes: B captions or images, T text tokens, P image tokens (prefix tokens such as CLS first), N pairs, H heads, E head
 width, D feature width, W words, S sub-word tokens of a word, K queue length, G rows of the batch over all ranks.
 
-All arithmetic is fp32, or fp64 where an input is fp64, also under autocast. Nothing here checks its arguments: that is
-the work of ``softmask.ops``, which also gathers features over ranks. Nothing but torch is imported.
+Everything is computed in fp32, or fp64 if an input is fp64, also under autocast. ``softmask.ops`` checks the arguments
+and gathers features across ranks.
 """
 
 from __future__ import annotations
@@ -43,13 +43,11 @@ def word_attention(
     int64, -1 pads; key_padding_mask [B, P] bool, True = ignore. Returns [B, W, P - num_prefix_tokens], fp32 (fp64 for
     fp64 inputs). A word of only -1 and a row without any key give zeros.
 
-    Source: ALBEF's Grad-CAM of the cross-attention (Li et al. 2021, arXiv 2107.07651), used inside a training step by
-    SoftMask++ (Park & Han, CVPR 2023, arXiv 2304.00719).
+    Source: Grad-CAM of ALBEF (arXiv 2107.07651), in the training step as in SoftMask++ (arXiv 2304.00719).
     """
     dtype = _compute_dtype(query, key, value, grad_output, value_bias)
     index = word_index if word_index.dim() == 3 else word_index.unsqueeze(-1)  # [B, W, S]
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    autocast = _autocasts(query)
+    scale, autocast = query.shape[-1] ** -0.5 if scale is None else scale, _autocasts(query)
     with _no_autocast(query):
         key = _unread(key, key_padding_mask)
         logits = _product(_rows(query, index).to(dtype), key.to(dtype).mT, autocast) * scale  # [B, H, W*S, P]
@@ -181,9 +179,8 @@ def momentum_contrastive_loss(
         positives = _positive_share(len(image), columns, first_row, ids, key_ids, like=image_teacher)
 
         def side(query: Tensor, teacher: Tensor, batch: Tensor, queue: Tensor | None) -> Tensor:  # [B]
-            keys = [
-                one.detach().to(dtype) for one in (batch, queue) if one is not None
-            ]  # apart: joining copies the queue
+            # Kept apart, because joining them would copy the queue.
+            keys = [one.detach().to(dtype) for one in (batch, queue) if one is not None]
             fixed_scale = logit_scale.detach() if isinstance(logit_scale, Tensor) else logit_scale
             soft = (fixed_scale * torch.cat([teacher @ part.T for part in keys], -1)).softmax(-1)
             logits = logit_scale * torch.cat([_product(query, part.T, autocast) for part in keys], -1)
@@ -302,8 +299,7 @@ def _no_autocast(tensor: Tensor) -> torch.autocast:
 
 
 class _Fp32Product(torch.autograd.Function):
-    """a @ b whose gradient autocast does not reach: it is on there where `backward` is called under it, and wherever
-    torch.compile traced a forward under it."""
+    """a @ b with a gradient outside autocast, which is active if `backward` is called, or was traced, under it."""
 
     @staticmethod
     def forward(a: Tensor, b: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""Rows of all ranks of a process group, with gradient, and the group as a part of a module.
+"""Gathers rows across a process group with gradients, and stores the group in a module.
 
-Convention: the loss is the mean over the local rows, and the engine (DDP, ZeRO) averages the parameters' gradients over
-ranks. Summing the gathered rows' gradients over ranks in backward then makes the average exact for the global batch.
-Every rank must hold the same number of rows, which is checked: collectives of other sizes hang, or mix up rows.
+The loss is the mean over local rows, and the engine (DDP, ZeRO) averages the parameters' gradients over ranks. Summing
+the gathered rows' gradients over ranks in the backward pass makes that average exact for the global batch. All ranks
+must hold the same number of rows. This is checked, because collectives of unequal sizes hang or mix up rows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from softmask.ops import _checks, _transforms
 
 
 class GroupShared:
-    """Holds a module's process group, which copies of the module share and which no file can hold."""
+    """Holds a module's process group: shared by copies of the module, left out of files."""
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.group = group
@@ -41,7 +41,7 @@ def _without_group(had_one: bool) -> GroupShared:
 
 
 class OverRanks(nn.Module):
-    """A loss over the rows of all ranks of `group`; None: of this process alone."""
+    """A loss over the rows of all ranks of `group`, or of this process if it is None."""
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class OverRanks(nn.Module):
 def check_alike(
     op: str, name: str, group: dist.ProcessGroup, rows: Tensor, ids: Tensor | None, *others: Tensor
 ) -> None:
-    """Raises on every rank where they do not bring as many rows [B, D] of one type, all with ids or all without."""
+    """Raise on every rank if ranks differ in the shape [B, D] or dtype of rows, or in whether they pass ids."""
     acting = _transforms.acting_on((rows, *others))
     if acting is not None:
         raise RuntimeError(f"{op}: group= has no rule for {acting}; gather the features first and leave group out")

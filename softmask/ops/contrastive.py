@@ -29,18 +29,18 @@ def focal_contrastive_loss(
 
     Args:
         image, text: [B, D], L2-normalized rows; fp32, fp16, bf16 or fp64.
-        logit_scale: 1 / temperature; float or tensor of one element.
-        gamma: focal exponent >= 0, float or 0-dim tensor, a constant; 0 is exactly cross-entropy.
-        ids: [B] int64; rows of equal ids are positives of each other and share the target mass.
-        group: process group; columns are then the features of all its ranks, gathered with gradient. Every rank must
-            bring the same B. Gradients are exact for the global batch once the engine averages them over ranks.
-        reduction: "mean" or "sum" over the local rows, or "none": [B], the mean of both directions.
+        logit_scale: 1 / temperature; a float or a one-element tensor.
+        gamma: focal exponent >= 0, a float or 0-dim tensor without gradient; 0 is exactly cross-entropy.
+        ids: [B] int64; rows with equal ids are positives of each other and share the target mass evenly.
+        group: process group; the columns are then the features of all ranks, gathered with gradient. B must be equal
+            on all ranks. Gradients are exact for the global batch once the engine averages them over ranks.
+        reduction: "mean" or "sum" over the local rows, or "none" for [B], the mean of both directions.
 
     Returns:
         The loss, fp32 (fp64 for fp64 inputs), differentiable in image, text and logit_scale. An empty batch gives 0.
 
     Raises:
-        ValueError: an argument does not fit; the text names it, what was expected and what came.
+        ValueError: an argument is invalid; the message states what was expected and what was given.
 
     Source: CLIP (arXiv 2103.00020), focal factor of arXiv 1708.02002 as in SoftMask++ (arXiv 2304.00719).
     """
@@ -78,7 +78,7 @@ def check_features(
     ids: Tensor | None,
     reduction: str,
 ) -> tuple[Tensor | float, Tensor | float]:
-    """What both contrastive losses ask of their common arguments; logit_scale and gamma as they take them."""
+    """Check the arguments shared by both contrastive losses. Returns logit_scale and gamma ready for use."""
     _checks.shape("image", image, ("B", "D"), D="feature")
     _checks.shape("text", text, tuple(image.shape))
     _checks.dtype("image", image)
@@ -93,7 +93,7 @@ def check_features(
 
 
 class FocalContrastiveLoss(OverRanks):
-    """:func:`focal_contrastive_loss` as a layer without parameters. Copies share the group; files are without it."""
+    """:func:`focal_contrastive_loss` as a layer without parameters. Copies share the group; saved files omit it."""
 
     def __init__(self, *, gamma: float = 0.0, group: dist.ProcessGroup | None = None, reduction: str = "mean") -> None:
         super().__init__(group)
