@@ -81,6 +81,8 @@ def _source_of_3_2(one: Launch, signature: dict, constants: dict[Path, Any], div
     """In 3.2 constants have types too: that of a pointer for None, and none for declared constants."""
     from triton.backends.compiler import AttrsDescriptor
 
+    if any(isinstance(one_type, tuple) for one_type in signature.values()):
+        raise TypeError(f"{one.kernel.__name__}: Triton 3.2 takes no tuples as arguments of kernels")
     names = [parameter.name for parameter in one.kernel.params]
     types = {
         parameter.name: {"constexpr": "*i8" if one.arguments[parameter.name] is None else "i32"}.get(
