@@ -1,13 +1,15 @@
-"""Every op of softmask in plain PyTorch: the definition that all backends are held to, and the fallback.
+"""Every op in plain PyTorch: the definition that all backends are tested against, and the fallback.
 
 Shapes: B captions or images, T text tokens, P image tokens (prefix tokens such as CLS first), N pairs, H heads, E head
 width, D feature width, W words, S sub-word tokens of a word, K queue length, G rows of the batch over all ranks.
 
-All arithmetic is fp32, or fp64 where an input is fp64, also under autocast. Nothing here checks its arguments: that is
-the work of ``softmask.ops``, which also gathers features over ranks. Nothing but torch is imported.
+Everything is computed in fp32, or fp64 if an input is fp64, also under autocast. ``softmask.ops`` checks the arguments
+and gathers features across ranks.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,19 +43,18 @@ def word_attention(
     int64, -1 pads; key_padding_mask [B, P] bool, True = ignore. Returns [B, W, P - num_prefix_tokens], fp32 (fp64 for
     fp64 inputs). A word of only -1 and a row without any key give zeros.
 
-    Source: ALBEF's Grad-CAM of the cross-attention (Li et al. 2021, arXiv 2107.07651), used inside a training step by
-    SoftMask++ (Park & Han, CVPR 2023, arXiv 2304.00719).
+    Source: Grad-CAM of ALBEF (arXiv 2107.07651), in the training step as in SoftMask++ (arXiv 2304.00719).
     """
     dtype = _compute_dtype(query, key, value, grad_output, value_bias)
     index = word_index if word_index.dim() == 3 else word_index.unsqueeze(-1)  # [B, W, S]
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    autocast = _autocasts(query)
+    scale, autocast = query.shape[-1] ** -0.5 if scale is None else scale, _autocasts(query)
     with _no_autocast(query):
-        key, value = (_unread(one, key_padding_mask) for one in (key, value))
+        key = _unread(key, key_padding_mask)
         logits = _product(_rows(query, index).to(dtype), key.to(dtype).mT, autocast) * scale  # [B, H, W*S, P]
         ignore = None if key_padding_mask is None else key_padding_mask[:, None, None]
         maps = _masked_softmax(logits, ignore)[..., num_prefix_tokens:]
-        if grad_output is not None:
+        if grad_output is not None and value is not None:
+            value = _unread(value, key_padding_mask)
             gradient = _rows(grad_output, index).to(dtype)
             gradient_at_maps = _product(gradient, value[:, :, num_prefix_tokens:].to(dtype).mT, autocast)
             if value_bias is not None:  # dO (v + b)^T without a copy of v
@@ -172,14 +173,14 @@ def momentum_contrastive_loss(
         all_image = image_teacher if all_image_teacher is None else all_image_teacher
         all_text = text_teacher if all_text_teacher is None else all_text_teacher
         key_ids = ids if all_ids is None else all_ids
-        key_ids = key_ids if ids is None or queue_ids is None else torch.cat([key_ids, queue_ids])
+        if key_ids is not None and queue_ids is not None:
+            key_ids = torch.cat([key_ids, queue_ids])
         columns = len(all_text) + (0 if text_queue is None else len(text_queue))
         positives = _positive_share(len(image), columns, first_row, ids, key_ids, like=image_teacher)
 
         def side(query: Tensor, teacher: Tensor, batch: Tensor, queue: Tensor | None) -> Tensor:  # [B]
-            keys = [
-                one.detach().to(dtype) for one in (batch, queue) if one is not None
-            ]  # apart: joining copies the queue
+            # Kept apart, because joining them would copy the queue.
+            keys = [one.detach().to(dtype) for one in (batch, queue) if one is not None]
             fixed_scale = logit_scale.detach() if isinstance(logit_scale, Tensor) else logit_scale
             soft = (fixed_scale * torch.cat([teacher @ part.T for part in keys], -1)).softmax(-1)
             logits = logit_scale * torch.cat([_product(query, part.T, autocast) for part in keys], -1)
@@ -298,20 +299,19 @@ def _no_autocast(tensor: Tensor) -> torch.autocast:
 
 
 class _Fp32Product(torch.autograd.Function):
-    """a @ b whose gradient autocast does not reach: it is on there where `backward` is called under it, and wherever
-    torch.compile traced a forward under it."""
+    """a @ b with a gradient outside autocast, which is active if `backward` is called, or was traced, under it."""
 
     @staticmethod
     def forward(a: Tensor, b: Tensor) -> Tensor:
         return a @ b
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
         ctx.save_for_forward(*inputs)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         with _no_autocast(grad):
             return grad @ ctx.saved_tensors[1].mT, ctx.saved_tensors[0].mT @ grad
 
@@ -322,7 +322,7 @@ class _TransformedFp32Product(_Fp32Product):
     generate_vmap_rule = True
 
     @staticmethod
-    def jvp(ctx, a_tangent: Tensor, b_tangent: Tensor) -> Tensor:
+    def jvp(ctx: Any, a_tangent: Tensor, b_tangent: Tensor) -> Tensor:
         return a_tangent @ ctx.saved_tensors[1] + ctx.saved_tensors[0] @ b_tangent
 
 
@@ -347,9 +347,9 @@ def _attention(
     return F.scaled_dot_product_attention(query, key, value, attn_mask=keep, scale=scale)
 
 
-def _unread(tensor: Tensor | None, ignore: Tensor | None) -> Tensor | None:
+def _unread(tensor: Tensor, ignore: Tensor | None) -> Tensor:
     """[B, H, P, E] with zeros at ignored keys [B, P]: a NaN there would come through a probability of 0."""
-    return tensor if tensor is None or ignore is None else tensor.masked_fill(ignore[:, None, :, None], 0.0)
+    return tensor if ignore is None else tensor.masked_fill(ignore[:, None, :, None], 0.0)
 
 
 def _rows(tensor: Tensor, index: Tensor) -> Tensor:
@@ -378,10 +378,10 @@ def _positive_share(
     rows: int, columns: int, first_row: int, ids: Tensor | None, key_ids: Tensor | None, *, like: Tensor
 ) -> Tensor:
     """Target mass [rows, columns]: evenly on the row's positives, the keys of its id (keys beyond key_ids are none)."""
-    if ids is None:
+    if ids is None or key_ids is None:
         row = torch.arange(rows, device=like.device)
         return (row[:, None] + first_row == torch.arange(columns, device=like.device)).to(like.dtype)
-    same = F.pad((ids[:, None] == key_ids).to(like.dtype), (0, columns - len(key_ids)))
+    same = F.pad(ids[:, None].eq(key_ids).to(like.dtype), (0, columns - len(key_ids)))
     return same / same.sum(-1, keepdim=True)
 
 

@@ -158,7 +158,7 @@ def _queued_forward(dtype, D=256, B=64, K=65536, ids=False, columns=False, gradi
 
 def _queued_backward(dtype, D=256) -> None:
     image, per_row, gradients = _empty(64, D, dtype=dtype), _empty(64), _empty(64, D)
-    momentum_contrastive.backward(per_row, image, _number(), per_row, gradients, gradients)
+    momentum_contrastive.backward(per_row, image, image, _number(), per_row, gradients, gradients)
 
 
 QUEUED = [

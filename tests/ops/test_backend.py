@@ -210,7 +210,7 @@ def test_reference_imports_nothing_of_ours() -> None:
     tree = ast.parse(Path(reference.__file__).read_text())
     names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
     names += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    assert {name.split(".")[0] for name in names} == {"__future__", "torch"}
+    assert {name.split(".")[0] for name in names} == {"__future__", "typing", "torch"}
 
 
 def test_broken_extension_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
