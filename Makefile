@@ -115,9 +115,10 @@ $(VENV)/.docs: setup.py constraints.txt | $(READY)
 	@SOFTMASK_SKIP_EXT=1 $(PIP) --no-build-isolation -e '.[docs]'
 	@touch $@
 
-lint: $(READY)  ## check the style of Python and C++
+lint: $(READY)  ## check the style of Python and C++, and types
 	@$(IN_VENV) ruff check -q .
 	@$(IN_VENV) ruff format -q --check . || { echo "lint: make format rewrites the files"; exit 1; }
+	@$(IN_VENV) mypy > build/mypy.log || { cat build/mypy.log >&2; exit 1; }
 	@if [ -n "$(CPP)" ]; then $(IN_VENV) clang-format --dry-run -Werror $(CPP); fi
 
 format: $(READY)  ## format Python and C++
