@@ -201,6 +201,21 @@ def _constants(width: int, queued: bool, *tensors: Tensor) -> tuple[int, int, di
     return options.pop("PROGRAMS"), options.pop("FEWEST"), options
 
 
+def _splits(tiles: int, blocks: int, programs: int, fewest_tiles: int) -> tuple[int, int]:
+    """Tiles of keys in each split, and the number of splits, for about `programs` programs in all."""
+    tiles_of_split = max(triton.cdiv(tiles, max(programs // max(2 * blocks, 1), 1)), fewest_tiles)
+    return tiles_of_split, max(triton.cdiv(tiles, tiles_of_split), 1)
+
+
+def _finish_options(image: Tensor, width: int, block_splits: int) -> dict[str, int]:
+    """Constants of the last launch, BLOCK_COLUMNS among them."""
+    options = config(FINISH, image)
+    if width % 4:  # no vectors: every load has a pointer and a mask in registers
+        options["num_warps"] = 8
+    elements = options.pop("ELEMENTS") // (block_splits * options["BLOCK_ROWS"])
+    return {**options, "BLOCK_COLUMNS": min(triton.next_power_of_2(width), elements), "BLOCK_SPLITS": block_splits}
+
+
 def forward(
     image: Tensor,
     text: Tensor,
@@ -231,8 +246,7 @@ def forward(
     programs, fewest_tiles, options = _constants(width, keys[2] is not None, *typed)
     blocks = triton.cdiv(rows, options["BLOCK_ROWS"])
     tiles = sum(triton.cdiv(number, options["BLOCK_KEYS"]) for number in (count, queue_count))
-    tiles_of_split = max(triton.cdiv(tiles, max(programs // max(2 * blocks, 1), 1)), fewest_tiles)
-    splits = max(triton.cdiv(tiles, tiles_of_split), 1)
+    tiles_of_split, splits = _splits(tiles, blocks, programs, fewest_tiles)
     block_splits = triton.next_power_of_2(splits)
     statistics = _fp32(image, STATISTICS.value, splits, 2, rows)
     terms = _fp32(image, TERMS.value, splits, 2, rows)
@@ -252,16 +266,12 @@ def forward(
         fwd_second_stream_kernel, grid, *tensors, scale, alpha, gamma, ids, key_ids, queue_ids,
         statistics, terms, sums[2], *sizes, *all_strides, BLOCK_SPLITS=block_splits, **options,
     )  # fmt: skip
-    options = config(FINISH, image)
-    if width % 4:  # no vectors: every load has a pointer and a mask in registers
-        options["num_warps"] = 8
-    elements = options.pop("ELEMENTS") // (block_splits * options["BLOCK_ROWS"])
-    block_columns = min(triton.next_power_of_2(width), elements)
-    grid = (triton.cdiv(rows, options["BLOCK_ROWS"]), triton.cdiv(width, block_columns) if gradient else 1)
+    options = _finish_options(image, width, block_splits)
+    columns = triton.cdiv(width, options["BLOCK_COLUMNS"]) if gradient else 1
+    grid = (triton.cdiv(rows, options["BLOCK_ROWS"]), columns)
     launch(
         _fwd_finish_kernel, grid,
-        statistics, terms, *sums, scale, alpha, gamma, loss, at_scale, *gradients, rows, width, splits,
-        BLOCK_COLUMNS=block_columns, BLOCK_SPLITS=block_splits, **options,
+        statistics, terms, *sums, scale, alpha, gamma, loss, at_scale, *gradients, rows, width, splits, **options,
     )  # fmt: skip
     of_image, of_text = (_fp32(image, 0) if gradient is None else gradient for gradient in gradients)
     return loss, at_scale, of_image, of_text

@@ -71,7 +71,7 @@ def _row_tile(of_rows, first_column, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constex
 @triton.jit
 def _keys_at(tile, source, BLOCK_KEYS: tl.constexpr):
     """(matrix of a tile of keys, their places in it, which of them exist, whether it is the batch's)."""
-    keys_ptr, queue_ptr, count, queue_count, row_stride, column_stride, queue_row, queue_column = source
+    keys_ptr, queue_ptr, count, queue_count, keys_strides, queue_strides = source
     first, tiles = tile * BLOCK_KEYS, tl.cdiv(count, BLOCK_KEYS)
     in_batch = tile < tiles
     if keys_ptr.dtype == queue_ptr.dtype:
@@ -79,8 +79,8 @@ def _keys_at(tile, source, BLOCK_KEYS: tl.constexpr):
             keys_ptr = queue_ptr
     first -= tl.where(in_batch, 0, tiles * BLOCK_KEYS)
     count = tl.where(in_batch, count, queue_count)
-    row_stride = tl.where(in_batch, row_stride, queue_row)
-    column_stride = tl.where(in_batch, column_stride, queue_column)
+    row_stride = tl.where(in_batch, keys_strides[0], queue_strides[0])
+    column_stride = tl.where(in_batch, keys_strides[1], queue_strides[1])
     key = first + tl.arange(0, BLOCK_KEYS)
     return (keys_ptr, queue_ptr, in_batch, first, count, row_stride, column_stride), key, key < count, in_batch
 
@@ -151,6 +151,34 @@ def _store_sums(out_ptr, sums, at, live, first_column, WIDTH: tl.constexpr, BLOC
 
 
 @triton.jit
+def _add_tile(sums, logit, teacher_logit):
+    """The sums of both softmaxes after a tile, its exponentials [BLOCK_ROWS, BLOCK_KEYS], and the factors of earlier
+    ones."""
+    highest, total, teacher_highest, teacher_total, spread, cross = sums
+    before, teacher_before = highest, teacher_highest
+    highest, teacher_highest = (
+        tl.maximum(before, tl.max(logit, 1)),
+        tl.maximum(teacher_before, tl.max(teacher_logit, 1)),
+    )
+    shrink, teacher_shrink = tl.exp(before - highest), tl.exp(teacher_before - teacher_highest)
+    logit -= highest[:, None]
+    exponential, teacher_exponential = tl.exp(logit), tl.exp(teacher_logit - teacher_highest[:, None])
+    spread = shrink * (spread + total * (before - highest)) + tl.sum(exponential * logit, 1)
+    cross = teacher_shrink * (cross + teacher_total * (before - highest)) + tl.sum(teacher_exponential * logit, 1)
+    total = total * shrink + tl.sum(exponential, 1)
+    teacher_total = teacher_total * teacher_shrink + tl.sum(teacher_exponential, 1)
+    sums = (highest, total, teacher_highest, teacher_total, spread, cross)
+    return sums, exponential, teacher_exponential, shrink, teacher_shrink
+
+
+@triton.jit
+def _store_state(pointer, state, at, row, rows, splits, first_column):
+    """Numbers of every row, one plane of `pointer` each, by the programs of the first columns."""
+    for number in tl.static_range(len(state)):
+        tl.store(pointer + number * splits * 2 * rows + at, state[number], mask=(row < rows) & (first_column == 0))
+
+
+@triton.jit
 def fwd_first_stream_kernel(
     image_ptr, text_ptr, image_teacher_ptr, text_teacher_ptr,
     image_keys_ptr, text_keys_ptr, image_queue_ptr, text_queue_ptr,
@@ -162,8 +190,6 @@ def fwd_first_stream_kernel(
     WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Statistics of rows in one split, and the sums of keys under the exponentials of both softmaxes."""
-    stride_kn, stride_kd = keys_strides
-    stride_un, stride_ud = queue_strides
     split, splits, side, first_of_rows, first, last = _place(num_rows, num_tiles, tiles_of_split, BLOCK_ROWS)
     first_column = tl.program_id(1) * BLOCK_WIDTH if WIDE else 0
     scale, gamma = load_scale(scale_ptr), tl.load(gamma_ptr).to(tl.float32)
@@ -177,13 +203,11 @@ def fwd_first_stream_kernel(
     queue_ptr = keys_ptr  # read where there is a queue; None in a tuple is nothing that Triton 3.3 knows
     if image_queue_ptr is not None:
         queue_ptr = _of_side(text_queue_ptr, image_queue_ptr, side)
-    source = (keys_ptr, queue_ptr, num_keys, num_queued, stride_kn, stride_kd, stride_un, stride_ud)
-    highest = tl.full([BLOCK_ROWS], LOWEST, tl.float32)
-    teacher_highest = highest
-    total = tl.zeros([BLOCK_ROWS], tl.float32)
+    source = (keys_ptr, queue_ptr, num_keys, num_queued, keys_strides, queue_strides)
+    highest, total = tl.full([BLOCK_ROWS], LOWEST, tl.float32), tl.zeros([BLOCK_ROWS], tl.float32)
     spread, teacher_total, cross, positive, positives = total, total, total, total, total
     mean = tl.zeros([BLOCK_ROWS, BLOCK_WIDTH], tl.float32)
-    teacher_mean = mean
+    teacher_highest, teacher_mean = highest, mean
     for tile in range(first, last):
         keys_of_tile, key, live, in_batch = _keys_at(tile, source, BLOCK_KEYS)
         key_tile = _key_tile(keys_of_tile, first_column, WIDTH, BLOCK_KEYS, BLOCK_WIDTH).to(DOT)
@@ -196,18 +220,9 @@ def fwd_first_stream_kernel(
             same = _positives(own, key_ids_ptr, queue_ids_ptr, key, live, in_batch)
             positive += tl.sum(tl.where(same, logit, 0.0), 1)
             positives += tl.sum(same.to(tl.float32), 1)
-        before, teacher_before = highest, teacher_highest
-        highest, teacher_highest = (
-            tl.maximum(before, tl.max(logit, 1)),
-            tl.maximum(teacher_before, tl.max(teacher_logit, 1)),
-        )
-        shrink, teacher_shrink = tl.exp(before - highest), tl.exp(teacher_before - teacher_highest)
-        logit -= highest[:, None]
-        exponential, teacher_exponential = tl.exp(logit), tl.exp(teacher_logit - teacher_highest[:, None])
-        spread = shrink * (spread + total * (before - highest)) + tl.sum(exponential * logit, 1)
-        cross = teacher_shrink * (cross + teacher_total * (before - highest)) + tl.sum(teacher_exponential * logit, 1)
-        total = total * shrink + tl.sum(exponential, 1)
-        teacher_total = teacher_total * teacher_shrink + tl.sum(teacher_exponential, 1)
+        sums = (highest, total, teacher_highest, teacher_total, spread, cross)
+        sums, exponential, teacher_exponential, shrink, teacher_shrink = _add_tile(sums, logit, teacher_logit)
+        highest, total, teacher_highest, teacher_total, spread, cross = sums
         if GRADIENT:
             key_tile = key_tile.to(FACTOR)
             mean = tl.dot(exponential.to(FACTOR), key_tile, mean * shrink[:, None], input_precision=FACTOR_PRECISION)
@@ -218,12 +233,7 @@ def fwd_first_stream_kernel(
                 )
     at = (split * 2 + side) * num_rows + row
     state = (highest, total, teacher_highest, teacher_total, spread, cross, positive, positives)
-    for number in tl.static_range(STATISTICS):
-        tl.store(
-            statistics_ptr + number * splits * 2 * num_rows + at,
-            state[number],
-            mask=(row < num_rows) & (first_column == 0),
-        )
+    _store_state(statistics_ptr, state, at, row, num_rows, splits, first_column)
     if GRADIENT:
         _store_sums(mean_ptr, mean, at, row < num_rows, first_column, WIDTH, BLOCK_WIDTH)
         if gamma == 0.0:
@@ -343,8 +353,6 @@ def fwd_second_stream_kernel(
 ):  # fmt: skip
     """Of rows in one split: at gamma 0 the mean positive key's part, where there are any; at other gammas the focal
     terms and their slopes, and the sum of keys under the focal targets."""
-    stride_kn, stride_kd = keys_strides
-    stride_un, stride_ud = queue_strides
     split, splits, side, first_of_rows, first, last = _place(num_rows, num_tiles, tiles_of_split, BLOCK_ROWS)
     scale = load_scale(scale_ptr)
     alpha, gamma = tl.load(alpha_ptr).to(tl.float32), tl.load(gamma_ptr).to(tl.float32)
@@ -354,7 +362,7 @@ def fwd_second_stream_kernel(
     queue_ptr = keys_ptr  # read where there is a queue; None in a tuple is nothing that Triton 3.3 knows
     if image_queue_ptr is not None:
         queue_ptr = _of_side(text_queue_ptr, image_queue_ptr, side)
-    source = (keys_ptr, queue_ptr, num_keys, num_queued, stride_kn, stride_kd, stride_un, stride_ud)
+    source = (keys_ptr, queue_ptr, num_keys, num_queued, keys_strides, queue_strides)
     places_of_splits, exist = places(side, row, num_rows, splits, BLOCK_SPLITS)
     statistics_of_side = join(statistics_ptr, places_of_splits, exist, row, num_rows, splits)
     positives = tl.maximum(tl.sum(statistics_of_side[3], 0), 1.0)
@@ -384,11 +392,6 @@ def fwd_second_stream_kernel(
             statistics_of_side[0], statistics_of_side[1], (1.0 - alpha) / positives, scale, alpha, gamma,
             GRADIENT, WIDE, DOT, PRECISION, FACTOR, FACTOR_PRECISION, WIDTH, BLOCK_ROWS, BLOCK_KEYS, BLOCK_WIDTH,
         )  # fmt: skip
-        for number in tl.static_range(TERMS):
-            tl.store(
-                terms_ptr + number * splits * 2 * num_rows + at,
-                sums[number],
-                mask=(row < num_rows) & (first_column == 0),
-            )
+        _store_state(terms_ptr, sums, at, row, num_rows, splits, first_column)
         if GRADIENT:
             _store_sums(targets_ptr, total, at, row < num_rows, first_column, WIDTH, BLOCK_WIDTH)

@@ -99,50 +99,58 @@ def _value_gradients(
 
 
 @triton.jit
+def _tokens_of(index_ptr, batch, row, num_rows, num_tokens):
+    """(token of each row, whether the row exists, whether it has a token)."""
+    live = row < num_rows
+    token = tl.load(index_ptr + batch * num_rows + row, mask=live, other=-1)
+    return token, live, (token >= 0) & (token < num_tokens)
+
+
+@triton.jit
+def _store_bias_part(d_bias_parts_ptr, d_value, head, VALUE_WIDTH: tl.constexpr, BLOCK_VALUE: tl.constexpr):
+    """This program's part of one head's bias gradient: its sum over keys."""
+    d_bias_parts_ptr += (head * tl.num_programs(0) + tl.program_id(0)) * VALUE_WIDTH
+    column = tl.arange(0, BLOCK_VALUE)
+    tl.store(d_bias_parts_ptr + column, tl.sum(d_value, 0), mask=column < VALUE_WIDTH)
+
+
+@triton.jit
 def _bwd_keys_kernel(
     query_ptr, key_ptr, index_ptr, value_ptr, grad_output_ptr, bias_ptr, padding_ptr,
-    d_rows_ptr, weighted_ptr, attention_ptr, mean_ptr,
-    d_query_parts_ptr, d_grad_output_parts_ptr, d_bias_parts_ptr, d_key_ptr, d_value_ptr,
-    num_rows, num_subtokens, num_tokens, num_keys, num_prefix, pitch, scale,
-    query_strides, key_strides, value_strides, grad_output_strides, stride_mb,
-    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    VALUE_DOT: tl.constexpr, VALUE_PRECISION: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_VALUE: tl.constexpr,
+    d_rows_ptr, weighted_ptr, attention_ptr, mean_ptr, d_query_parts_ptr, d_grad_output_parts_ptr, d_bias_parts_ptr,
+    d_key_ptr, d_value_ptr, num_rows, num_subtokens, num_tokens, num_keys, num_prefix, pitch, scale,
+    query_strides, key_strides, value_strides, grad_output_strides, stride_mb, WIDTH: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, VALUE_DOT: tl.constexpr,
+    VALUE_PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr,
 ):  # fmt: skip
     """The gradients of one head's tile of keys and values, and its part of the rows' gradients."""
-    stride_qb, stride_qh, stride_qt = query_strides
-    stride_kb, stride_kh, stride_kp = key_strides
-    stride_vb, stride_vh, stride_vp = value_strides
-    stride_ob, stride_oh, stride_ot = grad_output_strides
     tiles, heads = tl.cdiv(num_keys, BLOCK_KEYS), tl.num_programs(1)
     batch, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
     head = tl.program_id(1).to(tl.int64)
     pair = batch * heads + head
-    query_ptr = of_head(query_ptr, batch, head, stride_qb, stride_qh)
-    key_ptr = of_head(key_ptr, batch, head, stride_kb, stride_kh)
+    query_ptr = of_head(query_ptr, batch, head, query_strides[0], query_strides[1])
+    key_ptr = of_head(key_ptr, batch, head, key_strides[0], key_strides[1])
     if value_ptr is not None:
-        value_ptr = of_head(value_ptr, batch, head, stride_vb, stride_vh)
-        grad_output_ptr = of_head(grad_output_ptr, batch, head, stride_ob, stride_oh)
+        value_ptr = of_head(value_ptr, batch, head, value_strides[0], value_strides[1])
+        grad_output_ptr = of_head(grad_output_ptr, batch, head, grad_output_strides[0], grad_output_strides[1])
     if bias_ptr is not None:
         bias_ptr += head * VALUE_WIDTH
     d_rows_ptr += batch * (num_rows // num_subtokens) * (num_keys - num_prefix)
     position = tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
     if padding_ptr is not None:
         padding_ptr += batch * stride_mb
-    kept = kept_keys(padding_ptr, position, num_keys)
     key, value = load_keys(
-        key_ptr, value_ptr, position, kept, stride_kp, stride_vp, WIDTH, VALUE_WIDTH, BLOCK_WIDTH, BLOCK_VALUE
-    )
+        key_ptr, value_ptr, position, kept_keys(padding_ptr, position, num_keys), key_strides[2], value_strides[2],
+        WIDTH, VALUE_WIDTH, BLOCK_WIDTH, BLOCK_VALUE,
+    )  # fmt: skip
     in_map = position >= num_prefix  # prefix columns are dropped, and NaN in their values with them
     if value_ptr is not None:
         value = tl.where(in_map[:, None], value, 0.0)
-    d_key = tl.zeros([BLOCK_KEYS, BLOCK_WIDTH], tl.float32)
-    d_value = tl.zeros([BLOCK_KEYS, BLOCK_VALUE], tl.float32)
+    d_key, d_value = tl.zeros([BLOCK_KEYS, BLOCK_WIDTH], tl.float32), tl.zeros([BLOCK_KEYS, BLOCK_VALUE], tl.float32)
     for first in range(0, num_rows, BLOCK_ROWS):
         row = first + tl.arange(0, BLOCK_ROWS)
-        live = row < num_rows
-        token = tl.load(index_ptr + batch * num_rows + row, mask=live, other=-1)
-        read = (token >= 0) & (token < num_tokens)
+        token, live, read = _tokens_of(index_ptr, batch, row, num_rows, num_tokens)
         place = pair * num_rows + row
         mean = tl.load(mean_ptr + place, mask=live, other=0.0)
         weighted, attention, d_map = _load_kept(
@@ -150,13 +158,13 @@ def _bwd_keys_kernel(
             num_subtokens, num_keys, num_prefix, pitch,
         )  # fmt: skip
         d_logit = ((weighted * d_map - attention * mean[:, None]) * scale).to(DOT)  # [BLOCK_ROWS, BLOCK_KEYS]
-        query = load_rows(query_ptr, token, stride_qt, read, WIDTH, BLOCK_WIDTH)
+        query = load_rows(query_ptr, token, query_strides[2], read, WIDTH, BLOCK_WIDTH)
         d_key = tl.dot(tl.trans(d_logit), query.to(DOT), d_key, input_precision=PRECISION)
         d_query = tl.dot(d_logit, key.to(DOT), input_precision=PRECISION)
         store_rows(d_query_parts_ptr, place * tiles + tile, live, d_query, WIDTH, BLOCK_WIDTH)
         if value_ptr is not None:
             d_gate = tl.where(weighted <= 0, 0.0, attention * d_map)  # lets NaN through
-            grad_output = load_rows(grad_output_ptr, token, stride_ot, read, VALUE_WIDTH, BLOCK_VALUE)
+            grad_output = load_rows(grad_output_ptr, token, grad_output_strides[2], read, VALUE_WIDTH, BLOCK_VALUE)
             d_value, d_grad_output = _value_gradients(
                 d_gate, value, bias_ptr, grad_output, d_value, VALUE_WIDTH, VALUE_DOT, VALUE_PRECISION, BLOCK_VALUE
             )
@@ -166,9 +174,7 @@ def _bwd_keys_kernel(
         d_value_ptr += pair * num_keys * VALUE_WIDTH
         store_rows(d_value_ptr, position, position < num_keys, d_value, VALUE_WIDTH, BLOCK_VALUE)
     if bias_ptr is not None:
-        d_bias_parts_ptr += (head * tl.num_programs(0) + tl.program_id(0)) * VALUE_WIDTH
-        column = tl.arange(0, BLOCK_VALUE)
-        tl.store(d_bias_parts_ptr + column, tl.sum(d_value, 0), mask=column < VALUE_WIDTH)
+        _store_bias_part(d_bias_parts_ptr, d_value, head, VALUE_WIDTH, BLOCK_VALUE)
 
 
 @triton.jit

@@ -57,8 +57,7 @@ def momentum_contrastive_loss(
         reduction: "mean" or "sum" over the local rows, or "none" for [B], the mean of both directions.
 
     Returns:
-        The loss, fp32 (fp64 for fp64 inputs), differentiable in image, text and logit_scale (through the student's
-        logits only). An empty batch gives 0.
+        The loss, fp32 (fp64 for fp64 inputs), differentiable in image, text and logit_scale; 0 for an empty batch.
 
     Raises:
         ValueError: an argument is invalid; the message states what was expected and what was given.
@@ -74,27 +73,14 @@ def momentum_contrastive_loss(
         all_image_teacher, all_text_teacher = _gather_pair(image_teacher, text_teacher, group)
         all_ids = None if ids is None else gather_rows_no_grad(ids, group)
     return run(
-        "momentum_contrastive_loss",
-        reference.momentum_contrastive_loss,
-        fused.momentum_contrastive_loss,
-        image,
-        text,
-        logit_scale,
-        floating=(image, text, image_teacher, text_teacher),
-        image_teacher=constant(image_teacher),
-        text_teacher=constant(text_teacher),
-        image_queue=constant(image_queue),
-        text_queue=constant(text_queue),
-        alpha=constant(_checks.scalar("alpha", alpha, least=0, most=1)),
-        gamma=gamma,
-        ids=ids,
-        queue_ids=queue_ids,
-        all_image_teacher=all_image_teacher,
-        all_text_teacher=all_text_teacher,
-        all_ids=all_ids,
-        first_row=0 if group is None else first_row(image, group),
-        reduction=reduction,
-    )
+        "momentum_contrastive_loss", reference.momentum_contrastive_loss, fused.momentum_contrastive_loss,
+        image, text, logit_scale, floating=(image, text, image_teacher, text_teacher),
+        image_teacher=constant(image_teacher), text_teacher=constant(text_teacher),
+        image_queue=constant(image_queue), text_queue=constant(text_queue),
+        alpha=constant(_checks.scalar("alpha", alpha, least=0, most=1)), gamma=gamma, ids=ids,
+        queue_ids=queue_ids, all_image_teacher=all_image_teacher, all_text_teacher=all_text_teacher, all_ids=all_ids,
+        first_row=0 if group is None else first_row(image, group), reduction=reduction,
+    )  # fmt: skip
 
 
 def _gather_pair(image: Tensor, text: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:

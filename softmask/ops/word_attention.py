@@ -57,34 +57,27 @@ def word_attention(
     Raises:
         ValueError: an argument is invalid; the message states what was expected and what was given.
 
-    Source: ALBEF's word-wise Grad-CAM (arXiv 2107.07651), in training as of SoftMask++ (arXiv 2304.00719).
+    Source: ALBEF's word-wise Grad-CAM (arXiv 2107.07651); in training: SoftMask++ (arXiv 2304.00719).
     """
     _check(query, key, word_index, value, grad_output, value_bias, key_padding_mask)
-    _checks.one_of("normalize", normalize, _checks.NORMALIZATIONS)
-    if scale is not None:
-        _checks.number("scale", scale)
-    keys = key.shape[2]
-    _checks.whole("num_prefix_tokens", num_prefix_tokens, least=0, most=keys - 1, of=f"of the {keys} keys")
+    _check_options(scale, normalize, num_prefix_tokens, keys=key.shape[2])
     _checks.positions("word_index", word_index, least=-1, size=query.shape[2])
     if not differentiable:
         query, key = constant(query), constant(key)
         value, grad_output, value_bias = constant(value), constant(grad_output), constant(value_bias)
     return run(
-        "word_attention",
-        reference.word_attention,
-        fused.word_attention,
-        query,
-        key,
-        word_index,
-        floating=(query, key, value, grad_output, value_bias),
-        value=value,
-        grad_output=grad_output,
-        value_bias=value_bias,
-        scale=scale,
-        key_padding_mask=key_padding_mask,
-        num_prefix_tokens=num_prefix_tokens,
+        "word_attention", reference.word_attention, fused.word_attention, query, key, word_index,
+        floating=(query, key, value, grad_output, value_bias), value=value, grad_output=grad_output,
+        value_bias=value_bias, scale=scale, key_padding_mask=key_padding_mask, num_prefix_tokens=num_prefix_tokens,
         normalize=normalize,
-    )
+    )  # fmt: skip
+
+
+def _check_options(scale: float | None, normalize: str | None, num_prefix_tokens: int, *, keys: int) -> None:
+    _checks.whole("num_prefix_tokens", num_prefix_tokens, least=0, most=keys - 1, of=f"of the {keys} keys")
+    _checks.one_of("normalize", normalize, _checks.NORMALIZATIONS)
+    if scale is not None:
+        _checks.number("scale", scale)
 
 
 def _check(
