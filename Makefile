@@ -104,7 +104,7 @@ sanitize: $(READY)  ## test the C++ kernels under the address and undefined-beha
 	@OMP_NUM_THREADS=2 ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  PYTHONPATH=build/sanitize:. $(BIN)/pytest -q -o pythonpath= -p no:cacheprovider -p no:xdist \
-	  tests/ops/test_cpp_kernels.py tests/ops/test_soft_mask.py -k "not compile and not opcheck"
+	  tests/kernels/test_cpp_kernels.py tests/ops/test_soft_mask.py -k "not compile and not opcheck"
 
 docs: $(VENV)/.docs  ## build the documentation site, build/site/index.html
 	@$(IN_VENV) NO_MKDOCS_2_WARNING=1 python -m mkdocs build -q --strict

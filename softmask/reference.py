@@ -20,18 +20,10 @@ PATCH_VARIANCE_EPS = 1e-6  # MAE's
 
 
 def word_attention(
-    query: Tensor,
-    key: Tensor,
-    word_index: Tensor,
-    *,
-    value: Tensor | None = None,
-    grad_output: Tensor | None = None,
-    value_bias: Tensor | None = None,
-    scale: float | None = None,
-    key_padding_mask: Tensor | None = None,
-    num_prefix_tokens: int = 0,
-    normalize: str | None = None,
-) -> Tensor:
+    query: Tensor, key: Tensor, word_index: Tensor, *, value: Tensor | None = None, grad_output: Tensor | None = None,
+    value_bias: Tensor | None = None, scale: float | None = None, key_padding_mask: Tensor | None = None,
+    num_prefix_tokens: int = 0, normalize: str | None = None,
+) -> Tensor:  # fmt: skip
     """Attention maps, or Grad-CAM maps, of chosen words.
 
     With ``A = softmax(scale * q k^T)`` over the keys that are not ignored, the map of word w is the mean over heads and
@@ -91,7 +83,7 @@ def soft_mask(
     Shapes: features [B, P, D]; maps [B, P'] -> [B, P, D], or maps [B, W, P'] -> [B, W, P, D] with
     P' = P - num_prefix_tokens. Returns the dtype of features. Gradient to features and to maps.
 
-    Source: SoftMask++ (arXiv 2304.00719), method.md section 1, steps 6 and 7.
+    Source: SoftMask++ (arXiv 2304.00719).
     """
     dtype = _compute_dtype(features, maps)
     with _no_autocast(features):
@@ -102,18 +94,10 @@ def soft_mask(
 
 
 def focal_contrastive_loss(
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor | float,
-    *,
-    gamma: Tensor | float = 0.0,
-    ids: Tensor | None = None,
-    all_image: Tensor | None = None,
-    all_text: Tensor | None = None,
-    all_ids: Tensor | None = None,
-    first_row: int = 0,
-    reduction: str = "mean",
-) -> Tensor:
+    image: Tensor, text: Tensor, logit_scale: Tensor | float, *, gamma: Tensor | float = 0.0,
+    ids: Tensor | None = None, all_image: Tensor | None = None, all_text: Tensor | None = None,
+    all_ids: Tensor | None = None, first_row: int = 0, reduction: str = "mean",
+) -> Tensor:  # fmt: skip
     """Symmetric InfoNCE with focal weights: the mean over rows and over both directions of
     ``-sum_j y_j (1 - p_j)^gamma log p_j`` with ``p = softmax(logit_scale * image @ text^T)``.
 
@@ -138,24 +122,12 @@ def focal_contrastive_loss(
 
 
 def momentum_contrastive_loss(
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor | float,
-    *,
-    image_teacher: Tensor,
-    text_teacher: Tensor,
-    image_queue: Tensor | None = None,
-    text_queue: Tensor | None = None,
-    alpha: Tensor | float = 0.4,
-    gamma: Tensor | float = 0.0,
-    ids: Tensor | None = None,
-    queue_ids: Tensor | None = None,
-    all_image_teacher: Tensor | None = None,
-    all_text_teacher: Tensor | None = None,
-    all_ids: Tensor | None = None,
-    first_row: int = 0,
-    reduction: str = "mean",
-) -> Tensor:
+    image: Tensor, text: Tensor, logit_scale: Tensor | float, *, image_teacher: Tensor, text_teacher: Tensor,
+    image_queue: Tensor | None = None, text_queue: Tensor | None = None, alpha: Tensor | float = 0.4,
+    gamma: Tensor | float = 0.0, ids: Tensor | None = None, queue_ids: Tensor | None = None,
+    all_image_teacher: Tensor | None = None, all_text_teacher: Tensor | None = None, all_ids: Tensor | None = None,
+    first_row: int = 0, reduction: str = "mean",
+) -> Tensor:  # fmt: skip
     """ALBEF's momentum-distilled contrastive loss: the mean over rows and both directions of
     ``-sum_j y_j (1 - p_j)^gamma log p_j``, ``y = alpha * softmax(teacher logits) + (1 - alpha) * positives``.
 
@@ -163,7 +135,7 @@ def momentum_contrastive_loss(
     all ranks, the local rows starting at first_row) followed by the queue [K, D] of any strides. Student and teacher
     share keys and logit_scale; gradient goes to image, text and logit_scale through the student's logits only.
     ids [B] (all_ids [G]) and queue_ids [K]: keys of the row's id share the positive mass; without queue_ids no queue
-    row is a positive. Other shapes and reduction as in :func:`focal_contrastive_loss`.
+    row is a positive. Other shapes and reduction as in `focal_contrastive_loss`.
 
     Source: ALBEF (arXiv 2107.07651), its public code; focal factor as in SoftMask++.
     """
@@ -192,16 +164,9 @@ def momentum_contrastive_loss(
 
 
 def soft_mask_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    key_weight: Tensor | None = None,
-    kv_index: Tensor | None = None,
-    value_bias: Tensor | None = None,
-    key_padding_mask: Tensor | None = None,
-    scale: float | None = None,
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, *, key_weight: Tensor | None = None, kv_index: Tensor | None = None,
+    value_bias: Tensor | None = None, key_padding_mask: Tensor | None = None, scale: float | None = None,
+) -> Tensor:  # fmt: skip
     """Cross-attention to soft-masked image tokens whose keys and values were projected once, from the unmasked tokens.
 
     Masking commutes with a bias-free projection, (m * V) W = m * (V W), so with m = key_weight
@@ -212,7 +177,7 @@ def soft_mask_attention(
     key_weight [N, P], 1 = keep, 0 = masked, a constant; value_bias [H, E]; key_padding_mask [B, P] bool, True = ignore.
     Returns [N, H, T, E] in the dtype of query; a row whose keys are all ignored gives zeros.
 
-    Source: design.md, "Masking commutes with projection"; attention: Vaswani et al., arXiv 1706.03762.
+    Source: SoftMask++ (arXiv 2304.00719), rewritten; attention: Vaswani et al., arXiv 1706.03762.
     """
     dtype, autocast = _compute_dtype(query, key, value), _autocasts(query)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -245,7 +210,7 @@ def attentive_mask(
     Shapes: patches [B, P, D]; tokens [B, T, D]; token_padding_mask [B, T] bool, True = ignore. Returns bool [B, P],
     True = selected.
 
-    Source: SyCoCa (Ma et al., ICML 2024, arXiv 2401.02137), method.md section 2.
+    Source: SyCoCa (Ma et al., ICML 2024, arXiv 2401.02137).
     """
     dtype = _compute_dtype(patches, tokens)
     with _no_autocast(patches), torch.no_grad():
