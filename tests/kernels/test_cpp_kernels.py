@@ -329,7 +329,7 @@ def test_bits_repeat(name: str) -> None:
             assert torch.equal(other[key], value), key
 
 
-@pytest.mark.parametrize("capability", ["avx2", "default"])
+@pytest.mark.parametrize("capability", ["avx2", pytest.param("default", marks=pytest.mark.slow)])
 def test_other_instruction_sets(capability: str) -> None:
     """What this processor would not choose: the same errors against fp64, in a process that is told to."""
     selection = "test_word_attention or test_contrastive or test_soft_mask_attention or test_masked or test_attentive"

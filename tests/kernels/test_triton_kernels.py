@@ -52,7 +52,9 @@ def on_gpu_tiles(name: str, dtype: torch.dtype) -> list[Case]:
 
 
 @pytest.mark.parametrize("name", cases.ALL)
-@pytest.mark.parametrize(("architecture", "dtype"), [(80, torch.float32), (90, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("architecture", "dtype"), [(80, torch.float32), pytest.param(90, torch.bfloat16, marks=pytest.mark.slow)]
+)
 def test_tiles_of_a_gpu(name: str, architecture: int, dtype: torch.dtype) -> None:
     """The interpreter has larger tiles of its own; with those of a GPU all loops go round several times."""
     from softmask.kernels._launch import hooked

@@ -22,13 +22,14 @@ KERNELS = sorted(Path(kernels.__file__).parent.glob("*.py"))
 pytestmark = cases.needs_triton
 
 
-def test_budgets_hold() -> None:
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
+def test_budgets_hold(precision: str) -> None:
     committed = json.loads((ROOT / "benchmarks" / "results" / "gpu_static.json").read_text())["triton"]
     installed = kernels.triton_version()
     if installed is not None and Version(installed) < Version(committed):
         pytest.skip(f"budgets are of Triton {committed}: {installed}, which is older, gives other machine code")
     environment = os.environ | {"TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-m", "benchmarks.gpu.report", "--check"]
+    command = [sys.executable, "-m", "benchmarks.gpu.report", "--check", precision]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
 
