@@ -21,7 +21,7 @@ PIP := $(IN_VENV) python -m pip install -q --disable-pip-version-check -c constr
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null | sort)
 READY := $(VENV)/.extension
 
-.PHONY: help env pretrain ablation test bench gpu-report gpu-budgets gpu-matrix sanitize docs lint format clean
+.PHONY: help env pretrain ablation test test-slow bench gpu-report gpu-budgets gpu-matrix sanitize docs lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -73,8 +73,11 @@ $(RUN_DIR)/report.html: $(RUN_DIR)/metrics.json
 ablation: $(READY) $(SCENES)/scenes.json  ## both methods with and without their parts (days); ARGS="--rows coca --steps 20"
 	@$(IN_VENV) python -m benchmarks.ablation.run $(ARGS)
 
-test: $(READY)  ## all tests, in JOBS processes
-	@OMP_NUM_THREADS=1 $(IN_VENV) python -m pytest tests -q -n $(JOBS) --dist worksteal
+test: $(READY)  ## all tests but the slow ones, in JOBS processes
+	@OMP_NUM_THREADS=1 $(IN_VENV) python -m pytest tests -q -n $(JOBS) --dist worksteal -m "not slow"
+
+test-slow: $(READY)  ## the slow tests: larger cases of those that make test runs
+	@OMP_NUM_THREADS=1 $(IN_VENV) python -m pytest tests -q -n $(JOBS) --dist worksteal -m slow
 
 bench: $(VENV)/.peers  ## time every op beside its baselines; ARGS="--compare main~1", "--csv FILE" or pytest options
 	@$(IN_VENV) python -m pytest benchmarks -q -p no:xdist -p no:cacheprovider --benchmark-quiet $(ARGS)
@@ -104,7 +107,7 @@ sanitize: $(READY)  ## test the C++ kernels under the address and undefined-beha
 	@OMP_NUM_THREADS=2 ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  PYTHONPATH=build/sanitize:. $(BIN)/pytest -q -o pythonpath= -p no:cacheprovider -p no:xdist \
-	  tests/ops/test_cpp_kernels.py tests/ops/test_soft_mask.py -k "not compile and not opcheck"
+	  tests/kernels/test_cpp_kernels.py tests/ops/test_soft_mask.py -k "not compile and not opcheck"
 
 docs: $(VENV)/.docs  ## build the documentation site, build/site/index.html
 	@$(IN_VENV) NO_MKDOCS_2_WARNING=1 python -m mkdocs build -q --strict
@@ -115,9 +118,10 @@ $(VENV)/.docs: setup.py constraints.txt | $(READY)
 	@SOFTMASK_SKIP_EXT=1 $(PIP) --no-build-isolation -e '.[docs]'
 	@touch $@
 
-lint: $(READY)  ## check the style of Python and C++
+lint: $(READY)  ## check the style of Python and C++, and types
 	@$(IN_VENV) ruff check -q .
 	@$(IN_VENV) ruff format -q --check . || { echo "lint: make format rewrites the files"; exit 1; }
+	@$(IN_VENV) mypy > build/mypy.log || { cat build/mypy.log >&2; exit 1; }
 	@if [ -n "$(CPP)" ]; then $(IN_VENV) clang-format --dry-run -Werror $(CPP); fi
 
 format: $(READY)  ## format Python and C++

@@ -14,19 +14,22 @@ TORCH_LIBRARY(softmask, m) {
       "soft_mask_backward(Tensor grad, Tensor? features, Tensor maps, float strength, "
       "str normalize, SymInt num_prefix_tokens, bool features_grad) -> (Tensor, Tensor)");
   // query, grad_output [B, H, T, E], key, value [B, H, P, E], word_index [B, W, S], value_bias
-  // [H, E], key_padding_mask [B, P]. Floating tensors share a type.
+  // [H, E], key_padding_mask [B, P]. Returns the maps and, with keep, what the backward pass needs:
+  // the maps before normalization (empty for "none") and the words' rows,
+  // [1 or 2, B, H, W S, P rounded up to a multiple of 16]. Without keep both are empty.
   m.def(
       "word_attention(Tensor query, Tensor key, Tensor word_index, Tensor? value, "
       "Tensor? grad_output, Tensor? value_bias, Tensor? key_padding_mask, float scale, "
-      "SymInt num_prefix_tokens, str normalize) -> Tensor");
+      "SymInt num_prefix_tokens, str normalize, bool keep) -> (Tensor, Tensor, Tensor)");
   // Gradients of query, key, value, grad_output and value_bias; empty for those not given.
   m.def(
-      "word_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor word_index, "
+      "word_attention_backward(Tensor grad, Tensor raw, Tensor kept, Tensor query, Tensor key, "
+      "Tensor word_index, "
       "Tensor? value, Tensor? grad_output, Tensor? value_bias, Tensor? key_padding_mask, "
       "float scale, SymInt num_prefix_tokens, str normalize) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   // rows [B, D], columns [G, D]; loss [B] of the rows, with `both` of rows and columns (G = B, the
-  // same samples), and statistics for the backward, [3 or 6, B].
+  // same samples), and statistics for the backward, [3 or 6, B], with ids one row more.
   m.def(
       "contrastive(Tensor rows, Tensor columns, Tensor scale, Tensor gamma, Tensor? row_ids, "
       "Tensor? column_ids, SymInt first_row, bool both) -> (Tensor, Tensor)");
@@ -35,15 +38,18 @@ TORCH_LIBRARY(softmask, m) {
       "Tensor scale, Tensor gamma, Tensor? row_ids, Tensor? column_ids, SymInt first_row, bool "
       "both) "
       "-> (Tensor, Tensor, Tensor)");
-  // query, teacher [B, D], keys [G, D], queue [K, D]; loss [B] and, where asked for, the gradient
-  // of each at scale * query, [B, D].
+  // image, text and their teachers [B, D], keys [G, D], queues [K, D]. Returns the loss [B]; a row
+  // [B] of the backend's own for the gradient of the scale; and, with gradient, the gradients at
+  // scale * image and scale * text, [B, D] each. Without gradient the last two are empty.
   m.def(
-      "momentum_contrastive(Tensor query, Tensor teacher, Tensor keys, Tensor? queue, "
+      "momentum_contrastive(Tensor image, Tensor text, Tensor image_teacher, Tensor text_teacher, "
+      "Tensor image_keys, Tensor text_keys, Tensor? image_queue, Tensor? text_queue, "
       "Tensor scale, Tensor alpha, Tensor gamma, Tensor? ids, Tensor? key_ids, Tensor? queue_ids, "
-      "SymInt first_row, bool gradient) -> (Tensor, Tensor)");
+      "SymInt first_row, bool gradient) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "momentum_contrastive_backward(Tensor grad, Tensor query, Tensor scale, Tensor gradients) "
-      "-> (Tensor, Tensor)");
+      "momentum_contrastive_backward(Tensor grad, Tensor image, Tensor text, Tensor scale, "
+      "Tensor at_scale, Tensor image_gradients, Tensor text_gradients) "
+      "-> (Tensor, Tensor, Tensor)");
   // query [N, H, T, E], key, value [B, H, P, E], key_weight [N, P], kv_index [N], value_bias
   // [H, V], key_padding_mask [B, P]. Results are laid out with tokens before heads.
   m.def(

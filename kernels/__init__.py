@@ -17,7 +17,7 @@ INSTALLED = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")  # as Triton reads it
 """Kernels take CPU tensors and run in numpy: TRITON_INTERPRET=1 at import."""
 OLDEST_TRITON = (3, 3)
-"""The first that compiles every kernel: older ones take no tuples in functions of kernels."""
+"""The oldest release that compiles the kernels: earlier ones do not support tuples."""
 
 
 def triton_version() -> str | None:

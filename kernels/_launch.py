@@ -144,6 +144,11 @@ def readable(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if tensor is None else last_contiguous(tensor) for tensor in tensors]
 
 
+def strides(tensor: Tensor | None, dimensions: int) -> tuple[int, ...]:
+    """The strides of a tensor's first dimensions, as kernels take them; zeros for None."""
+    return (0,) * dimensions if tensor is None else tensor.stride()[:dimensions]
+
+
 def last_contiguous(tensor: Tensor) -> Tensor:
     """As it is where neighbours of the last dimension are neighbours in memory, else a copy."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()

@@ -15,30 +15,30 @@ from softmask.kernels._launch import last_contiguous
 
 
 @triton.jit
-def load_features(side, index, k, depth):
+def load_features(side, index, feature, depth):
     """Features k of samples index: [BLOCK, BLOCK_K]. Beyond the last sample its own, beyond the last feature 0."""
-    features, size, stride = side
-    place = tl.minimum(index, size - 1)[:, None].to(tl.int64) * stride + k[None, :]
-    return tl.load(features + place, mask=(k < depth)[None, :], other=0.0)
+    features_ptr, size, stride = side
+    place = tl.minimum(index, size - 1)[:, None].to(tl.int64) * stride + feature[None, :]
+    return tl.load(features_ptr + place, mask=(feature < depth)[None, :], other=0.0)
 
 
 @triton.jit
-def multiply(left, right, i, j, depth, BLOCK_K: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
+def multiply(left, right, row, column, depth, BLOCK_K: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
     """Samples i of the left side times samples j of the right one: [BLOCK_M, BLOCK_N]."""
-    total = tl.zeros([i.shape[0], j.shape[0]], tl.float32)
+    total = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
     for start in range(0, depth, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        a, b = load_features(left, i, k, depth), load_features(right, j, k, depth)
-        total = tl.dot(a.to(DOT), tl.trans(b.to(DOT)), total, input_precision=PRECISION)
+        feature = start + tl.arange(0, BLOCK_K)
+        left_tile, right_tile = load_features(left, row, feature, depth), load_features(right, column, feature, depth)
+        total = tl.dot(left_tile.to(DOT), tl.trans(right_tile.to(DOT)), total, input_precision=PRECISION)
     return total
 
 
 @triton.jit
-def same_ids(ids, other_ids, i, j, size, other_size):
+def same_ids(ids_ptr, other_ids_ptr, row, column, size, other_size):
     """Where samples i and j have one id: [BLOCK_M, BLOCK_N]."""
-    own = tl.load(ids + i, mask=i < size, other=0)
-    other = tl.load(other_ids + j, mask=j < other_size, other=0)
-    return (own[:, None] == other[None, :]) & (i < size)[:, None] & (j < other_size)[None, :]
+    own = tl.load(ids_ptr + row, mask=row < size, other=0)
+    other = tl.load(other_ids_ptr + column, mask=column < other_size, other=0)
+    return (own[:, None] == other[None, :]) & (row < size)[:, None] & (column < other_size)[None, :]
 
 
 @triton.jit

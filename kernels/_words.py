@@ -15,82 +15,74 @@ BLOCK_ROWS = MIN_WIDTH = 16  # the least that a product takes
 
 
 @triton.jit
-def load_rows(tensor, row, row_stride, live, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def load_rows(tensor_ptr, row, stride_row, live, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """Rows of a tensor, zeros where they are not live: [rows, BLOCK]."""
     column = tl.arange(0, BLOCK)
     mask = live[:, None]
     if WIDTH < BLOCK:
         mask = mask & (column < WIDTH)[None, :]
-    return tl.load(tensor + row[:, None].to(tl.int64) * row_stride + column[None, :], mask=mask, other=0.0)
+    return tl.load(tensor_ptr + row[:, None].to(tl.int64) * stride_row + column[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def store_rows(tensor, row, live, values, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def store_rows(tensor_ptr, row, live, values, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     column = tl.arange(0, BLOCK)
     mask = live[:, None]
     if WIDTH < BLOCK:
         mask = mask & (column < WIDTH)[None, :]
-    tl.store(tensor + row[:, None].to(tl.int64) * WIDTH + column[None, :], values, mask=mask)
+    tl.store(tensor_ptr + row[:, None].to(tl.int64) * WIDTH + column[None, :], values, mask=mask)
 
 
 @triton.jit
-def load_width(tensor, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def load_width(row_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """One row, fp32: [BLOCK]."""
     column = tl.arange(0, BLOCK)
-    return tl.load(tensor + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+    return tl.load(row_ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def product(a, b, DOT: tl.constexpr, PRECISION: tl.constexpr):
+def product(left, right, DOT: tl.constexpr, PRECISION: tl.constexpr):
     """a b^T. A single row without tensor cores: padding it to their tile would be nearly all of the work."""
-    if a.shape[0] == 1:
-        result = tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)[None, :]
+    if left.shape[0] == 1:
+        result = tl.sum(left.to(tl.float32) * right.to(tl.float32), 1)[None, :]
     else:  # no early return: Triton 3.3 would compile what follows it
-        result = tl.dot(a.to(DOT), tl.trans(b.to(DOT)), input_precision=PRECISION)
+        result = tl.dot(left.to(DOT), tl.trans(right.to(DOT)), input_precision=PRECISION)
     return result
 
 
 @triton.jit
-def load_tokens(index, row, rows, tokens, scale):
+def load_tokens(index_ptr, row, num_rows, num_tokens, scale):
     """The rows' tokens, negative for none; which to read; their logits' factor, NaN for a token beyond the text."""
-    token = tl.load(index + row, mask=row < rows, other=-1)
-    return token, (token >= 0) & (token < tokens), tl.where(token < tokens, scale, float("nan"))
+    token = tl.load(index_ptr + row, mask=row < num_rows, other=-1)
+    return token, (token >= 0) & (token < num_tokens), tl.where(token < num_tokens, scale, float("nan"))
 
 
 @triton.jit
-def kept_keys(ignore, position, keys):
+def kept_keys(padding_ptr, position, num_keys):
     """Which keys take part, [BLOCK_KEYS]; others are not read, for 0 times NaN is NaN."""
-    kept = position < keys
-    if ignore is not None:
-        kept = kept & (tl.load(ignore + position, mask=kept, other=1).to(tl.int32) == 0)
+    kept = position < num_keys
+    if padding_ptr is not None:
+        kept = kept & (tl.load(padding_ptr + position, mask=kept, other=1).to(tl.int32) == 0)
     return kept
 
 
 @triton.jit
 def load_keys(
-    key, value, position, kept, key_token, value_token,
+    key_ptr, value_ptr, position, kept, stride_kp, stride_vp,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_VALUE: tl.constexpr,
 ):  # fmt: skip
     """Keys and values at positions, zeros where not kept: 0 times NaN is NaN. Keys twice where there are no values."""
-    k = load_rows(key, position, key_token, kept, WIDTH, BLOCK_WIDTH)
-    v = k
-    if value is not None:
-        v = load_rows(value, position, value_token, kept, VALUE_WIDTH, BLOCK_VALUE)
-    return k, v
+    key = load_rows(key_ptr, position, stride_kp, kept, WIDTH, BLOCK_WIDTH)
+    value = key
+    if value_ptr is not None:
+        value = load_rows(value_ptr, position, stride_vp, kept, VALUE_WIDTH, BLOCK_VALUE)
+    return key, value
 
 
 @triton.jit
-def of_head(tensor, batch, head, batch_stride, head_stride):
+def of_head(tensor_ptr, batch, head, stride_batch, stride_head):
     """A tensor from one caption and head on. One at a time: before Triton 3.7 no helper may return None in a tuple."""
-    return tensor + batch * batch_stride + head * head_stride
-
-
-def strides(
-    query: Tensor, key: Tensor, value: Tensor | None, grad_output: Tensor | None, ignore: Tensor | None
-) -> list[int]:
-    """Of captions, heads and tokens, as the kernels take them."""
-    by_tensor = [(0, 0, 0) if one is None else one.stride()[:3] for one in (query, key, value, grad_output)]
-    return [*sum(by_tensor, ()), 0 if ignore is None else ignore.stride(0)]
+    return tensor_ptr + batch * stride_batch + head * stride_head
 
 
 def options(table: Configs, key: Tensor, value: Tensor | None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from softmask.kernels._launch import Configs, config, dots, last_contiguous, launch
+from softmask.kernels._launch import Configs, config, dots, last_contiguous, launch, strides
 
 EPS: tl.constexpr = tl.constexpr(1e-12)  # F.normalize's
 MIN_BLOCK_TOKENS, MAX_BLOCK_TOKENS = 16, 128
@@ -38,7 +38,7 @@ SELECT: Configs = {
 
 @triton.jit
 def _cosines(
-    patch_rows, token_rows, live_patch, live_token, width,
+    patch_ptrs, token_ptrs, live_patch, live_token, width,
     DOT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_WIDTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Of rows that start at patch_rows [BLOCK_PATCHES] and token_rows [BLOCK_TOKENS]: [BLOCK_PATCHES, BLOCK_TOKENS]."""
@@ -48,8 +48,8 @@ def _cosines(
     for start in tl.range(0, width, BLOCK_WIDTH, num_stages=STAGES):
         column = start + tl.arange(0, BLOCK_WIDTH)
         inside = (column < width)[None, :]
-        patch = tl.load(patch_rows[:, None] + column[None, :], mask=live_patch[:, None] & inside, other=0.0)
-        token = tl.load(token_rows[:, None] + column[None, :], mask=live_token[:, None] & inside, other=0.0)
+        patch = tl.load(patch_ptrs[:, None] + column[None, :], mask=live_patch[:, None] & inside, other=0.0)
+        token = tl.load(token_ptrs[:, None] + column[None, :], mask=live_token[:, None] & inside, other=0.0)
         products = tl.dot(patch.to(DOT), tl.trans(token.to(DOT)), products, input_precision=PRECISION)
         patch, token = patch.to(tl.float32), token.to(tl.float32)
         patch_square += tl.sum(patch * patch, 1)
@@ -64,47 +64,52 @@ def _inverse_norm(square):
 
 
 @triton.jit
-def _score(
-    patches, tokens, padding, score,
+def _fwd_score_kernel(
+    patches_ptr, tokens_ptr, padding_ptr, score_ptr,
     num_patches, num_tokens, width,
-    patches_batch, patches_patch, tokens_batch, tokens_token, padding_batch, padding_token,
+    patches_strides, tokens_strides, padding_strides,
     HIGH: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, TOKEN_BLOCKS: tl.constexpr,
     BLOCK_PATCHES: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    stride_pb, stride_pp = patches_strides
+    stride_tb, stride_tt = tokens_strides
+    stride_mb, stride_mt = padding_strides
     tiles = tl.cdiv(num_patches, BLOCK_PATCHES)
     batch = (tl.program_id(0) // tiles).to(tl.int64)
     patch = tl.program_id(0) % tiles * BLOCK_PATCHES + tl.arange(0, BLOCK_PATCHES)
     live_patch = patch < num_patches
-    patch_rows = patches + batch * patches_batch + patch.to(tl.int64) * patches_patch
+    patch_ptrs = patches_ptr + batch * stride_pb + patch.to(tl.int64) * stride_pp
     relevance = tl.full([BLOCK_PATCHES], float("-inf"), tl.float32)
     for block in range(TOKEN_BLOCKS):  # most often one, and then no loop
         token = block * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
         live_token = token < num_tokens
-        token_rows = tokens + batch * tokens_batch + token.to(tl.int64) * tokens_token
-        cosine = _cosines(patch_rows, token_rows, live_patch, live_token, width, DOT, PRECISION, BLOCK_WIDTH, STAGES)
+        token_ptrs = tokens_ptr + batch * stride_tb + token.to(tl.int64) * stride_tt
+        cosine = _cosines(patch_ptrs, token_ptrs, live_patch, live_token, width, DOT, PRECISION, BLOCK_WIDTH, STAGES)
         cosine = tl.where(cosine == cosine, cosine, float("inf"))  # NaN is above all numbers, as in torch's sort
-        if padding is not None:
-            at_token = padding + batch * padding_batch + token * padding_token
-            live_token = live_token & (tl.load(at_token, mask=live_token, other=1) == 0)
+        if padding_ptr is not None:
+            padding_ptrs = padding_ptr + batch * stride_mb + token * stride_mt
+            live_token = live_token & (tl.load(padding_ptrs, mask=live_token, other=1) == 0)
         relevance = tl.maximum(relevance, tl.max(tl.where(live_token[None, :], cosine, float("-inf")), 1))
-    tl.store(score + batch * num_patches + patch, relevance if HIGH else -relevance, mask=live_patch)
+    tl.store(score_ptr + batch * num_patches + patch, relevance if HIGH else -relevance, mask=live_patch)
 
 
 @triton.jit
-def _select(score, selected, num_patches, count, BLOCK_PATCHES: tl.constexpr, BLOCK_OTHERS: tl.constexpr):
+def _fwd_select_kernel(
+    score_ptr, selected_ptr, num_patches, count, BLOCK_PATCHES: tl.constexpr, BLOCK_OTHERS: tl.constexpr
+):
     tiles = tl.cdiv(num_patches, BLOCK_PATCHES)
     row = (tl.program_id(0) // tiles).to(tl.int64) * num_patches
     patch = tl.program_id(0) % tiles * BLOCK_PATCHES + tl.arange(0, BLOCK_PATCHES)
     live = patch < num_patches
-    mine = tl.load(score + row + patch, mask=live, other=0.0)[:, None]
+    mine = tl.load(score_ptr + row + patch, mask=live, other=0.0)[:, None]
     rank = tl.zeros([BLOCK_PATCHES], tl.int32)
     for first in range(0, num_patches, BLOCK_OTHERS):
         other = first + tl.arange(0, BLOCK_OTHERS)
         # -inf beyond the last patch comes before no patch: it is never greater, and never of a lower position.
-        theirs = tl.load(score + row + other, mask=other < num_patches, other=float("-inf"))[None, :]
+        theirs = tl.load(score_ptr + row + other, mask=other < num_patches, other=float("-inf"))[None, :]
         before = (theirs > mine) | ((theirs == mine) & (other[None, :] < patch[:, None]))
         rank += tl.sum(before.to(tl.int32), 1)
-    tl.store(selected + row + patch, rank < count, mask=live)
+    tl.store(selected_ptr + row + patch, rank < count, mask=live)
 
 
 def forward(patches: Tensor, tokens: Tensor, token_padding_mask: Tensor | None, count: int, high: bool) -> Tensor:
@@ -127,11 +132,10 @@ def forward(patches: Tensor, tokens: Tensor, token_padding_mask: Tensor | None, 
         block_tokens = MAX_BLOCK_TOKENS // 2
         options["BLOCK_PATCHES"] //= 2
     launch(
-        _score, (batch * triton.cdiv(num_patches, options["BLOCK_PATCHES"]),),
+        _fwd_score_kernel, (batch * triton.cdiv(num_patches, options["BLOCK_PATCHES"]),),
         patches, tokens, token_padding_mask, score,
         num_patches, num_tokens, width,
-        *patches.stride()[:2], *tokens.stride()[:2],
-        *((0, 0) if token_padding_mask is None else token_padding_mask.stride()),
+        strides(patches, 2), strides(tokens, 2), strides(token_padding_mask, 2),
         HIGH=high, **types,
         TOKEN_BLOCKS=triton.cdiv(num_tokens, block_tokens), BLOCK_TOKENS=block_tokens,
         BLOCK_WIDTH=row_bytes // max(patches.element_size(), tokens.element_size()),
@@ -139,5 +143,5 @@ def forward(patches: Tensor, tokens: Tensor, token_padding_mask: Tensor | None, 
     )  # fmt: skip
     options = config(SELECT, patches)
     tiles = triton.cdiv(num_patches, options["BLOCK_PATCHES"])
-    launch(_select, (batch * tiles,), score, selected, num_patches, count, **options)
+    launch(_fwd_select_kernel, (batch * tiles,), score, selected, num_patches, count, **options)
     return selected

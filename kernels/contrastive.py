@@ -19,7 +19,7 @@ from torch import Tensor
 from softmask.kernels._focal import focal
 from softmask.kernels._launch import Configs, config, dots, factor_dots, launch
 from softmask.kernels._similarity import as_read, multiply, same_ids, steepness
-from softmask.kernels.contrastive_backward import backward_config, backward_kernel
+from softmask.kernels.contrastive_backward import backward_config, bwd_kernel
 
 ATOMICS = os.environ.get("SOFTMASK_ATOMICS", "0") not in ("", "0")  # a product less, bits that do not repeat
 GROUP: tl.constexpr = tl.constexpr(8)  # row tiles whose programs are neighbours and share columns in the cache
@@ -46,101 +46,123 @@ FINISH: Configs = {
 
 
 @triton.jit
-def _store_sums(sums, x, steep, tile, index, size, AXIS: tl.constexpr, NUMBERS: tl.constexpr):
+def _store_sums(sums_ptr, similarity, steep, tile, index, size, AXIS: tl.constexpr, NUMBERS: tl.constexpr):
     """A tile's part of the sums of its rows (AXIS 1) or columns (AXIS 0), sums [tiles, NUMBERS, size]: the maximum, and
     the sum of exponentials under it."""
-    place = sums + tile.to(tl.int64) * (NUMBERS * size) + index
-    highest = tl.maximum(tl.max(x, AXIS), LOWEST)
-    tl.store(place, highest, mask=index < size)
-    tl.store(place + size, tl.sum(tl.exp(steep * (x - tl.expand_dims(highest, AXIS))), AXIS), mask=index < size)
+    place_ptrs = sums_ptr + tile.to(tl.int64) * (NUMBERS * size) + index
+    highest = tl.maximum(tl.max(similarity, AXIS), LOWEST)
+    tl.store(place_ptrs, highest, mask=index < size)
+    tl.store(
+        place_ptrs + size, tl.sum(tl.exp(steep * (similarity - tl.expand_dims(highest, AXIS))), AXIS), mask=index < size
+    )
 
 
 @triton.jit
-def _store_both(row_sums, column_sums, x, steep, m, n, i, j, height, width, NUMBERS: tl.constexpr):
+def _store_both(
+    row_sums_ptr,
+    column_sums_ptr,
+    similarity,
+    steep,
+    row_tile,
+    column_tile,
+    row,
+    column,
+    height,
+    width,
+    NUMBERS: tl.constexpr,
+):
     """A tile's part of the sums of its rows and, where they are wanted, of its columns."""
-    _store_sums(row_sums, x, steep, n, i, height, 1, NUMBERS)
-    if column_sums is not None:
-        _store_sums(column_sums, x, steep, m, j, width, 0, NUMBERS)
+    _store_sums(row_sums_ptr, similarity, steep, column_tile, row, height, 1, NUMBERS)
+    if column_sums_ptr is not None:
+        _store_sums(column_sums_ptr, similarity, steep, row_tile, column, width, 0, NUMBERS)
 
 
 @triton.jit
-def _store_positives(sums, x, same, tile, index, size, AXIS: tl.constexpr):
+def _store_positives(sums_ptr, similarity, same, tile, index, size, AXIS: tl.constexpr):
     """The third and fourth of four sums: the products of positives, and their number."""
-    place = sums + tile.to(tl.int64) * (4 * size) + index
-    tl.store(place + 2 * size, tl.sum(tl.where(same, x, 0.0), AXIS), mask=index < size)
-    tl.store(place + 3 * size, tl.sum(same.to(tl.float32), AXIS), mask=index < size)
+    place_ptrs = sums_ptr + tile.to(tl.int64) * (4 * size) + index
+    tl.store(place_ptrs + 2 * size, tl.sum(tl.where(same, similarity, 0.0), AXIS), mask=index < size)
+    tl.store(place_ptrs + 3 * size, tl.sum(same.to(tl.float32), AXIS), mask=index < size)
 
 
 @triton.jit
-def _tiles(
-    rows, columns, row_ids, column_ids, scale, row_sums, column_sums, positives,
-    height, width, depth, first_row, row_stride, column_stride,
+def _fwd_tiles_kernel(
+    rows_ptr, columns_ptr, row_ids_ptr, column_ids_ptr, scale_ptr, row_sums_ptr, column_sums_ptr, positives_ptr,
+    height, width, depth, first_row, stride_rn, stride_cn,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     SUMS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """Sums of one tile, and without ids the logits of the positives in it."""
-    row_tiles, column_tiles = tl.cdiv(height, BLOCK_M), tl.cdiv(width, BLOCK_N)
+    num_row_tiles, num_column_tiles = tl.cdiv(height, BLOCK_M), tl.cdiv(width, BLOCK_N)
     program = tl.program_id(0)
-    m, n = tl.swizzle2d(program // column_tiles, program % column_tiles, row_tiles, column_tiles, GROUP)
-    i, j = m * BLOCK_M + tl.arange(0, BLOCK_M), n * BLOCK_N + tl.arange(0, BLOCK_N)
-    left, right = (rows, height, row_stride), (columns, width, column_stride)
-    sign, steep = steepness(tl.load(scale).to(tl.float32))
-    x = sign * multiply(left, right, i, j, depth, BLOCK_K, DOT, PRECISION)
-    x = tl.where((i < height)[:, None] & (j < width)[None, :], x, float("-inf"))
+    row_tile, column_tile = tl.swizzle2d(
+        program // num_column_tiles, program % num_column_tiles, num_row_tiles, num_column_tiles, GROUP
+    )
+    row, column = row_tile * BLOCK_M + tl.arange(0, BLOCK_M), column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    left, right = (rows_ptr, height, stride_rn), (columns_ptr, width, stride_cn)
+    sign, steep = steepness(tl.load(scale_ptr).to(tl.float32))
+    similarity = sign * multiply(left, right, row, column, depth, BLOCK_K, DOT, PRECISION)
+    similarity = tl.where((row < height)[:, None] & (column < width)[None, :], similarity, float("-inf"))
     # Exact products leave few registers to what follows: the sums first, then the positives. Else the other order takes
     # fewer.
-    NUMBERS: tl.constexpr = 2 if row_ids is None else 4
+    NUMBERS: tl.constexpr = 2 if row_ids_ptr is None else 4
     if SUMS_FIRST:
-        _store_both(row_sums, column_sums, x, steep, m, n, i, j, height, width, NUMBERS)
-    if row_ids is not None:
-        same = same_ids(row_ids, column_ids, i, j, height, width)
-        _store_positives(row_sums, x, same, n, i, height, 1)
-        if column_sums is not None:
-            _store_positives(column_sums, x, same, m, j, width, 0)
-    elif (n * BLOCK_N < (m + 1) * BLOCK_M + first_row) & (m * BLOCK_M + first_row < (n + 1) * BLOCK_N):
-        positive = i + first_row
-        product = tl.sum(tl.where(j[None, :] == positive[:, None], x, 0.0), 1)
-        tl.store(positives + i, product, mask=(i < height) & (positive // BLOCK_N == n))
+        _store_both(
+            row_sums_ptr, column_sums_ptr, similarity, steep, row_tile, column_tile, row, column, height, width, NUMBERS
+        )
+    if row_ids_ptr is not None:
+        same = same_ids(row_ids_ptr, column_ids_ptr, row, column, height, width)
+        _store_positives(row_sums_ptr, similarity, same, column_tile, row, height, 1)
+        if column_sums_ptr is not None:
+            _store_positives(column_sums_ptr, similarity, same, row_tile, column, width, 0)
+    elif (column_tile * BLOCK_N < (row_tile + 1) * BLOCK_M + first_row) & (
+        row_tile * BLOCK_M + first_row < (column_tile + 1) * BLOCK_N
+    ):
+        positive = row + first_row
+        product = tl.sum(tl.where(column[None, :] == positive[:, None], similarity, 0.0), 1)
+        tl.store(positives_ptr + row, product, mask=(row < height) & (positive // BLOCK_N == column_tile))
     if not SUMS_FIRST:
-        _store_both(row_sums, column_sums, x, steep, m, n, i, j, height, width, NUMBERS)
+        _store_both(
+            row_sums_ptr, column_sums_ptr, similarity, steep, row_tile, column_tile, row, column, height, width, NUMBERS
+        )
 
 
 @triton.jit
-def _join(sums, steep, tiles, index, size, NUMBERS: tl.constexpr):
+def _join(sums_ptr, steep, tiles, index, size, NUMBERS: tl.constexpr):
     """The sums of samples index over all tiles: maximum, log of the sum of exponentials, and of the positive logits."""
     highest = tl.full([index.shape[0]], LOWEST, tl.float32)
     total = tl.zeros([index.shape[0]], tl.float32)
     hits, count = total, total
     for start in range(0, tiles, JOINED):
         tile = start + tl.arange(0, JOINED)
-        place = sums + tile[:, None].to(tl.int64) * (NUMBERS * size) + index[None, :]
+        place_ptrs = sums_ptr + tile[:, None].to(tl.int64) * (NUMBERS * size) + index[None, :]
         live = (tile < tiles)[:, None]
-        tops = tl.load(place, mask=live, other=LOWEST)  # [JOINED, BLOCK_M]
+        tops = tl.load(place_ptrs, mask=live, other=LOWEST)  # [JOINED, BLOCK_M]
         before, highest = highest, tl.maximum(highest, tl.max(tops, 0))
-        part = tl.load(place + size, mask=live, other=0.0) * tl.exp(steep * (tops - highest[None, :]))
+        part = tl.load(place_ptrs + size, mask=live, other=0.0) * tl.exp(steep * (tops - highest[None, :]))
         total = total * tl.exp(steep * (before - highest)) + tl.sum(part, 0)
         if NUMBERS == 4:
-            hits += tl.sum(tl.load(place + 2 * size, mask=live, other=0.0), 0)
-            count += tl.sum(tl.load(place + 3 * size, mask=live, other=0.0), 0)
+            hits += tl.sum(tl.load(place_ptrs + 2 * size, mask=live, other=0.0), 0)
+            count += tl.sum(tl.load(place_ptrs + 3 * size, mask=live, other=0.0), 0)
     return highest, tl.log(total), hits, count
 
 
 @triton.jit
 def _over_positives(
-    own, other, own_ids, other_ids, m, highest, rest, sign, steep, gamma, depth,
+    own, other, own_ids_ptr, other_ids_ptr, first, highest, rest, sign, steep, gamma, depth,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sums of the focal terms, and of their slopes, over the positives of the samples from m on: products of the tiles
     that have any."""
-    i = m + tl.arange(0, BLOCK_M)
+    sample = first + tl.arange(0, BLOCK_M)
     loss = tl.zeros([BLOCK_M], tl.float32)
     slope = loss
-    for n in range(0, other[1], BLOCK_N):
-        j = n + tl.arange(0, BLOCK_N)
-        same = same_ids(own_ids, other_ids, i, j, own[1], other[1])
+    for other_first in range(0, other[1], BLOCK_N):
+        other_sample = other_first + tl.arange(0, BLOCK_N)
+        same = same_ids(own_ids_ptr, other_ids_ptr, sample, other_sample, own[1], other[1])
         if tl.max(same.to(tl.int32)) > 0:
-            x = sign * multiply(own, other, i, j, depth, BLOCK_K, DOT, PRECISION)
-            log_p = steep * (x - highest[:, None]) - rest[:, None]
+            similarity = sign * multiply(own, other, sample, other_sample, depth, BLOCK_K, DOT, PRECISION)
+            log_p = steep * (similarity - highest[:, None]) - rest[:, None]
             losses, slopes = focal(tl.where(same, log_p, 0.0), gamma)
             loss += tl.sum(tl.where(same, losses, 0.0), 1)
             slope += tl.sum(tl.where(same, slopes, 0.0), 1)
@@ -149,60 +171,64 @@ def _over_positives(
 
 @triton.jit
 def _direction(
-    own, other, own_ids, other_ids, sums, tiles, positives, statistics, m, sign, steep, gamma, depth,
+    own, other, own_ids_ptr, other_ids_ptr, sums_ptr, tiles, positives_ptr, statistics_ptr,
+    first, sign, steep, gamma, depth,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One direction's loss of the samples from m on, and their number of positives; writes its three statistics."""
     size = own[1]
-    i = m + tl.arange(0, BLOCK_M)
-    index = tl.minimum(i, size - 1)
-    highest, rest, hits, count = _join(sums, steep, tiles, index, size, 2 if own_ids is None else 4)
-    if own_ids is None:
-        positive = tl.load(positives + index)
+    sample = first + tl.arange(0, BLOCK_M)
+    index = tl.minimum(sample, size - 1)
+    highest, rest, hits, count = _join(sums_ptr, steep, tiles, index, size, 2 if own_ids_ptr is None else 4)
+    if own_ids_ptr is None:
+        positive = tl.load(positives_ptr + index)
     else:
         positive = hits / count
     loss, slope = focal(steep * (positive - highest) - rest, gamma)
-    if own_ids is not None:
+    if own_ids_ptr is not None:
         if gamma != 0.0:  # no function of the mean logit then
             loss, slope = _over_positives(
-                own, other, own_ids, other_ids, m, highest, rest, sign, steep, gamma, depth,
+                own, other, own_ids_ptr, other_ids_ptr, first, highest, rest, sign, steep, gamma, depth,
                 BLOCK_M, BLOCK_N, BLOCK_K, DOT, PRECISION,
             )  # fmt: skip
             loss, slope = loss / count, slope / count
-    live = i < size
-    tl.store(statistics + i, highest, mask=live)
-    tl.store(statistics + size + i, rest, mask=live)
-    tl.store(statistics + 2 * size + i, slope, mask=live)
+    live = sample < size
+    tl.store(statistics_ptr + sample, highest, mask=live)
+    tl.store(statistics_ptr + size + sample, rest, mask=live)
+    tl.store(statistics_ptr + 2 * size + sample, slope, mask=live)
     return loss, count
 
 
 @triton.jit
-def _finish(
-    rows, columns, row_ids, column_ids, scale, gamma, row_sums, column_sums, positives, loss, statistics,
-    height, width, depth, row_stride, column_stride, row_tiles, column_tiles,
+def _fwd_finish_kernel(
+    rows_ptr, columns_ptr, row_ids_ptr, column_ids_ptr, scale_ptr, gamma_ptr,
+    row_sums_ptr, column_sums_ptr, positives_ptr, loss_ptr, statistics_ptr,
+    height, width, depth, stride_rn, stride_cn, num_row_tiles, num_column_tiles,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Loss and statistics of BLOCK_M samples."""
-    m = tl.program_id(0) * BLOCK_M
-    i = m + tl.arange(0, BLOCK_M)
-    sign, steep = steepness(tl.load(scale).to(tl.float32))
-    gamma = tl.load(gamma).to(tl.float32)
-    left, right = (rows, height, row_stride), (columns, width, column_stride)
+    first = tl.program_id(0) * BLOCK_M
+    sample = first + tl.arange(0, BLOCK_M)
+    sign, steep = steepness(tl.load(scale_ptr).to(tl.float32))
+    gamma = tl.load(gamma_ptr).to(tl.float32)
+    left, right = (rows_ptr, height, stride_rn), (columns_ptr, width, stride_cn)
     total, count = _direction(
-        left, right, row_ids, column_ids, row_sums, column_tiles, positives, statistics, m, sign, steep, gamma, depth,
+        left, right, row_ids_ptr, column_ids_ptr, row_sums_ptr, num_column_tiles, positives_ptr, statistics_ptr,
+        first, sign, steep, gamma, depth,
         BLOCK_M, BLOCK_N, BLOCK_K, DOT, PRECISION,
     )  # fmt: skip
-    shares = statistics + 3 * height
-    if column_sums is not None:
+    shares_ptr = statistics_ptr + 3 * height
+    if column_sums_ptr is not None:
         by_column, _ = _direction(
-            right, left, column_ids, row_ids, column_sums, row_tiles, positives, shares, m, sign, steep, gamma, depth,
+            right, left, column_ids_ptr, row_ids_ptr, column_sums_ptr, num_row_tiles, positives_ptr, shares_ptr,
+            first, sign, steep, gamma, depth,
             BLOCK_M, BLOCK_N, BLOCK_K, DOT, PRECISION,
         )  # fmt: skip
         total = 0.5 * (total + by_column)
-        shares += 3 * height
-    tl.store(loss + i, total, mask=i < height)
-    if row_ids is not None:
-        tl.store(shares + i, 1.0 / count, mask=i < height)
+        shares_ptr += 3 * height
+    tl.store(loss_ptr + sample, total, mask=sample < height)
+    if row_ids_ptr is not None:
+        tl.store(shares_ptr + sample, 1.0 / count, mask=sample < height)
 
 
 def _config(table: Configs, rows: Tensor, width: int, *, with_ids: bool) -> dict[str, Any]:
@@ -241,7 +267,7 @@ def forward(
     row_sums = per_sample.new_empty((column_tiles, numbers, height))
     column_sums = per_sample.new_empty((row_tiles, numbers, width)) if both else None
     launch(
-        _tiles, (row_tiles * column_tiles,),
+        _fwd_tiles_kernel, (row_tiles * column_tiles,),
         *sides, scale, row_sums, column_sums, positives,
         height, width, depth, first_row, *(side.stride(0) for side in sides[:2]), SUMS_FIRST=exact, **options,
     )  # fmt: skip
@@ -249,7 +275,7 @@ def forward(
     statistics = per_sample.new_empty(((6 if both else 3) + (row_ids is not None), height))
     options = _config(FINISH, rows, width, with_ids=row_ids is not None)
     launch(
-        _finish, (triton.cdiv(height, options["BLOCK_M"]),),
+        _fwd_finish_kernel, (triton.cdiv(height, options["BLOCK_M"]),),
         *sides, scale, gamma, row_sums, column_sums, positives, loss, statistics,
         height, width, depth, *(side.stride(0) for side in sides[:2]), row_tiles, column_tiles, **options,
     )  # fmt: skip
@@ -277,7 +303,7 @@ def backward(
     at_columns = columns.new_zeros(columns.shape, dtype=torch.float32) if ATOMICS else columns.new_empty(columns.shape)
     of_grad = factor_dots(rows)
     launch(
-        backward_kernel, (row_tiles if ATOMICS else row_tiles + column_tiles,),
+        bwd_kernel, (row_tiles if ATOMICS else row_tiles + column_tiles,),
         *sides, statistics, grad.contiguous(), scale, gamma, at_rows, at_columns, at_scale,
         height, width, depth, first_row, *(side.stride(0) for side in sides[:2]), both, ATOMICS,
         BLOCK_D=max(16, triton.next_power_of_2(depth)), **options,

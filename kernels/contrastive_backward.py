@@ -65,16 +65,16 @@ MANY = 6400  # samples of both sides, from which on 64 to a program still fill a
 
 
 @triton.jit
-def _numbers(statistics, shares, grad, weight, index, size, AXIS: tl.constexpr):
+def _numbers(statistics_ptr, shares_ptr, d_loss_ptr, weight, index, size, AXIS: tl.constexpr):
     """Of samples index: both parts of the log-sum-exp, and the factors of softmax and positives in the gradient."""
     index = tl.minimum(index, size - 1)
-    place = statistics + index
-    highest, rest = tl.load(place), tl.load(place + size)
-    upstream = weight * tl.load(grad + index)
-    at_softmax = upstream * tl.load(place + 2 * size)
+    place_ptrs = statistics_ptr + index
+    highest, rest = tl.load(place_ptrs), tl.load(place_ptrs + size)
+    upstream = weight * tl.load(d_loss_ptr + index)
+    at_softmax = upstream * tl.load(place_ptrs + 2 * size)
     at_positive = at_softmax
-    if shares is not None:
-        at_positive = upstream * tl.load(shares + index)
+    if shares_ptr is not None:
+        at_positive = upstream * tl.load(shares_ptr + index)
     return (
         tl.expand_dims(highest, AXIS), tl.expand_dims(rest, AXIS),
         tl.expand_dims(at_softmax, AXIS), tl.expand_dims(at_positive, AXIS),
@@ -82,113 +82,119 @@ def _numbers(statistics, shares, grad, weight, index, size, AXIS: tl.constexpr):
 
 
 @triton.jit
-def _at_positives(x, same, numbers, steep, gamma):
+def _at_positives(similarity, same, numbers, steep, gamma):
     """What one direction's focal terms take from the gradient at the positives."""
     highest, rest, _, at_positive = numbers
-    _, slope = focal(tl.where(same, steep * (x - highest) - rest, 0.0), gamma)
+    _, slope = focal(tl.where(same, steep * (similarity - highest) - rest, 0.0), gamma)
     return at_positive * slope
 
 
 @triton.jit
-def _at_logits(x, same, own, other, terms, steep, gamma, WITH_IDS: tl.constexpr):
+def _at_logits(similarity, same, own, other, terms, steep, gamma, WITH_IDS: tl.constexpr):
     """The gradient at logits [BLOCK_M, BLOCK_N], over scale, by the numbers of the directions that there are. Where
     there are terms, focal terms of several positives, each positive has its own."""
-    dz, hit = tl.zeros_like(x), tl.zeros_like(x)
+    d_similarity, hit = tl.zeros_like(similarity), tl.zeros_like(similarity)
     if own is not None:
-        dz += own[2] * tl.exp(steep * (x - own[0]) - own[1])
+        d_similarity += own[2] * tl.exp(steep * (similarity - own[0]) - own[1])
         hit += own[3]
     if other is not None:
-        dz += other[2] * tl.exp(steep * (x - other[0]) - other[1])
+        d_similarity += other[2] * tl.exp(steep * (similarity - other[0]) - other[1])
         hit += other[3]
     if WITH_IDS:
         if terms:
-            hit = tl.zeros_like(x)
+            hit = tl.zeros_like(similarity)
             if own is not None:
-                hit += _at_positives(x, same, own, steep, gamma)
+                hit += _at_positives(similarity, same, own, steep, gamma)
             if other is not None:
-                hit += _at_positives(x, same, other, steep, gamma)
-    return dz - tl.where(same, hit, 0.0)
+                hit += _at_positives(similarity, same, other, steep, gamma)
+    return d_similarity - tl.where(same, hit, 0.0)
 
 
 @triton.jit
 def _owner(
-    own, other, own_ids, other_ids, own_statistics, other_statistics, shares, grad, weight, scale, gamma,
-    own_grad, other_grad, at_scale, tile, shift, depth,
+    own, other, own_ids_ptr, other_ids_ptr, own_statistics_ptr, other_statistics_ptr, shares_ptr, d_loss_ptr,
+    weight, scale, gamma,
+    d_own_ptr, d_other_ptr, d_scale_parts_ptr, tile, shift, depth,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, RESIDENT: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, GRAD_DOT: tl.constexpr, GRAD_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of BLOCK_M samples of one side; sample i's positive without ids is i + shift of the other."""
-    m = tile * BLOCK_M
-    i = m + tl.arange(0, BLOCK_M)
-    d = tl.arange(0, BLOCK_D)
+    first = tile * BLOCK_M
+    sample = first + tl.arange(0, BLOCK_M)
+    feature = tl.arange(0, BLOCK_D)
     sign, steep = steepness(scale)
-    if RESIDENT or other_grad is not None:
-        features = load_features(own, i, d, depth)
+    if RESIDENT or d_other_ptr is not None:
+        features = load_features(own, sample, feature, depth)
     own_numbers = None
-    if own_statistics is not None:
-        own_numbers = _numbers(own_statistics, shares, grad, weight, i, own[1], 1)
-    total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    by_scale = tl.zeros([BLOCK_M], tl.float32)
-    for n in range(0, other[1], BLOCK_N):
-        j = n + tl.arange(0, BLOCK_N)
+    if own_statistics_ptr is not None:
+        own_numbers = _numbers(own_statistics_ptr, shares_ptr, d_loss_ptr, weight, sample, own[1], 1)
+    d_own = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    d_scale = tl.zeros([BLOCK_M], tl.float32)
+    for other_first in range(0, other[1], BLOCK_N):
+        other_sample = other_first + tl.arange(0, BLOCK_N)
         if RESIDENT:
-            others = load_features(other, j, d, depth)
+            others = load_features(other, other_sample, feature, depth)
             products = tl.dot(features.to(DOT), tl.trans(others.to(DOT)), input_precision=PRECISION)
         else:
-            products = multiply(own, other, i, j, depth, BLOCK_K, DOT, PRECISION)
-            others = load_features(other, j, d, depth)
-        x = sign * products
+            products = multiply(own, other, sample, other_sample, depth, BLOCK_K, DOT, PRECISION)
+            others = load_features(other, other_sample, feature, depth)
+        similarity = sign * products
         terms = gamma != 0.0
-        if own_ids is None:
-            same = i[:, None] + shift == j[None, :]
+        if own_ids_ptr is None:
+            same = sample[:, None] + shift == other_sample[None, :]
         else:
-            same = same_ids(own_ids, other_ids, i, j, own[1], other[1])
+            same = same_ids(own_ids_ptr, other_ids_ptr, sample, other_sample, own[1], other[1])
             if terms:
                 terms = tl.max(same.to(tl.int32)) > 0
         other_numbers = None
-        if other_statistics is not None:
-            other_numbers = _numbers(other_statistics, shares, grad, weight, j, other[1], 0)
-        dz = _at_logits(x, same, own_numbers, other_numbers, terms, steep, gamma, own_ids is not None)
-        dz = tl.where((i < own[1])[:, None] & (j < other[1])[None, :], dz, 0.0)
-        if at_scale is not None:
-            by_scale += tl.sum(dz * x, 1)
-        total = tl.dot(dz.to(GRAD_DOT), others.to(GRAD_DOT), total, input_precision=GRAD_PRECISION)
-        if other_grad is not None:
-            part = tl.dot(tl.trans(dz.to(GRAD_DOT)), features.to(GRAD_DOT), input_precision=GRAD_PRECISION)
-            place = other_grad + j[:, None].to(tl.int64) * depth + d[None, :]
-            live_part = (j < other[1])[:, None] & (d < depth)[None, :]
-            tl.atomic_add(place, scale * part, mask=live_part, sem="relaxed")
-    place = own_grad + i[:, None].to(tl.int64) * depth + d[None, :]
-    tl.store(place, scale * total, mask=(i < own[1])[:, None] & (d < depth)[None, :])
-    if at_scale is not None:
-        tl.store(at_scale + tile, sign * tl.sum(by_scale, 0))
+        if other_statistics_ptr is not None:
+            other_numbers = _numbers(other_statistics_ptr, shares_ptr, d_loss_ptr, weight, other_sample, other[1], 0)
+        d_similarity = _at_logits(
+            similarity, same, own_numbers, other_numbers, terms, steep, gamma, own_ids_ptr is not None
+        )
+        d_similarity = tl.where((sample < own[1])[:, None] & (other_sample < other[1])[None, :], d_similarity, 0.0)
+        if d_scale_parts_ptr is not None:
+            d_scale += tl.sum(d_similarity * similarity, 1)
+        d_own = tl.dot(d_similarity.to(GRAD_DOT), others.to(GRAD_DOT), d_own, input_precision=GRAD_PRECISION)
+        if d_other_ptr is not None:
+            part = tl.dot(tl.trans(d_similarity.to(GRAD_DOT)), features.to(GRAD_DOT), input_precision=GRAD_PRECISION)
+            place_ptrs = d_other_ptr + other_sample[:, None].to(tl.int64) * depth + feature[None, :]
+            live_part = (other_sample < other[1])[:, None] & (feature < depth)[None, :]
+            tl.atomic_add(place_ptrs, scale * part, mask=live_part, sem="relaxed")
+    place_ptrs = d_own_ptr + sample[:, None].to(tl.int64) * depth + feature[None, :]
+    tl.store(place_ptrs, scale * d_own, mask=(sample < own[1])[:, None] & (feature < depth)[None, :])
+    if d_scale_parts_ptr is not None:
+        tl.store(d_scale_parts_ptr + tile, sign * tl.sum(d_scale, 0))
 
 
 @triton.jit
-def backward_kernel(
-    rows, columns, row_ids, column_ids, statistics, grad, scale, gamma, rows_grad, columns_grad, at_scale,
-    height, width, depth, first_row, row_stride, column_stride, BOTH: tl.constexpr, ATOMIC: tl.constexpr,
+def bwd_kernel(
+    rows_ptr, columns_ptr, row_ids_ptr, column_ids_ptr, statistics_ptr, d_loss_ptr, scale_ptr, gamma_ptr,
+    d_rows_ptr, d_columns_ptr, d_scale_parts_ptr,
+    height, width, depth, first_row, stride_rn, stride_cn, BOTH: tl.constexpr, ATOMIC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, RESIDENT: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, GRAD_DOT: tl.constexpr, GRAD_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The first programs own rows, the others columns."""
     tile = tl.program_id(0)
     row_tiles = tl.cdiv(height, BLOCK_M)
-    scale, gamma = tl.load(scale).to(tl.float32), tl.load(gamma).to(tl.float32)
-    left, right = (rows, height, row_stride), (columns, width, column_stride)
-    by_column = statistics + 3 * height if BOTH else None
-    shares = None if row_ids is None else statistics + (6 if BOTH else 3) * height
+    scale, gamma = tl.load(scale_ptr).to(tl.float32), tl.load(gamma_ptr).to(tl.float32)
+    left, right = (rows_ptr, height, stride_rn), (columns_ptr, width, stride_cn)
+    column_statistics_ptr = statistics_ptr + 3 * height if BOTH else None
+    shares_ptr = None if row_ids_ptr is None else statistics_ptr + (6 if BOTH else 3) * height
     weight: tl.constexpr = 0.5 if BOTH else 1.0  # of a direction in the loss
     if tile < row_tiles:
         _owner(
-            left, right, row_ids, column_ids, statistics, by_column, shares, grad, weight, scale, gamma,
-            rows_grad, columns_grad if ATOMIC else None, at_scale, tile, first_row, depth,
+            left, right, row_ids_ptr, column_ids_ptr, statistics_ptr, column_statistics_ptr, shares_ptr, d_loss_ptr,
+            weight, scale, gamma,
+            d_rows_ptr, d_columns_ptr if ATOMIC else None, d_scale_parts_ptr, tile, first_row, depth,
             BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_D, RESIDENT, DOT, PRECISION, GRAD_DOT, GRAD_PRECISION,
         )  # fmt: skip
     elif not ATOMIC:
         _owner(
-            right, left, column_ids, row_ids, by_column, statistics, shares, grad, weight, scale, gamma,
-            columns_grad, None, None, tile - row_tiles, -first_row, depth,
+            right, left, column_ids_ptr, row_ids_ptr, column_statistics_ptr, statistics_ptr, shares_ptr, d_loss_ptr,
+            weight, scale, gamma,
+            d_columns_ptr, None, None, tile - row_tiles, -first_row, depth,
             BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_D, RESIDENT, DOT, PRECISION, GRAD_DOT, GRAD_PRECISION,
         )  # fmt: skip
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from softmask.kernels._launch import Configs, config, last_contiguous, launch
+from softmask.kernels._launch import Configs, config, last_contiguous, launch, strides
 
 EPS: tl.constexpr = tl.constexpr(1e-6)  # reference.PATCH_VARIANCE_EPS
 # ELEMENTS: of a program's block, in which there are as many patches as fit, at least one.
@@ -27,79 +27,79 @@ ELEMENTS_PER_WARP, MIN_WARPS, MAX_WARPS = 512, 4, 16
 
 
 @triton.jit
-def _standardize(x, live, SIZE: tl.constexpr):
+def _standardize(pixels, live, SIZE: tl.constexpr):
     """(x - mean) / sqrt(variance + eps) of each row [BLOCK_PATCHES, BLOCK_PIXELS], 0 where not live."""
     for _ in tl.static_range(2):  # again for the rounding of the mean: it shows where the variance is near 0
-        x = tl.where(live, x - (tl.sum(x, 1) / SIZE)[:, None], 0.0)
-    return x * tl.rsqrt(tl.sum(x * x, 1) / (SIZE - 1) + EPS)[:, None]
+        pixels = tl.where(live, pixels - (tl.sum(pixels, 1) / SIZE)[:, None], 0.0)
+    return pixels * tl.rsqrt(tl.sum(pixels * pixels, 1) / (SIZE - 1) + EPS)[:, None]
 
 
 @triton.jit
 def _difference(
-    prediction, images, masked, batch, patch, columns,
-    prediction_batch, prediction_patch, images_batch, images_channel, images_row, images_column,
+    prediction_ptr, images_ptr, masked, batch, patch, num_columns, prediction_strides, images_strides,
     NORMALIZE: tl.constexpr, SIDE: tl.constexpr, BLOCK_PIXELS: tl.constexpr,
 ):  # fmt: skip
     """prediction - target [BLOCK_PATCHES, BLOCK_PIXELS] of the patches that are masked, 0 elsewhere."""
+    stride_pb, stride_pp = prediction_strides
+    stride_ib, stride_ic, stride_ih, stride_iw = images_strides
     pixel = tl.arange(0, BLOCK_PIXELS)
     live = masked[:, None] & (pixel < 3 * SIDE * SIDE)[None, :]
-    start = batch * prediction_batch + patch.to(tl.int64) * prediction_patch
-    guess = tl.load(prediction + start[:, None] + pixel[None, :], mask=live, other=0.0).to(tl.float32)
-    corner = batch * images_batch
-    corner += (patch // columns * SIDE).to(tl.int64) * images_row
-    corner += (patch % columns * SIDE).to(tl.int64) * images_column
-    place = (pixel // (3 * SIDE)).to(tl.int64) * images_row  # in the patch, [BLOCK_PIXELS]
-    place += (pixel // 3 % SIDE).to(tl.int64) * images_column
-    place += (pixel % 3).to(tl.int64) * images_channel
+    start = batch * stride_pb + patch.to(tl.int64) * stride_pp
+    prediction = tl.load(prediction_ptr + start[:, None] + pixel[None, :], mask=live, other=0.0).to(tl.float32)
+    corner = batch * stride_ib
+    corner += (patch // num_columns * SIDE).to(tl.int64) * stride_ih
+    corner += (patch % num_columns * SIDE).to(tl.int64) * stride_iw
+    place = (pixel // (3 * SIDE)).to(tl.int64) * stride_ih  # in the patch, [BLOCK_PIXELS]
+    place += (pixel // 3 % SIDE).to(tl.int64) * stride_iw
+    place += (pixel % 3).to(tl.int64) * stride_ic
     # In a row of their own, neighbouring pixels go to neighbouring lanes: Triton gives all loads of one shape the same
     # layout, and a lane reads 16 bytes of the prediction at once.
     row: tl.constexpr = [live.shape[0] * BLOCK_PIXELS]
-    pointers = images + tl.reshape(corner[:, None] + place[None, :], row)
+    pointers = images_ptr + tl.reshape(corner[:, None] + place[None, :], row)
     target = tl.load(pointers, mask=tl.reshape(live, row), other=0.0)
     target = tl.reshape(target, live.shape).to(tl.float32)
     if NORMALIZE:
         target = _standardize(target, live, 3 * SIDE * SIDE)
-    return guess - target
+    return prediction - target
 
 
 @triton.jit
-def _forward(
-    prediction, images, mask, loss,
-    total, patches, columns,
-    prediction_batch, prediction_patch, images_batch, images_channel, images_row, images_column,
+def _fwd_kernel(
+    prediction_ptr, images_ptr, mask_ptr, loss_ptr,
+    num_total, num_patches, num_columns,
+    prediction_strides, images_strides,
     NORMALIZE: tl.constexpr, SIDE: tl.constexpr, BLOCK_PATCHES: tl.constexpr, BLOCK_PIXELS: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0) * BLOCK_PATCHES + tl.arange(0, BLOCK_PATCHES)  # of the patch in the batch
-    masked = tl.load(mask + index, mask=index < total, other=0) != 0
+    masked = tl.load(mask_ptr + index, mask=index < num_total, other=0) != 0
     difference = _difference(
-        prediction, images, masked, (index // patches).to(tl.int64), index % patches, columns,
-        prediction_batch, prediction_patch, images_batch, images_channel, images_row, images_column,
+        prediction_ptr, images_ptr, masked, (index // num_patches).to(tl.int64), index % num_patches, num_columns,
+        prediction_strides, images_strides,
         NORMALIZE, SIDE, BLOCK_PIXELS,
     )  # fmt: skip
-    tl.store(loss + index, tl.sum(difference * difference, 1) / (3 * SIDE * SIDE), mask=index < total)
+    tl.store(loss_ptr + index, tl.sum(difference * difference, 1) / (3 * SIDE * SIDE), mask=index < num_total)
 
 
 @triton.jit
-def _backward(
-    grad, prediction, images, mask, prediction_grad,
-    total, patches, columns,
-    grad_batch, grad_patch,
-    prediction_batch, prediction_patch, images_batch, images_channel, images_row, images_column,
+def _bwd_kernel(
+    d_loss_ptr, prediction_ptr, images_ptr, mask_ptr, d_prediction_ptr,
+    num_total, num_patches, num_columns,
+    d_loss_strides, prediction_strides, images_strides,
     NORMALIZE: tl.constexpr, SIDE: tl.constexpr, BLOCK_PATCHES: tl.constexpr, BLOCK_PIXELS: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0) * BLOCK_PATCHES + tl.arange(0, BLOCK_PATCHES)  # of the patch in the batch
-    masked = tl.load(mask + index, mask=index < total, other=0) != 0
-    batch, patch = (index // patches).to(tl.int64), index % patches
+    masked = tl.load(mask_ptr + index, mask=index < num_total, other=0) != 0
+    stride_lb, stride_lp = d_loss_strides
+    batch, patch = (index // num_patches).to(tl.int64), index % num_patches
     difference = _difference(
-        prediction, images, masked, batch, patch, columns,
-        prediction_batch, prediction_patch, images_batch, images_channel, images_row, images_column,
+        prediction_ptr, images_ptr, masked, batch, patch, num_columns, prediction_strides, images_strides,
         NORMALIZE, SIDE, BLOCK_PIXELS,
     )  # fmt: skip
-    upstream = tl.load(grad + batch * grad_batch + patch * grad_patch, mask=masked, other=0.0).to(tl.float32)
+    upstream = tl.load(d_loss_ptr + batch * stride_lb + patch * stride_lp, mask=masked, other=0.0).to(tl.float32)
     pixel = tl.arange(0, BLOCK_PIXELS)
-    live = (index < total)[:, None] & (pixel < 3 * SIDE * SIDE)[None, :]
+    live = (index < num_total)[:, None] & (pixel < 3 * SIDE * SIDE)[None, :]
     place = index.to(tl.int64)[:, None] * (3 * SIDE * SIDE) + pixel[None, :]
-    tl.store(prediction_grad + place, difference * (upstream * (2.0 / (3 * SIDE * SIDE)))[:, None], mask=live)
+    tl.store(d_prediction_ptr + place, difference * (upstream * (2.0 / (3 * SIDE * SIDE)))[:, None], mask=live)
 
 
 def _blocks(prediction: Tensor, total: int, side: int, normalize: bool) -> tuple[int, dict[str, int]]:
@@ -112,20 +112,16 @@ def _blocks(prediction: Tensor, total: int, side: int, normalize: bool) -> tuple
     return triton.cdiv(total, patches), {"num_warps": warps, **options}
 
 
-def _strides(prediction: Tensor, images: Tensor) -> tuple[int, ...]:
-    return *prediction.stride()[:2], *images.stride()
-
-
 def forward(prediction: Tensor, images: Tensor, mask: Tensor, patch_size: int, normalize: bool) -> Tensor:
     """prediction [B, P, 3 * patch_size**2], images [B, 3, Hpx, Wpx], mask [B, P] -> loss [B, P], 0 where not masked."""
     loss = prediction.new_empty(mask.shape, dtype=torch.float32)
     prediction, mask = last_contiguous(prediction), mask.contiguous()
     programs, constants = _blocks(prediction, mask.numel(), patch_size, normalize)
     launch(
-        _forward, (programs,),
+        _fwd_kernel, (programs,),
         prediction, images, mask, loss,
         mask.numel(), mask.shape[1], images.shape[3] // patch_size,
-        *_strides(prediction, images), **constants,
+        strides(prediction, 2), strides(images, 4), **constants,
     )  # fmt: skip
     return loss
 
@@ -134,13 +130,13 @@ def backward(
     grad: Tensor, prediction: Tensor, images: Tensor, mask: Tensor, patch_size: int, normalize: bool
 ) -> Tensor:
     """The gradient of prediction, 0 where not masked, for the loss's, grad [B, P]."""
-    prediction_grad = prediction.new_empty(prediction.shape)
+    d_prediction = prediction.new_empty(prediction.shape)
     prediction, mask = last_contiguous(prediction), mask.contiguous()
     programs, constants = _blocks(prediction, mask.numel(), patch_size, normalize)
     launch(
-        _backward, (programs,),
-        grad, prediction, images, mask, prediction_grad,
+        _bwd_kernel, (programs,),
+        grad, prediction, images, mask, d_prediction,
         mask.numel(), mask.shape[1], images.shape[3] // patch_size,
-        *grad.stride(), *_strides(prediction, images), **constants,
+        strides(grad, 2), strides(prediction, 2), strides(images, 4), **constants,
     )  # fmt: skip
-    return prediction_grad
+    return d_prediction

@@ -18,15 +18,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from softmask.kernels._launch import Configs, config, dots, factor_dots, last_contiguous, launch
+from softmask.kernels._launch import Configs, config, dots, factor_dots, last_contiguous, launch, strides
 from softmask.kernels.momentum_contrastive_streams import (
     STATISTICS,
     TERMS,
-    first_stream,
+    fwd_first_stream_kernel,
+    fwd_second_stream_kernel,
     join,
     load_scale,
     places,
-    second_stream,
 )
 
 PART = 256  # of wide features
@@ -76,71 +76,79 @@ BACKWARD: Configs = {0: {"BLOCK_ROWS": 64}, 80: {"BLOCK_ROWS": 4, "num_warps": 4
 
 
 @triton.jit
-def _sum_of_splits(sums, weights, at, live, column, width):
+def _sum_of_splits(sums_ptr, weights, at, live, column, width):
     """sums [splits, 2, rows, width] under weights [BLOCK_SPLITS, BLOCK_ROWS], read where these are not 0."""
     live = (live & (weights != 0.0))[:, :, None] & (column < width)[None, None, :]
     place = at.to(tl.int64)[:, :, None] * width + column[None, None, :]
-    return tl.sum(tl.load(sums + place, mask=live, other=0.0) * weights[:, :, None], 0)
+    return tl.sum(tl.load(sums_ptr + place, mask=live, other=0.0) * weights[:, :, None], 0)
 
 
 @triton.jit
-def _finish(
-    statistics, terms, means, teacher_means, targets, scale, alpha, gamma,
-    loss, at_scale, image_gradients, text_gradients,
-    rows, width, splits,
+def _fwd_finish_kernel(
+    statistics_ptr, terms_ptr, mean_ptr, teacher_mean_ptr, targets_ptr, scale_ptr, alpha_ptr, gamma_ptr,
+    loss_ptr, d_scale_ptr, image_gradients_ptr, text_gradients_ptr,
+    num_rows, width, num_splits,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    scale, alpha, gamma = load_scale(scale), tl.load(alpha).to(tl.float32), tl.load(gamma).to(tl.float32)
+    scale = load_scale(scale_ptr)
+    alpha, gamma = tl.load(alpha_ptr).to(tl.float32), tl.load(gamma_ptr).to(tl.float32)
     of_row = tl.zeros([BLOCK_ROWS], tl.float32)
     slope_of_row = of_row
     for side in tl.static_range(2):
-        at, live = places(side, row, rows, splits, BLOCK_SPLITS)
-        student, teacher, positive, positives = join(statistics, at, live, row, rows, splits)
-        if means is not None:
-            mean = _sum_of_splits(means, student[2], at, live, column, width)
+        at, live = places(side, row, num_rows, num_splits, BLOCK_SPLITS)
+        student, teacher, positive, positives = join(statistics_ptr, at, live, row, num_rows, num_splits)
+        if mean_ptr is not None:
+            mean = _sum_of_splits(mean_ptr, student[2], at, live, column, width)
         if gamma == 0.0:
             hard = positive / tl.maximum(tl.sum(positives, 0), 1.0) - student[0]
             of_row += 0.5 * (tl.log(student[1]) - alpha * teacher[3] - (1.0 - alpha) * hard)
             slope_of_row += 0.5 * (alpha * (student[3] - teacher[3]) + (1.0 - alpha) * (student[3] - hard))
-            if means is not None:
-                soft = _sum_of_splits(teacher_means, teacher[2], at, live, column, width)
+            if mean_ptr is not None:
+                soft = _sum_of_splits(teacher_mean_ptr, teacher[2], at, live, column, width)
                 has = tl.where(positives > 0.0, 1.0, 0.0)
-                target = _sum_of_splits(targets, has, at, live, column, width)
+                target = _sum_of_splits(targets_ptr, has, at, live, column, width)
                 gradient = alpha * (mean - soft) + (1.0 - alpha) * (mean - target)  # 0 where these are equal
         else:
-            step = splits * 2 * rows
-            of_row += 0.5 * tl.sum(tl.load(terms + at, mask=live, other=0.0), 0)
-            slope = tl.sum(tl.load(terms + step + at, mask=live, other=0.0), 0)
-            spread = tl.sum(tl.load(terms + 2 * step + at, mask=live, other=0.0), 0)
+            step = num_splits * 2 * num_rows
+            of_row += 0.5 * tl.sum(tl.load(terms_ptr + at, mask=live, other=0.0), 0)
+            slope = tl.sum(tl.load(terms_ptr + step + at, mask=live, other=0.0), 0)
+            spread = tl.sum(tl.load(terms_ptr + 2 * step + at, mask=live, other=0.0), 0)
             slope_of_row += 0.5 * (slope * student[3] - spread)
-            if means is not None:
+            if mean_ptr is not None:
                 ones = tl.full([BLOCK_SPLITS, BLOCK_ROWS], 1.0, tl.float32)
-                gradient = slope[:, None] * mean - _sum_of_splits(targets, ones, at, live, column, width)
-        if means is not None:
-            gradients = image_gradients if side == 0 else text_gradients
+                gradient = slope[:, None] * mean - _sum_of_splits(targets_ptr, ones, at, live, column, width)
+        if mean_ptr is not None:
+            gradients_ptr = image_gradients_ptr if side == 0 else text_gradients_ptr
             place = row[:, None].to(tl.int64) * width + column[None, :]
-            tl.store(gradients + place, 0.5 * gradient, mask=(row < rows)[:, None] & (column < width)[None, :])
+            tl.store(gradients_ptr + place, 0.5 * gradient, mask=(row < num_rows)[:, None] & (column < width)[None, :])
     if tl.program_id(1) == 0:
-        tl.store(loss + row, of_row, mask=row < rows)
-        tl.store(at_scale + row, slope_of_row / scale, mask=row < rows)
+        tl.store(loss_ptr + row, of_row, mask=row < num_rows)
+        tl.store(d_scale_ptr + row, slope_of_row / scale, mask=row < num_rows)
 
 
 @triton.jit
-def _backward(
-    grad, scale, at_scale, image_gradients, text_gradients, image_grad, text_grad, scale_grad,
-    rows, width, grad_row,
+def _bwd_kernel(
+    d_loss_ptr, scale_ptr, at_scale_ptr, image_gradients_ptr, text_gradients_ptr,
+    d_image_ptr, d_text_ptr, d_scale_ptr,
+    num_rows, width, stride_lb,
     BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     row, column = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_WIDTH)
-    live = (row < rows)[:, None] & (column < width)[None, :]
+    live = (row < num_rows)[:, None] & (column < width)[None, :]
     place = row[:, None].to(tl.int64) * width + column[None, :]
-    upstream = tl.load(grad + row * grad_row, mask=row < rows, other=0.0).to(tl.float32)
-    tl.store(scale_grad + row, upstream * tl.load(at_scale + row, mask=row < rows, other=0.0), mask=row < rows)
-    upstream *= tl.load(scale).to(tl.float32)
-    tl.store(image_grad + place, tl.load(image_gradients + place, mask=live, other=0.0) * upstream[:, None], mask=live)
-    tl.store(text_grad + place, tl.load(text_gradients + place, mask=live, other=0.0) * upstream[:, None], mask=live)
+    upstream = tl.load(d_loss_ptr + row * stride_lb, mask=row < num_rows, other=0.0).to(tl.float32)
+    tl.store(
+        d_scale_ptr + row, upstream * tl.load(at_scale_ptr + row, mask=row < num_rows, other=0.0), mask=row < num_rows
+    )
+    upstream *= tl.load(scale_ptr).to(tl.float32)
+    tl.store(
+        d_image_ptr + place, tl.load(image_gradients_ptr + place, mask=live, other=0.0) * upstream[:, None], mask=live
+    )
+    tl.store(
+        d_text_ptr + place, tl.load(text_gradients_ptr + place, mask=live, other=0.0) * upstream[:, None], mask=live
+    )
 
 
 def _alike(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,6 +201,21 @@ def _constants(width: int, queued: bool, *tensors: Tensor) -> tuple[int, int, di
     return options.pop("PROGRAMS"), options.pop("FEWEST"), options
 
 
+def _splits(tiles: int, blocks: int, programs: int, fewest_tiles: int) -> tuple[int, int]:
+    """Tiles of keys in each split, and the number of splits, for about `programs` programs in all."""
+    tiles_of_split = max(triton.cdiv(tiles, max(programs // max(2 * blocks, 1), 1)), fewest_tiles)
+    return tiles_of_split, max(triton.cdiv(tiles, tiles_of_split), 1)
+
+
+def _finish_options(image: Tensor, width: int, block_splits: int) -> dict[str, int]:
+    """Constants of the last launch, BLOCK_COLUMNS among them."""
+    options = config(FINISH, image)
+    if width % 4:  # no vectors: every load has a pointer and a mask in registers
+        options["num_warps"] = 8
+    elements = options.pop("ELEMENTS") // (block_splits * options["BLOCK_ROWS"])
+    return {**options, "BLOCK_COLUMNS": min(triton.next_power_of_2(width), elements), "BLOCK_SPLITS": block_splits}
+
+
 def forward(
     image: Tensor,
     text: Tensor,
@@ -223,8 +246,7 @@ def forward(
     programs, fewest_tiles, options = _constants(width, keys[2] is not None, *typed)
     blocks = triton.cdiv(rows, options["BLOCK_ROWS"])
     tiles = sum(triton.cdiv(number, options["BLOCK_KEYS"]) for number in (count, queue_count))
-    tiles_of_split = max(triton.cdiv(tiles, max(programs // max(2 * blocks, 1), 1)), fewest_tiles)
-    splits = max(triton.cdiv(tiles, tiles_of_split), 1)
+    tiles_of_split, splits = _splits(tiles, blocks, programs, fewest_tiles)
     block_splits = triton.next_power_of_2(splits)
     statistics = _fp32(image, STATISTICS.value, splits, 2, rows)
     terms = _fp32(image, TERMS.value, splits, 2, rows)
@@ -233,36 +255,38 @@ def forward(
     loss, at_scale = _fp32(image, rows), _fp32(image, rows)
     tensors = (image, text, image_teacher, text_teacher, *keys)
     sizes = (rows, count, queue_count, first_row, tiles, tiles_of_split)
-    strides = [stride for one in keys[::2] for stride in ((0, 0) if one is None else one.stride())]
-    strides = (image.stride(0), image_teacher.stride(0), *strides)
+    all_strides = (image.stride(0), image_teacher.stride(0), *(strides(one, 2) for one in keys[::2]))
     options["GRADIENT"] = gradient
     grid = (splits * 2 * blocks, triton.cdiv(width, options["BLOCK_WIDTH"]) if gradient else 1)
     launch(
-        first_stream, grid, *tensors, scale, gamma, ids, key_ids, queue_ids,
-        statistics, sums[0], sums[1], *sizes, *strides, **options,
+        fwd_first_stream_kernel, grid, *tensors, scale, gamma, ids, key_ids, queue_ids,
+        statistics, sums[0], sums[1], *sizes, *all_strides, **options,
     )  # fmt: skip
     launch(
-        second_stream, grid, *tensors, scale, alpha, gamma, ids, key_ids, queue_ids,
-        statistics, terms, sums[2], *sizes, *strides, BLOCK_SPLITS=block_splits, **options,
+        fwd_second_stream_kernel, grid, *tensors, scale, alpha, gamma, ids, key_ids, queue_ids,
+        statistics, terms, sums[2], *sizes, *all_strides, BLOCK_SPLITS=block_splits, **options,
     )  # fmt: skip
-    options = config(FINISH, image)
-    if width % 4:  # no vectors: every load has a pointer and a mask in registers
-        options["num_warps"] = 8
-    elements = options.pop("ELEMENTS") // (block_splits * options["BLOCK_ROWS"])
-    block_columns = min(triton.next_power_of_2(width), elements)
+    options = _finish_options(image, width, block_splits)
+    columns = triton.cdiv(width, options["BLOCK_COLUMNS"]) if gradient else 1
+    grid = (triton.cdiv(rows, options["BLOCK_ROWS"]), columns)
     launch(
-        _finish, (triton.cdiv(rows, options["BLOCK_ROWS"]), triton.cdiv(width, block_columns) if gradient else 1),
-        statistics, terms, *sums, scale, alpha, gamma, loss, at_scale, *gradients, rows, width, splits,
-        BLOCK_COLUMNS=block_columns, BLOCK_SPLITS=block_splits, **options,
+        _fwd_finish_kernel, grid,
+        statistics, terms, *sums, scale, alpha, gamma, loss, at_scale, *gradients, rows, width, splits, **options,
     )  # fmt: skip
     of_image, of_text = (_fp32(image, 0) if gradient is None else gradient for gradient in gradients)
     return loss, at_scale, of_image, of_text
 
 
 def backward(
-    grad: Tensor, image: Tensor, scale: Tensor, at_scale: Tensor, image_gradients: Tensor, text_gradients: Tensor
+    grad: Tensor,
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    at_scale: Tensor,
+    image_gradients: Tensor,
+    text_gradients: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of image, text, both of image's type, and scale."""
+    """Gradients of image, text and scale."""
     rows, width = image.shape
     found = [tuple(one.shape) for one in (image_gradients, text_gradients)]
     if found != [(rows, width)] * 2:
@@ -273,7 +297,7 @@ def backward(
     image_grad, text_grad, scale_grad = image.new_empty(image.shape), image.new_empty(image.shape), _fp32(image, rows)
     options = config(BACKWARD, image)
     launch(
-        _backward, (triton.cdiv(rows, options["BLOCK_ROWS"]),),
+        _bwd_kernel, (triton.cdiv(rows, options["BLOCK_ROWS"]),),
         grad, scale, at_scale, image_gradients, text_gradients, image_grad, text_grad, scale_grad,
         rows, width, grad.stride(0), BLOCK_WIDTH=triton.next_power_of_2(width), **options,
     )  # fmt: skip

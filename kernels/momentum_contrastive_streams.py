@@ -21,9 +21,9 @@ LEAST_SCALE: tl.constexpr = tl.constexpr(1e-7)  # moves no logit by more than a 
 
 
 @triton.jit
-def load_scale(scale):
+def load_scale(scale_ptr):
     """Kept off 0: the sums of a gradient at the scale are of logits, and divided by it."""
-    scale = tl.load(scale).to(tl.float32)
+    scale = tl.load(scale_ptr).to(tl.float32)
     return tl.where(tl.abs(scale) < LEAST_SCALE, LEAST_SCALE, scale)
 
 
@@ -48,174 +48,196 @@ def _of_side(image, text, side):
 
 @triton.jit
 def _tile_of(
-    start, first, rows, first_column, strides,
+    start_ptr, first, rows, first_column, strides,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK, BLOCK_WIDTH] of a matrix, zeros beyond its edges."""
     row_stride, column_stride = strides
     row, column = tl.arange(0, BLOCK), first_column + tl.arange(0, BLOCK_WIDTH)
-    start += tl.cast(first, tl.int64) * row_stride
+    start_ptr += tl.cast(first, tl.int64) * row_stride
     place = row[:, None] * row_stride + column[None, :].to(tl.int64) * column_stride
     live = (first + row < rows)[:, None]
     if WIDTH % BLOCK_WIDTH != 0:
         live = live & (column < WIDTH)[None, :]
-    return tl.load(start + place, mask=live, other=0.0)
+    return tl.load(start_ptr + place, mask=live, other=0.0)
 
 
 @triton.jit
 def _row_tile(of_rows, first_column, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
-    start, first, rows, stride = of_rows
-    return _tile_of(start, first, rows, first_column, (stride, 1), WIDTH, BLOCK_ROWS, BLOCK_WIDTH)
+    start_ptr, first, rows, stride = of_rows
+    return _tile_of(start_ptr, first, rows, first_column, (stride, 1), WIDTH, BLOCK_ROWS, BLOCK_WIDTH)
 
 
 @triton.jit
 def _keys_at(tile, source, BLOCK_KEYS: tl.constexpr):
     """(matrix of a tile of keys, their places in it, which of them exist, whether it is the batch's)."""
-    keys, queue, count, queue_count, row_stride, column_stride, queue_row, queue_column = source
+    keys_ptr, queue_ptr, count, queue_count, keys_strides, queue_strides = source
     first, tiles = tile * BLOCK_KEYS, tl.cdiv(count, BLOCK_KEYS)
     in_batch = tile < tiles
-    if keys.dtype == queue.dtype:
+    if keys_ptr.dtype == queue_ptr.dtype:
         if tile >= tiles:
-            keys = queue
+            keys_ptr = queue_ptr
     first -= tl.where(in_batch, 0, tiles * BLOCK_KEYS)
     count = tl.where(in_batch, count, queue_count)
-    row_stride = tl.where(in_batch, row_stride, queue_row)
-    column_stride = tl.where(in_batch, column_stride, queue_column)
+    row_stride = tl.where(in_batch, keys_strides[0], queue_strides[0])
+    column_stride = tl.where(in_batch, keys_strides[1], queue_strides[1])
     key = first + tl.arange(0, BLOCK_KEYS)
-    return (keys, queue, in_batch, first, count, row_stride, column_stride), key, key < count, in_batch
+    return (keys_ptr, queue_ptr, in_batch, first, count, row_stride, column_stride), key, key < count, in_batch
 
 
 @triton.jit
 def _key_tile(matrix, first_column, WIDTH: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
-    keys, queue, in_batch, first, count, row_stride, column_stride = matrix
+    keys_ptr, queue_ptr, in_batch, first, count, row_stride, column_stride = matrix
     sizes = (row_stride, column_stride)
-    if keys.dtype == queue.dtype:
-        of_tile = _tile_of(keys, first, count, first_column, sizes, WIDTH, BLOCK_KEYS, BLOCK_WIDTH)
+    if keys_ptr.dtype == queue_ptr.dtype:
+        of_tile = _tile_of(keys_ptr, first, count, first_column, sizes, WIDTH, BLOCK_KEYS, BLOCK_WIDTH)
     else:  # either reads nothing where the tile is the other's
         own, others = tl.where(in_batch, count, 0), tl.where(in_batch, 0, count)
-        of_tile = _tile_of(keys, first, own, first_column, sizes, WIDTH, BLOCK_KEYS, BLOCK_WIDTH).to(tl.float32)
-        of_queue = _tile_of(queue, first, others, first_column, sizes, WIDTH, BLOCK_KEYS, BLOCK_WIDTH)
+        of_tile = _tile_of(keys_ptr, first, own, first_column, sizes, WIDTH, BLOCK_KEYS, BLOCK_WIDTH).to(tl.float32)
+        of_queue = _tile_of(queue_ptr, first, others, first_column, sizes, WIDTH, BLOCK_KEYS, BLOCK_WIDTH)
         of_tile = tl.where(in_batch, of_tile, of_queue.to(tl.float32))
     return of_tile
 
 
 @triton.jit
-def _known_by(ids, index, live, first_row):
+def _known_by(ids_ptr, index, live, first_row):
     """What makes a row and a key positive: their id or, without ids, the row's place among the keys."""
     value = index.to(tl.int64) + first_row
-    if ids is not None:
-        value = tl.load(ids + index, mask=live, other=0)
+    if ids_ptr is not None:
+        value = tl.load(ids_ptr + index, mask=live, other=0)
     return value
 
 
 @triton.jit
-def _positives(own, key_ids, queue_ids, key, live, in_batch):
+def _positives(own, key_ids_ptr, queue_ids_ptr, key, live, in_batch):
     """Which keys are the rows' positives, [BLOCK_ROWS, BLOCK_KEYS]; none of a queue without ids."""
-    if queue_ids is None:
+    if queue_ids_ptr is None:
         live = live & in_batch
     elif in_batch == 0:
-        key_ids = queue_ids
-    return (own[:, None] == _known_by(key_ids, key, live, 0)[None, :]) & live[None, :]
+        key_ids_ptr = queue_ids_ptr
+    return (own[:, None] == _known_by(key_ids_ptr, key, live, 0)[None, :]) & live[None, :]
 
 
 @triton.jit
 def _logits(
-    rows_of, tiles_of, keys_of_tile, k, scale,
+    rows_of, tiles_of, keys_of_tile, key_tile, scale,
     WIDE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Of student and teacher at a tile of keys k, [BLOCK_ROWS, BLOCK_KEYS] each; with WIDE by parts of the features,
     in fp32 by halves: its products take their factors from registers."""
     if WIDE:
-        z = tl.zeros([BLOCK_ROWS, BLOCK_KEYS], tl.float32)
-        t = z
+        logit = tl.zeros([BLOCK_ROWS, BLOCK_KEYS], tl.float32)
+        teacher_logit = logit
         PART: tl.constexpr = BLOCK_WIDTH // 2 if tl.float32 == DOT else BLOCK_WIDTH
         for column in range(0, WIDTH, PART):
             part = tl.trans(_key_tile(keys_of_tile, column, WIDTH, BLOCK_KEYS, PART).to(DOT))
             student = _row_tile(rows_of[0], column, WIDTH, BLOCK_ROWS, PART).to(DOT)
             teacher = _row_tile(rows_of[1], column, WIDTH, BLOCK_ROWS, PART).to(DOT)
-            z = tl.dot(student, part, z, input_precision=PRECISION)
-            t = tl.dot(teacher, part, t, input_precision=PRECISION)
+            logit = tl.dot(student, part, logit, input_precision=PRECISION)
+            teacher_logit = tl.dot(teacher, part, teacher_logit, input_precision=PRECISION)
     else:
-        z = tl.dot(tiles_of[0], tl.trans(k), input_precision=PRECISION)
-        t = tl.dot(tiles_of[1], tl.trans(k), input_precision=PRECISION)
-    return z * scale, t * scale
+        logit = tl.dot(tiles_of[0], tl.trans(key_tile), input_precision=PRECISION)
+        teacher_logit = tl.dot(tiles_of[1], tl.trans(key_tile), input_precision=PRECISION)
+    return logit * scale, teacher_logit * scale
 
 
 @triton.jit
-def _store_sums(to, sums, at, live, first_column, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+def _store_sums(out_ptr, sums, at, live, first_column, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
     """sums [BLOCK_ROWS, BLOCK_WIDTH] of keys to rows `at` of a matrix."""
     column = first_column + tl.arange(0, BLOCK_WIDTH)
     live = live[:, None] & (column < WIDTH)[None, :]
-    tl.store(to + at[:, None].to(tl.int64) * WIDTH + column[None, :], sums, mask=live)
+    tl.store(out_ptr + at[:, None].to(tl.int64) * WIDTH + column[None, :], sums, mask=live)
 
 
 @triton.jit
-def first_stream(
-    image, text, image_teacher, text_teacher, image_keys, text_keys, image_queue, text_queue,
-    scale, gamma, ids, key_ids, queue_ids, statistics, means, teacher_means,
-    rows, count, queue_count, first_row, tiles, tiles_of_split,
-    query_row, teacher_row, keys_row, keys_column, queue_row, queue_column,
+def _add_tile(sums, logit, teacher_logit):
+    """The sums of both softmaxes after a tile, its exponentials [BLOCK_ROWS, BLOCK_KEYS], and the factors of earlier
+    ones."""
+    highest, total, teacher_highest, teacher_total, spread, cross = sums
+    before, teacher_before = highest, teacher_highest
+    highest, teacher_highest = (
+        tl.maximum(before, tl.max(logit, 1)),
+        tl.maximum(teacher_before, tl.max(teacher_logit, 1)),
+    )
+    shrink, teacher_shrink = tl.exp(before - highest), tl.exp(teacher_before - teacher_highest)
+    logit -= highest[:, None]
+    exponential, teacher_exponential = tl.exp(logit), tl.exp(teacher_logit - teacher_highest[:, None])
+    spread = shrink * (spread + total * (before - highest)) + tl.sum(exponential * logit, 1)
+    cross = teacher_shrink * (cross + teacher_total * (before - highest)) + tl.sum(teacher_exponential * logit, 1)
+    total = total * shrink + tl.sum(exponential, 1)
+    teacher_total = teacher_total * teacher_shrink + tl.sum(teacher_exponential, 1)
+    sums = (highest, total, teacher_highest, teacher_total, spread, cross)
+    return sums, exponential, teacher_exponential, shrink, teacher_shrink
+
+
+@triton.jit
+def _store_state(pointer, state, at, row, rows, splits, first_column):
+    """Numbers of every row, one plane of `pointer` each, by the programs of the first columns."""
+    for number in tl.static_range(len(state)):
+        tl.store(pointer + number * splits * 2 * rows + at, state[number], mask=(row < rows) & (first_column == 0))
+
+
+@triton.jit
+def fwd_first_stream_kernel(
+    image_ptr, text_ptr, image_teacher_ptr, text_teacher_ptr,
+    image_keys_ptr, text_keys_ptr, image_queue_ptr, text_queue_ptr,
+    scale_ptr, gamma_ptr, ids_ptr, key_ids_ptr, queue_ids_ptr, statistics_ptr, mean_ptr, teacher_mean_ptr,
+    num_rows, num_keys, num_queued, first_row, num_tiles, tiles_of_split,
+    stride_qn, stride_tn, keys_strides, queue_strides,
     GRADIENT: tl.constexpr, WIDE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     FACTOR: tl.constexpr, FACTOR_PRECISION: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Statistics of rows in one split, and the sums of keys under the exponentials of both softmaxes."""
-    split, splits, side, first_of_rows, first, last = _place(rows, tiles, tiles_of_split, BLOCK_ROWS)
+    split, splits, side, first_of_rows, first, last = _place(num_rows, num_tiles, tiles_of_split, BLOCK_ROWS)
     first_column = tl.program_id(1) * BLOCK_WIDTH if WIDE else 0
-    scale, gamma = load_scale(scale), tl.load(gamma).to(tl.float32)
-    student = (_of_side(image, text, side), first_of_rows, rows, query_row)
-    teacher = (_of_side(image_teacher, text_teacher, side), first_of_rows, rows, teacher_row)
+    scale, gamma = load_scale(scale_ptr), tl.load(gamma_ptr).to(tl.float32)
+    student = (_of_side(image_ptr, text_ptr, side), first_of_rows, num_rows, stride_qn)
+    teacher = (_of_side(image_teacher_ptr, text_teacher_ptr, side), first_of_rows, num_rows, stride_tn)
     students = _row_tile(student, 0, WIDTH, BLOCK_ROWS, BLOCK_WIDTH).to(DOT)
     teachers = _row_tile(teacher, 0, WIDTH, BLOCK_ROWS, BLOCK_WIDTH).to(DOT)
     row = first_of_rows + tl.arange(0, BLOCK_ROWS)
-    own = _known_by(ids, row, row < rows, first_row)
-    keys = _of_side(text_keys, image_keys, side)
-    queue = keys  # read where there is a queue; None in a tuple is nothing that Triton 3.3 knows
-    if image_queue is not None:
-        queue = _of_side(text_queue, image_queue, side)
-    source = (keys, queue, count, queue_count, keys_row, keys_column, queue_row, queue_column)
-    top = tl.full([BLOCK_ROWS], LOWEST, tl.float32)
-    teacher_top = top
-    total = tl.zeros([BLOCK_ROWS], tl.float32)
+    own = _known_by(ids_ptr, row, row < num_rows, first_row)
+    keys_ptr = _of_side(text_keys_ptr, image_keys_ptr, side)
+    queue_ptr = keys_ptr  # read where there is a queue; None in a tuple is nothing that Triton 3.3 knows
+    if image_queue_ptr is not None:
+        queue_ptr = _of_side(text_queue_ptr, image_queue_ptr, side)
+    source = (keys_ptr, queue_ptr, num_keys, num_queued, keys_strides, queue_strides)
+    highest, total = tl.full([BLOCK_ROWS], LOWEST, tl.float32), tl.zeros([BLOCK_ROWS], tl.float32)
     spread, teacher_total, cross, positive, positives = total, total, total, total, total
     mean = tl.zeros([BLOCK_ROWS, BLOCK_WIDTH], tl.float32)
-    teacher_mean = mean
+    teacher_highest, teacher_mean = highest, mean
     for tile in range(first, last):
         keys_of_tile, key, live, in_batch = _keys_at(tile, source, BLOCK_KEYS)
-        k = _key_tile(keys_of_tile, first_column, WIDTH, BLOCK_KEYS, BLOCK_WIDTH).to(DOT)
-        z, t = _logits(
-            (student, teacher), (students, teachers), keys_of_tile, k, scale,
+        key_tile = _key_tile(keys_of_tile, first_column, WIDTH, BLOCK_KEYS, BLOCK_WIDTH).to(DOT)
+        logit, teacher_logit = _logits(
+            (student, teacher), (students, teachers), keys_of_tile, key_tile, scale,
             WIDE, DOT, PRECISION, WIDTH, BLOCK_ROWS, BLOCK_KEYS, BLOCK_WIDTH,
         )  # fmt: skip
-        z, t = tl.where(live[None, :], z, LOWEST), tl.where(live[None, :], t, LOWEST)
-        if in_batch | (queue_ids is not None):
-            same = _positives(own, key_ids, queue_ids, key, live, in_batch)
-            positive += tl.sum(tl.where(same, z, 0.0), 1)
+        logit, teacher_logit = tl.where(live[None, :], logit, LOWEST), tl.where(live[None, :], teacher_logit, LOWEST)
+        if in_batch | (queue_ids_ptr is not None):
+            same = _positives(own, key_ids_ptr, queue_ids_ptr, key, live, in_batch)
+            positive += tl.sum(tl.where(same, logit, 0.0), 1)
             positives += tl.sum(same.to(tl.float32), 1)
-        before, teacher_before = top, teacher_top
-        top, teacher_top = tl.maximum(before, tl.max(z, 1)), tl.maximum(teacher_before, tl.max(t, 1))
-        shrink, teacher_shrink = tl.exp(before - top), tl.exp(teacher_before - teacher_top)
-        z -= top[:, None]
-        e, teacher_e = tl.exp(z), tl.exp(t - teacher_top[:, None])
-        spread = shrink * (spread + total * (before - top)) + tl.sum(e * z, 1)
-        cross = teacher_shrink * (cross + teacher_total * (before - top)) + tl.sum(teacher_e * z, 1)
-        total = total * shrink + tl.sum(e, 1)
-        teacher_total = teacher_total * teacher_shrink + tl.sum(teacher_e, 1)
+        sums = (highest, total, teacher_highest, teacher_total, spread, cross)
+        sums, exponential, teacher_exponential, shrink, teacher_shrink = _add_tile(sums, logit, teacher_logit)
+        highest, total, teacher_highest, teacher_total, spread, cross = sums
         if GRADIENT:
-            k = k.to(FACTOR)
-            mean = tl.dot(e.to(FACTOR), k, mean * shrink[:, None], input_precision=FACTOR_PRECISION)
+            key_tile = key_tile.to(FACTOR)
+            mean = tl.dot(exponential.to(FACTOR), key_tile, mean * shrink[:, None], input_precision=FACTOR_PRECISION)
             if gamma == 0.0:
                 teacher_mean *= teacher_shrink[:, None]
-                teacher_mean = tl.dot(teacher_e.to(FACTOR), k, teacher_mean, input_precision=FACTOR_PRECISION)
-    at = (split * 2 + side) * rows + row
-    state = (top, total, teacher_top, teacher_total, spread, cross, positive, positives)
-    for number in tl.static_range(STATISTICS):
-        tl.store(statistics + number * splits * 2 * rows + at, state[number], mask=(row < rows) & (first_column == 0))
+                teacher_mean = tl.dot(
+                    teacher_exponential.to(FACTOR), key_tile, teacher_mean, input_precision=FACTOR_PRECISION
+                )
+    at = (split * 2 + side) * num_rows + row
+    state = (highest, total, teacher_highest, teacher_total, spread, cross, positive, positives)
+    _store_state(statistics_ptr, state, at, row, num_rows, splits, first_column)
     if GRADIENT:
-        _store_sums(means, mean, at, row < rows, first_column, WIDTH, BLOCK_WIDTH)
+        _store_sums(mean_ptr, mean, at, row < num_rows, first_column, WIDTH, BLOCK_WIDTH)
         if gamma == 0.0:
-            _store_sums(teacher_means, teacher_mean, at, row < rows, first_column, WIDTH, BLOCK_WIDTH)
+            _store_sums(teacher_mean_ptr, teacher_mean, at, row < num_rows, first_column, WIDTH, BLOCK_WIDTH)
 
 
 @triton.jit
@@ -226,35 +248,40 @@ def places(side, row, rows, splits, BLOCK_SPLITS: tl.constexpr):
 
 
 @triton.jit
-def join(statistics, at, live, row, rows, splits):
+def join(statistics_ptr, at, live, row, rows, splits):
     """Statistics over all splits.
 
     Of student and teacher each the highest logit, the sum of exponentials under it, every split's part of a mean, and
     the mean of z - highest under its softmax; the sum of the positives' logits; their number by split.
     """
     step, exists = splits * 2 * rows, row < rows
-    tops = tl.load(statistics + at, mask=live, other=LOWEST)
-    totals = tl.load(statistics + step + at, mask=live, other=0.0)
-    teacher_tops = tl.load(statistics + 2 * step + at, mask=live, other=LOWEST)
-    teacher_totals = tl.load(statistics + 3 * step + at, mask=live, other=0.0)
-    top, teacher_top = tl.where(exists, tl.max(tops, 0), 0.0), tl.where(exists, tl.max(teacher_tops, 0), 0.0)
-    below = tops - top[None, :]
-    parts, teacher_parts = tl.exp(below), tl.exp(teacher_tops - teacher_top[None, :])
+    tops = tl.load(statistics_ptr + at, mask=live, other=LOWEST)
+    totals = tl.load(statistics_ptr + step + at, mask=live, other=0.0)
+    teacher_tops = tl.load(statistics_ptr + 2 * step + at, mask=live, other=LOWEST)
+    teacher_totals = tl.load(statistics_ptr + 3 * step + at, mask=live, other=0.0)
+    highest, teacher_highest = tl.where(exists, tl.max(tops, 0), 0.0), tl.where(exists, tl.max(teacher_tops, 0), 0.0)
+    below = tops - highest[None, :]
+    parts, teacher_parts = tl.exp(below), tl.exp(teacher_tops - teacher_highest[None, :])
     total = tl.where(exists, tl.sum(totals * parts, 0), 1.0)
     teacher_total = tl.where(exists, tl.sum(teacher_totals * teacher_parts, 0), 1.0)
     parts /= total[None, :]
     teacher_parts /= teacher_total[None, :]
-    spread = tl.load(statistics + 4 * step + at, mask=live, other=0.0) + totals * below
-    cross = tl.load(statistics + 5 * step + at, mask=live, other=0.0) + teacher_totals * below
-    positive = tl.sum(tl.load(statistics + 6 * step + at, mask=live, other=0.0), 0)
-    positives = tl.load(statistics + 7 * step + at, mask=live, other=0.0)
-    student = (top, total, parts, tl.sum(parts * spread, 0))
-    return student, (teacher_top, teacher_total, teacher_parts, tl.sum(teacher_parts * cross, 0)), positive, positives
+    spread = tl.load(statistics_ptr + 4 * step + at, mask=live, other=0.0) + totals * below
+    cross = tl.load(statistics_ptr + 5 * step + at, mask=live, other=0.0) + teacher_totals * below
+    positive = tl.sum(tl.load(statistics_ptr + 6 * step + at, mask=live, other=0.0), 0)
+    positives = tl.load(statistics_ptr + 7 * step + at, mask=live, other=0.0)
+    student = (highest, total, parts, tl.sum(parts * spread, 0))
+    return (
+        student,
+        (teacher_highest, teacher_total, teacher_parts, tl.sum(teacher_parts * cross, 0)),
+        positive,
+        positives,
+    )
 
 
 @triton.jit
 def _positive_keys(
-    own, key_ids, queue_ids, source, first, last, first_column,
+    own, key_ids_ptr, queue_ids_ptr, source, first, last, first_column,
     DOT: tl.constexpr, FACTOR: tl.constexpr, FACTOR_PRECISION: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -262,16 +289,16 @@ def _positive_keys(
     total = tl.zeros([BLOCK_ROWS, BLOCK_WIDTH], tl.float32)
     for tile in range(first, last):
         keys_of_tile, key, live, in_batch = _keys_at(tile, source, BLOCK_KEYS)
-        same = _positives(own, key_ids, queue_ids, key, live, in_batch)
+        same = _positives(own, key_ids_ptr, queue_ids_ptr, key, live, in_batch)
         if tl.max(same.to(tl.int32)) > 0:
-            k = _key_tile(keys_of_tile, first_column, WIDTH, BLOCK_KEYS, BLOCK_WIDTH).to(DOT).to(FACTOR)
-            total = tl.dot(same.to(FACTOR), k, total, input_precision=FACTOR_PRECISION)
+            key_tile = _key_tile(keys_of_tile, first_column, WIDTH, BLOCK_KEYS, BLOCK_WIDTH).to(DOT).to(FACTOR)
+            total = tl.dot(same.to(FACTOR), key_tile, total, input_precision=FACTOR_PRECISION)
     return total
 
 
 @triton.jit
 def _focal_targets(
-    rows_of, tiles_of, own, key_ids, queue_ids, source, first, last, first_column,
+    rows_of, tiles_of, own, key_ids_ptr, queue_ids_ptr, source, first, last, first_column,
     student, teacher, share, scale, alpha, gamma,
     GRADIENT: tl.constexpr, WIDE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     FACTOR: tl.constexpr, FACTOR_PRECISION: tl.constexpr,
@@ -288,34 +315,37 @@ def _focal_targets(
     log_total = tl.log(student[1])
     for tile in range(first, last):
         keys_of_tile, key, live, in_batch = _keys_at(tile, source, BLOCK_KEYS)
-        k = _key_tile(keys_of_tile, first_column, WIDTH, BLOCK_KEYS, BLOCK_WIDTH).to(DOT)
-        z, t = _logits(
-            rows_of, tiles_of, keys_of_tile, k, scale,
+        key_tile = _key_tile(keys_of_tile, first_column, WIDTH, BLOCK_KEYS, BLOCK_WIDTH).to(DOT)
+        logit, teacher_logit = _logits(
+            rows_of, tiles_of, keys_of_tile, key_tile, scale,
             WIDE, DOT, PRECISION, WIDTH, BLOCK_ROWS, BLOCK_KEYS, BLOCK_WIDTH,
         )  # fmt: skip
-        y = tl.exp(tl.where(live[None, :], t, LOWEST) - teacher[0][:, None]) * (alpha / teacher[1])[:, None]
-        y += tl.where(_positives(own, key_ids, queue_ids, key, live, in_batch), share[:, None], 0.0)
-        z -= student[0][:, None]
-        terms, slopes = focal(z - log_total[:, None], gamma)
-        weight = y * slopes
-        loss += y * terms
+        target = (
+            tl.exp(tl.where(live[None, :], teacher_logit, LOWEST) - teacher[0][:, None]) * (alpha / teacher[1])[:, None]
+        )
+        target += tl.where(_positives(own, key_ids_ptr, queue_ids_ptr, key, live, in_batch), share[:, None], 0.0)
+        logit -= student[0][:, None]
+        terms, slopes = focal(logit - log_total[:, None], gamma)
+        weight = target * slopes
+        loss += target * terms
         slope += weight
-        spread += weight * z
+        spread += weight * logit
         if GRADIENT:
             before = highest
             highest = tl.maximum(before, tl.max(weight, 1))
             total *= (before / highest)[:, None]
             weight = (weight / highest[:, None]).to(FACTOR)
-            total = tl.dot(weight, k.to(FACTOR), total, input_precision=FACTOR_PRECISION)
+            total = tl.dot(weight, key_tile.to(FACTOR), total, input_precision=FACTOR_PRECISION)
     return (tl.sum(loss, 1), tl.sum(slope, 1), tl.sum(spread, 1)), total * highest[:, None]
 
 
 @triton.jit
-def second_stream(
-    image, text, image_teacher, text_teacher, image_keys, text_keys, image_queue, text_queue,
-    scale, alpha, gamma, ids, key_ids, queue_ids, statistics, terms, targets,
-    rows, count, queue_count, first_row, tiles, tiles_of_split,
-    query_row, teacher_row, keys_row, keys_column, queue_row, queue_column,
+def fwd_second_stream_kernel(
+    image_ptr, text_ptr, image_teacher_ptr, text_teacher_ptr,
+    image_keys_ptr, text_keys_ptr, image_queue_ptr, text_queue_ptr,
+    scale_ptr, alpha_ptr, gamma_ptr, ids_ptr, key_ids_ptr, queue_ids_ptr, statistics_ptr, terms_ptr, targets_ptr,
+    num_rows, num_keys, num_queued, first_row, num_tiles, tiles_of_split,
+    stride_qn, stride_tn, keys_strides, queue_strides,
     GRADIENT: tl.constexpr, WIDE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     FACTOR: tl.constexpr, FACTOR_PRECISION: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
@@ -323,40 +353,45 @@ def second_stream(
 ):  # fmt: skip
     """Of rows in one split: at gamma 0 the mean positive key's part, where there are any; at other gammas the focal
     terms and their slopes, and the sum of keys under the focal targets."""
-    split, splits, side, first_of_rows, first, last = _place(rows, tiles, tiles_of_split, BLOCK_ROWS)
-    scale, alpha, gamma = load_scale(scale), tl.load(alpha).to(tl.float32), tl.load(gamma).to(tl.float32)
+    split, splits, side, first_of_rows, first, last = _place(num_rows, num_tiles, tiles_of_split, BLOCK_ROWS)
+    scale = load_scale(scale_ptr)
+    alpha, gamma = tl.load(alpha_ptr).to(tl.float32), tl.load(gamma_ptr).to(tl.float32)
     first_column = tl.program_id(1) * BLOCK_WIDTH if WIDE else 0
     row = first_of_rows + tl.arange(0, BLOCK_ROWS)
-    keys = _of_side(text_keys, image_keys, side)
-    queue = keys  # read where there is a queue; None in a tuple is nothing that Triton 3.3 knows
-    if image_queue is not None:
-        queue = _of_side(text_queue, image_queue, side)
-    source = (keys, queue, count, queue_count, keys_row, keys_column, queue_row, queue_column)
-    places_of_splits, exist = places(side, row, rows, splits, BLOCK_SPLITS)
-    statistics_of_side = join(statistics, places_of_splits, exist, row, rows, splits)
+    keys_ptr = _of_side(text_keys_ptr, image_keys_ptr, side)
+    queue_ptr = keys_ptr  # read where there is a queue; None in a tuple is nothing that Triton 3.3 knows
+    if image_queue_ptr is not None:
+        queue_ptr = _of_side(text_queue_ptr, image_queue_ptr, side)
+    source = (keys_ptr, queue_ptr, num_keys, num_queued, keys_strides, queue_strides)
+    places_of_splits, exist = places(side, row, num_rows, splits, BLOCK_SPLITS)
+    statistics_of_side = join(statistics_ptr, places_of_splits, exist, row, num_rows, splits)
     positives = tl.maximum(tl.sum(statistics_of_side[3], 0), 1.0)
-    at = (split * 2 + side) * rows + row
-    own = _known_by(ids, row, row < rows, first_row)
+    at = (split * 2 + side) * num_rows + row
+    own = _known_by(ids_ptr, row, row < num_rows, first_row)
     if gamma == 0.0:
         if GRADIENT:
-            in_split = tl.load(statistics + (STATISTICS - 1) * splits * 2 * rows + at, mask=row < rows, other=0.0)
+            in_split = tl.load(
+                statistics_ptr + (STATISTICS - 1) * splits * 2 * num_rows + at, mask=row < num_rows, other=0.0
+            )
             if tl.max(in_split, 0) > 0.0:
                 total = _positive_keys(
-                    own, key_ids, queue_ids, source, first, last, first_column,
+                    own, key_ids_ptr, queue_ids_ptr, source, first, last, first_column,
                     DOT, FACTOR, FACTOR_PRECISION, WIDTH, BLOCK_ROWS, BLOCK_KEYS, BLOCK_WIDTH,
                 )  # fmt: skip
-                _store_sums(targets, total / positives[:, None], at, row < rows, first_column, WIDTH, BLOCK_WIDTH)
+                _store_sums(
+                    targets_ptr, total / positives[:, None], at, row < num_rows, first_column, WIDTH, BLOCK_WIDTH
+                )
     else:
-        student = (_of_side(image, text, side), first_of_rows, rows, query_row)
-        teacher = (_of_side(image_teacher, text_teacher, side), first_of_rows, rows, teacher_row)
+        student = (_of_side(image_ptr, text_ptr, side), first_of_rows, num_rows, stride_qn)
+        teacher = (_of_side(image_teacher_ptr, text_teacher_ptr, side), first_of_rows, num_rows, stride_tn)
         students = _row_tile(student, 0, WIDTH, BLOCK_ROWS, BLOCK_WIDTH).to(DOT)
         teachers = _row_tile(teacher, 0, WIDTH, BLOCK_ROWS, BLOCK_WIDTH).to(DOT)
         sums, total = _focal_targets(
-            (student, teacher), (students, teachers), own, key_ids, queue_ids, source, first, last, first_column,
+            (student, teacher), (students, teachers), own, key_ids_ptr, queue_ids_ptr,
+            source, first, last, first_column,
             statistics_of_side[0], statistics_of_side[1], (1.0 - alpha) / positives, scale, alpha, gamma,
             GRADIENT, WIDE, DOT, PRECISION, FACTOR, FACTOR_PRECISION, WIDTH, BLOCK_ROWS, BLOCK_KEYS, BLOCK_WIDTH,
         )  # fmt: skip
-        for number in tl.static_range(TERMS):
-            tl.store(terms + number * splits * 2 * rows + at, sums[number], mask=(row < rows) & (first_column == 0))
+        _store_state(terms_ptr, sums, at, row, num_rows, splits, first_column)
         if GRADIENT:
-            _store_sums(targets, total, at, row < rows, first_column, WIDTH, BLOCK_WIDTH)
+            _store_sums(targets_ptr, total, at, row < num_rows, first_column, WIDTH, BLOCK_WIDTH)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from softmask.kernels._launch import Configs, config, last_contiguous, launch
+from softmask.kernels._launch import Configs, config, last_contiguous, launch, strides
 from softmask.kernels._normalize import extent, gradient
 
 MAX_BLOCK_WIDTH = 1024
@@ -23,88 +23,95 @@ BACKWARD: Configs = {0: {"BLOCK_TOKENS": 64}, 80: {"BLOCK_TOKENS": 8, "num_warps
 
 
 @triton.jit
-def _weight(map_row, patches, prefix, strength, token, tokens, NORMALIZE: tl.constexpr, BLOCK_PATCHES: tl.constexpr):
+def _weight(
+    map_ptr, num_patches, num_prefix, strength, token, num_tokens, NORMALIZE: tl.constexpr, BLOCK_PATCHES: tl.constexpr
+):
     """1 - strength * norm(map) at the tokens, 1 at prefix tokens: [BLOCK_TOKENS]."""
-    i_patch = tl.arange(0, BLOCK_PATCHES)
-    live = i_patch < patches
+    patch = tl.arange(0, BLOCK_PATCHES)
+    live = patch < num_patches
     low, divisor = 0.0, 1.0
     if NORMALIZE != "none":
-        low, divisor = extent(tl.load(map_row + i_patch, mask=live, other=0.0).to(tl.float32), live, NORMALIZE)
-    masked = (token >= prefix) & (token < tokens)
-    c = tl.load(map_row + token - prefix, mask=masked, other=0.0).to(tl.float32)
-    return tl.where(masked, 1.0 - strength * ((c - low) / divisor), 1.0)
+        low, divisor = extent(tl.load(map_ptr + patch, mask=live, other=0.0).to(tl.float32), live, NORMALIZE)
+    masked = (token >= num_prefix) & (token < num_tokens)
+    map_ = tl.load(map_ptr + token - num_prefix, mask=masked, other=0.0).to(tl.float32)
+    return tl.where(masked, 1.0 - strength * ((map_ - low) / divisor), 1.0)
 
 
 @triton.jit
-def _forward(
-    features, maps, out,
-    words, tokens, width, patches, prefix, strength,
-    features_batch, features_token, maps_batch, maps_word,
+def _fwd_kernel(
+    features_ptr, maps_ptr, out_ptr,
+    num_words, num_tokens, width, num_patches, num_prefix, strength,
+    features_strides, maps_strides,
     NORMALIZE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_PATCHES: tl.constexpr,
 ):  # fmt: skip
-    tiles = tl.cdiv(tokens, BLOCK_TOKENS)
+    stride_fb, stride_fp = features_strides
+    stride_mb, stride_mw = maps_strides
+    tiles = tl.cdiv(num_tokens, BLOCK_TOKENS)
     batch = (tl.program_id(0) // tiles).to(tl.int64)
     token = tl.program_id(0) % tiles * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     column = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
-    live = (token < tokens)[:, None] & (column < width)[None, :]  # [BLOCK_TOKENS, BLOCK_WIDTH]
-    place = batch * features_batch + token[:, None].to(tl.int64) * features_token + column[None, :]
-    x = tl.load(features + place, mask=live, other=0.0).to(tl.float32)
-    for word in range(words):
-        map_row = maps + batch * maps_batch + word * maps_word
-        weight = _weight(map_row, patches, prefix, strength, token, tokens, NORMALIZE, BLOCK_PATCHES)
-        row = (batch * words + word) * tokens + token
-        tl.store(out + row[:, None] * width + column[None, :], x * weight[:, None], mask=live)
+    live = (token < num_tokens)[:, None] & (column < width)[None, :]  # [BLOCK_TOKENS, BLOCK_WIDTH]
+    place = batch * stride_fb + token[:, None].to(tl.int64) * stride_fp + column[None, :]
+    features = tl.load(features_ptr + place, mask=live, other=0.0).to(tl.float32)
+    for word in range(num_words):
+        map_ptr = maps_ptr + batch * stride_mb + word * stride_mw
+        weight = _weight(map_ptr, num_patches, num_prefix, strength, token, num_tokens, NORMALIZE, BLOCK_PATCHES)
+        row = (batch * num_words + word) * num_tokens + token
+        tl.store(out_ptr + row[:, None] * width + column[None, :], features * weight[:, None], mask=live)
 
 
 @triton.jit
-def _backward(
-    grad, features, maps, features_grad, at_norm,
-    batches, words, tokens, width, patches, prefix, strength,
-    features_batch, features_token, maps_batch, maps_word,
+def _bwd_kernel(
+    d_out_ptr, features_ptr, maps_ptr, d_features_ptr, d_norm_parts_ptr,
+    num_images, num_words, num_tokens, width, num_patches, num_prefix, strength,
+    features_strides, maps_strides,
     NORMALIZE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_PATCHES: tl.constexpr,
 ):  # fmt: skip
-    tiles = tl.cdiv(tokens, BLOCK_TOKENS)
+    stride_fb, stride_fp = features_strides
+    stride_mb, stride_mw = maps_strides
+    tiles = tl.cdiv(num_tokens, BLOCK_TOKENS)
     batch = (tl.program_id(0) // tiles).to(tl.int64)
     chunk = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0) % tiles * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     column = chunk * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
-    live = (token < tokens)[:, None] & (column < width)[None, :]  # [BLOCK_TOKENS, BLOCK_WIDTH]
-    total = tl.zeros([BLOCK_TOKENS, BLOCK_WIDTH], tl.float32)
-    if at_norm is not None:
-        place = batch * features_batch + token[:, None].to(tl.int64) * features_token + column[None, :]
-        x = tl.load(features + place, mask=live, other=0.0).to(tl.float32)
-    for word in range(words):
-        row = (batch * words + word) * tokens + token
-        d_out = tl.load(grad + row[:, None] * width + column[None, :], mask=live, other=0.0).to(tl.float32)
-        if features_grad is not None:
-            map_row = maps + batch * maps_batch + word * maps_word
-            weight = _weight(map_row, patches, prefix, strength, token, tokens, NORMALIZE, BLOCK_PATCHES)
-            total += d_out * weight[:, None]
-        if at_norm is not None:
-            d_norm = -strength * tl.sum(d_out * x, 1)  # [BLOCK_TOKENS]
-            map_index = (chunk * batches + batch) * words + word
-            masked = (token >= prefix) & (token < tokens)
-            tl.store(at_norm + map_index * patches + token - prefix, d_norm, mask=masked)
-    if features_grad is not None:
-        row = batch * tokens + token
-        tl.store(features_grad + row[:, None] * width + column[None, :], total, mask=live)
+    live = (token < num_tokens)[:, None] & (column < width)[None, :]  # [BLOCK_TOKENS, BLOCK_WIDTH]
+    d_features = tl.zeros([BLOCK_TOKENS, BLOCK_WIDTH], tl.float32)
+    if d_norm_parts_ptr is not None:
+        place = batch * stride_fb + token[:, None].to(tl.int64) * stride_fp + column[None, :]
+        features = tl.load(features_ptr + place, mask=live, other=0.0).to(tl.float32)
+    for word in range(num_words):
+        row = (batch * num_words + word) * num_tokens + token
+        d_out = tl.load(d_out_ptr + row[:, None] * width + column[None, :], mask=live, other=0.0).to(tl.float32)
+        if d_features_ptr is not None:
+            map_ptr = maps_ptr + batch * stride_mb + word * stride_mw
+            weight = _weight(map_ptr, num_patches, num_prefix, strength, token, num_tokens, NORMALIZE, BLOCK_PATCHES)
+            d_features += d_out * weight[:, None]
+        if d_norm_parts_ptr is not None:
+            d_norm = -strength * tl.sum(d_out * features, 1)  # [BLOCK_TOKENS]
+            map_index = (chunk * num_images + batch) * num_words + word
+            masked = (token >= num_prefix) & (token < num_tokens)
+            tl.store(d_norm_parts_ptr + map_index * num_patches + token - num_prefix, d_norm, mask=masked)
+    if d_features_ptr is not None:
+        row = batch * num_tokens + token
+        tl.store(d_features_ptr + row[:, None] * width + column[None, :], d_features, mask=live)
 
 
 @triton.jit
-def _maps_backward(
-    at_norm, maps, maps_grad, chunks, words, patches, maps_batch, maps_word,
+def _bwd_maps_kernel(
+    d_norm_parts_ptr, maps_ptr, d_maps_ptr, num_chunks, num_words, num_patches, maps_strides,
     NORMALIZE: tl.constexpr, BLOCK_PATCHES: tl.constexpr,
 ):  # fmt: skip
+    stride_mb, stride_mw = maps_strides
     index = tl.program_id(0).to(tl.int64)  # of the map
     patch = tl.arange(0, BLOCK_PATCHES)
-    live = patch < patches
+    live = patch < num_patches
     d_norm = tl.zeros([BLOCK_PATCHES], tl.float32)
-    for chunk in range(chunks):
-        row = (chunk * tl.num_programs(0) + index) * patches
-        d_norm += tl.load(at_norm + row + patch, mask=live, other=0.0)
-    row = index // words * maps_batch + index % words * maps_word
-    c = tl.load(maps + row + patch, mask=live, other=0.0).to(tl.float32)
-    tl.store(maps_grad + index * patches + patch, gradient(d_norm, c, live, NORMALIZE), mask=live)
+    for chunk in range(num_chunks):
+        row = (chunk * tl.num_programs(0) + index) * num_patches
+        d_norm += tl.load(d_norm_parts_ptr + row + patch, mask=live, other=0.0)
+    row = index // num_words * stride_mb + index % num_words * stride_mw
+    map_ = tl.load(maps_ptr + row + patch, mask=live, other=0.0).to(tl.float32)
+    tl.store(d_maps_ptr + index * num_patches + patch, gradient(d_norm, map_, live, NORMALIZE), mask=live)
 
 
 def _tile(table: Configs, features: Tensor) -> dict[str, int]:
@@ -130,11 +137,11 @@ def forward(features: Tensor, maps: Tensor, strength: float, normalize: str, num
     options = _tile(FORWARD, features)
     block_width = _block_width(width)
     launch(
-        _forward,
+        _fwd_kernel,
         (batch * triton.cdiv(tokens, options["BLOCK_TOKENS"]), triton.cdiv(width, block_width)),
         features, by_word, out,
         words, tokens, width, patches, num_prefix_tokens, strength,
-        *features.stride()[:2], *by_word.stride()[:2],
+        strides(features, 2), strides(by_word, 2),
         NORMALIZE=normalize, BLOCK_WIDTH=block_width, BLOCK_PATCHES=triton.next_power_of_2(patches), **options,
     )  # fmt: skip
     return out
@@ -153,27 +160,27 @@ def backward(
     grad, by_word = grad.contiguous(), _by_word(maps)
     batch, words, patches = by_word.shape
     tokens, width = grad.shape[-2:]
-    at_features = grad.new_empty((batch, tokens, width) if features_grad else (0,))
-    at_maps = maps.new_empty(maps.shape if features is not None else (0,))
+    d_features = grad.new_empty((batch, tokens, width) if features_grad else (0,))
+    d_maps = maps.new_empty(maps.shape if features is not None else (0,))
     options = _tile(BACKWARD, grad)
     block_width = _block_width(width)
     chunks, block_patches = triton.cdiv(width, block_width), triton.next_power_of_2(patches)
-    at_norm = None
+    d_norm_parts = None
     if features is not None:
         features = last_contiguous(features)
-        at_norm = grad.new_empty((chunks, batch, words, patches), dtype=torch.float32)
+        d_norm_parts = grad.new_empty((chunks, batch, words, patches), dtype=torch.float32)
     launch(
-        _backward,
+        _bwd_kernel,
         (batch * triton.cdiv(tokens, options["BLOCK_TOKENS"]), chunks),
-        grad, features, by_word, at_features if features_grad else None, at_norm,
+        grad, features, by_word, d_features if features_grad else None, d_norm_parts,
         batch, words, tokens, width, patches, num_prefix_tokens, strength,
-        *((0, 0) if features is None else features.stride()[:2]), *by_word.stride()[:2],
+        strides(features, 2), strides(by_word, 2),
         NORMALIZE=normalize, BLOCK_WIDTH=block_width, BLOCK_PATCHES=block_patches, **options,
     )  # fmt: skip
     if features is not None:
         launch(
-            _maps_backward, (batch * words,),
-            at_norm, by_word, at_maps, chunks, words, patches, *by_word.stride()[:2],
+            _bwd_maps_kernel, (batch * words,),
+            d_norm_parts, by_word, d_maps, chunks, words, patches, strides(by_word, 2),
             NORMALIZE=normalize, BLOCK_PATCHES=block_patches,
         )  # fmt: skip
-    return at_features, at_maps
+    return d_features, d_maps

@@ -1,13 +1,15 @@
-"""Every op of softmask in plain PyTorch: the definition that all backends are held to, and the fallback.
+"""Every op in plain PyTorch: the definition that all backends are tested against, and the fallback.
 
 Shapes: B captions or images, T text tokens, P image tokens (prefix tokens such as CLS first), N pairs, H heads, E head
 width, D feature width, W words, S sub-word tokens of a word, K queue length, G rows of the batch over all ranks.
 
-All arithmetic is fp32, or fp64 where an input is fp64, also under autocast. Nothing here checks its arguments: that is
-the work of ``softmask.ops``, which also gathers features over ranks. Nothing but torch is imported.
+Everything is computed in fp32, or fp64 if an input is fp64, also under autocast. ``softmask.ops`` checks the arguments
+and gathers features across ranks.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,18 +20,10 @@ PATCH_VARIANCE_EPS = 1e-6  # MAE's
 
 
 def word_attention(
-    query: Tensor,
-    key: Tensor,
-    word_index: Tensor,
-    *,
-    value: Tensor | None = None,
-    grad_output: Tensor | None = None,
-    value_bias: Tensor | None = None,
-    scale: float | None = None,
-    key_padding_mask: Tensor | None = None,
-    num_prefix_tokens: int = 0,
-    normalize: str | None = None,
-) -> Tensor:
+    query: Tensor, key: Tensor, word_index: Tensor, *, value: Tensor | None = None, grad_output: Tensor | None = None,
+    value_bias: Tensor | None = None, scale: float | None = None, key_padding_mask: Tensor | None = None,
+    num_prefix_tokens: int = 0, normalize: str | None = None,
+) -> Tensor:  # fmt: skip
     """Attention maps, or Grad-CAM maps, of chosen words.
 
     With ``A = softmax(scale * q k^T)`` over the keys that are not ignored, the map of word w is the mean over heads and
@@ -41,19 +35,18 @@ def word_attention(
     int64, -1 pads; key_padding_mask [B, P] bool, True = ignore. Returns [B, W, P - num_prefix_tokens], fp32 (fp64 for
     fp64 inputs). A word of only -1 and a row without any key give zeros.
 
-    Source: ALBEF's Grad-CAM of the cross-attention (Li et al. 2021, arXiv 2107.07651), used inside a training step by
-    SoftMask++ (Park & Han, CVPR 2023, arXiv 2304.00719).
+    Source: Grad-CAM of ALBEF (arXiv 2107.07651), in the training step as in SoftMask++ (arXiv 2304.00719).
     """
     dtype = _compute_dtype(query, key, value, grad_output, value_bias)
     index = word_index if word_index.dim() == 3 else word_index.unsqueeze(-1)  # [B, W, S]
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    autocast = _autocasts(query)
+    scale, autocast = query.shape[-1] ** -0.5 if scale is None else scale, _autocasts(query)
     with _no_autocast(query):
-        key, value = (_unread(one, key_padding_mask) for one in (key, value))
+        key = _unread(key, key_padding_mask)
         logits = _product(_rows(query, index).to(dtype), key.to(dtype).mT, autocast) * scale  # [B, H, W*S, P]
         ignore = None if key_padding_mask is None else key_padding_mask[:, None, None]
         maps = _masked_softmax(logits, ignore)[..., num_prefix_tokens:]
-        if grad_output is not None:
+        if grad_output is not None and value is not None:
+            value = _unread(value, key_padding_mask)
             gradient = _rows(grad_output, index).to(dtype)
             gradient_at_maps = _product(gradient, value[:, :, num_prefix_tokens:].to(dtype).mT, autocast)
             if value_bias is not None:  # dO (v + b)^T without a copy of v
@@ -90,7 +83,7 @@ def soft_mask(
     Shapes: features [B, P, D]; maps [B, P'] -> [B, P, D], or maps [B, W, P'] -> [B, W, P, D] with
     P' = P - num_prefix_tokens. Returns the dtype of features. Gradient to features and to maps.
 
-    Source: SoftMask++ (arXiv 2304.00719), method.md section 1, steps 6 and 7.
+    Source: SoftMask++ (arXiv 2304.00719).
     """
     dtype = _compute_dtype(features, maps)
     with _no_autocast(features):
@@ -101,18 +94,10 @@ def soft_mask(
 
 
 def focal_contrastive_loss(
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor | float,
-    *,
-    gamma: Tensor | float = 0.0,
-    ids: Tensor | None = None,
-    all_image: Tensor | None = None,
-    all_text: Tensor | None = None,
-    all_ids: Tensor | None = None,
-    first_row: int = 0,
-    reduction: str = "mean",
-) -> Tensor:
+    image: Tensor, text: Tensor, logit_scale: Tensor | float, *, gamma: Tensor | float = 0.0,
+    ids: Tensor | None = None, all_image: Tensor | None = None, all_text: Tensor | None = None,
+    all_ids: Tensor | None = None, first_row: int = 0, reduction: str = "mean",
+) -> Tensor:  # fmt: skip
     """Symmetric InfoNCE with focal weights: the mean over rows and over both directions of
     ``-sum_j y_j (1 - p_j)^gamma log p_j`` with ``p = softmax(logit_scale * image @ text^T)``.
 
@@ -137,24 +122,12 @@ def focal_contrastive_loss(
 
 
 def momentum_contrastive_loss(
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor | float,
-    *,
-    image_teacher: Tensor,
-    text_teacher: Tensor,
-    image_queue: Tensor | None = None,
-    text_queue: Tensor | None = None,
-    alpha: Tensor | float = 0.4,
-    gamma: Tensor | float = 0.0,
-    ids: Tensor | None = None,
-    queue_ids: Tensor | None = None,
-    all_image_teacher: Tensor | None = None,
-    all_text_teacher: Tensor | None = None,
-    all_ids: Tensor | None = None,
-    first_row: int = 0,
-    reduction: str = "mean",
-) -> Tensor:
+    image: Tensor, text: Tensor, logit_scale: Tensor | float, *, image_teacher: Tensor, text_teacher: Tensor,
+    image_queue: Tensor | None = None, text_queue: Tensor | None = None, alpha: Tensor | float = 0.4,
+    gamma: Tensor | float = 0.0, ids: Tensor | None = None, queue_ids: Tensor | None = None,
+    all_image_teacher: Tensor | None = None, all_text_teacher: Tensor | None = None, all_ids: Tensor | None = None,
+    first_row: int = 0, reduction: str = "mean",
+) -> Tensor:  # fmt: skip
     """ALBEF's momentum-distilled contrastive loss: the mean over rows and both directions of
     ``-sum_j y_j (1 - p_j)^gamma log p_j``, ``y = alpha * softmax(teacher logits) + (1 - alpha) * positives``.
 
@@ -162,7 +135,7 @@ def momentum_contrastive_loss(
     all ranks, the local rows starting at first_row) followed by the queue [K, D] of any strides. Student and teacher
     share keys and logit_scale; gradient goes to image, text and logit_scale through the student's logits only.
     ids [B] (all_ids [G]) and queue_ids [K]: keys of the row's id share the positive mass; without queue_ids no queue
-    row is a positive. Other shapes and reduction as in :func:`focal_contrastive_loss`.
+    row is a positive. Other shapes and reduction as in `focal_contrastive_loss`.
 
     Source: ALBEF (arXiv 2107.07651), its public code; focal factor as in SoftMask++.
     """
@@ -172,14 +145,14 @@ def momentum_contrastive_loss(
         all_image = image_teacher if all_image_teacher is None else all_image_teacher
         all_text = text_teacher if all_text_teacher is None else all_text_teacher
         key_ids = ids if all_ids is None else all_ids
-        key_ids = key_ids if ids is None or queue_ids is None else torch.cat([key_ids, queue_ids])
+        if key_ids is not None and queue_ids is not None:
+            key_ids = torch.cat([key_ids, queue_ids])
         columns = len(all_text) + (0 if text_queue is None else len(text_queue))
         positives = _positive_share(len(image), columns, first_row, ids, key_ids, like=image_teacher)
 
         def side(query: Tensor, teacher: Tensor, batch: Tensor, queue: Tensor | None) -> Tensor:  # [B]
-            keys = [
-                one.detach().to(dtype) for one in (batch, queue) if one is not None
-            ]  # apart: joining copies the queue
+            # Kept apart, because joining them would copy the queue.
+            keys = [one.detach().to(dtype) for one in (batch, queue) if one is not None]
             fixed_scale = logit_scale.detach() if isinstance(logit_scale, Tensor) else logit_scale
             soft = (fixed_scale * torch.cat([teacher @ part.T for part in keys], -1)).softmax(-1)
             logits = logit_scale * torch.cat([_product(query, part.T, autocast) for part in keys], -1)
@@ -191,16 +164,9 @@ def momentum_contrastive_loss(
 
 
 def soft_mask_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    key_weight: Tensor | None = None,
-    kv_index: Tensor | None = None,
-    value_bias: Tensor | None = None,
-    key_padding_mask: Tensor | None = None,
-    scale: float | None = None,
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, *, key_weight: Tensor | None = None, kv_index: Tensor | None = None,
+    value_bias: Tensor | None = None, key_padding_mask: Tensor | None = None, scale: float | None = None,
+) -> Tensor:  # fmt: skip
     """Cross-attention to soft-masked image tokens whose keys and values were projected once, from the unmasked tokens.
 
     Masking commutes with a bias-free projection, (m * V) W = m * (V W), so with m = key_weight
@@ -211,7 +177,7 @@ def soft_mask_attention(
     key_weight [N, P], 1 = keep, 0 = masked, a constant; value_bias [H, E]; key_padding_mask [B, P] bool, True = ignore.
     Returns [N, H, T, E] in the dtype of query; a row whose keys are all ignored gives zeros.
 
-    Source: design.md, "Masking commutes with projection"; attention: Vaswani et al., arXiv 1706.03762.
+    Source: SoftMask++ (arXiv 2304.00719), rewritten; attention: Vaswani et al., arXiv 1706.03762.
     """
     dtype, autocast = _compute_dtype(query, key, value), _autocasts(query)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -244,7 +210,7 @@ def attentive_mask(
     Shapes: patches [B, P, D]; tokens [B, T, D]; token_padding_mask [B, T] bool, True = ignore. Returns bool [B, P],
     True = selected.
 
-    Source: SyCoCa (Ma et al., ICML 2024, arXiv 2401.02137), method.md section 2.
+    Source: SyCoCa (Ma et al., ICML 2024, arXiv 2401.02137).
     """
     dtype = _compute_dtype(patches, tokens)
     with _no_autocast(patches), torch.no_grad():
@@ -298,20 +264,19 @@ def _no_autocast(tensor: Tensor) -> torch.autocast:
 
 
 class _Fp32Product(torch.autograd.Function):
-    """a @ b whose gradient autocast does not reach: it is on there where `backward` is called under it, and wherever
-    torch.compile traced a forward under it."""
+    """a @ b with a gradient outside autocast, which is active if `backward` is called, or was traced, under it."""
 
     @staticmethod
     def forward(a: Tensor, b: Tensor) -> Tensor:
         return a @ b
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
         ctx.save_for_forward(*inputs)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         with _no_autocast(grad):
             return grad @ ctx.saved_tensors[1].mT, ctx.saved_tensors[0].mT @ grad
 
@@ -322,7 +287,7 @@ class _TransformedFp32Product(_Fp32Product):
     generate_vmap_rule = True
 
     @staticmethod
-    def jvp(ctx, a_tangent: Tensor, b_tangent: Tensor) -> Tensor:
+    def jvp(ctx: Any, a_tangent: Tensor, b_tangent: Tensor) -> Tensor:
         return a_tangent @ ctx.saved_tensors[1] + ctx.saved_tensors[0] @ b_tangent
 
 
@@ -347,9 +312,9 @@ def _attention(
     return F.scaled_dot_product_attention(query, key, value, attn_mask=keep, scale=scale)
 
 
-def _unread(tensor: Tensor | None, ignore: Tensor | None) -> Tensor | None:
+def _unread(tensor: Tensor, ignore: Tensor | None) -> Tensor:
     """[B, H, P, E] with zeros at ignored keys [B, P]: a NaN there would come through a probability of 0."""
-    return tensor if tensor is None or ignore is None else tensor.masked_fill(ignore[:, None, :, None], 0.0)
+    return tensor if ignore is None else tensor.masked_fill(ignore[:, None, :, None], 0.0)
 
 
 def _rows(tensor: Tensor, index: Tensor) -> Tensor:
@@ -378,10 +343,10 @@ def _positive_share(
     rows: int, columns: int, first_row: int, ids: Tensor | None, key_ids: Tensor | None, *, like: Tensor
 ) -> Tensor:
     """Target mass [rows, columns]: evenly on the row's positives, the keys of its id (keys beyond key_ids are none)."""
-    if ids is None:
+    if ids is None or key_ids is None:
         row = torch.arange(rows, device=like.device)
         return (row[:, None] + first_row == torch.arange(columns, device=like.device)).to(like.dtype)
-    same = F.pad((ids[:, None] == key_ids).to(like.dtype), (0, columns - len(key_ids)))
+    same = F.pad(ids[:, None].eq(key_ids).to(like.dtype), (0, columns - len(key_ids)))
     return same / same.sum(-1, keepdim=True)
 
 

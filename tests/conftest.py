@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import getpass
+import hashlib
 import os
 import tempfile
 from pathlib import Path
 
 import pytest
+
+FUSED = Path(__file__).resolve().parents[1] / "softmask" / "ops" / "_fused"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -28,9 +31,10 @@ def _isolate_cache(config: pytest.Config) -> None:
     folder = tempfile.TemporaryDirectory(prefix="softmask-cache-", ignore_cleanup_errors=True)
     config.add_cleanup(folder.cleanup)
     os.environ["XDG_CACHE_HOME"] = folder.name
-    # Inductor finds again what it compiled for other vector instructions, and its sums are wrong then (torch 2.14).
+    # Inductor's cache ignores the vector instructions (sums are wrong then, torch 2.14) and the ops' fakes.
     instructions = os.environ.get("ATEN_CPU_CAPABILITY") or "native"
-    compiled = Path(tempfile.gettempdir()) / f"softmask-inductor-{getpass.getuser()}-{instructions}"
+    fakes = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(FUSED.glob("*.py")))).hexdigest()[:12]
+    compiled = Path(tempfile.gettempdir()) / f"softmask-inductor-{getpass.getuser()}-{instructions}-{fakes}"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled))
 
 

@@ -21,8 +21,9 @@ from pathlib import Path
 
 from benchmarks.ablation import table as ablation_table
 from benchmarks.ablation.rows import STUDIES, AblationError, Row, Study
+from softmask.arguments import positive
 from softmask.evaluation.captioning import CaptionOptions
-from softmask.evaluation.command import positive, write_atomically
+from softmask.files import write_atomically
 from softmask.training.checkpoint.state import CheckpointError, read_json
 from softmask.training.config import Config, ConfigError, flatten, load_config
 from softmask.training.launchers import free_port
@@ -40,6 +41,8 @@ NEUTRAL_KEYS = (
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.log_every",
+    "train.profile.start",
+    "train.profile.steps",
 )
 Start = Callable[[Sequence[str]], None]
 

@@ -25,11 +25,11 @@ FAMILIES = ((80, 86, 89, 120), (90,), (100,))  # of one kind of tensor cores
 TYPES = ("bf16", "fp32")
 # What once was beyond a limit, by name.
 NEAR_LIMITS = (
-    "word_attention backward keys_backward: bias=True padding=True P=257 subtokens=3",
-    "focal_contrastive_loss backward backward_kernel: D=32 ids=True",
-    "focal_contrastive_loss backward backward_kernel: D=257 N=4096",
-    "focal_contrastive_loss backward backward_kernel: D=257 ids=True",
-    "attentive_mask forward score: T=130 padding=True",
+    "word_attention backward bwd_keys_kernel: bias=True padding=True P=257 subtokens=3",
+    "focal_contrastive_loss backward bwd_kernel: D=32 ids=True",
+    "focal_contrastive_loss backward bwd_kernel: D=257 N=4096",
+    "focal_contrastive_loss backward bwd_kernel: D=257 ids=True",
+    "attentive_mask forward fwd_score_kernel: T=130 padding=True",
 )
 
 

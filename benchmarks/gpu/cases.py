@@ -153,7 +153,7 @@ def _queued_backward(size: Size, dtype: torch.dtype, device: str) -> tuple:
     image = _random(size["B"], size["D"], dtype=dtype, device=device)
     gradients = [image.float(), image.float()]
     per_row = gradients[0][:, 0].contiguous()
-    return per_row, image, _number(10.0, device), per_row, *gradients
+    return per_row, image, image, _number(10.0, device), per_row, *gradients
 
 
 def _queued_fewest(size: Size, itemsize: int) -> tuple[float, float]:

@@ -27,6 +27,10 @@ TYPES = {
 }
 
 
+Path = tuple[int, ...]
+"""Where a value is among a kernel's arguments: its index and, in a tuple, the index in that."""
+
+
 def compiled(one: Launch, architecture: int) -> Any:
     """Triton's compiled kernel: its texts in `asm`, its `metadata`."""
     return triton.compile(source(one), target=GPUTarget("cuda", architecture, 32), options=one.options)
@@ -36,7 +40,7 @@ def source(one: Launch) -> ASTSource:
     signature, constants, divisible = _specialized(one)
     if TRITON < (3, 3):
         return _source_of_3_2(one, signature, constants, divisible)
-    attributes = {(index,): [["tt.divisibility", 16]] for index in divisible}
+    attributes = {path: [["tt.divisibility", 16]] for path in divisible}
     return ASTSource(one.kernel, signature, constants, attributes)
 
 
@@ -47,24 +51,39 @@ def specialization(one: Launch) -> tuple:
     return one.kernel.fn, tuple(signature.items()), values, tuple(divisible), tuple(one.options.items())
 
 
-def _specialized(one: Launch) -> tuple[dict[str, str], dict[str, Any], list[int]]:
-    """What the launcher specializes on: types, constants (None and 1 among them), and which are multiples of 16."""
-    signature, constants, divisible = {}, {}, []
+def _specialized(one: Launch) -> tuple[dict[str, Any], dict[Path, Any], list[Path]]:
+    """What the launcher specializes on: types, constants (including None and 1), and multiples of 16."""
+    signature: dict[str, Any] = {}
+    constants: dict[Path, Any] = {}
+    divisible: list[Path] = []
     for index, parameter in enumerate(one.kernel.params):
-        name, value = parameter.name, one.arguments[parameter.name]
-        fixed = parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1)
-        signature[name] = "constexpr" if fixed else _type(value)
-        if fixed:
-            constants[name] = value
-        elif isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
-            divisible.append(index)
+        value = one.arguments[parameter.name]
+        if isinstance(value, tuple):
+            parts = [_specialize(part, (index, i), False, constants, divisible) for i, part in enumerate(value)]
+            signature[parameter.name] = tuple(parts)
+        else:
+            fixed = parameter.is_constexpr
+            signature[parameter.name] = _specialize(value, (index,), fixed, constants, divisible)
     return signature, constants, divisible
 
 
-def _source_of_3_2(one: Launch, signature: dict, constants: dict, divisible: list[int]) -> ASTSource:
-    """Constants have types too, None that of a pointer, and parameters that are declared constant none."""
+def _specialize(value: Any, path: Path, fixed: bool, constants: dict[Path, Any], divisible: list[Path]) -> str:
+    """The type of one value in a signature; adds it to the constants or to the multiples of 16."""
+    if fixed or value is None or (isinstance(value, int) and value == 1):
+        constants[path] = value
+        return "constexpr"
+    if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+        divisible.append(path)
+    return _type(value)
+
+
+def _source_of_3_2(one: Launch, signature: dict, constants: dict[Path, Any], divisible: list[Path]) -> ASTSource:
+    """In 3.2 constants have types too: that of a pointer for None, and none for declared constants."""
     from triton.backends.compiler import AttrsDescriptor
 
+    if any(isinstance(one_type, tuple) for one_type in signature.values()):
+        raise TypeError(f"{one.kernel.__name__}: Triton 3.2 takes no tuples as arguments of kernels")
+    names = [parameter.name for parameter in one.kernel.params]
     types = {
         parameter.name: {"constexpr": "*i8" if one.arguments[parameter.name] is None else "i32"}.get(
             signature[parameter.name], signature[parameter.name]
@@ -72,7 +91,9 @@ def _source_of_3_2(one: Launch, signature: dict, constants: dict, divisible: lis
         for parameter in one.kernel.params
         if not parameter.is_constexpr
     }
-    return ASTSource(one.kernel, types, constants, AttrsDescriptor.from_hints(dict.fromkeys(divisible, 16)))
+    named = {names[index]: value for (index,), value in constants.items()}
+    hints = dict.fromkeys((index for (index,) in divisible), 16)
+    return ASTSource(one.kernel, types, named, AttrsDescriptor.from_hints(hints))
 
 
 def _type(value: Any) -> str:

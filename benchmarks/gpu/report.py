@@ -146,8 +146,8 @@ def broken(row: dict, budget: dict) -> list[str]:
     return found
 
 
-def check() -> list[str]:
-    """What exceeds the committed budgets, a line each."""
+def check(precision: str) -> list[str]:
+    """What exceeds the committed budgets, a line each; of one precision, or of all that are checked."""
     committed = json.loads(RESULTS.read_text())
     if committed["triton"] != triton.__version__:
         return [
@@ -155,7 +155,7 @@ def check() -> list[str]:
         ]
     budgets = {_key(row): row for row in committed["static"]}
     lines = gpu_budgets.check()
-    for row in static_rows(CHECKED):
+    for row in static_rows([one for one in CHECKED if precision in ("all", one[1])]):
         what = broken(row, budgets[_key(row)]) if _key(row) in budgets else ["no committed budget"]
         lines += [f"{row['call']} {row['kernel']} {row['precision']} sm_{row['architecture']}: {one}" for one in what]
     return lines
@@ -217,7 +217,9 @@ def _tables(results: dict) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="compare with the committed budgets")
+    parser.add_argument(
+        "--check", nargs="?", const="all", choices=("all", "fp32", "bf16"), help="compare with the committed budgets"
+    )
     parser.add_argument("--traffic", action="store_true", help="print the counted traffic as JSON")
     chosen = parser.parse_args()
     if chosen.traffic != INTERPRETED:
@@ -226,7 +228,7 @@ def main() -> None:
         with fast_interpreter():
             print(json.dumps(list(traffic_rows())))
     elif chosen.check:
-        sys.exit("\n".join(check()) or None)
+        sys.exit("\n".join(check(chosen.check)) or None)
     else:
         report()
 

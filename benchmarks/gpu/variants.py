@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.cases import CALLS, Call
 from softmask.kernels import (
     attentive_mask,
     contrastive,
@@ -158,7 +159,7 @@ def _queued_forward(dtype, D=256, B=64, K=65536, ids=False, columns=False, gradi
 
 def _queued_backward(dtype, D=256) -> None:
     image, per_row, gradients = _empty(64, D, dtype=dtype), _empty(64), _empty(64, D)
-    momentum_contrastive.backward(per_row, image, _number(), per_row, gradients, gradients)
+    momentum_contrastive.backward(per_row, image, image, _number(), per_row, gradients, gradients)
 
 
 QUEUED = [
@@ -263,6 +264,19 @@ VARIANTS = [
         ("masked_patch_loss", "backward", _pixels_backward, PIXELS),
     )
     for options in every
+]
+
+
+def _as_measured(call: Call) -> Callable[..., Any]:
+    """A call of cases.py at its own size, without memory."""
+    return lambda dtype: call.run(*call.inputs(call.size, dtype, "meta"))
+
+
+# An op without options of its own needs no entry above.
+VARIANTS += [
+    Variant(call.op, call.direction, _as_measured(call))
+    for call in CALLS
+    if call.name not in {variant.name for variant in VARIANTS}
 ]
 
 

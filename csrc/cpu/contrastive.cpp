@@ -135,7 +135,7 @@ void finish_columns(const Problem& problem, const Side<acc_t>& columns, const ac
 
 // By tiles: losses and slopes from the log-sum-exps.
 void tiled_forward(const Problem& problem, at::Tensor& loss, const at::Tensor& memory) {
-  const Statistics<float> statistics(memory);
+  const Statistics<float> statistics(problem, memory);
   const Positives& positives = problem.positives;
   std::vector<float> logits(positives.columns.size());
   std::vector<double> losses(problem.height());
@@ -157,7 +157,7 @@ void tiled_forward(const Problem& problem, at::Tensor& loss, const at::Tensor& m
 
 template <typename acc_t>
 void forward_kernel(const Problem& problem, at::Tensor& loss, const at::Tensor& memory) {
-  const Statistics<acc_t> statistics(memory);
+  const Statistics<acc_t> statistics(problem, memory);
   const int64_t width = problem.width(), in_columns = problem.both ? width : 0;
   acc_t* highest = statistics.columns.highest;
   std::fill_n(highest, in_columns, simd::kLowest<acc_t>);
@@ -221,7 +221,7 @@ void block_gradient(const Problem& problem, const Statistics<acc_t>& statistics,
 template <typename acc_t>
 double backward_kernel(const Problem& problem, const at::Tensor& grad, const at::Tensor& memory,
                        const at::Tensor& rows_grad, const at::Tensor& columns_grad) {
-  const Statistics<acc_t> statistics(memory);
+  const Statistics<acc_t> statistics(problem, memory);
   const auto* upstream = grad.const_data_ptr<acc_t>();
   std::vector<acc_t> column_weight(problem.both ? problem.width() : 0);
   for (size_t j = 0; j < column_weight.size(); ++j) {
@@ -271,7 +271,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> contrastive_backward(
     const at::Tensor upstream = grad.contiguous();
     if constexpr (std::is_same_v<scalar_t, float>) {
       if (tiles::are_worth_it(problem)) {
-        at_scale = tiles::gradients(problem, Statistics<float>(statistics),
+        at_scale = tiles::gradients(problem, Statistics<float>(problem, statistics),
                                     upstream.const_data_ptr<float>(), rows_grad, columns_grad);
         return;
       }

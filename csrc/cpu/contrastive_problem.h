@@ -21,7 +21,7 @@ struct Problem {
   double scale;
   Focal focal;
   Positives positives;
-  bool both;
+  bool both, with_ids;
 
   Problem(const at::Tensor& rows, const at::Tensor& columns, const at::Tensor& scale,
           const at::Tensor& gamma, const OptionalTensor& row_ids, const OptionalTensor& column_ids,
@@ -31,7 +31,8 @@ struct Problem {
         scale(scale.item<double>()),
         focal{gamma.item<double>()},
         positives(rows.size(0), columns.size(0), first_row, row_ids, column_ids),
-        both(both) {
+        both(both),
+        with_ids(row_ids.has_value()) {
     TORCH_CHECK_VALUE(!both || rows.size(0) == columns.size(0),
                       "columns: expected as many as rows, ", rows.size(0), ", got ",
                       columns.size(0));
@@ -56,11 +57,22 @@ template <typename acc_t>
 struct Statistics {
   Side<acc_t> rows, columns;  // columns only where there are both directions
 
+  Statistics(const Problem& problem, const at::Tensor& memory)
+      : rows(side(memory, 0)), columns(problem.both ? side(memory, 3) : Side<acc_t>{}) {}
+
+  // Memory for the statistics. With ids a last row holds 1 / (number of positives).
   static at::Tensor empty(const Problem& problem) {
-    return at::empty({problem.both ? 6 : 3, problem.height()}, problem.rows.options());
+    const int64_t sides = problem.both ? 6 : 3;
+    const at::Tensor memory =
+        at::empty({sides + problem.with_ids, problem.height()}, problem.rows.options());
+    if (problem.with_ids) {
+      acc_t* shares = memory.mutable_data_ptr<acc_t>() + sides * problem.height();
+      for (int64_t i = 0; i < problem.height(); ++i) {
+        shares[i] = 1 / static_cast<acc_t>(problem.positives.count(i));
+      }
+    }
+    return memory;
   }
-  explicit Statistics(const at::Tensor& memory)
-      : rows(side(memory, 0)), columns(memory.size(0) > 3 ? side(memory, 3) : Side<acc_t>{}) {}
 
  private:
   static Side<acc_t> side(const at::Tensor& memory, int64_t first) {

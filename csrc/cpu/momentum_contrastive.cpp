@@ -1,4 +1,4 @@
-// One direction of ALBEF's momentum-distilled contrastive loss with focal weights, and its
+// ALBEF's momentum-distilled contrastive loss with focal weights, and its
 // gradients, on the CPU.
 //
 // Keys are those of the batch and the queue, each read where it lies (converted where it is not of
@@ -246,44 +246,88 @@ void kernel(const Problem& problem, at::Tensor& losses, const OptionalTensor& gr
   }
 }
 
-std::tuple<at::Tensor, at::Tensor> momentum_contrastive(
-    const at::Tensor& query, const at::Tensor& teacher, const at::Tensor& keys,
-    const OptionalTensor& queue, const at::Tensor& scale, const at::Tensor& alpha,
-    const at::Tensor& gamma, const OptionalTensor& ids, const OptionalTensor& key_ids,
-    const OptionalTensor& queue_ids, int64_t first_row, bool gradient) {
-  const at::ScalarType type = compute_type(query);
-  const at::Tensor no_queue = at::empty({0, keys.size(1)}, keys.options());
-  const Positives in_batch(query.size(0), keys.size(0), first_row, ids, key_ids);
-  const int64_t queued = queue.has_value() ? queue->size(0) : 0;
-  const Positives in_queue = ids.has_value() && queue_ids.has_value()
-                                 ? Positives(query.size(0), queued, 0, ids, queue_ids)
-                                 : Positives::none(query.size(0));
-  const Problem problem{query.to(type),
-                        teacher.to(type),
-                        {keys.to(type), queue.value_or(no_queue).to(type)},
+// One direction: rows of images among text keys, or the reverse.
+struct Direction {
+  const at::Tensor &query, &teacher, &keys;
+  const OptionalTensor& queue;
+};
+
+// What both directions share.
+struct Options {
+  double scale, alpha;
+  Focal focal;
+  const OptionalTensor &ids, &key_ids, &queue_ids;
+  int64_t first_row;
+  bool gradient;
+};
+
+std::tuple<at::Tensor, at::Tensor> one_direction(const Direction& of, const Options& options) {
+  const at::ScalarType type = compute_type(of.query);
+  const int64_t rows = of.query.size(0);
+  const at::Tensor no_queue = at::empty({0, of.keys.size(1)}, of.keys.options());
+  const Positives in_batch(rows, of.keys.size(0), options.first_row, options.ids, options.key_ids);
+  const int64_t queued = of.queue.has_value() ? of.queue->size(0) : 0;
+  const Positives in_queue = options.ids.has_value() && options.queue_ids.has_value()
+                                 ? Positives(rows, queued, 0, options.ids, options.queue_ids)
+                                 : Positives::none(rows);
+  const Problem problem{of.query.to(type),
+                        of.teacher.to(type),
+                        {of.keys.to(type), of.queue.value_or(no_queue).to(type)},
                         {in_batch, in_queue},
-                        scale.item<double>(),
-                        alpha.item<double>(),
-                        Focal{gamma.item<double>()}};
-  at::Tensor losses = at::empty({query.size(0)}, query.options().dtype(type));
+                        options.scale,
+                        options.alpha,
+                        options.focal};
+  at::Tensor losses = at::empty({rows}, of.query.options().dtype(type));
   OptionalTensor gradients;
-  if (gradient) gradients = at::empty(query.sizes(), losses.options());
+  if (options.gradient) gradients = at::empty(of.query.sizes(), losses.options());
   AT_DISPATCH_FLOATING_TYPES(type, "momentum_contrastive",
                              [&] { kernel<scalar_t>(problem, losses, gradients); });
   return {losses, gradients.value_or(at::empty({0}, losses.options()))};
 }
 
-// loss_i depends on scale * query_i alone, with the gradient that the forward pass took.
-std::tuple<at::Tensor, at::Tensor> momentum_contrastive_backward(const at::Tensor& grad,
-                                                                 const at::Tensor& query,
-                                                                 const at::Tensor& scale,
-                                                                 const at::Tensor& gradients) {
-  TORCH_CHECK(gradients.sizes() == query.sizes(), "momentum_contrastive: the loss was computed ",
-              "without gradients, so there is none to go on with");
-  const at::Tensor by_row = gradients * grad.unsqueeze(1);
-  const at::Tensor at_scale = (by_row.to(at::kDouble) * query).sum();  // terms of both signs
-  return {(by_row * scale.item<double>()).to(query.scalar_type()),
-          at_scale.to(scale.scalar_type())};
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> momentum_contrastive(
+    const at::Tensor& image, const at::Tensor& text, const at::Tensor& image_teacher,
+    const at::Tensor& text_teacher, const at::Tensor& image_keys, const at::Tensor& text_keys,
+    const OptionalTensor& image_queue, const OptionalTensor& text_queue, const at::Tensor& scale,
+    const at::Tensor& alpha, const at::Tensor& gamma, const OptionalTensor& ids,
+    const OptionalTensor& key_ids, const OptionalTensor& queue_ids, int64_t first_row,
+    bool gradient) {
+  const Options options{scale.item<double>(),
+                        alpha.item<double>(),
+                        Focal{gamma.item<double>()},
+                        ids,
+                        key_ids,
+                        queue_ids,
+                        first_row,
+                        gradient};
+  const auto [of_image, image_gradients] =
+      one_direction({image, image_teacher, text_keys, text_queue}, options);
+  const auto [of_text, text_gradients] =
+      one_direction({text, text_teacher, image_keys, image_queue}, options);
+  // The scale's gradient is summed in double by the backward pass: nothing is prepared for it.
+  const at::Tensor at_scale = at::zeros_like(of_image);
+  return {(of_image + of_text) * 0.5, at_scale, image_gradients, text_gradients};
+}
+
+// loss_i depends on scale * image_i and scale * text_i alone. Their gradients come from the forward
+// pass.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> momentum_contrastive_backward(
+    const at::Tensor& grad, const at::Tensor& image, const at::Tensor& text,
+    const at::Tensor& scale, const at::Tensor& at_scale, const at::Tensor& image_gradients,
+    const at::Tensor& text_gradients) {
+  TORCH_CHECK(image_gradients.sizes() == image.sizes() && text_gradients.sizes() == text.sizes(),
+              "momentum_contrastive: the loss was computed without gradients, so there is none to "
+              "go on with");
+  const at::Tensor share = (grad * 0.5).unsqueeze(1);  // of each direction
+  const auto of = [&](const at::Tensor& query, const at::Tensor& gradients) {
+    const at::Tensor by_row = gradients * share;
+    const at::Tensor by_scale = (by_row.to(at::kDouble) * query).sum();  // terms of both signs
+    return std::make_pair((by_row * scale.item<double>()).to(query.scalar_type()),
+                          by_scale.to(scale.scalar_type()));
+  };
+  const auto [image_grad, image_by_scale] = of(image, image_gradients);
+  const auto [text_grad, text_by_scale] = of(text, text_gradients);
+  return {image_grad, text_grad, image_by_scale + text_by_scale};
 }
 
 }  // namespace

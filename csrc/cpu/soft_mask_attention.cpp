@@ -113,13 +113,14 @@ struct Problem {
           const OptionalTensor& key_weight, const OptionalTensor& kv_index,
           const OptionalTensor& key_padding_mask, double scale)
       : pairs(images_of(key, query, kv_index), query.size(0), kv_index),
-        query(pairs.sort(tokens_first(query))),
+        query(pairs.sort(tokens_first(query, compute_type(query, key, value)))),
         scale(scale) {
+    const at::ScalarType type = this->query.scalar_type();
     if (key_padding_mask.has_value()) ignore = key_padding_mask->contiguous();
-    this->key = blank_ignored(tokens_first(key), ignore);
-    this->value = blank_ignored(tokens_first(value), ignore);
+    this->key = blank_ignored(tokens_first(key, type), ignore);
+    this->value = blank_ignored(tokens_first(value, type), ignore);
     if (!key_weight.has_value()) return;
-    weight = key_weight->to(compute_type(query));
+    weight = key_weight->to(type);
     if (ignore.defined()) {
       const at::Tensor ignored = kv_index.has_value() ? ignore.index_select(0, *kv_index) : ignore;
       weight = weight.masked_fill(ignored, 0.0);
@@ -135,8 +136,8 @@ struct Problem {
         kv_index.has_value() ? kv_index->numel() : key.size(0));
     return key.size(0);
   }
-  static at::Tensor tokens_first(const at::Tensor& tensor) {
-    return tensor.to(compute_type(tensor)).transpose(1, 2);
+  static at::Tensor tokens_first(const at::Tensor& tensor, at::ScalarType type) {
+    return tensor.to(type).transpose(1, 2);
   }
   int64_t images() const { return key.size(0); }
   int64_t patches() const { return key.size(1); }
@@ -326,7 +327,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> soft_mask_attention_b
     const OptionalTensor& value_bias, const OptionalTensor& key_padding_mask, double scale) {
   const Problem problem(query, key, value, key_weight, kv_index, key_padding_mask, scale);
   const Gradients to(problem, value_bias.has_value());
-  const at::Tensor upstream = problem.pairs.sort(problem.tokens_first(grad));
+  const at::Tensor upstream =
+      problem.pairs.sort(problem.tokens_first(grad, problem.query.scalar_type()));
   AT_DISPATCH_FLOATING_TYPES(problem.query.scalar_type(), "soft_mask_attention_backward", [&] {
     for_each_chunk(
         problem, [&](const Chunk& chunk, const at::Tensor& attention, const at::Tensor& gradient) {

@@ -7,7 +7,6 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
-#include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
@@ -17,35 +16,13 @@
 #include <vector>
 
 #include "normalize.h"
-#include "rows.h"
 #include "simd.h"
-#include "types.h"
+#include "word_attention_problem.h"
 
 namespace softmask {
 namespace {
 
-template <typename scalar_t>
-struct Problem {
-  using acc_t = at::opmath_type<scalar_t>;
-
-  int64_t batch, heads, tokens, patches, width, value_width, words, subtokens, prefix;
-  acc_t scale;
-  bool gradcam;
-  Rows<const scalar_t> query, key, value, grad_output;
-  const acc_t* bias;     // [H, V], or null
-  const bool* ignore;    // [B, P], or null: what these keys and their values hold has no effect
-  const int64_t* index;  // [B, W, S]
-
-  SOFTMASK_INLINE const bool* ignored_of(int64_t b) const {
-    return ignore == nullptr ? nullptr : ignore + b * patches;
-  }
-
-  SOFTMASK_INLINE int64_t subtokens_of(int64_t b, int64_t w) const {
-    int64_t count = 0;
-    for (int64_t s = 0; s < subtokens; ++s) count += index[(b * words + w) * subtokens + s] >= 0;
-    return count;
-  }
-};
+using namespace words;
 
 // What one row of one head needs: converted rows, the softmax, the gradient at the attention, and a
 // row of sums.
@@ -111,18 +88,24 @@ SOFTMASK_INLINE bool load_row(const Problem<scalar_t>& problem, const Scratch<ac
 struct AddMaps {
   template <int Bytes, typename scalar_t, typename acc_t>
   static SOFTMASK_INLINE void run(const Problem<scalar_t>& problem, const Scratch<acc_t>& scratch,
-                                  int64_t b, int64_t first, int64_t last, acc_t* maps) {
+                                  const Kept<acc_t>& kept, int64_t b, int64_t first, int64_t last,
+                                  acc_t* maps) {
     const int64_t size = problem.patches - problem.prefix;
-    const acc_t* attention = scratch.attention + problem.prefix;
-    const acc_t* gradient = scratch.gradient + problem.prefix;
+    Scratch<acc_t> own = scratch;
     for (int64_t i = 0; i < (last - first) * size; ++i) maps[i] = 0;
     for (int64_t h = 0; h < problem.heads; ++h) {
       for (int64_t row = first * problem.subtokens; row < last * problem.subtokens; ++row) {
-        const int64_t token = problem.index[b * problem.words * problem.subtokens + row];
-        if (token < 0 || !load_row<Bytes>(problem, scratch, b, h, token)) continue;
+        const int64_t token = problem.index[b * problem.rows() + row];
+        const int64_t place = ((b * problem.heads + h) * problem.rows() + row) * kept.pitch;
+        if (kept.attention != nullptr) own.attention = kept.attention + place;
+        if (kept.gradient != nullptr) own.gradient = kept.gradient + place;
+        const bool live = token >= 0 && load_row<Bytes>(problem, own, b, h, token);
+        kept.blank_from(place, live ? problem.patches : 0);
+        if (!live) continue;
         acc_t* map = maps + (row / problem.subtokens - first) * size;
+        const acc_t* attention = own.attention + problem.prefix;
         if (problem.gradcam) {
-          add_gradcam<Bytes>(map, attention, gradient, size);
+          add_gradcam<Bytes>(map, attention, own.gradient + problem.prefix, size);
         } else {
           for (int64_t p = 0; p < size; ++p) map[p] += attention[p];
         }
@@ -150,43 +133,40 @@ struct AddMaps {
   }
 };
 
-// Where the gradients go: of the inputs' shapes, contiguous; bias' by caption, [B, H, V].
-template <typename acc_t>
-struct Gradients {
-  Rows<acc_t> query, key, value, grad_output;
-  acc_t* bias;
-};
-
 // Adds caption b's share; grad [W, P - prefix] is the gradient at its maps before normalization.
 struct AddGradients {
   template <int Bytes, typename scalar_t, typename acc_t>
   static SOFTMASK_INLINE void run(const Problem<scalar_t>& problem, const Scratch<acc_t>& scratch,
-                                  int64_t b, const acc_t* grad, acc_t* at_logits,
-                                  const Gradients<acc_t>& to) {
+                                  const Kept<const acc_t>& kept, int64_t b, const acc_t* grad,
+                                  acc_t* at_logits, const Gradients<acc_t>& to) {
+    if (problem.ignores_all(b)) return;
     const int64_t size = problem.patches - problem.prefix;
     const bool* ignore = problem.ignored_of(b);
     for (int64_t h = 0; h < problem.heads; ++h) {
-      for (int64_t row = 0; row < problem.words * problem.subtokens; ++row) {
-        const int64_t token = problem.index[b * problem.words * problem.subtokens + row];
-        if (token < 0 || !load_row<Bytes>(problem, scratch, b, h, token)) continue;
+      for (int64_t row = 0; row < problem.rows(); ++row) {
+        const int64_t token = problem.index[b * problem.rows() + row];
+        if (token < 0) continue;
+        const int64_t place = ((b * problem.heads + h) * problem.rows() + row) * kept.pitch;
+        const acc_t *attention = kept.attention + place, *gradient = kept.gradient + place;
+        simd::convert(scratch.query, problem.query.at(b, h, token), problem.width);
+        if (problem.gradcam) {
+          simd::convert(scratch.grad_output, problem.grad_output.at(b, h, token),
+                        problem.value_width);
+        }
         const int64_t w = row / problem.subtokens;
         const acc_t share = 1 / static_cast<acc_t>(problem.heads * problem.subtokens_of(b, w));
         for (int64_t p = 0; p < problem.patches; ++p) {
           const bool shown = p >= problem.prefix && (ignore == nullptr || !ignore[p]);
           const acc_t upstream = shown ? grad[w * size + p - problem.prefix] * share : acc_t(0);
-          const acc_t gate = !problem.gradcam          ? acc_t(1)
-                             : scratch.gradient[p] < 0 ? acc_t(0)
-                                                       : scratch.gradient[p];
-          at_logits[p] = upstream * gate * scratch.attention[p];  // A dA
-          // From here on `gradient` is the gradient at dO (v + bias)^T.
-          if (problem.gradcam) {
-            scratch.gradient[p] =
-                scratch.gradient[p] > 0 ? upstream * scratch.attention[p] : acc_t(0);
+          const acc_t gate = !problem.gradcam ? acc_t(1) : gradient[p] < 0 ? acc_t(0) : gradient[p];
+          at_logits[p] = upstream * gate * attention[p];  // A dA
+          if (problem.gradcam) {                          // the gradient at dO (v + bias)^T
+            scratch.gradient[p] = gradient[p] > 0 ? upstream * attention[p] : acc_t(0);
           }
         }
         const acc_t total = simd::sum<Bytes>(at_logits, problem.patches);
         for (int64_t p = 0; p < problem.patches; ++p) {
-          at_logits[p] = (at_logits[p] - scratch.attention[p] * total) * problem.scale;
+          at_logits[p] = (at_logits[p] - attention[p] * total) * problem.scale;
           if (ignore != nullptr && ignore[p]) continue;
           simd::add_scaled(to.key.at(b, h, p), scratch.query, at_logits[p], problem.width);
         }
@@ -220,76 +200,15 @@ struct AddGradients {
   }
 };
 
-// The arguments, made readable by the kernels.
-struct Inputs {
-  at::Tensor query, key, word_index, value, grad_output, bias, ignore;
-  double scale;
-  int64_t prefix;
-
-  Inputs(const at::Tensor& query, const at::Tensor& key, const at::Tensor& word_index,
-         const OptionalTensor& value, const OptionalTensor& grad_output,
-         const OptionalTensor& value_bias, const OptionalTensor& key_padding_mask, double scale,
-         int64_t prefix)
-      : query(dense_rows(query)),
-        key(dense_rows(key)),
-        word_index(word_index.contiguous()),
-        scale(scale),
-        prefix(prefix) {
-    TORCH_CHECK_VALUE(
-        query.dim() == 4 && key.dim() == 4 && word_index.dim() == 3,
-        "query, key, word_index: expected [B, H, T, E], [B, H, P, E], [B, W, S], got ",
-        query.sizes(), ", ", key.sizes(), ", ", word_index.sizes());
-    TORCH_CHECK_VALUE(value.has_value() == grad_output.has_value(),
-                      "value, grad_output: expected both or neither");
-    TORCH_CHECK_VALUE(prefix >= 0 && prefix < key.size(2), "num_prefix_tokens: expected less than ",
-                      key.size(2), " keys, got ", prefix);
-    check_range();
-    if (value.has_value()) {
-      this->value = dense_rows(*value);
-      this->grad_output = dense_rows(*grad_output);
-    }
-    if (value_bias.has_value()) bias = value_bias->to(compute_type(query)).contiguous();
-    if (key_padding_mask.has_value()) ignore = key_padding_mask->contiguous();
-  }
-
-  void check_range() const {
-    const int64_t* index = word_index.const_data_ptr<int64_t>();
-    for (int64_t i = 0; i < word_index.numel(); ++i) {
-      TORCH_CHECK_VALUE(index[i] >= -1 && index[i] < query.size(2), "word_index: expected -1 to ",
-                        query.size(2) - 1, ", got ", index[i]);
-    }
-  }
-
-  template <typename scalar_t>
-  Problem<scalar_t> problem() const {
-    using acc_t = at::opmath_type<scalar_t>;
-    Problem<scalar_t> problem{};
-    problem.batch = query.size(0), problem.heads = query.size(1), problem.tokens = query.size(2);
-    problem.patches = key.size(2), problem.width = query.size(3);
-    problem.words = word_index.size(1), problem.subtokens = word_index.size(2);
-    problem.prefix = prefix;
-    problem.scale = static_cast<acc_t>(scale);
-    problem.gradcam = value.defined();
-    problem.query = rows_of<const scalar_t>(query);
-    problem.key = rows_of<const scalar_t>(key);
-    if (problem.gradcam) {
-      problem.value_width = value.size(3);
-      problem.value = rows_of<const scalar_t>(value);
-      problem.grad_output = rows_of<const scalar_t>(grad_output);
-    }
-    problem.bias = bias.defined() ? bias.const_data_ptr<acc_t>() : nullptr;
-    problem.ignore = ignore.defined() ? ignore.const_data_ptr<bool>() : nullptr;
-    problem.index = word_index.const_data_ptr<int64_t>();
-    return problem;
-  }
-};
-
 template <typename scalar_t>
-void forward_kernel(const Inputs& inputs, Normalize mode, at::Tensor& maps) {
+void forward_kernel(const Inputs& inputs, Normalize mode, const at::Tensor& maps,
+                    const at::Tensor& raw, const at::Tensor& kept_rows) {
   using acc_t = at::opmath_type<scalar_t>;
   const Problem<scalar_t> problem = inputs.problem<scalar_t>();
   const int64_t size = problem.patches - problem.prefix, words = problem.words;
   acc_t* out = maps.mutable_data_ptr<acc_t>();
+  acc_t* unnormalized = raw.numel() > 0 ? raw.mutable_data_ptr<acc_t>() : nullptr;
+  const Kept<acc_t> kept = kept_rows.numel() > 0 ? Kept<acc_t>(kept_rows) : Kept<acc_t>();
   at::parallel_for(0, problem.batch * words, 1, [&](int64_t begin, int64_t end) {
     auto memory = Scratch<acc_t>::memory(problem.width, problem.value_width, problem.patches);
     const Scratch<acc_t> scratch(memory, problem.width, problem.value_width, problem.patches);
@@ -297,7 +216,9 @@ void forward_kernel(const Inputs& inputs, Normalize mode, at::Tensor& maps) {
       int64_t b = at / words, first = at % words;
       int64_t last = std::min(words, first + end - at);
       acc_t* map = out + at * size;
-      simd::run<AddMaps>(problem, scratch, b, first, last, map);
+      simd::run<AddMaps>(problem, scratch, kept, b, first, last, map);
+      if (unnormalized != nullptr)
+        std::copy_n(map, (last - first) * size, unnormalized + at * size);
       for (int64_t w = first; w < last; ++w, ++at, map += size) {
         if (mode == Normalize::kNone) continue;
         const Normalizer norm(map, size, mode);
@@ -309,11 +230,14 @@ void forward_kernel(const Inputs& inputs, Normalize mode, at::Tensor& maps) {
 
 template <typename scalar_t>
 void backward_kernel(const Inputs& inputs, Normalize mode, const at::Tensor& grad,
+                     const at::Tensor& raw, const at::Tensor& kept_rows,
                      const std::vector<at::Tensor>& outputs) {
   using acc_t = at::opmath_type<scalar_t>;
   const Problem<scalar_t> problem = inputs.problem<scalar_t>();
   const int64_t size = problem.patches - problem.prefix, words = problem.words;
   const acc_t* upstream = grad.const_data_ptr<acc_t>();
+  const acc_t* unnormalized = mode == Normalize::kNone ? nullptr : raw.const_data_ptr<acc_t>();
+  const Kept<const acc_t> kept(kept_rows);
   Gradients<acc_t> to{rows_of<acc_t>(outputs[0]), rows_of<acc_t>(outputs[1]), {}, {}, nullptr};
   if (problem.gradcam) {
     to.value = rows_of<acc_t>(outputs[2]);
@@ -323,68 +247,78 @@ void backward_kernel(const Inputs& inputs, Normalize mode, const at::Tensor& gra
   at::parallel_for(0, problem.batch, 1, [&](int64_t begin, int64_t end) {
     auto memory = Scratch<acc_t>::memory(problem.width, problem.value_width, problem.patches);
     const Scratch<acc_t> scratch(memory, problem.width, problem.value_width, problem.patches);
-    std::vector<acc_t> map(words * size), at_map(words * size), at_logits(problem.patches);
+    std::vector<acc_t> at_map(words * size), at_logits(problem.patches);
     std::vector<double> wide(size);
     for (int64_t b = begin; b < end; ++b) {
       std::copy_n(upstream + b * words * size, words * size, at_map.begin());
-      if (mode != Normalize::kNone) {
-        int64_t first = 0, last = words;
-        acc_t* raw = map.data();
-        simd::run<AddMaps>(problem, scratch, b, first, last, raw);
-        for (int64_t w = 0; w < words; ++w) {
-          acc_t* g = at_map.data() + w * size;
-          std::copy_n(g, size, wide.begin());
-          Normalizer(raw + w * size, size, mode).backward(raw + w * size, wide.data(), size);
-          std::copy_n(wide.begin(), size, g);
-        }
+      for (int64_t w = 0; w < words && mode != Normalize::kNone; ++w) {
+        const acc_t* map = unnormalized + (b * words + w) * size;
+        acc_t* g = at_map.data() + w * size;
+        std::copy_n(g, size, wide.begin());
+        Normalizer(map, size, mode).backward(map, wide.data(), size);
+        std::copy_n(wide.begin(), size, g);
       }
       const acc_t* g = at_map.data();
       acc_t* logits = at_logits.data();
-      simd::run<AddGradients>(problem, scratch, b, g, logits, to);
+      simd::run<AddGradients>(problem, scratch, kept, b, g, logits, to);
     }
   });
 }
 
-at::Tensor word_attention(const at::Tensor& query, const at::Tensor& key,
-                          const at::Tensor& word_index, const OptionalTensor& value,
-                          const OptionalTensor& grad_output, const OptionalTensor& value_bias,
-                          const OptionalTensor& key_padding_mask, double scale,
-                          int64_t num_prefix_tokens, std::string_view normalize) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> word_attention(
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& word_index,
+    const OptionalTensor& value, const OptionalTensor& grad_output,
+    const OptionalTensor& value_bias, const OptionalTensor& key_padding_mask, double scale,
+    int64_t num_prefix_tokens, std::string_view normalize, bool keep) {
   const Normalize mode = parse_normalize(normalize);
   const Inputs inputs(query, key, word_index, value, grad_output, value_bias, key_padding_mask,
                       scale, num_prefix_tokens);
-  at::Tensor maps = at::empty({query.size(0), word_index.size(1), key.size(2) - num_prefix_tokens},
-                              query.options().dtype(compute_type(query)));
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, query.scalar_type(), "word_attention",
-                                  [&] { forward_kernel<scalar_t>(inputs, mode, maps); });
-  return maps;
+  const auto options = query.options().dtype(inputs.accumulated());
+  const int64_t keys = key.size(2), rows = word_index.size(1) * word_index.size(2);
+  const at::Tensor maps =
+      at::empty({query.size(0), word_index.size(1), keys - num_prefix_tokens}, options);
+  const at::Tensor nothing = at::empty({0}, options);
+  const at::Tensor raw = keep && mode != Normalize::kNone ? at::empty_like(maps) : nothing;
+  const at::Tensor kept = keep ? at::empty({value.has_value() ? 2 : 1, query.size(0), query.size(1),
+                                            rows, (keys + 15) / 16 * 16},
+                                           options)
+                               : nothing;
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, inputs.type, "word_attention",
+                                  [&] { forward_kernel<scalar_t>(inputs, mode, maps, raw, kept); });
+  return {maps, raw, kept};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> word_attention_backward(
-    const at::Tensor& grad, const at::Tensor& query, const at::Tensor& key,
-    const at::Tensor& word_index, const OptionalTensor& value, const OptionalTensor& grad_output,
-    const OptionalTensor& value_bias, const OptionalTensor& key_padding_mask, double scale,
-    int64_t num_prefix_tokens, std::string_view normalize) {
+    const at::Tensor& grad, const at::Tensor& raw, const at::Tensor& kept, const at::Tensor& query,
+    const at::Tensor& key, const at::Tensor& word_index, const OptionalTensor& value,
+    const OptionalTensor& grad_output, const OptionalTensor& value_bias,
+    const OptionalTensor& key_padding_mask, double scale, int64_t num_prefix_tokens,
+    std::string_view normalize) {
   const Normalize mode = parse_normalize(normalize);
   const Inputs inputs(query, key, word_index, value, grad_output, value_bias, key_padding_mask,
                       scale, num_prefix_tokens);
-  const auto options = query.options().dtype(compute_type(query));
-  const bool gradcam = value.has_value();
-  const std::vector<at::Tensor> sums = {
-      at::zeros(query.sizes(), options), at::zeros(key.sizes(), options),
-      gradcam ? at::zeros(value->sizes(), options) : at::empty({0}, options),
-      gradcam ? at::zeros(grad_output->sizes(), options) : at::empty({0}, options),
+  TORCH_CHECK_VALUE(kept.dim() == 5 && (mode == Normalize::kNone || raw.sizes() == grad.sizes()),
+                    "raw, kept: expected what word_attention returns with keep=True, got shapes ",
+                    raw.sizes(), ", ", kept.sizes());
+  const auto options = query.options().dtype(inputs.accumulated());
+  const auto zeros_like = [&](const OptionalTensor& tensor) {
+    return tensor.has_value() ? at::zeros(tensor->sizes(), options) : at::empty({0}, options);
+  };
+  const at::Tensor by_caption =
       value_bias.has_value()
           ? at::zeros({query.size(0), query.size(1), value_bias->size(1)}, options)
-          : at::empty({0}, options)};
-  const at::Tensor upstream = grad.to(compute_type(query)).contiguous();
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, query.scalar_type(),
-                                  "word_attention_backward",
-                                  [&] { backward_kernel<scalar_t>(inputs, mode, upstream, sums); });
-  const at::ScalarType type = query.scalar_type();
-  const at::Tensor bias =
-      value_bias.has_value() ? sums[4].sum(0).to(value_bias->scalar_type()) : sums[4].to(type);
-  return {sums[0].to(type), sums[1].to(type), sums[2].to(type), sums[3].to(type), bias};
+          : at::empty({0}, options);
+  const std::vector<at::Tensor> sums = {zeros_like(query), zeros_like(key), zeros_like(value),
+                                        zeros_like(grad_output), by_caption};
+  const at::Tensor upstream = grad.to(inputs.accumulated()).contiguous();
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, inputs.type, "word_attention_backward",
+      [&] { backward_kernel<scalar_t>(inputs, mode, upstream, raw, kept, sums); });
+  const auto as = [&](const at::Tensor& sum, const OptionalTensor& like) {
+    return sum.to(like.value_or(query).scalar_type());
+  };
+  return {as(sums[0], query), as(sums[1], key), as(sums[2], value), as(sums[3], grad_output),
+          as(value_bias.has_value() ? by_caption.sum(0) : by_caption, value_bias)};
 }
 
 }  // namespace

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 from softmask import BackendError
+from softmask.arguments import count, positive
 from softmask.data import DataError, open_source
 from softmask.evaluation.readers import Reader, Scorer, is_model
 from softmask.training.checkpoint.state import CheckpointError
@@ -87,17 +88,6 @@ def evaluation_facts(scorer: Scorer, reader: Reader, checkpoint: Path) -> dict:
     return {"checkpoint": checkpoint.name, "trainer": state, "digest": reader.source.digest, **read}
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes the whole text or leaves the file as it was. Follows a link to its target."""
-    path = path.resolve()
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def check_output(path: Path, ending: str) -> None:
     """Checks, before any work, that the file can be written and that an existing one may be replaced.
 
@@ -146,17 +136,3 @@ def show(text: str) -> None:
         print(text, flush=True)
     except BrokenPipeError:  # `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-MOST = 2**31 - 1
-
-
-def count(text: str, least: int = 0) -> int:
-    number = int(text)
-    if not least <= number <= MOST:
-        raise argparse.ArgumentTypeError(f"expected {least} to {MOST}, got {number}")
-    return number
-
-
-def positive(text: str) -> int:
-    return count(text, least=1)

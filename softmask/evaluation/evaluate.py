@@ -36,24 +36,23 @@ import time
 from pathlib import Path
 from typing import get_args
 
+from softmask.arguments import count, positive
 from softmask.data.sources import expand_pattern
 from softmask.evaluation.captioning import CaptionOptions
 from softmask.evaluation.command import (
     add_data_options,
     check_output,
-    count,
     evaluation_facts,
     finish,
     load_scorer,
     name_skipped,
     open_reader,
-    positive,
     sizes,
-    write_atomically,
 )
 from softmask.evaluation.retrieval import RerankBy
 from softmask.evaluation.sections import Evaluation, Section, evaluate, sections_of
 from softmask.evaluation.zero_shot import Class, read_classes
+from softmask.files import write_atomically
 from softmask.training.checkpoint.state import read_state
 from softmask.training.checkpoint.store import find_checkpoint
 

@@ -78,7 +78,7 @@ def _is_word_mapper(model: object) -> TypeGuard[WordMapper]:
 
 
 def _is_reconstructor(model: object) -> TypeGuard[Reconstructor]:
-    return _has(model, "patch_grid", "patch_size", "hidden_patches", "repaint")
+    return _has(model, "patch_grid", "patch_size", "hidden_patches", "reconstruct")
 
 
 def _has(model: object, *names: str) -> bool:

@@ -1,4 +1,4 @@
-"""The public layers: each op as a function and as a module. Needs torch alone."""
+"""The public ops, each as a function and as a module. Only torch is required."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Which backend runs an op: ``softmask.backend(name)``, or the environment variable SOFTMASK_BACKEND.
 
-A backend that was named and cannot run raises BackendError; only "auto" chooses.
+A selected backend that cannot run raises BackendError; only "auto" chooses for itself.
 """
 
 from __future__ import annotations
@@ -25,37 +25,37 @@ Device = torch.device | str
 
 
 class BackendError(RuntimeError):
-    """The named backend cannot run this op on these inputs; the text says why."""
+    """The selected backend cannot run this op on these inputs; the message says why."""
 
 
 def _from_environment() -> str:
-    name = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"  # set to nothing, as shells do, is not set
+    name = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"  # an empty value counts as unset
     _checks.one_of(ENVIRONMENT_VARIABLE, name, BACKENDS)
     return name
 
 
 class _OfThread(threading.local):
-    def __init__(self) -> None:  # in each thread; an attribute of the class is all that torch 2.11 would see
+    def __init__(self) -> None:  # once per thread; torch 2.11 would only see a class attribute
         self.name: str | None = None
 
 
-# For compiled functions, which torch.compile guards on: it could not on the environment, nor before torch 2.12 on a
-# context variable.
-_AT_IMPORT = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"  # checked where it is used: an import must not fail
+# For compiled functions. torch.compile can guard on these, but not on the environment, nor on a context variable before
+# torch 2.12.
+_AT_IMPORT = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"  # validated on use, so that importing never fails
 _of_thread = _OfThread()
 _chosen: ContextVar[str | None] = ContextVar("softmask_backend", default=None)
 
 
 def backend(name: str) -> AbstractContextManager[None]:
-    """Run the ops inside the ``with`` by one backend: "reference", "cpp", "triton", "cuda", or "auto" (the default).
+    """Run the ops inside the ``with`` block on one backend: "reference", "cpp", "triton", "cuda" or "auto" (default).
 
-    Holds for the current thread or task. Enter it outside of functions under torch.compile. The gradient of an op is
-    taken by the backend that ran it. Kernels have first derivatives in reverse mode: under forward-mode AD and the
-    transforms of torch.func "auto" takes the reference, and a named kernel backend raises. The environment variable
-    SOFTMASK_BACKEND sets the default; a function under torch.compile takes what it was when softmask was imported.
+    Applies to the current thread or task. Enter it outside functions compiled by torch.compile. An op's gradient runs
+    on the same backend as the op. Kernels support first derivatives in reverse mode only: under forward-mode AD and the
+    transforms of torch.func, "auto" uses the reference and a selected kernel backend raises an error. The environment
+    variable SOFTMASK_BACKEND sets the default; compiled functions use its value at the import of softmask.
 
     Raises:
-        ValueError: no backend of this name. BackendError is raised by an op that the named backend cannot run.
+        ValueError: unknown backend. BackendError is raised later, by an op that the backend cannot run.
     """
     _checks.one_of("backend", name, BACKENDS)
     return _use(name)
@@ -81,27 +81,27 @@ def run(
     kernel_pays: bool = True,
     **options: object,
 ) -> Tensor:
-    """The op by the backend that `resolve` finds: plain is the reference's function, by_kernels takes a name first."""
+    """Run an op on the backend that `resolve` selects: by plain, the reference, or by_kernels(backend, ...)."""
     acting = _transforms.acting_on(one for one in (*arguments, *options.values()) if isinstance(one, Tensor))
     name = resolve(op, *floating, kernel_pays=kernel_pays, acting=acting)
     if name != "reference":
         return by_kernels(name, *arguments, **options)
-    if torch.is_grad_enabled():  # kernels see to what they keep by themselves
+    if torch.is_grad_enabled():  # kernels handle the tensors they save themselves
         arguments = tuple(_transforms.saveable(one) for one in arguments)
         options = {name: _transforms.saveable(one) for name, one in options.items()}
     return plain(*arguments, **options)
 
 
 def resolve(op: str, *tensors: Tensor | None, kernel_pays: bool = True, acting: str | None = None) -> str:
-    """The backend that runs op on the device of the tensors; BackendError where the named one cannot.
+    """The backend that runs op on the tensors' device. Raises BackendError if the selected one cannot.
 
-    tensors: the op's floating ones, the first not None; an fp64 one decides what kernels must be able to take.
-    kernel_pays: False where benchmarks found PyTorch to be faster at these inputs; "auto" then takes the reference.
-    acting: a transform of the inputs that kernels have no rule for; "auto" then takes the reference too.
+    tensors: the op's floating-point inputs; kernels must support fp64 if any of them is fp64.
+    kernel_pays: False if PyTorch is faster on these inputs according to benchmarks; "auto" then uses the reference.
+    acting: a transform of the inputs that kernels do not support; "auto" then uses the reference.
     """
-    name, device = named(), tensors[0].device
-    double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
-    dtype = torch.float64 if double else tensors[0].dtype
+    name, given = named(), [tensor for tensor in tensors if tensor is not None]
+    device, double = given[0].device, any(tensor.dtype == torch.float64 for tensor in given)
+    dtype = torch.float64 if double else given[0].dtype
     if name == "auto":
         return choose(device, dtype) if kernel_pays and acting is None else "reference"
     reason = why_not(name, device, dtype)
@@ -113,7 +113,7 @@ def resolve(op: str, *tensors: Tensor | None, kernel_pays: bool = True, acting: 
 
 
 def named() -> str:
-    """The backend that is asked for here: a name, or "auto"."""
+    """The backend selected here: a name, or "auto"."""
     if torch.compiler.is_compiling():
         name = _of_thread.name or _AT_IMPORT
         _checks.one_of(ENVIRONMENT_VARIABLE, name, BACKENDS)
@@ -122,7 +122,7 @@ def named() -> str:
 
 
 def choose(device: Device, dtype: torch.dtype = torch.float32) -> str:
-    """What "auto" takes."""
+    """The backend that "auto" selects."""
     return next(name for name in preferred(device) if why_not(name, device, dtype) is None)
 
 
@@ -132,7 +132,7 @@ def preferred(device: Device) -> tuple[str, ...]:
 
 
 def why_not(name: str, device: Device, dtype: torch.dtype = torch.float32) -> str | None:
-    """Why a backend cannot run ops on a device, for inputs of a type; None where it can."""
+    """Why a backend cannot run ops on a device for a dtype, or None if it can."""
     if name == "reference":
         return None
     if name == "cpp":

@@ -1,10 +1,11 @@
-"""Argument checks: a ValueError names the argument, what was expected and what came."""
+"""Argument checks. A ValueError names the argument, what was expected and what was given."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -16,14 +17,14 @@ NORMALIZATIONS = (None, "minmax", "max", "sum")
 REDUCTIONS = ("mean", "sum", "none")
 
 
-def fail(name: str, expected: object, got: object) -> None:
+def fail(name: str, expected: object, got: object) -> NoReturn:
     raise ValueError(f"{name}: expected {expected}, got {got}")
 
 
-def shape(name: str, tensor: Tensor, dims: Sequence[int | str], **least_one: str) -> None:
-    """dims: an int where the size is known, a letter where it is free, as in ("B", heads, "T", width).
+def shape(name: str, tensor: object, dims: Sequence[int | str], **least_one: str) -> None:
+    """dims: an int for a fixed size, a letter for a free one, as in ("B", heads, "T", width).
 
-    least_one: letters of dimensions that may not be empty, and one of what they count: T="token".
+    least_one: letters of dimensions that may not be empty, with the name of an element: T="token".
     """
     if not isinstance(tensor, Tensor):
         fail(name, "a tensor", type(tensor).__name__)
@@ -42,7 +43,7 @@ def dtype(name: str, tensor: Tensor, allowed: Sequence[torch.dtype] = FLOATING) 
 
 
 def positions(name: str, index: Tensor, *, least: int, size: int) -> None:
-    """least <= index < size, on the CPU: elsewhere it would wait for the device. Not of tensors without values."""
+    """least <= index < size. Checked on the CPU only, to avoid a synchronization, and only if there are values."""
     if not has_values(index) or index.numel() == 0:
         return
     low, high = (int(value) for value in index.aminmax())
@@ -62,7 +63,7 @@ def one_of(name: str, value: object, allowed: Sequence[object]) -> None:
 
 
 def number(name: str, value: float, *, least: float = -math.inf, most: float = math.inf) -> None:
-    """A plain number: the gradient of one given as a tensor would be lost."""
+    """A plain number. A tensor is rejected, because its gradient would be lost."""
     if isinstance(value, Tensor):
         fail(name, "a Python number, which takes no gradient", f"a tensor {list(value.shape)}; .item() makes it one")
     if not isinstance(value, (Real, torch.SymFloat, torch.SymInt)):
@@ -72,7 +73,7 @@ def number(name: str, value: float, *, least: float = -math.inf, most: float = m
 
 
 def whole(name: str, value: int, *, least: int, most: int | None = None, of: str = "") -> None:
-    """A whole number; of: what there are so many of, for the message."""
+    """An integer; of: a suffix for the message, such as "of the 5 tokens"."""
     if not isinstance(value, (Integral, torch.SymInt)):
         fail(name, "a whole number", repr(value) if not isinstance(value, Tensor) else f"a tensor {list(value.shape)}")
     if value < least or (most is not None and value > most):
@@ -83,10 +84,10 @@ def whole(name: str, value: int, *, least: int, most: int | None = None, of: str
 def scalar(
     name: str, value: Tensor | float, *, least: float = -math.inf, most: float = math.inf, or_one_element: bool = False
 ) -> Tensor | float:
-    """A number as a float or a 0-dim tensor; or_one_element: or as [1], the shape that FSDP wants of parameters.
+    """A float or a 0-dim tensor; or_one_element also allows [1], the shape FSDP requires of parameters.
 
-    Bounds of a tensor are looked at where that costs nothing. Elsewhere a value beyond them becomes NaN, and with it
-    the loss: the device is not waited for.
+    A tensor's bounds are checked if that is free. Otherwise an invalid value becomes NaN, and so does the loss, without
+    a synchronization.
     """
     if not isinstance(value, Tensor):
         number(name, value, least=least, most=most)

@@ -1,13 +1,14 @@
-"""Rows of all ranks of a process group, with gradient, and the group as a part of a module.
+"""Gathers rows across a process group with gradients, and stores the group in a module.
 
-Convention: the loss is the mean over the local rows, and the engine (DDP, ZeRO) averages the parameters' gradients over
-ranks. Summing the gathered rows' gradients over ranks in backward then makes the average exact for the global batch.
-Every rank must hold the same number of rows, which is checked: collectives of other sizes hang, or mix up rows.
+The loss is the mean over local rows, and the engine (DDP, ZeRO) averages the parameters' gradients over ranks. Summing
+the gathered rows' gradients over ranks in the backward pass makes that average exact for the global batch. All ranks
+must hold the same number of rows. This is checked, because collectives of unequal sizes hang or mix up rows.
 """
 
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,7 @@ from softmask.ops import _checks, _transforms
 
 
 class GroupShared:
-    """Holds a module's process group, which copies of the module share and which no file can hold."""
+    """Holds a module's process group: shared by copies of the module, left out of files."""
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.group = group
@@ -40,7 +41,7 @@ def _without_group(had_one: bool) -> GroupShared:
 
 
 class OverRanks(nn.Module):
-    """A loss over the rows of all ranks of `group`; None: of this process alone."""
+    """A loss over the rows of all ranks of `group`, or of this process if it is None."""
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         super().__init__()
@@ -58,7 +59,7 @@ class OverRanks(nn.Module):
 def check_alike(
     op: str, name: str, group: dist.ProcessGroup, rows: Tensor, ids: Tensor | None, *others: Tensor
 ) -> None:
-    """Raises on every rank where they do not bring as many rows [B, D] of one type, all with ids or all without."""
+    """Raise on every rank if ranks differ in the shape [B, D] or dtype of rows, or in whether they pass ids."""
     acting = _transforms.acting_on((rows, *others))
     if acting is not None:
         raise RuntimeError(f"{op}: group= has no rule for {acting}; gather the features first and leave group out")
@@ -93,13 +94,13 @@ def _got(what: str, low: int, high: int, rows: Tensor, ids: Tensor | None) -> st
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         return gather_rows_no_grad(rows, group)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         wide = torch.promote_types(grad.dtype, torch.float32)  # half precision would round at every rank
         total = grad.to(wide, copy=True, memory_format=torch.contiguous_format)  # all_reduce writes in place
         dist.all_reduce(total, group=ctx.group)

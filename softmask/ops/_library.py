@@ -1,4 +1,4 @@
-"""Kernels as PyTorch ops: loads the C++ extension, says why there may be none, and registers shapes and gradients."""
+"""Kernels as PyTorch ops: loads the C++ extension and registers each op's schema, shapes and gradient."""
 
 from __future__ import annotations
 
@@ -6,101 +6,155 @@ import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils.flop_counter import register_flop_formula
 
 from softmask.ops import _transforms
 
 
 def _load() -> str | None:
-    """Load the extension; returns why there is none."""
+    """Load the extension. Returns why it is missing, or None once it is loaded."""
     if importlib.util.find_spec("softmask._C") is None:
         return "the C++ extension softmask._C is not built (installing with a C++ compiler builds it)"
     try:
         importlib.import_module("softmask._C")
-    except ImportError as error:  # built for another torch: say so and go on without
+    except ImportError as error:  # built for another torch: warn and continue without it
         warnings.warn(f"softmask's C++ extension does not load, PyTorch is used instead: {error}", stacklevel=2)
         return f"the C++ extension softmask._C does not load: {error}"
     return None
 
 
-def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """What kernels compute in, and return where the result is not of the inputs' type."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """The type kernels compute in: fp64 if any tensor is fp64, otherwise fp32."""
+    double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if double else torch.float32
 
 
-def of_one_type(*tensors: Tensor | None) -> list[Tensor | None]:
-    """As they are where they agree, else all in fp32, or fp64 where one of them is."""
-    types = {tensor.dtype for tensor in tensors if tensor is not None}
-    if len(types) <= 1:
-        return list(tensors)
-    common = torch.float64 if torch.float64 in types else torch.float32
-    return [None if tensor is None else tensor.to(common) for tensor in tensors]
+def common_dtype(first: Tensor, *others: Tensor | None) -> torch.dtype:
+    """The tensors' type if they share one, otherwise the type to compute in."""
+    alike = all(other is None or other.dtype == first.dtype for other in others)
+    return first.dtype if alike else compute_dtype(first, *others)
 
 
 def scalar(value: Tensor | float, *, like: Tensor) -> Tensor:
-    """A number as the 0-dim tensor that kernels take, so that no value is part of a compiled graph."""
+    """A number as a 0-dim tensor, which keeps its value out of compiled graphs."""
     if isinstance(value, Tensor):
         return value.to(like.device)
     return torch.full((), value, dtype=torch.float64, device=like.device)
 
 
 OTHERWISE = "softmask.backend('reference') has PyTorch's"
-"""What an error of a kernel says to do instead."""
+"""The advice at the end of kernels' error messages."""
 
 MISSING = _load()
-"""Why there are no C++ kernels; None where they are loaded."""
+"""Why there are no C++ kernels, or None if they are loaded."""
 
-Kernels = dict[str, Callable]
-"""Backend -> the PyTorch op that runs its kernel."""
+
+class Context(Protocol):
+    """The autograd context of an op: saved tensors, and any attribute set by `setup`."""
+
+    needs_input_grad: tuple[bool, ...]
+    saved_tensors: tuple[Tensor, ...]
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+    def __getattr__(self, name: str) -> Any: ...
+    def __setattr__(self, name: str, value: Any) -> None: ...
+
+
+Kernels = dict[str, OpOverload]
+"""An op's implementations by backend."""
+
+
+class Kernel(NamedTuple):
+    """A differentiable op of one backend, and the op of its gradient."""
+
+    forward: OpOverload
+    backward: OpOverload
+
+
+Gradients = tuple[Tensor | None, ...]
+"""One gradient per input of an op, None for inputs without one."""
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """How an op is differentiated.
+
+    setup: ``setup(ctx, inputs, output)`` saves what the backward pass needs.
+    backward: ``backward(ctx, kernel, *grads)`` returns the gradients of all inputs by the same backend's kernel.
+    fake: the signature and output shapes of the op ``name_backward``.
+    flops: as in :func:`register`, for ``name_backward``.
+    """
+
+    setup: Callable[[Context, tuple, Any], None]
+    backward: Callable[..., Gradients]
+    fake: Callable
+    flops: Callable[..., int] | None = None
 
 
 def register(
     name: str,
     *,
     fake: Callable,
-    setup: Callable | None = None,
-    backward: Callable | None = None,
-    backward_fake: Callable | None = None,
+    gradient: Gradient | None = None,
     flops: Callable[..., int] | None = None,
-    backward_flops: Callable[..., int] | None = None,
     public_name: str | None = None,
-    backends: tuple[str, ...] = ("cpp", "triton"),
 ) -> Kernels:
-    """The op ``name``, and where it has a gradient ``name_backward``, by each of backends: shapes and autograd.
+    """Register the op ``name``, and ``name_backward`` if it has a gradient, for every backend.
 
-    The C++ extension defines softmask::name. In Triton softmask::triton_name has the signature of fake, which is fully
-    annotated, and runs `forward` of kernels/name.py; its gradient runs `backward`. ``backward(ctx, run, *grads)`` calls
-    run, the op of the same backend. A second derivative raises, where autograd would otherwise be silently wrong.
-    flops, backward_flops: floating-point operations of the products, 2 for a multiplication and an addition, of the
-    op's arguments with shapes for tensors; torch.utils.flop_counter asks for them.
+    All backends share one signature, that of fake, and one autograd formula. The C++ extension defines
+    ``softmask::name``. Triton's op is ``softmask::triton_name``: it runs `forward` of kernels/name.py, and
+    ``softmask::triton_name_backward`` runs `backward`. Second derivatives raise an error; without it autograd would
+    return wrong values.
+
+    Args:
+        fake: returns empty outputs; fully annotated, since Triton's schema is inferred from it.
+        flops: floating-point operations of the op's products, given its arguments with shapes for tensors. A
+            multiplication and an addition count as 2. torch.utils.flop_counter calls it.
+        public_name: the public function's name, for error messages; default: name.
     """
     kernels = {}
-    for backend in backends:
-        if backend == "triton":
-            full = _define_triton(f"triton_{name}", name, "forward", fake)
-            if backward_fake is not None:
-                _define_triton(f"triton_{name}_backward", name, "backward", backward_fake)
-        elif MISSING is None:
-            full = f"softmask::{name}"
-            torch.library.register_fake(full)(fake)
-            if backward_fake is not None:
-                torch.library.register_fake(f"{full}_backward")(backward_fake)
-        else:
+    for backend, prefix in (("cpp", ""), ("triton", "triton_")):
+        if backend == "cpp" and MISSING is not None:
             continue
-        if backward is not None:
-            _register_gradient(full, setup, backward, public_name or name, backend)
-        for which, count in ((full, flops), (f"{full}_backward", backward_flops)):
-            if count is not None:
-                register_flop_formula(_op(which).overloadpacket)(_of_shapes(count))
-        kernels[backend] = _op(full)
+        define = _define_triton if backend == "triton" else _define_cpp
+        kernels[backend] = define(name, prefix, "forward", fake, flops)
+        if gradient is not None:
+            backward = define(name, prefix, "backward", gradient.fake, gradient.flops)
+            _register_gradient(Kernel(kernels[backend], backward), gradient, public_name or name, backend)
     return kernels
 
 
-def _op(full: str) -> Callable:
-    return getattr(torch.ops.softmask, full.removeprefix("softmask::")).default
+def _define_cpp(name: str, prefix: str, direction: str, fake: Callable, flops: Callable[..., int] | None) -> OpOverload:
+    op = _op(f"{prefix}{name}", direction, flops)
+    torch.library.register_fake(op.name())(fake)
+    return op
+
+
+def _define_triton(
+    name: str, prefix: str, direction: str, fake: Callable, flops: Callable[..., int] | None
+) -> OpOverload:
+    """Kernels are imported when they first run, so nothing before needs Triton."""
+
+    def run(*args: object) -> object:
+        return getattr(importlib.import_module(f"softmask.kernels.{name}"), direction)(*args)
+
+    full = f"softmask::{prefix}{name}" + ("_backward" if direction == "backward" else "")
+    schema = torch.library.infer_schema(fake, mutates_args=())
+    torch.library.custom_op(full, run, mutates_args=(), schema=schema).register_fake(fake)
+    return _op(f"{prefix}{name}", direction, flops)
+
+
+def _op(name: str, direction: str, flops: Callable[..., int] | None) -> OpOverload:
+    op = getattr(torch.ops.softmask, name + ("_backward" if direction == "backward" else "")).default
+    if flops is not None:
+        register_flop_formula(op.overloadpacket)(_of_shapes(flops))
+    return op
 
 
 def _of_shapes(count: Callable[..., int]) -> Callable[..., int]:
@@ -110,37 +164,25 @@ def _of_shapes(count: Callable[..., int]) -> Callable[..., int]:
     return formula
 
 
-def _define_triton(name: str, module: str, function: str, fake: Callable) -> str:
-    """Kernels are imported when they first run: until then nothing here needs Triton."""
-
-    def run(*args: object) -> object:
-        return getattr(importlib.import_module(f"softmask.kernels.{module}"), function)(*args)
-
-    full = f"softmask::{name}"
-    schema = torch.library.infer_schema(fake, mutates_args=())
-    torch.library.custom_op(full, run, mutates_args=(), schema=schema).register_fake(fake)
-    return full
-
-
-def _register_gradient(full: str, setup: Callable, backward: Callable, public_name: str, backend: str) -> None:
-    def run_backward(ctx, *grads: Tensor) -> tuple:
+def _register_gradient(kernel: Kernel, gradient: Gradient, public_name: str, backend: str) -> None:
+    def run_backward(ctx: Context, *grads: Tensor) -> Gradients:
         acting = _transforms.acting_on(grad for grad in grads if grad is not None)
         if acting is not None:
             raise RuntimeError(f"{public_name}: the {backend} kernel's gradient has no rule for {acting}; {OTHERWISE}")
-        return backward(ctx, _op(f"{full}_backward"), *grads)
+        return gradient.backward(ctx, kernel, *grads)
 
-    def refuse(ctx, *grads: Tensor) -> None:
+    def refuse(ctx: Context, *grads: Tensor) -> None:
         raise RuntimeError(f"{public_name}: the {backend} kernel has no second derivative; {OTHERWISE}")
 
-    torch.library.register_autograd(full, run_backward, setup_context=setup)
-    torch.library.register_autograd(f"{full}_backward", refuse)
+    torch.library.register_autograd(kernel.forward, run_backward, setup_context=gradient.setup)
+    torch.library.register_autograd(kernel.backward, refuse)
 
 
-def keep(ctx, *tensors: Tensor | None) -> None:
-    """Save tensors for the backward pass, those made in inference mode too."""
-    ctx.save_for_backward(*map(_transforms.saveable, tensors))
+def keep(ctx: Context, *tensors: Tensor | None) -> None:
+    """Save tensors for the backward pass, including those created in inference mode."""
+    ctx.save_for_backward(*(None if tensor is None else _transforms.saveable(tensor) for tensor in tensors))
 
 
-def wanted(ctx, *by_input: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The gradients of an op's inputs, in their order, without those that nobody asked for."""
+def wanted(ctx: Context, *by_input: Tensor | None) -> Gradients:
+    """The gradients of an op's inputs, in order, with None for those that are not needed."""
     return tuple(gradient if asked else None for gradient, asked in zip(by_input, ctx.needs_input_grad, strict=True))

@@ -1,8 +1,9 @@
-"""What acts on tensors and is not a plain backward pass: forward-mode AD, torch.func's transforms, inference mode."""
+"""Detects forward-mode AD, torch.func's transforms and inference mode, which kernels do not support."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -12,9 +13,9 @@ _functorch = torch._C._functorch
 
 
 def acting_on(tensors: Iterable[Tensor]) -> str | None:
-    """The transform that acts on one of the tensors, by its name in a message; None: kernels may take them.
+    """The name of a transform that acts on one of the tensors, or None if kernels can take them.
 
-    Under torch.compile any active transform counts: which tensors it wraps is not known there.
+    Under torch.compile any active transform counts, because the tensors it wraps are unknown.
     """
     transforms = isinstance(_functorch.peek_interpreter_stack(), _functorch.CInterpreter)  # torch.compile knows this
     if torch.compiler.is_compiling():
@@ -35,18 +36,28 @@ def _of(tensor: Tensor) -> str | None:
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether its values can be looked at for nothing: on the CPU, neither traced, nor fake, nor wrapped."""
+    """Whether reading its values is free: on the CPU, and not traced, fake or wrapped."""
     plain = type(tensor) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
     return plain and tensor.device.type == "cpu" and not _functorch.is_functorch_wrapped_tensor(tensor)
 
 
+@overload
+def saveable(value: Tensor) -> Tensor: ...
+@overload
+def saveable(value: object) -> object: ...
 def saveable(value: object) -> object:
-    """As it is, or a copy of a tensor made in inference mode, which autograd refuses to keep for a backward pass."""
+    """The value, or a copy of a tensor from inference mode, which autograd refuses to save for the backward pass."""
     if not isinstance(value, Tensor) or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return value
     return value.clone() if value.is_inference() else value
 
 
+@overload
+def constant(value: Tensor) -> Tensor: ...
+@overload
+def constant(value: float) -> float: ...
+@overload
+def constant(value: None) -> None: ...
 def constant(value: Tensor | float | None) -> Tensor | float | None:
-    """What takes no gradient and carries no tangent, by any backend."""
+    """A value without gradient or tangent."""
     return value.detach() if isinstance(value, Tensor) else value

@@ -1,4 +1,4 @@
-"""SyCoCa's choice of patches by their relevance to the caption."""
+"""SyCoCa's selection of patches by their relevance to the caption."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def attentive_mask(
     Args:
         patches: [B, P, D], without prefix tokens; fp32, fp16, bf16 or fp64.
         tokens: [B, T, D].
-        ratio: share of patches, 0 to 1; exactly round(ratio * P) are selected per image (Python's round).
+        ratio: fraction of patches, 0 to 1; exactly round(ratio * P) are selected per image (Python's round).
         select: "high" or "low". Ties go to the lower position.
-        token_padding_mask: [B, T] bool, True = ignore. Where every token is ignored all patches tie.
+        token_padding_mask: [B, T] bool, True = ignore. If all tokens are ignored, all patches tie.
 
     Returns:
-        bool [B, P], True = selected; no gradient.
+        bool [B, P], True = selected. Not differentiable.
 
     Raises:
-        ValueError: an argument does not fit; the text names it, what was expected and what came.
+        ValueError: an argument is invalid; the message states what was expected and what was given.
 
     Source: SyCoCa (arXiv 2401.02137).
     """

@@ -29,28 +29,28 @@ def focal_contrastive_loss(
 
     Args:
         image, text: [B, D], L2-normalized rows; fp32, fp16, bf16 or fp64.
-        logit_scale: 1 / temperature; float or tensor of one element.
-        gamma: focal exponent >= 0, float or 0-dim tensor, a constant; 0 is exactly cross-entropy.
-        ids: [B] int64; rows of equal ids are positives of each other and share the target mass.
-        group: process group; columns are then the features of all its ranks, gathered with gradient. Every rank must
-            bring the same B. Gradients are exact for the global batch once the engine averages them over ranks.
-        reduction: "mean" or "sum" over the local rows, or "none": [B], the mean of both directions.
+        logit_scale: 1 / temperature; a float or a one-element tensor.
+        gamma: focal exponent >= 0, a float or 0-dim tensor without gradient; 0 is exactly cross-entropy.
+        ids: [B] int64; rows with equal ids are positives of each other and share the target mass evenly.
+        group: process group; the columns are then the features of all ranks, gathered with gradient. B must be equal
+            on all ranks. Gradients are exact for the global batch once the engine averages them over ranks.
+        reduction: "mean" or "sum" over the local rows, or "none" for [B], the mean of both directions.
 
     Returns:
         The loss, fp32 (fp64 for fp64 inputs), differentiable in image, text and logit_scale. An empty batch gives 0.
 
     Raises:
-        ValueError: an argument does not fit; the text names it, what was expected and what came.
+        ValueError: an argument is invalid; the message states what was expected and what was given.
 
     Source: CLIP (arXiv 2103.00020), focal factor of arXiv 1708.02002 as in SoftMask++ (arXiv 2304.00719).
     """
     logit_scale, gamma = check_features(image, text, logit_scale, gamma=gamma, ids=ids, reduction=reduction)
-    columns = {}
-    if group is not None:  # one collective for both
+    all_image = all_text = all_ids = None
+    if group is not None:
         check_alike("focal_contrastive_loss", "image, text", group, image, ids, text)
+        # One collective gathers both.
         all_image, all_text = gather_rows(torch.cat([image, text], -1), group).split(image.shape[1], -1)
-        columns = {"all_image": all_image, "all_text": all_text, "first_row": first_row(image, group)}
-        columns["all_ids"] = None if ids is None else gather_rows_no_grad(ids, group)
+        all_ids = None if ids is None else gather_rows_no_grad(ids, group)
     return run(
         "focal_contrastive_loss",
         reference.focal_contrastive_loss,
@@ -61,8 +61,11 @@ def focal_contrastive_loss(
         floating=(image, text),
         gamma=gamma,
         ids=ids,
+        all_image=all_image,
+        all_text=all_text,
+        all_ids=all_ids,
+        first_row=0 if group is None else first_row(image, group),
         reduction=reduction,
-        **columns,
     )
 
 
@@ -75,7 +78,7 @@ def check_features(
     ids: Tensor | None,
     reduction: str,
 ) -> tuple[Tensor | float, Tensor | float]:
-    """What both contrastive losses ask of their common arguments; logit_scale and gamma as they take them."""
+    """Check the arguments shared by both contrastive losses. Returns logit_scale and gamma ready for use."""
     _checks.shape("image", image, ("B", "D"), D="feature")
     _checks.shape("text", text, tuple(image.shape))
     _checks.dtype("image", image)
@@ -85,13 +88,12 @@ def check_features(
         _checks.shape("ids", ids, (len(image),))
         _checks.dtype("ids", ids, (torch.int64,))
     _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
-    return _checks.scalar("logit_scale", logit_scale, or_one_element=True), constant(
-        _checks.scalar("gamma", gamma, least=0.0)
-    )
+    gamma = constant(_checks.scalar("gamma", gamma, least=0.0))
+    return _checks.scalar("logit_scale", logit_scale, or_one_element=True), gamma
 
 
 class FocalContrastiveLoss(OverRanks):
-    """:func:`focal_contrastive_loss` as a layer without parameters. Copies share the group; files are without it."""
+    """:func:`focal_contrastive_loss` as a layer without parameters. Copies share the group; saved files omit it."""
 
     def __init__(self, *, gamma: float = 0.0, group: dist.ProcessGroup | None = None, reduction: str = "mean") -> None:
         super().__init__(group)

@@ -26,18 +26,18 @@ def masked_patch_loss(
     Args:
         prediction: [B, P, 3 * patch_size**2], pixels of a patch ordered rows, columns, channels; fp32, fp16, bf16 or
             fp64.
-        images: [B, 3, Hpx, Wpx], any strides; the targets: no gradient. P = (Hpx / patch_size) * (Wpx / patch_size),
-            patches row by row.
+        images: [B, 3, Hpx, Wpx], any strides; the targets, without gradient.
+            P = (Hpx / patch_size) * (Wpx / patch_size), patches row by row.
         mask: [B, P] bool, True = masked, to be reconstructed.
-        patch_size: divides Hpx and Wpx.
-        normalize: targets are ``(x - mean) / sqrt(var + 1e-6)`` of each patch's pixels, var unbiased.
-        reduction: "mean" or "sum" over masked patches, or "none": [B, P], 0 where not masked.
+        patch_size: pixels; must divide Hpx and Wpx.
+        normalize: use ``(x - mean) / sqrt(var + 1e-6)`` of each patch's pixels as targets, var unbiased.
+        reduction: "mean" or "sum" over masked patches, or "none" for [B, P], 0 where not masked.
 
     Returns:
-        The loss, fp32 (fp64 for fp64 inputs), differentiable in prediction. No masked patch gives 0.
+        The loss, fp32 (fp64 for fp64 inputs), differentiable in prediction. 0 if no patch is masked.
 
     Raises:
-        ValueError: an argument does not fit; the text names it, what was expected and what came.
+        ValueError: an argument is invalid; the message states what was expected and what was given.
 
     Source: MAE (arXiv 2111.06377), its public code; as in SyCoCa's TG-MIM (arXiv 2401.02137).
     """

@@ -1,6 +1,9 @@
-"""ALBEF's contrastive loss: teacher features and a queue as keys, soft targets, focal weights."""
+"""ALBEF's contrastive loss: momentum features and a queue as keys, soft targets, focal weights."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,7 +18,7 @@ from softmask.ops._fused import momentum_contrastive as fused
 from softmask.ops._transforms import constant
 from softmask.ops.contrastive import check_features
 
-NO_ID = -1  # of queue rows that no sample has filled, or that came without an id
+NO_ID = -1  # queue rows that are not filled yet or have no id
 
 
 def momentum_contrastive_loss(
@@ -36,65 +39,54 @@ def momentum_contrastive_loss(
 ) -> Tensor:
     """Mean over rows and both directions of ``-sum_j y_j (1 - p_j)^gamma log p_j`` over the keys j,
     ``p = softmax(logit_scale * student @ keys^T)``, ``y = alpha * softmax(logit_scale * teacher @ keys^T)
-    + (1 - alpha) * positives``. Image rows meet text keys and the reverse; keys are the batch's teacher features
-    followed by the queue.
+    + (1 - alpha) * positives``. Image rows are compared with text keys and vice versa. The keys are the batch's
+    teacher features followed by the queue.
 
     Args:
         image, text: [B, D], L2-normalized student features; fp32, fp16, bf16 or fp64.
-        logit_scale: 1 / temperature, of student and teacher; float or tensor of one element.
-        image_teacher, text_teacher: [B, D], the momentum model's features; no gradient.
+        logit_scale: 1 / temperature of student and teacher; a float or a one-element tensor.
+        image_teacher, text_teacher: [B, D], features of the momentum encoders, without gradient.
         image_queue, text_queue: [K, D], both or neither, any strides: ALBEF's [D, K] buffer is passed as ``queue.T``.
-        alpha: weight of the soft targets, 0 to 1, float or 0-dim tensor, a constant.
-        gamma: focal exponent >= 0, float or 0-dim tensor, a constant; 0 is exactly cross-entropy.
-        ids: [B] int64; keys of the row's id share the positive mass. Without ids a sample is its own only positive.
-        queue_ids: [K] int64, ids of the queue's rows, -1 for those without one, which no sample's id may be; without
-            queue_ids no queue row is a positive. Needs ids.
-        group: process group; keys are then the teacher features of all its ranks, then the queue. Same B on every rank.
-        reduction: "mean" or "sum" over the local rows, or "none": [B], the mean of both directions.
+        alpha: weight of the soft targets, 0 to 1, a float or 0-dim tensor without gradient.
+        gamma: focal exponent >= 0, a float or 0-dim tensor without gradient; 0 is exactly cross-entropy.
+        ids: [B] int64; keys with the row's id share the positive mass. Without ids each sample is its only positive.
+        queue_ids: [K] int64, ids of the queue's rows, -1 for rows without one; no sample may have the id -1. Without
+            queue_ids no queue row is a positive. Requires ids.
+        group: process group; the keys are then the teacher features of all ranks, followed by the queue. B must be
+            equal on all ranks.
+        reduction: "mean" or "sum" over the local rows, or "none" for [B], the mean of both directions.
 
     Returns:
-        The loss, fp32 (fp64 for fp64 inputs), differentiable in image, text and logit_scale (through the student's
-        logits only). An empty batch gives 0.
+        The loss, fp32 (fp64 for fp64 inputs), differentiable in image, text and logit_scale; 0 for an empty batch.
 
     Raises:
-        ValueError: an argument does not fit; the text names it, what was expected and what came.
+        ValueError: an argument is invalid; the message states what was expected and what was given.
 
     Source: ALBEF (arXiv 2107.07651), its public code; focal factor as in SoftMask++ (arXiv 2304.00719).
     """
     logit_scale, gamma = check_features(image, text, logit_scale, gamma=gamma, ids=ids, reduction=reduction)
     _check_keys(image, image_teacher, text_teacher, image_queue, text_queue)
     _check_queue_ids(image_queue, ids, queue_ids)
-    columns = {}
+    all_image_teacher = all_text_teacher = all_ids = None
     if group is not None:
         check_alike("momentum_contrastive_loss", "image_teacher, text_teacher", group, image_teacher, ids, image, text)
-        teachers = _gather_pair(image_teacher, text_teacher, group)
-        columns = {"all_image_teacher": teachers[0], "all_text_teacher": teachers[1]}
-        columns["all_ids"] = None if ids is None else gather_rows_no_grad(ids, group)
-        columns["first_row"] = first_row(image, group)
+        all_image_teacher, all_text_teacher = _gather_pair(image_teacher, text_teacher, group)
+        all_ids = None if ids is None else gather_rows_no_grad(ids, group)
     return run(
-        "momentum_contrastive_loss",
-        reference.momentum_contrastive_loss,
-        fused.momentum_contrastive_loss,
-        image,
-        text,
-        logit_scale,
-        floating=(image, text, image_teacher, text_teacher),
-        image_teacher=constant(image_teacher),
-        text_teacher=constant(text_teacher),
-        image_queue=constant(image_queue),
-        text_queue=constant(text_queue),
-        alpha=constant(_checks.scalar("alpha", alpha, least=0, most=1)),
-        gamma=gamma,
-        ids=ids,
-        queue_ids=queue_ids,
-        reduction=reduction,
-        **columns,
-    )
+        "momentum_contrastive_loss", reference.momentum_contrastive_loss, fused.momentum_contrastive_loss,
+        image, text, logit_scale, floating=(image, text, image_teacher, text_teacher),
+        image_teacher=constant(image_teacher), text_teacher=constant(text_teacher),
+        image_queue=constant(image_queue), text_queue=constant(text_queue),
+        alpha=constant(_checks.scalar("alpha", alpha, least=0, most=1)), gamma=gamma, ids=ids,
+        queue_ids=queue_ids, all_image_teacher=all_image_teacher, all_text_teacher=all_text_teacher, all_ids=all_ids,
+        first_row=0 if group is None else first_row(image, group), reduction=reduction,
+    )  # fmt: skip
 
 
 def _gather_pair(image: Tensor, text: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
     """One collective for both."""
-    return gather_rows_no_grad(torch.cat([image, text], -1), group).split(image.shape[1], -1)
+    all_image, all_text = gather_rows_no_grad(torch.cat([image, text], -1), group).split(image.shape[1], -1)
+    return all_image, all_text
 
 
 def _check_keys(
@@ -105,7 +97,7 @@ def _check_keys(
         _checks.dtype(name, teacher)
     if (image_queue is None) != (text_queue is None):
         _checks.fail("image_queue, text_queue", "both or neither", "one")
-    if image_queue is not None:
+    if image_queue is not None and text_queue is not None:
         _checks.shape("image_queue", image_queue, ("K", image.shape[1]))
         _checks.shape("text_queue", text_queue, tuple(image_queue.shape))
         _checks.dtype("image_queue", image_queue)
@@ -126,16 +118,21 @@ def _check_queue_ids(queue: Tensor | None, ids: Tensor | None, queue_ids: Tensor
 
 
 class MomentumContrastiveLoss(OverRanks):
-    """:func:`momentum_contrastive_loss` with its queue, kept in buffers: image_queue, text_queue [K, D] (at first
-    random unit rows, the same on every rank), queue_ids [K] and the 0-dim queue_pointer.
+    """:func:`momentum_contrastive_loss` with its queue, kept in buffers: image_queue, text_queue [K, D] (initially
+    random unit rows, equal on all ranks), queue_ids [K] and the 0-dim queue_pointer.
 
-    Call :meth:`enqueue` after the step's backward: it writes to tensors that backward reads.
+    Call :meth:`enqueue` after the backward pass, which reads the tensors that it overwrites.
 
     Args:
         feature_dim: D.
         queue_size: K; 0 = no queue.
         alpha, gamma, reduction, group: as in :func:`momentum_contrastive_loss`; forward may override alpha.
     """
+
+    image_queue: Tensor
+    text_queue: Tensor
+    queue_ids: Tensor
+    queue_pointer: Tensor
 
     def __init__(
         self,
@@ -160,7 +157,7 @@ class MomentumContrastiveLoss(OverRanks):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Fill the queue as at the start, with the same rows on every device and rank."""
+        """Refill the queue with its initial rows, equal on all devices and ranks."""
         generator = torch.Generator().manual_seed(0)
         for queue in (self.image_queue, self.text_queue):
             if not queue.is_meta:
@@ -170,10 +167,10 @@ class MomentumContrastiveLoss(OverRanks):
         self.queue_ids.fill_(NO_ID)
         self.queue_pointer.zero_()
 
-    def _apply(self, *arguments, **options) -> MomentumContrastiveLoss:
-        """A queue made on "meta" is filled when it gets its memory: `to_empty` would leave garbage."""
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> MomentumContrastiveLoss:
+        """A queue created on "meta" is filled once it has memory; `to_empty` would leave it uninitialized."""
         had_none = self.queue_pointer.is_meta
-        super()._apply(*arguments, **options)
+        super()._apply(fn, recurse)
         if had_none and not self.queue_pointer.is_meta:
             self.reset_parameters()
         return self
@@ -208,9 +205,9 @@ class MomentumContrastiveLoss(OverRanks):
 
     @torch.no_grad()
     def enqueue(self, image_teacher: Tensor, text_teacher: Tensor, *, ids: Tensor | None = None) -> None:
-        """Write the batch's teacher features [B, D] (of all ranks of the group) over the oldest rows of the queue.
+        """Overwrite the oldest rows of the queue with the batch's teacher features [B, D] of all ranks.
 
-        Any B up to K, over all ranks, fits; rows without ids are no sample's positives. In place, without host
+        B summed over ranks may be at most K. Rows without ids are never positives. Writes in place, without host
         synchronization.
         """
         if self.queue_size == 0:

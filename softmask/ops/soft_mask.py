@@ -1,4 +1,4 @@
-"""Soft masking of image tokens by a word's map."""
+"""Soft masking of image tokens by word maps."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ def soft_mask(
     Args:
         features: [B, P, D]; fp32, fp16, bf16 or fp64.
         maps: [B, P'] or, for W masked copies of each image, [B, W, P'], P' = P - num_prefix_tokens.
-        strength: 1 takes the map's highest patch (of a normalized map) to zero.
-        normalize: "minmax", "max", "sum" or None, per map. A constant map masks nothing with "minmax".
-        num_prefix_tokens: leading tokens (CLS) that no map covers.
+        strength: with 1, the highest patch of a normalized map becomes zero.
+        normalize: "minmax", "max", "sum" or None, per map. With "minmax" a constant map masks nothing.
+        num_prefix_tokens: leading tokens (CLS) that the maps do not cover.
 
     Returns:
         [B, P, D] or [B, W, P, D] in the dtype of features, computed in fp32 (fp64 for fp64 inputs), differentiable in
         features and maps.
 
     Raises:
-        ValueError: an argument does not fit; the text names it, what was expected and what came.
+        ValueError: an argument is invalid; the message states what was expected and what was given.
 
     Source: SoftMask++ (arXiv 2304.00719).
     """
@@ -48,8 +48,8 @@ def soft_mask(
     patches = tokens - num_prefix_tokens
     if maps.dim() not in (2, 3) or (maps.shape[0], maps.shape[-1]) != (batch, patches):
         _checks.fail("maps", f"shape [{batch}, {patches}] or [{batch}, W, {patches}]", list(maps.shape))
-    # On the CPU one product of fp32 features is as fast in PyTorch: the kernels are for the map's gradient, for several
-    # maps and for types that PyTorch converts first.
+    # On the CPU PyTorch is as fast for one product of fp32 features. Kernels pay off for the map's gradient, several
+    # maps, and types that PyTorch converts first.
     half = features.dtype in (torch.float16, torch.bfloat16)
     pays = features.device.type != "cpu" or half or maps.requires_grad or maps.dim() == 3
     return run(

@@ -1,4 +1,4 @@
-"""Cross-attention to soft-masked images whose keys and values are projected once."""
+"""Cross-attention to soft-masked images, with keys and values projected once."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def soft_mask_attention(
     key_padding_mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Exactly the attention over keys and values projected from soft-masked image tokens, from unmasked projections:
+    """The attention over keys and values of soft-masked image tokens, computed exactly from unmasked projections:
     ``a = softmax_p(key_weight_p (q . k_p) scale)``, ``out = sum_p a_p key_weight_p v_p + (sum_p a_p) value_bias``.
 
     Args:
         query: [N, H, T, E]; fp32, fp16, bf16 or fp64, as all floating arguments.
         key: [B, H, P, E], projected WITHOUT bias from unmasked image tokens (the keys' bias drops out of the softmax).
         value: [B, H, P, V], likewise.
-        key_weight: [N, P], 1 = keep, 0 = masked: what :func:`soft_mask` multiplies tokens with; a constant.
-        kv_index: [N] int64, the image that each pair uses; None: pair n uses image n, N = B.
+        key_weight: [N, P], 1 = keep, 0 = masked: the factors of :func:`soft_mask`, without gradient.
+        kv_index: [N] int64, the image of each pair; None: pair n uses image n, and N = B.
         value_bias: [H, V], the value projection's bias.
-        key_padding_mask: [B, P] bool over the images' tokens, True = ignore. A row whose keys are all ignored gives
-            zeros.
+        key_padding_mask: [B, P] bool over the images' tokens, True = ignore. If all keys of a row are ignored, it
+            is zero.
         scale: default 1 / sqrt(E).
 
     Returns:
@@ -42,7 +42,7 @@ def soft_mask_attention(
         value and value_bias.
 
     Raises:
-        ValueError: an argument does not fit; the text names it, what was expected and what came.
+        ValueError: an argument is invalid; the message states what was expected and what was given.
     """
     _check(query, key, value, kv_index, value_bias, key_padding_mask)
     if key_weight is not None:

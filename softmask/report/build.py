@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from softmask.arguments import positive
 from softmask.data import TokenBatch
 from softmask.data.sources import expand_pattern
 from softmask.evaluation import grounding, metrics, retrieval
@@ -33,13 +34,12 @@ from softmask.evaluation.command import (
     load_scorer,
     name_skipped,
     open_reader,
-    positive,
     sizes,
-    write_atomically,
 )
 from softmask.evaluation.grounding import Phrase, Word
 from softmask.evaluation.readers import Reader, Sample, Scorer, batches
 from softmask.evaluation.retrieval import Gallery, RerankBy
+from softmask.files import write_atomically
 from softmask.report.facts import facts, lead
 from softmask.report.generated import generated
 from softmask.report.images import data_uri, heat_overlay, limited, soft_masked

@@ -80,7 +80,9 @@ def test_a_queue_of_another_type_is_not_copied(features: torch.dtype, queue: tor
     read: set[int] = set()
 
     def run(one: Launch) -> None:
-        read.update(one.arguments[name].data_ptr() for name in ("image_queue", "text_queue") if name in one.arguments)
+        read.update(
+            one.arguments[name].data_ptr() for name in ("image_queue_ptr", "text_queue_ptr") if name in one.arguments
+        )
         one.run()
 
     with hooked(run):
@@ -100,4 +102,4 @@ def test_backward_of_a_forward_without_gradient_says_so() -> None:
     given = (*rows, rows[2], rows[3], None, None, *numbers, None, None, None, 0)
     loss, at_scale, *gradients = kernels.forward(*given, False)
     with pytest.raises(RuntimeError, match=r"gradient=True returns, each \(7, 32\), got \(0,\) and \(0,\)"):
-        kernels.backward(loss, rows[0], numbers[0], at_scale, *gradients)
+        kernels.backward(loss, rows[0], rows[1], numbers[0], at_scale, *gradients)

@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ import softmask
 from softmask import kernels, ops, reference
 from softmask.ops import _backend, _library
 from softmask.ops._fused import soft_mask as fused
+from tests.support import kernel_cases
 from tests.support.kernel_cases import needs_cpp
 
 
@@ -79,21 +82,10 @@ def test_named_backend_that_cannot_run_raises(name: str, reason: str) -> None:
 
 
 def test_every_op_asks() -> None:
-    rows, index = torch.rand(2, 1, 3, 4), torch.zeros(2, 1, dtype=torch.int64)
-    pair = torch.rand(2, 4), torch.rand(2, 4)
-    calls = {
-        "word_attention": lambda: ops.word_attention(rows, rows, index),
-        "soft_mask": lambda: ops.soft_mask(*inputs()),
-        "focal_contrastive_loss": lambda: ops.focal_contrastive_loss(*pair, 1.0),
-        "momentum_contrastive_loss": lambda: ops.momentum_contrastive_loss(
-            *pair, 1.0, image_teacher=pair[0], text_teacher=pair[1]
-        ),
-        "soft_mask_attention": lambda: ops.soft_mask_attention(rows, rows, rows),
-        "attentive_mask": lambda: ops.attentive_mask(rows[:, 0], rows[:, 0], ratio=0.5),
-        "masked_patch_loss": lambda: ops.masked_patch_loss(
-            torch.rand(1, 1, 3), torch.rand(1, 3, 1, 1), torch.ones(1, 1, dtype=torch.bool), patch_size=1
-        ),
-    }
+    patches = torch.rand(2, 3, 4)
+    calls: dict[str, Callable[[], object]] = {"attentive_mask": lambda: ops.attentive_mask(patches, patches, ratio=0.5)}
+    for case in kernel_cases.SMALL.values():
+        calls[getattr(case.call, "func", case.call).__name__] = partial(case.call, **case.leaves, **case.fixed)
     assert sorted(calls) == [name for name in sorted(ops.__all__) if name.islower()]
     for op, call in calls.items():
         with (
@@ -210,7 +202,7 @@ def test_reference_imports_nothing_of_ours() -> None:
     tree = ast.parse(Path(reference.__file__).read_text())
     names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
     names += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    assert {name.split(".")[0] for name in names} == {"__future__", "torch"}
+    assert {name.split(".")[0] for name in names} == {"__future__", "typing", "torch"}
 
 
 def test_broken_extension_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,6 +107,7 @@ EMPTY = {
     "soft_mask_attention": cases.soft_mask_attention(4, shared=False),
     "masked_patch_loss": cases.masked_patch_loss(2),
 }
+assert EMPTY.keys() == cases.ALL.keys()
 # Tensor, dimension -> those that lose it together.
 TOGETHER = {
     "soft_mask": [["features.0", "maps.0"], ["features.2"], ["features.1", "maps.1"]],

@@ -14,15 +14,7 @@ from tests.support import kernel_cases as cases
 from tests.support.kernel_cases import Case, needs_cpp, outcome
 
 pytestmark = [needs_cpp, pytest.mark.usefixtures("fast_interpreter")]
-SMALL = {
-    "soft_mask": cases.soft_mask(7),
-    "word_attention": cases.word_attention(7, normalize="minmax", masked=True),
-    "contrastive": cases.contrastive(7, gamma=2.0, with_ids=True),
-    "momentum_contrastive": cases.momentum_contrastive(5, queue=7, gamma=0.5, with_ids=True),
-    "soft_mask_attention": cases.soft_mask_attention(7, masked=True),
-    "masked_patch_loss": cases.masked_patch_loss(4),
-}
-of_each_op = pytest.mark.parametrize("name", SMALL)
+of_each_op = pytest.mark.parametrize("name", cases.SMALL)
 KERNELS = ["cpp", pytest.param("triton", marks=cases.needs_triton)]
 by_each_kernel = pytest.mark.parametrize("backend", KERNELS)
 
@@ -49,7 +41,7 @@ def directions(leaves: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 @of_each_op
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_transforms_take_the_reference(name: str, backend: str) -> None:
-    call, leaves = function(SMALL[name].cast(torch.float64))
+    call, leaves = function(cases.SMALL[name].cast(torch.float64))
     along = directions(leaves)
     expected = gradients(call, leaves)
     slope = sum((one * other).sum() for one, other in zip(expected, along, strict=True))
@@ -70,7 +62,7 @@ def test_transforms_take_the_reference(name: str, backend: str) -> None:
 @of_each_op
 @by_each_kernel
 def test_named_kernels_refuse_transforms(name: str, backend: str) -> None:
-    call, leaves = function(SMALL[name].cast(torch.float32))
+    call, leaves = function(cases.SMALL[name].cast(torch.float32))
     message = f"backend '{backend}' cannot run .* no rule for .*; softmask.backend\\('reference'\\) has PyTorch's"
     with softmask.backend(backend), pytest.raises(softmask.BackendError, match=message):
         torch.func.jvp(call, leaves, leaves)
@@ -85,7 +77,7 @@ def test_named_kernels_refuse_transforms(name: str, backend: str) -> None:
 @of_each_op
 def test_a_kernels_gradient_refuses_tangents(name: str) -> None:
     """Forward over reverse, with the forward outside: its tangent would be 0."""
-    call, leaves = function(SMALL[name].cast(torch.float32))
+    call, leaves = function(cases.SMALL[name].cast(torch.float32))
     given = [leaf.clone().requires_grad_() for leaf in leaves]
     with softmask.backend("cpp"):
         out = call(*given)
@@ -96,7 +88,7 @@ def test_a_kernels_gradient_refuses_tangents(name: str) -> None:
 @of_each_op
 def test_transforms_compile_whole(name: str) -> None:
     torch.compiler.reset()
-    call, leaves = function(SMALL[name].cast(torch.float64))
+    call, leaves = function(cases.SMALL[name].cast(torch.float64))
     every = tuple(range(len(leaves)))
     got = torch.compile(torch.func.grad(call, every), fullgraph=True, backend="eager")(*leaves)
     for one, other in zip(got, gradients(call, leaves), strict=True):
@@ -109,7 +101,7 @@ def test_transforms_compile_whole(name: str) -> None:
 @pytest.mark.parametrize("backend", ["reference", *KERNELS])
 def test_inputs_made_in_inference_mode_are_constants(name: str, backend: str) -> None:
     """Of one input the gradient, all others made in inference mode: autograd keeps none of those as they are."""
-    case = SMALL[name].cast(torch.float32)
+    case = cases.SMALL[name].cast(torch.float32)
     plain = outcome(backend, case)
     with torch.inference_mode():
         made = {key: tensor.clone() for key, tensor in (case.leaves | case.fixed).items()}
@@ -128,7 +120,7 @@ def test_inputs_made_in_inference_mode_are_constants(name: str, backend: str) ->
 def test_gradients_are_out_of_reach_of_autocast(name: str, backend: str) -> None:
     """torch.compile traces a backward pass under the autocast of the forward; eager's may be called under it."""
     torch.compiler.reset()
-    case = SMALL[name].cast(torch.float32)
+    case = cases.SMALL[name].cast(torch.float32)
     call, leaves = function(case)
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     with softmask.backend(backend):

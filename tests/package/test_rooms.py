@@ -14,7 +14,7 @@ ORDER = [{"cli"}, {"report"}, {"evaluation"}, {"training"}, {"tasks"}, {"models"
 ORDER += [{"batch", "lfs", "files", "ranges", "arguments"}, {"ops"}, {"reference", "kernels", "_C"}]
 PLACE = {room: place for place, rooms in enumerate(ORDER) for room in rooms}
 FREE = {"_version", "env", ""}  # env looks at everything; "" is the package itself, which loads nothing
-MOST_FILES, MOST_LINES = 14, 400
+MOST_FILES, MOST_LINES, MOST_LINES_OF_FUNCTION = 14, 400, 60
 
 
 def modules(folder: str) -> list[Path]:
@@ -76,7 +76,7 @@ def test_imports_are_by_path(folder: str) -> None:
             assert deepest.relative_to(ROOT).parts[1:] or first == "softmask", f"{path}: {name} is nowhere"
 
 
-def test_rooms_and_files_are_small() -> None:
+def test_rooms_files_and_functions_are_small() -> None:
     for folder in ("softmask", "tests"):
         rooms = {path.parent for path in modules(folder)}
         crowded = {room: len([p for p in room.glob("*.py") if p.name != "__init__.py"]) for room in rooms}
@@ -85,3 +85,11 @@ def test_rooms_and_files_are_small() -> None:
     sources += [path for kind in ("*.cpp", "*.h") for path in (ROOT / "csrc").rglob(kind)]
     lengths = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in sources}
     assert {name: length for name, length in lengths.items() if length > MOST_LINES} == {}
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sources if path.suffix == ".py"}
+    functions = [(path, node) for path, tree in trees.items() for node in ast.walk(tree)]
+    long = [
+        f"{path.name}:{node.name}"
+        for path, node in functions
+        if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= MOST_LINES_OF_FUNCTION
+    ]
+    assert long == []

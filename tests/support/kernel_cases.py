@@ -206,3 +206,15 @@ ALL = {
     "masked_patch_loss": masked_patch_loss(16),
 }
 """A case of every op with a gradient."""
+
+SMALL = {
+    "soft_mask": soft_mask(7),
+    "word_attention": word_attention(7, normalize="minmax", masked=True),
+    "contrastive": contrastive(7, gamma=2.0, with_ids=True),
+    "momentum_contrastive": momentum_contrastive(5, queue=7, gamma=0.5, with_ids=True),
+    "soft_mask_attention": soft_mask_attention(7, masked=True),
+    "masked_patch_loss": masked_patch_loss(4),
+}
+"""A small case of each of them."""
+
+assert SMALL.keys() == ALL.keys()

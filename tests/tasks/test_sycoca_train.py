@@ -24,7 +24,9 @@ from softmask.training.trainer import Trainer
 from tests.support.train_fixtures import different, make_config, make_sycoca_config, rows, run_here, saved_state
 
 
-@pytest.mark.parametrize(("stage", "queue"), [(0, 0), (2, 0), (3, 0), (0, 32), (3, 32)])
+@pytest.mark.parametrize(
+    ("stage", "queue"), [(0, 0), (2, 0), (3, 0), (0, 32), pytest.param(3, 32, marks=pytest.mark.slow)]
+)
 def test_a_stopped_run_goes_on_exactly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture, stage: int, queue: int
 ) -> None:

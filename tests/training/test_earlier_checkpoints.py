@@ -64,8 +64,17 @@ def stop_at_two(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trainer, "_step", stopping)
 
 
-@pytest.mark.parametrize("method", EARLIER)
-@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize(
+    ("stage", "method"),
+    [
+        (0, "softmask_pp"),
+        (1, "softmask_pp"),
+        pytest.param(3, "softmask_pp", marks=pytest.mark.slow),
+        pytest.param(0, "sycoca", marks=pytest.mark.slow),
+        (1, "sycoca"),
+        (3, "sycoca"),
+    ],
+)
 def test_a_run_of_an_earlier_release_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, stage: int
 ) -> None:

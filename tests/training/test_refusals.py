@@ -143,9 +143,6 @@ def test_every_variable_of_a_launcher_set_wrong_is_refused_by_name() -> None:
         ("SOFTMASK_BACKEND", "fast", "environment: SOFTMASK_BACKEND: expected one of 'auto'"),
         ("SOFTMASK_BACKEND", "cuda", "backend 'cuda' cannot run"),
         ("DS_ACCELERATOR", "tpu", "environment: DS_ACCELERATOR: expected cpu"),
-        ("WORLD_SIZE", "two", "environment: WORLD_SIZE: expected a number"),
-        ("RANK", "0", "environment: RANK is set without WORLD_SIZE"),
-        ("SLURM_PROCID", "3", "environment: SLURM_PROCID is set without SLURM_STEP_NUM_TASKS"),
     ],
 )
 def test_a_variable_set_wrong_is_one_line(tmp_path: Path, variable: str, value: str, said: str) -> None:
@@ -158,6 +155,26 @@ def test_a_variable_set_wrong_is_one_line(tmp_path: Path, variable: str, value: 
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert done.stderr.splitlines()[-1].startswith(f"error: {said}"), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("WORLD_SIZE", "two", "WORLD_SIZE: expected a number"),
+        ("RANK", "0", "RANK is set without WORLD_SIZE"),
+        ("SLURM_PROCID", "3", "SLURM_PROCID is set without SLURM_STEP_NUM_TASKS"),
+    ],
+)
+def test_a_launchers_variable_set_wrong_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd, variable: str, value: str, said: str
+) -> None:
+    make_config(tmp_path, "train.steps=1")
+    for name in DISTRIBUTED:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, value)
+    assert pretrain.main(["--config", str(tmp_path / "base.yaml"), "train.steps=1"]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"error: environment: {said}")
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ def attentive_mask(
     backend: str, patches: Tensor, tokens: Tensor, *, ratio: float, select: str, token_padding_mask: Tensor | None
 ) -> Tensor:
     count = round(ratio * patches.shape[1])
-    patches, tokens = patches.detach(), tokens.detach()
-    return _KERNELS[backend](patches, tokens, token_padding_mask, count, select == "high")
+    kernel = _KERNELS[backend]
+    return kernel(patches.detach(), tokens.detach(), token_padding_mask, count, select == "high")
 
 
 def _fake(patches: Tensor, tokens: Tensor, token_padding_mask: Tensor | None, count: int, high: bool) -> Tensor:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
 from torch import Tensor
 
 from softmask import reference
 from softmask.ops import _library
+from softmask.ops._library import Context, Gradients
 
 
 def masked_patch_loss(
@@ -19,8 +17,7 @@ def masked_patch_loss(
 
 
 def _fake(prediction: Tensor, images: Tensor, mask: Tensor, patch_size: int, normalize: bool) -> Tensor:
-    dtype = torch.float64 if torch.float64 in (prediction.dtype, images.dtype) else torch.float32
-    return prediction.new_empty(mask.shape, dtype=dtype)
+    return prediction.new_empty(mask.shape, dtype=_library.compute_dtype(prediction, images))
 
 
 def _backward_fake(
@@ -29,20 +26,16 @@ def _backward_fake(
     return prediction.new_empty(prediction.shape)
 
 
-def _setup(ctx, inputs: tuple, output: Tensor) -> None:
+def _setup(ctx: Context, inputs: tuple, output: Tensor) -> None:
     *tensors, ctx.patch_size, ctx.normalize = inputs
     _library.keep(ctx, *tensors)
 
 
-def _backward(ctx, run: Callable, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-    options = (ctx.patch_size, ctx.normalize)
-    return run(grad, *ctx.saved_tensors, *options), None, None, None, None
+def _backward(ctx: Context, kernel: _library.Kernel, grad: Tensor) -> Gradients:
+    gradient = kernel.backward(grad, *ctx.saved_tensors, ctx.patch_size, ctx.normalize)
+    return gradient, None, None, None, None
 
 
 _KERNELS = _library.register(
-    "masked_patch_loss",
-    fake=_fake,
-    setup=_setup,
-    backward=_backward,
-    backward_fake=_backward_fake,
+    "masked_patch_loss", fake=_fake, gradient=_library.Gradient(_setup, _backward, _backward_fake)
 )

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor
 
 from softmask.ops import _library
+from softmask.ops._library import Context, Gradients
 
 
 def soft_mask(
@@ -35,23 +34,17 @@ def _backward_fake(
     )
 
 
-def _setup(ctx, inputs: tuple, output: Tensor) -> None:
+def _setup(ctx: Context, inputs: tuple, output: Tensor) -> None:
     features, maps, ctx.strength, ctx.normalize, ctx.num_prefix_tokens = inputs
     _library.keep(ctx, features if ctx.needs_input_grad[1] else None, maps)
 
 
-def _backward(ctx, run: Callable, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+def _backward(ctx: Context, kernel: _library.Kernel, grad: Tensor) -> Gradients:
     features, maps = ctx.saved_tensors
-    features_grad, maps_grad = run(
+    features_grad, maps_grad = kernel.backward(
         grad, features, maps, ctx.strength, ctx.normalize, ctx.num_prefix_tokens, ctx.needs_input_grad[0]
     )
     return _library.wanted(ctx, features_grad, maps_grad, None, None, None)
 
 
-_KERNELS = _library.register(
-    "soft_mask",
-    fake=_fake,
-    setup=_setup,
-    backward=_backward,
-    backward_fake=_backward_fake,
-)
+_KERNELS = _library.register("soft_mask", fake=_fake, gradient=_library.Gradient(_setup, _backward, _backward_fake))

@@ -94,36 +94,51 @@ def test_masked_patch_loss_of_flat_patches(level: float, deviation: float) -> No
     check_errors("cpp", torch.float32, replace(case, leaves=case.leaves | {"images": images}))
 
 
-BIASED = {
-    "word_attention": lambda query, bias: (
-        *(query, query, torch.tensor([[[0, 2]], [[1, -1]]]), query, query, bias),
-        *(None, 0.3, 0, "none"),
-    ),
-    "soft_mask_attention": lambda query, bias: (query, query, query, None, None, bias, None, 0.3),
-}
+def biased(
+    name: str, query: torch.Tensor, bias: torch.Tensor, type_of_grad: torch.dtype
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The op's result with a value_bias, and its gradients for an upstream gradient rounded to a type."""
+    kernels = torch.ops.softmask
+    if name == "word_attention":
+        index = torch.tensor([[[0, 2]], [[1, -1]]])
+        args = (query, query, index, query, query, bias, None, 0.3, 0, "none")
+        out, *kept = kernels.word_attention(*args, True)
+    else:
+        args = (query, query, query, None, None, bias, None, 0.3)
+        out, kept = kernels.soft_mask_attention(*args), []
+    grad = cases.normal(*out.shape, seed=2).to(type_of_grad).to(out.dtype)
+    return out, getattr(kernels, f"{name}_backward")(grad, *kept, *args)
 
 
 @pytest.mark.parametrize("type_of_bias", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-@pytest.mark.parametrize("name", BIASED)
+@pytest.mark.parametrize("name", ["word_attention", "soft_mask_attention"])
 def test_value_bias_of_any_type(name: str, dtype: torch.dtype, type_of_bias: torch.dtype) -> None:
-    """Read in the arithmetic's type, its gradient in its own; the others need not be of its type."""
-    forward = getattr(torch.ops.softmask, name)
-    backward = getattr(torch.ops.softmask, f"{name}_backward")
+    """The bias is read in the arithmetic's type, and its gradient is of its own type."""
     query = cases.normal(2, 3, 5, 8, seed=0).to(dtype)
     bias = cases.normal(3, 8, seed=1).to(type_of_bias)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    # the same in the arithmetic's type, and only then rounded
-    plain = BIASED[name](query.to(wide), bias.to(wide))
-    expected = forward(*plain)
-    got = forward(*BIASED[name](query, bias))
+    double = torch.float64 in ((dtype, type_of_bias) if name == "word_attention" else (dtype,))
+    wide = torch.float64 if double else torch.float32
+    type_of_grad = dtype if name == "soft_mask_attention" else wide
+    got, gradients = biased(name, query, bias, type_of_grad)
+    # The same in the arithmetic's type, rounded at the end.
+    expected, wide_gradients = biased(name, query.to(wide), bias.to(wide), type_of_grad)
     assert torch.equal(got, expected.to(got.dtype))
-    upstream = cases.normal(*got.shape, seed=2).to(got.dtype)
-    gradients = backward(upstream, *BIASED[name](query, bias))
-    of_plain = backward(upstream.to(wide), *plain)
-    for one, other in zip(gradients, of_plain, strict=True):
+    for one, other in zip(gradients, wide_gradients, strict=True):
         assert torch.equal(one, other.to(one.dtype))
     assert [one.dtype for one in gradients] == [dtype] * (len(gradients) - 1) + [type_of_bias]
+
+
+@pytest.mark.parametrize("op", [*cases.ALL, "attentive_mask"])
+def test_backends_share_one_schema(op: str) -> None:
+    """The C++ op and Triton's take the same arguments and return the same number of tensors, in both directions."""
+
+    def signature(name: str) -> tuple:
+        schema = getattr(torch.ops.softmask, name).default._schema
+        return [(one.name, str(one.type)) for one in schema.arguments], [str(one.type) for one in schema.returns]
+
+    for name in (op,) if op == "attentive_mask" else (op, f"{op}_backward"):
+        assert signature(name) == signature(f"triton_{name}")
 
 
 def test_sizes_that_change_make_one_graph() -> None:
@@ -152,6 +167,17 @@ def test_sizes_that_change_make_one_graph() -> None:
         assert "SymInt patch_size" in str(getattr(torch.ops.softmask, name).default._schema)
 
 
+SIZED = [
+    "word_attention",
+    "soft_mask_attention",
+    "soft_mask",
+    "contrastive",
+    "momentum_contrastive",
+    "attentive_mask",
+    "masked_patch_loss",
+]
+
+
 def of_sizes(op: str, size: dict[str, int]) -> list[tuple]:
     """Calls of the op's kernels, forward and backward, at sizes of which one is 0."""
     kernel, backward = (getattr(torch.ops.softmask, name, None) for name in (op, f"{op}_backward"))
@@ -161,7 +187,8 @@ def of_sizes(op: str, size: dict[str, int]) -> list[tuple]:
         index = torch.full((b, w, s), -1 if t == 0 else 0)
         shared = (torch.ones(b, h, t, e), torch.ones(b, h, p, e), index, torch.ones(b, h, p, v))
         args = (*shared, torch.ones(b, h, t, v), torch.ones(h, v), yes, 1.0, 0, "minmax")
-        return [(kernel, args), (backward, (torch.ones(b, w, p), *args))]
+        kept = (torch.ones(b, w, p), torch.ones(2, b, h, w * s, (p + 15) // 16 * 16))
+        return [(kernel, (*args, True)), (backward, (torch.ones(b, w, p), *kept, *args))]
     if op == "soft_mask_attention":
         args = (torch.ones(b, h, t, e), torch.ones(b, h, p, e), torch.ones(b, h, p, v), torch.ones(b, p), None)
         args = (*args, torch.ones(h, v), yes, 1.0)
@@ -175,9 +202,9 @@ def of_sizes(op: str, size: dict[str, int]) -> list[tuple]:
         args = (torch.ones(b, e), torch.ones(b, e), scale, one, None, None, 0, True)
         return [(kernel, args), (backward, (torch.ones(b), torch.ones(6, b), *args))]
     if op == "momentum_contrastive":
-        args = (torch.ones(b, e), torch.ones(b, e), torch.ones(b, e), torch.ones(p, e), scale, one, one)
-        calls = [(kernel, (*args, None, None, None, 0, True))]
-        return [*calls, (backward, (torch.ones(b), torch.ones(b, e), scale, torch.ones(b, e)))]
+        rows, queue = torch.ones(b, e), torch.ones(p, e)
+        calls = [(kernel, (*[rows] * 6, queue, queue, scale, one, one, None, None, None, 0, True))]
+        return [*calls, (backward, (torch.ones(b), rows, rows, scale, torch.ones(b), rows, rows))]
     if op == "attentive_mask":
         return [(kernel, (torch.ones(b, p, e), torch.ones(b, t, e), None, p // 2, True))]
     args = (torch.ones(b, p, 12), torch.ones(b, 3, 2 * p, 2), torch.ones(b, p, dtype=torch.bool), 2, True)
@@ -185,7 +212,7 @@ def of_sizes(op: str, size: dict[str, int]) -> list[tuple]:
 
 
 @pytest.mark.parametrize("letter", "BHTPWSEV")
-@pytest.mark.parametrize("op", [*cases.ALL, "attentive_mask"])
+@pytest.mark.parametrize("op", SIZED)
 def test_sizes_of_zero(op: str, letter: str) -> None:
     """Nothing is read or written outside, and what has no element to depend on is a number."""
     sizes = dict(zip("BHTPWSEV", (2, 3, 4, 5, 2, 2, 6, 7), strict=True))
@@ -210,7 +237,8 @@ def test_what_would_be_read_outside_is_refused() -> None:
     with pytest.raises(ValueError, match="ids: expected 3 of rows and 3 of columns"):
         kernels.contrastive(rows, rows, scale, scale, torch.zeros(2).long(), torch.zeros(3).long(), 0, True)
     with pytest.raises(ValueError, match="first_row: expected 3 rows among 0 columns"):
-        kernels.momentum_contrastive(*(rows, rows, rows[:0], rows), *(scale, scale, scale), None, None, None, 0, True)
+        keys = (rows[:0], rows[:0], rows, rows)
+        kernels.momentum_contrastive(*[rows] * 4, *keys, scale, scale, scale, None, None, None, 0, True)
     with pytest.raises(ValueError, match="count: expected 0 to 3, got 4"):
         kernels.attentive_mask(rows[None], rows[None], None, 4, True)
     with pytest.raises(ValueError, match="patch_size: expected at least 1, got 0"):
@@ -224,17 +252,17 @@ def test_what_would_be_read_outside_is_refused() -> None:
 
 def test_momentum_loss_without_gradients_has_no_backward() -> None:
     rows, scale, kernels = cases.unit_rows(3, 4, seed=0).float(), torch.tensor(9.0), torch.ops.softmask
-    args = (rows, rows, rows, None, scale, scale * 0, scale * 0, None, None, None, 0, False)
-    loss, gradients = kernels.momentum_contrastive(*args)
-    assert gradients.numel() == 0
+    args = (*[rows] * 6, None, None, scale, scale * 0, scale * 0, None, None, None, 0, False)
+    loss, at_scale, *gradients = kernels.momentum_contrastive(*args)
+    assert [one.numel() for one in gradients] == [0, 0]
     with pytest.raises(RuntimeError, match="the loss was computed without gradients"):
-        kernels.momentum_contrastive_backward(torch.ones_like(loss), rows, scale, gradients)
+        kernels.momentum_contrastive_backward(torch.ones_like(loss), rows, rows, scale, at_scale, *gradients)
 
 
 def test_ids_of_the_queue_need_ids_of_the_batch() -> None:
     """Without those no row of the queue is a positive."""
     rows, scale, kernels = cases.unit_rows(2, 5, 4, seed=0).float(), torch.tensor(9.0), torch.ops.softmask
-    args = (rows[0], rows[0], rows[0], rows[1], scale, scale * 0, scale * 0, None, None)
+    args = (*[rows[0]] * 6, rows[1], rows[1], scale, scale * 0, scale * 0, None, None)
     with_ids, without = (kernels.momentum_contrastive(*args, ids, 0, True) for ids in (torch.arange(5), None))
     assert all(torch.equal(*pair) for pair in zip(with_ids, without, strict=True))
 
@@ -301,7 +329,7 @@ def test_bits_repeat(name: str) -> None:
             assert torch.equal(other[key], value), key
 
 
-@pytest.mark.parametrize("capability", ["avx2", "default"])
+@pytest.mark.parametrize("capability", ["avx2", pytest.param("default", marks=pytest.mark.slow)])
 def test_other_instruction_sets(capability: str) -> None:
     """What this processor would not choose: the same errors against fp64, in a process that is told to."""
     selection = "test_word_attention or test_contrastive or test_soft_mask_attention or test_masked or test_attentive"
