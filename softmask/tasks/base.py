@@ -20,7 +20,11 @@ class Curve:
 
 
 def check_queue(size: int, batch: int) -> None:
-    """ValueError where a queue cannot hold a batch."""
+    """For `check_batch`.
+
+    Raises:
+        ValueError: a queue that cannot hold a batch.
+    """
     if 0 < size < batch:
         raise ValueError(f"model.queue_size: expected 0 or at least the batch of all ranks, {batch}, got {size}")
 

@@ -16,7 +16,11 @@ from tests.support.model_fixtures import COCA, POOLED, SPECIAL, VOCABULARY, smal
 
 @pytest.fixture(
     scope="module",
-    params=[{}, COCA | POOLED, {"style": "open_clip"}],
+    params=[
+        {},
+        pytest.param(COCA | POOLED, marks=pytest.mark.slow),
+        pytest.param({"style": "open_clip"}, marks=pytest.mark.slow),
+    ],
     ids=["SyCoCa", "CoCa with its pooler", "open_clip's style"],
 )
 def model(request: pytest.FixtureRequest):

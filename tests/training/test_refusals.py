@@ -140,7 +140,9 @@ def test_every_variable_of_a_launcher_set_wrong_is_refused_by_name() -> None:
 @pytest.mark.parametrize(
     ("variable", "value", "said"),
     [
-        ("SOFTMASK_BACKEND", "fast", "environment: SOFTMASK_BACKEND: expected one of 'auto'"),
+        pytest.param(
+            "SOFTMASK_BACKEND", "fast", "environment: SOFTMASK_BACKEND: expected one of 'auto'", marks=pytest.mark.slow
+        ),
         ("SOFTMASK_BACKEND", "cuda", "backend 'cuda' cannot run"),
         ("DS_ACCELERATOR", "tpu", "environment: DS_ACCELERATOR: expected cpu"),
     ],

@@ -115,6 +115,7 @@ def test_stage_3_gives_every_parameter_back_after_its_use(tmp_path, monkeypatch)
     assert max(gathered) < 2 * largest < sum(p.ds_numel for p in trainer.model.parameters()) / 30
 
 
+@pytest.mark.slow  # beside test_resume.py::test_sigterm_writes_a_checkpoint
 def test_launcher_passes_the_stop_signal_on(tmp_path) -> None:
     """SIGTERM to the launcher's process group, as from a batch system: both ranks save at the same step."""
     overrides = ["train.steps=100000", "data.workers=1", "deepspeed.zero_optimization.stage=2"]
