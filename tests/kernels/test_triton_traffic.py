@@ -72,12 +72,11 @@ def test_four_with_atomics(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(one.flops for one in (*launches("focal_contrastive_loss forward"), *seen)) <= 4.1 * product
 
 
-@pytest.mark.parametrize("queue", [2048, pytest.param(4096, marks=pytest.mark.slow)])
-def test_momentum_loss_streams_keys_twice_at_most(queue: int) -> None:
+def test_momentum_loss_streams_keys_twice_at_most() -> None:
     """At gamma 0, for 64 rows in two tiles: what more keys add to the loads, beside each program's rows and sums."""
     name = "momentum_contrastive_loss forward"
-    loaded = [sum(one.loaded for one in count(name, K=rows, D=64)) for rows in (queue, 2 * queue)]
-    stream = 2 * queue * 64 * torch.float16.itemsize  # of both sides
+    loaded = [sum(one.loaded for one in count(name, K=queue, D=64)) for queue in (4096, 8192)]
+    stream = 2 * 4096 * 64 * torch.float16.itemsize  # of both sides
     assert loaded[1] - loaded[0] <= 2.05 * stream
 
 
