@@ -1,10 +1,15 @@
-"""Files that are replaced whole or not at all."""
+"""Files that are replaced whole or not at all, and the cache."""
 
 from __future__ import annotations
 
 import os
 import secrets
 from pathlib import Path
+
+
+def cache_folder(kind: str) -> Path:
+    """The folder for what can be made again: `softmask/KIND` in XDG_CACHE_HOME, or else in ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "softmask" / kind
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

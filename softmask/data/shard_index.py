@@ -21,7 +21,7 @@ import numpy as np
 
 from softmask.data.records import DataError, LeftOut
 from softmask.data.tar import BLOCK, BrokenTarError, tar_members
-from softmask.files import write_atomically
+from softmask.files import cache_folder, write_atomically
 
 logger = logging.getLogger("softmask.data")
 
@@ -163,14 +163,11 @@ class _Scan:
         return int.from_bytes(digest.digest(), "little")
 
 
-def cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "softmask" / "shard-index"
-
-
 def _cache_file(path: str) -> Path:
     stat = os.stat(path)
     identity = f"{CACHE_VERSION}|{os.path.abspath(path)}|{stat.st_size}|{stat.st_mtime_ns}"
-    return cache_folder() / f"{hashlib.sha256(identity.encode('utf-8', 'surrogateescape')).hexdigest()[:40]}.npz"
+    digest = hashlib.sha256(identity.encode("utf-8", "surrogateescape")).hexdigest()
+    return cache_folder("shard-index") / f"{digest[:40]}.npz"
 
 
 LEFT_OUT = ("images", "captions", "others")

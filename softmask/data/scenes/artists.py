@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
 import subprocess
 import tarfile
@@ -23,6 +22,7 @@ import resvg_py
 from PIL import Image
 
 from softmask.data.scenes.concepts import Concept, unicode_names
+from softmask.files import cache_folder
 
 SOURCE_SIDE = 160
 """Side in pixels at which a drawing is rasterized, before it is cropped to its opaque box."""
@@ -96,6 +96,10 @@ class Iconify(DrawingSet):
     def _by_code(self) -> dict[str, str]:
         return self._read("chars.json") if (self._folder / "chars.json").is_file() else {}
 
+    @cached_property
+    def _known(self) -> frozenset[str]:
+        return frozenset((*self._icons["icons"], *self._icons.get("aliases", {})))
+
     @property
     def attribution(self) -> str:
         info, version = self._read("info.json"), self._read("package.json").get("version", "unknown")
@@ -121,9 +125,8 @@ class Iconify(DrawingSet):
     def _name(self, concept: Concept) -> str | None:
         code = "-".join(f"{ord(char):x}" for char in concept.emoji)
         codes = [code, code.replace("-fe0f", "")]
-        known = self._icons["icons"].keys() | self._icons.get("aliases", {}).keys()
         names = [self._by_code[code] for code in codes if code in self._by_code] + unicode_names(concept)
-        return next((name for name in names if name in known), None)
+        return next((name for name in names if name in self._known), None)
 
 
 def rasterize(svg: str) -> Image.Image:
@@ -149,9 +152,8 @@ def drawing_set(name: str) -> DrawingSet:
 
 
 def _package_folder(name: str) -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "softmask" / "drawings"
     version = VERSIONS.get(name, "latest")
-    cached = cache / f"{name}-{version}"
+    cached = cache_folder("drawings") / f"{name}-{version}"
     for folder in (Path("node_modules") / "@iconify-json" / name, cached):
         if (folder / "icons.json").is_file():
             return folder
