@@ -108,6 +108,18 @@ def test_splits_by_unseen_hands(hands: Path, capsys: pytest.CaptureFixture) -> N
     assert "val_artists: expected hands that do not draw train, got green" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "options", [["--artists", "few"], ["--artists", ""], ["--artists", "red", "--test-artists", "few"]]
+)
+def test_too_few_drawings_are_refused(hands: Path, capsys: pytest.CaptureFixture, options: list[str]) -> None:
+    put_package(hands, "few", {"dog": "red", "cat": "red", "cow": "red"})
+    command = ["--out", str(hands / "set"), "--train", "2", "--val", "2", "--test", "2", "--val-artists", "green"]
+    defaults = [] if "--test-artists" in options else ["--test-artists", "blue"]
+    assert write.main([*command, *options, *defaults]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "expected drawings of at least 10 of the 400 concepts, got" in line and not (hands / "set").exists()
+
+
 def test_versions_of_one_vendor_are_one_hand() -> None:
     with pytest.raises(ValueError, match="test_artists: expected hands that do not draw train, got noto-v1"):
         write.Options(artists=("openmoji", "noto"), test_artists=("noto-v1",))

@@ -37,12 +37,13 @@ from softmask.data.scenes.artists import drawing_set, sets_of
 from softmask.data.scenes.captions import name_one
 from softmask.data.scenes.concepts import concepts
 from softmask.data.scenes.draw import encode_sample
-from softmask.data.scenes.layout import SPLITS, Hands, Split, sample_scene
+from softmask.data.scenes.layout import SPLITS, Hands, Split, drawn_concepts, sample_scene
 
 VERSION = 6
 """Incremented when the same options give different files, so that old folders are rewritten."""
 
 SHARD_SAMPLES = 5000
+FEWEST_CONCEPTS = 10
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,7 @@ def write_scenes(out: Path, options: Options, *, processes: int) -> bool:
     shards = [shard for split in SPLITS for shard in _shards(partial, split, options)]
     for name in sets_used(options):
         drawing_set(name)  # fetched here, not in several processes at once
+    _check_drawn(options)
     with multiprocessing.Pool(max(1, min(processes, len(shards)))) as pool:
         # Largest first, so that no process is left with a long job while the others idle.
         for _ in pool.imap_unordered(_write_shard, sorted(shards, key=lambda shard: -shard.cost)):
@@ -150,6 +152,15 @@ def write_scenes(out: Path, options: Options, *, processes: int) -> bool:
         shutil.rmtree(out)
     partial.rename(out)
     return True
+
+
+def _check_drawn(options: Options) -> None:
+    """ValueError for artists who have drawn too few concepts: sampling would look for others without end."""
+    for split in SPLITS:
+        drawn = len(drawn_concepts(options.hands(split)))
+        if options.count(split) and drawn < FEWEST_CONCEPTS:
+            expected = f"drawings of at least {FEWEST_CONCEPTS} of the {len(concepts())} concepts"
+            raise ValueError(f"artists of {split}: expected {expected}, got {drawn}; name other artists")
 
 
 def sets_used(options: Options) -> list[str]:
