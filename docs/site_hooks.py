@@ -1,10 +1,12 @@
-"""Hooks of the documentation site: links that leave docs/ lead to a page of the site that shows the linked file.
+"""Hooks of the documentation site: links that leave docs/ lead to a page of the site that shows the linked file, and
+the reference of the ops lists what `softmask.ops` exports.
 
 On GitHub the same links lead to the file itself. Links to folders and to files that are not text become plain text.
 """
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path, PurePosixPath
 
@@ -14,6 +16,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
 LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])+)\]\(((?:\.\./)+[^)#\s]+)(#[^)\s]*)?\)")
+EVERY_OP = "<!-- every op of softmask.ops -->"
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".cpp": "cpp", ".h": "cpp", ".json": "json", ".csv": "text"}
 
 
@@ -43,6 +46,18 @@ def content(path: Path) -> str:
     return f"# {path.name}\n\n`{path.as_posix()}`\n\n````{LANGUAGES[path.suffix]}\n{text.rstrip()}\n````\n"
 
 
+def every_op() -> str:
+    """The entries of all functions and layers: each function, then the layer of its module."""
+    source = (ROOT / "softmask" / "ops" / "__init__.py").read_text(encoding="utf-8")
+    entries = []
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ImportFrom) and node.module != "__future__":
+            layer, function = sorted(alias.name for alias in node.names)
+            layer_below = f"::: {node.module}.{layer}\n    options: {{heading_level: 3}}"
+            entries += [f"::: {node.module}.{function}", layer_below]
+    return "\n\n".join(entries)
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds a page for every file outside of docs/ that a page links to."""
     docs = Path(config.docs_dir)
@@ -59,9 +74,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turns the links of a page that leave docs/ into links to those pages."""
+    """Fills in the ops, and turns the links of a page that leave docs/ into links to those pages."""
     if page.file.generated_by is not None:
         return markdown
+    markdown = markdown.replace(EVERY_OP, every_op())
     docs = Path(config.docs_dir)
     up = "../" * (len(PurePosixPath(page.file.src_uri).parts) - 1)
 

@@ -99,7 +99,7 @@ def test_numbers_beyond_their_bounds_are_nan_where_nobody_looks() -> None:
 
 # -- nothing ----------------------------------------------------------------------------------------------------------
 
-EMPTY = {
+EMPTY = cases.SMALL | {
     "soft_mask": cases.soft_mask(4),
     "word_attention": cases.word_attention(4),
     "contrastive": cases.contrastive(4, with_ids=True),
@@ -107,9 +107,12 @@ EMPTY = {
     "soft_mask_attention": cases.soft_mask_attention(4, shared=False),
     "masked_patch_loss": cases.masked_patch_loss(2),
 }
-assert EMPTY.keys() == cases.ALL.keys()
-# Tensor, dimension -> those that lose it together.
-TOGETHER = {
+# Dimensions (tensor, number) that vanish together; of an op without an entry, every tensor's first.
+FIRST = {
+    name: [[f"{one}.0" for one, tensor in (case.leaves | case.fixed).items() if tensor.dim()]]
+    for name, case in EMPTY.items()
+}
+TOGETHER = FIRST | {
     "soft_mask": [["features.0", "maps.0"], ["features.2"], ["features.1", "maps.1"]],
     "word_attention": [
         ["query.0", "key.0", "value.0", "grad_output.0", "word_index.0"],
