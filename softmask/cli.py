@@ -6,6 +6,7 @@ softmask pretrain | evaluate | report | env [arguments of the command]
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 COMMANDS = {
@@ -15,9 +16,20 @@ COMMANDS = {
     "env": ("softmask.env", "installed packages, and the backend of each op"),
 }
 
+SPINS = "1000"
+"""How often a thread of GNU OpenMP looks for work before it sleeps. OpenMP's default is milliseconds, in which waiting
+threads keep a core from the processes that they wait for; docs/performance.md has the measurements."""
+
+
+def run(command: str, arguments: list[str] | None = None) -> int:
+    """Run a command with the settings that torch reads when it is imported. Returns its exit status."""
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = SPINS
+    return importlib.import_module(COMMANDS[command][0]).main(arguments)
+
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command. Returns its exit status."""
+    """The command line. Returns the exit status."""
     given = sys.argv[1:] if arguments is None else arguments
     if not given or given[0] not in COMMANDS:
         print("usage: softmask COMMAND [arguments]; softmask COMMAND --help", file=sys.stderr)
@@ -26,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0 if given and given[0] in ("-h", "--help") else 2
     command, *rest = given
     sys.argv = [f"softmask {command}", *rest]
-    return importlib.import_module(COMMANDS[command][0]).main(rest)
+    return run(command, rest)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import sys
 
-from softmask.evaluation.evaluate import main
+from softmask.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("evaluate"))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import softmask
-from softmask import env, ops
+from softmask import cli, env, ops
 from softmask.ops import _backend, _library
 from tests.support.kernel_cases import needs_cpp
 
@@ -67,3 +69,24 @@ def test_missing_packages_and_environment_are_told(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("SOFTMASK_BACKEND", "reference")
     report = env.report()
     assert "no-such-package not installed" in report and "SOFTMASK_BACKEND: reference" in report
+
+
+@pytest.mark.parametrize(
+    ("named", "spins"), [({}, cli.SPINS), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)]
+)
+def test_commands_limit_how_long_idle_threads_spin(
+    named: dict[str, str], spins: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # so that the test's end restores it
+        monkeypatch.delenv(name)
+    for name, value in named.items():
+        monkeypatch.setenv(name, value)
+    seen: list[object] = []
+    monkeypatch.setattr(
+        cli.importlib,
+        "import_module",
+        lambda _: SimpleNamespace(main=lambda given: seen.append((os.environ.get("GOMP_SPINCOUNT"), given))),
+    )
+    cli.run("env", ["--help"])
+    assert seen == [(spins, ["--help"])]
