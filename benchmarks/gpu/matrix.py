@@ -1,5 +1,4 @@
-"""`make gpu-matrix`: which Triton releases compile which kernels, each release in its own folder beside the current
-torch.
+"""`make gpu-matrix`: which Triton releases compile which kernels, each in its own folder beside the current torch.
 
 Every variant (variants.py) goes through Triton's front end, where releases differ most, for one type and one
 architecture, which take turns. The first variant of every kernel also goes through Triton's own passes, in fp32 and

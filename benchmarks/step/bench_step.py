@@ -107,7 +107,7 @@ class Stepper:
         self.side.add_gradients(bf16=self.bf16)
         with clock.part("AdamW"):
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=False)  # gradients stay allocated, as in training
+        self.optimizer.zero_grad(set_to_none=False)  # gradients keep their memory between steps
 
     def seconds(self) -> dict[str, float]:
         return self.side.clock.measure(self)
