@@ -90,7 +90,7 @@ struct Target {
 };
 
 // Calls work(tile, room) on every tile, with its logits in room.tile. Each logit is rounded once:
-// all uses must see the same number, or they do not cancel where a probability is 1.
+// all uses must see the same number, or terms do not cancel where a probability is 1.
 template <typename Work>
 void for_each(const Problem& problem, const Work& work) {
   const Grid grid(problem.height(), problem.width());

@@ -101,8 +101,8 @@ at::Tensor blank_ignored(const at::Tensor& tensor, const at::Tensor& ignore) {
   return finite ? rows : rows.masked_fill(ignore.unsqueeze(-1).unsqueeze(-1), 0.0);
 }
 
-// All tensors in the compute type, with pairs sorted by image and tokens before heads: [N, T, H,
-// E], [B, P, H, E].
+// All tensors in the compute type, with pairs sorted by image and tokens before heads:
+// [N, T, H, E], [B, P, H, E].
 struct Problem {
   ByImage pairs;
   at::Tensor query, key, value;
