@@ -1,6 +1,7 @@
-"""Fixtures of `make bench`: `bench` measures a case; all rows are printed at the end and written to --csv.
+"""Fixtures of `make bench`: `bench` measures a case. All rows are printed at the end and, with --csv, written to a
+file.
 
-With --compare REVISION a case is timed against that git revision instead, and fails if it is over 10 % slower.
+With --compare REVISION, a case is timed against that git revision instead and fails if it is over 10 % slower.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def rival(request: pytest.FixtureRequest) -> Iterator[Rival | None]:
-    """The revision of --compare; None without it."""
+    """A checkout of the revision of --compare; None without it."""
     revision = request.config.getoption("--compare")
     if revision is None:
         yield None
@@ -62,7 +63,7 @@ def bench(request: pytest.FixtureRequest, benchmark, rival: Rival | None) -> Cal
 
 @pytest.fixture
 def report(request: pytest.FixtureRequest) -> Callable[[str], None]:
-    """Adds a line to the summary at the end."""
+    """Adds a line to the summary at the end of the session."""
     if request.config.getoption("--compare"):
         pytest.skip("compares two implementations, not two revisions")
     return request.config.stash[LINES].append

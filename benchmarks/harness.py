@@ -1,4 +1,4 @@
-"""Measures time and memory of an op beside its baselines and its floor, after comparing their values.
+"""Measures the time and memory of an op beside its baselines and its floor, after comparing their values.
 
 Runs are interleaved, and ratios are taken within a turn, so a machine that slows down for a while slows all of them
 alike. Results are medians.
@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-TURNS = (7, 40)  # fewest, most
-SECONDS = 6.0  # no new turn after this time
-# Tolerance relative to the largest value: fp32 sums of thousands of products in another order, results rounded to bf16.
+TURNS = (7, 40)  # minimum, maximum
+SECONDS = 6.0  # no new turn starts after this time
+# Tolerance relative to the largest value: fp32 sums thousands of products in another order; bf16 results are rounded.
 AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 MIB = 2**20
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -52,7 +52,7 @@ class Run:
 class Bench:
     """One op at one size.
 
-    The floor is the work that no implementation avoids; `floor()` does 1 / `floor_times` of it.
+    The floor is the work that no implementation avoids; one call of `floor()` does 1 / `floor_times` of it.
     """
 
     ours: Run
@@ -81,7 +81,7 @@ def check_values(bench: Bench) -> None:
     """Compares the values and gradients of every baseline with ours.
 
     Raises:
-        AssertionError: they differ by more than AGREEMENT times the largest value.
+        AssertionError: a difference of more than AGREEMENT times the largest value.
     """
     ours, agreement = bench.ours(), AGREEMENT[torch.get_default_dtype()]
     for name, run in bench.baselines.items():
@@ -189,7 +189,7 @@ def processor() -> str:
 
 
 def table(results: Sequence[Result]) -> str:
-    """Rows as text. A baseline's number is its time over ours: below 1 it is faster."""
+    """The rows as text. A baseline's number is its time over ours: below 1, the baseline is faster."""
     lines = [f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"]
     head = f"{'op':26} {'type':4} {'size':34} {'ms':>9} {'x floor':>8} {'MiB fwd':>8} {'bwd':>7}"
     head += "   baselines, their time over ours"

@@ -1,6 +1,7 @@
 """Times a case with this tree and with another git revision, each in its own process, in alternating turns.
 
-python benchmarks/revisions.py PACKAGE_ROOT    (a worker: names of cases on stdin, seconds on stdout)
+`python benchmarks/revisions.py PACKAGE_ROOT` is a worker: it reads names of cases from stdin and writes seconds to
+stdout.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 1.10
 TURNS = 9
-TRIES = 3  # other load may spoil one
+TRIES = 3  # another process may disturb one
 
 
 class Worker:
@@ -56,7 +57,7 @@ class Worker:
 
 
 def built(revision: str) -> tuple[str, Path]:
-    """The commit of a revision and the folder of its built checkout, in build/bench."""
+    """The commit of a revision, and the folder of its built checkout in build/bench."""
     commit = _git("rev-parse", "--verify", f"{revision}^{{commit}}")
     folder = ROOT / "build" / "bench" / commit[:12]
     if not (folder / ".built").exists():
@@ -65,7 +66,7 @@ def built(revision: str) -> tuple[str, Path]:
         build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
         environment = os.environ | {"SOFTMASK_FORCE_BUILD": "1"}
         subprocess.run(build, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
-        for name in ("kernels", "train"):  # older revisions become one package only when installed
+        for name in ("kernels", "train"):  # older revisions add these to the package only on installation
             link = folder / "softmask" / name
             if not link.exists():
                 link.symlink_to(Path("..") / name)
@@ -91,7 +92,7 @@ class Rival:
         """Compares one case.
 
         Raises:
-            AssertionError: this tree takes more than LIMIT times the revision's time in all of TRIES.
+            AssertionError: this tree takes more than LIMIT times the revision's time in all TRIES.
         """
         ratios = []
         for _ in range(TRIES):

@@ -2,10 +2,10 @@
 
     python -m benchmarks.same_bits REVISION --data 'data/scenes/test-*.tar' [--steps 6]
 
-Both methods' demo configurations run for a few steps in one thread of one process, resume half way, and are evaluated.
-Weights, optimizer state, log.jsonl and metrics.json of both trees are compared, except for times. Parameters of an
-older release are compared under today's names; keys that only one tree has are listed. The revision is checked out and
-built in build/bench.
+Both methods' demo configurations train for a few steps in one thread of one process, resume halfway, and are evaluated.
+The weights, optimizer state, log.jsonl and metrics.json of both trees are compared, except for times. Parameters of an
+older release are compared under their current names; keys that only one tree has are listed. The revision is checked
+out and built in build/bench.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SMALL = [
 
 
 def run(tree: Path, output: Path, *, name: str, data: str, steps: int) -> None:
-    """Train, resume from the checkpoint half way into another folder, and evaluate the result."""
+    """Train, resume from the checkpoint at half the steps into another folder, and evaluate the result."""
     environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     options = [*SMALL, f"data.train={data}", f"train.steps={steps}", f"train.checkpoint_every={steps // 2}"]
     options += ["model.contrast_steps=1"] if name == "demo" else []
@@ -53,7 +53,7 @@ def run(tree: Path, output: Path, *, name: str, data: str, steps: int) -> None:
 
 
 def facts(output: Path, steps: int, *, name_of: Callable[[str], str]) -> Iterator[tuple[str, Any]]:
-    """(name, value) of everything that a run writes, except times: tensors, numbers, texts."""
+    """(name, value) of everything that a run writes, except times: tensors, numbers, strings."""
     for kind in ("whole", "resumed"):
         rows = (output / kind / "log.jsonl").read_text().splitlines()
         for row in map(json.loads, rows):
@@ -83,7 +83,7 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> Iterator[str]:
         if isinstance(one, torch.Tensor):
             same = torch.equal(one, other)
         else:
-            same = one == other or (one != one and other != other)  # NaN is NaN
+            same = one == other or (one != one and other != other)  # two NaN count as equal
         if not same:
             yield name
 
@@ -91,7 +91,7 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> Iterator[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("revision")
-    parser.add_argument("--data", required=True, help="shards that both train on and are evaluated on")
+    parser.add_argument("--data", required=True, help="shards for training and evaluation of both trees")
     parser.add_argument("--steps", type=int, default=6)
     chosen = parser.parse_args()
     commit, other = built(chosen.revision)
@@ -110,7 +110,7 @@ def main() -> int:
         for key in different[:20]:
             print(f"  differs: {key}")
         for key in alone[:20]:
-            print(f"  in one tree alone: {key}")
+            print(f"  only in one tree: {key}")
         failed |= bool(different)
     return int(failed)
 

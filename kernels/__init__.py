@@ -1,6 +1,6 @@
 """Triton kernels, installed as ``softmask.kernels``: one file per op, imported when the op first runs.
 
-This file needs no Triton: it says where the kernels run.
+This file does not import Triton. It tells where the kernels can run.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import torch
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INSTALLED = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")  # as Triton reads it
-"""Kernels take CPU tensors and run in numpy: TRITON_INTERPRET=1 at import."""
+"""Whether TRITON_INTERPRET=1 was set at import: kernels then take CPU tensors and run in numpy."""
 OLDEST_TRITON = (3, 3)
 """The oldest release that compiles the kernels: earlier ones do not support tuples."""
 
 
 def triton_version() -> str | None:
-    """Of the installed package, without importing it; None where it is not said."""
+    """The version of the installed package, found without importing it; None if it is unknown."""
     for name in ("triton", "pytorch-triton"):
         try:
             return metadata.version(name)
@@ -31,7 +31,7 @@ def triton_version() -> str | None:
 
 
 def why_not_triton(version: str | None) -> str | None:
-    """Why the kernels do not compile with this version of Triton; None where they do, or where no version is known."""
+    """Why the kernels do not compile with this version of Triton; None if they do, or if the version is unknown."""
     numbers = re.match(r"(\d+)\.(\d+)", version or "")
     if numbers is None or tuple(map(int, numbers.groups())) >= OLDEST_TRITON:
         return None
@@ -43,7 +43,7 @@ _TOO_OLD = why_not_triton(triton_version())
 
 
 def why_not(device: torch.device | str, dtype: torch.dtype) -> str | None:
-    """Why kernels cannot take such tensors; None where they can. A CUDA device without an index is the current one."""
+    """Why kernels cannot take such tensors; None if they can. A CUDA device without an index is the current one."""
     device = torch.device(device)
     if not INSTALLED:
         return "Triton is not installed"

@@ -1,4 +1,4 @@
-"""What the kernels of soft_mask_attention share: the place of a program, its rows, logits and the softmax."""
+"""What the kernels of soft_mask_attention share: a program's indices, its rows, logits and the softmax."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def place(index_ptr, num_images, num_pairs, num_tokens, num_keys, BLOCK_TOKENS: tl.constexpr):
-    """(head, pair, tile of text, image, its keys) of this program. Pairs of one image are close in time."""
+    """(head, pair, tile of text, image, number of its keys) of this program. Programs of an image run close
+    together."""
     tiles = tl.cdiv(num_tokens, BLOCK_TOKENS)
     tile = tl.program_id(0) % tiles
     pair = (tl.program_id(0) // tiles % num_pairs).to(tl.int64)
@@ -27,7 +28,7 @@ def place(index_ptr, num_images, num_pairs, num_tokens, num_keys, BLOCK_TOKENS: 
 
 @triton.jit
 def _tile(start_ptr, stride, live, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """(pointers to consecutive rows, mask): [rows, BLOCK]."""
+    """(pointers to consecutive rows, mask): [rows, BLOCK] each."""
     row, column = tl.arange(0, live.shape[0]), tl.arange(0, BLOCK)
     mask = live[:, None]
     if WIDTH < BLOCK:
@@ -37,7 +38,7 @@ def _tile(start_ptr, stride, live, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def load_rows(start_ptr, stride, live, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Consecutive rows, zeros where not live: [rows, BLOCK]."""
+    """Loads consecutive rows, with zeros where they are not live: [rows, BLOCK]."""
     pointers, mask = _tile(start_ptr, stride, live, WIDTH, BLOCK)
     return tl.load(pointers, mask=mask, other=0.0)
 
@@ -54,7 +55,7 @@ def logits(
     WIDTH: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_KEYS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """(keys, which are kept, their weights, base-2 logits with -inf where not kept) of a tile of keys."""
+    """(keys, which are kept, their weights, base-2 logits with -inf where not kept) for a tile of keys."""
     position = first + tl.arange(0, BLOCK_KEYS)
     kept = kept_keys(padding_ptr, position, num_keys)
     key = load_rows(key_ptr, stride_kp, kept, WIDTH, BLOCK_WIDTH)
@@ -67,14 +68,15 @@ def logits(
 
 @triton.jit
 def softmax_step(logit, highest):
-    """(exponentials under the new maximum, factor for sums under the old one, new maximum) of rows [BLOCK_TOKENS]."""
+    """A step of the online softmax of rows [BLOCK_TOKENS]: (exponentials relative to the new maximum, factor for sums
+    relative to the old one, new maximum)."""
     new_highest = tl.maximum(highest, tl.max(logit, 1))
     anchor = tl.where(new_highest == float("-inf"), 0.0, new_highest)  # no key yet: exp2(-inf - 0), not NaN
     return tl.exp2(logit - anchor[:, None]), tl.exp2(highest - anchor), new_highest
 
 
 def tokens_first(tensor: Tensor, width: int) -> Tensor:
-    """Empty [N, H, T, width] laid out as [N, T, H, width]; no view, which could not be changed in place."""
+    """An empty [N, H, T, width] laid out as [N, T, H, width]; not a view, which could not be changed in place."""
     first, heads, tokens, _ = tensor.shape
     columns, row = max(1, width), max(1, heads) * max(1, width)
     return tensor.new_empty_strided((first, heads, tokens, width), (max(1, tokens) * row, columns, row, 1))

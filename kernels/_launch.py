@@ -1,4 +1,4 @@
-"""The one place through which every kernel is launched, and what a launch depends on: processor, types, settings."""
+"""How every kernel is launched, and what a launch depends on: GPU, types, settings."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ from torch import Tensor
 from softmask.kernels import INTERPRETED
 
 AUTOTUNE = os.environ.get("SOFTMASK_AUTOTUNE", "0") not in ("", "0")
-WARP_FACTORS = (0.5, 1, 2)  # what tuning tries, times the table's number of warps
-OLDEST = 80  # the first compute capability in every table
+WARP_FACTORS = (0.5, 1, 2)  # tried by tuning, times the table's number of warps
+OLDEST = 80  # the lowest compute capability in every table
 
-SMALL = (86, 87, 89, 120, 121)  # 99 KiB of shared memory a block, products as on 80
+SMALL = (86, 87, 89, 120, 121)  # 99 KiB of shared memory per block, products as on 80
 
 Configs = Mapping[int, Mapping[str, int]]
-"""Compute capability (80, 90, 100) -> block sizes, num_warps, num_stages and maxnreg. A newer one takes the nearest
-below of its kind: the small ones (86, 89, 120) take each other's and 80's, the others never theirs. 0 is the
-interpreter, whose time is the number of programs. maxnreg, registers a thread: by itself the assembler spills a few to
-let one block more in; at a limit that lets in as many, it does not."""
+"""Compute capability (80, 90, 100) -> block sizes, num_warps, num_stages and maxnreg. A newer GPU takes the nearest
+lower entry of its family: the small ones (86, 89, 120) take each other's and 80's, the others never take theirs. 0 is
+the interpreter, whose run time depends on the number of programs. maxnreg limits the registers per thread: by default,
+the assembler spills a few to fit one more block; with a limit that fits the same number of blocks anyway, it does
+not."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch, as a hook sees it; arguments by the kernel's parameter names, constants among them."""
+    """One launch, as a hook sees it. Arguments, including constants, are keyed by the kernel's parameter names."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -38,14 +39,14 @@ class Launch:
     num_warps: int
     num_stages: int
     maxnreg: int | None = None
-    updates: bool = False  # it changes what it reads: run twice, it writes something else
+    updates: bool = False  # changes what it reads, so a second run would write something else
 
     @property
     def options(self) -> dict[str, Any]:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.maxnreg}
 
     def with_warps(self, num_warps: int) -> Launch:
-        """A limit of registers holds for the number of warps that it was found for."""
+        """A register limit applies only to the number of warps for which it was chosen."""
         return self if num_warps == self.num_warps else replace(self, num_warps=num_warps, maxnreg=None)
 
     @property
@@ -72,7 +73,8 @@ def launch(
     updates: bool = False,
     **constants: Any,
 ) -> None:
-    """Run kernel over grid; an empty grid runs nothing. A launch that `updates` is not tuned: it must run once."""
+    """Run kernel over grid, unless the grid is empty. A launch that `updates` must run only once, so it is not
+    tuned."""
     arguments = dict(zip(kernel.arg_names[: len(given)], given, strict=True)) | constants
     one = Launch(kernel, grid, arguments, num_warps, num_stages, maxnreg, updates)
     if 0 in grid:
@@ -87,7 +89,7 @@ def launch(
 
 @contextmanager
 def hooked(hook: Callable[[Launch], None], *, architecture: int | None = None) -> Iterator[None]:
-    """Give every launch to hook instead of running it, with the configurations of an architecture."""
+    """Pass every launch to hook instead of running it, with the configurations of an architecture."""
     global _hook, _architecture
     before, _hook, _architecture = (_hook, _architecture), hook, architecture
     try:
@@ -97,7 +99,7 @@ def hooked(hook: Callable[[Launch], None], *, architecture: int | None = None) -
 
 
 def config(table: Configs, tensor: Tensor) -> dict[str, int]:
-    """The entry of table for the processor that runs kernels on tensor."""
+    """The entry of table for the GPU that runs kernels on tensor."""
     if _architecture is None and INTERPRETED:
         return dict(table[0])
     capability = _architecture or OLDEST
@@ -108,7 +110,7 @@ def config(table: Configs, tensor: Tensor) -> dict[str, int]:
 
 
 def _nearest(table: Configs, capability: int) -> int:
-    """The entry for a processor: the newest of its kind that is not newer, else the oldest."""
+    """The entry for a GPU: the newest of its family that is not newer than the GPU, else the oldest."""
     alike = [known for known in table if (known in SMALL) == (capability in SMALL) and OLDEST <= known <= capability]
     return max(alike, default=OLDEST)
 
@@ -116,7 +118,7 @@ def _nearest(table: Configs, capability: int) -> int:
 def dots(*tensors: Tensor) -> dict[str, Any]:
     """DOT: the type in which the tensors' values enter products, fp32 if they differ; PRECISION: of fp32 products.
 
-    The interpreter has no bf16 products. fp32 is rounded to tf32 where torch's own products on a GPU are.
+    The interpreter has no bf16 products. fp32 is rounded to tf32 if torch does so in its own products on a GPU.
     """
     types = {tensor.dtype for tensor in tensors}
     half = {torch.float16: tl.float16, torch.bfloat16: tl.float32 if INTERPRETED else tl.bfloat16}
@@ -133,14 +135,14 @@ def _allows_tf32() -> bool:
 
 
 def factor_dots(*tensors: Tensor) -> dict[str, Any]:
-    """As dots, where a computed factor, a probability or a gradient at logits, meets the tensors' values: it may be too
-    small for fp16, whose values tf32 holds exactly."""
+    """As dots, for products of the tensors' values with a computed factor, a probability or a gradient with respect to
+    logits. It may be too small for fp16; tf32 holds fp16 values exactly."""
     chosen = dots(*tensors)
     return {"DOT": tl.float32, "PRECISION": "tf32"} if chosen["DOT"] == tl.float16 else chosen
 
 
 def readable(*tensors: Tensor | None) -> list[Tensor | None]:
-    """As kernels read them, whatever their other strides."""
+    """The tensors as kernels read them: contiguous in the last dimension, with any other strides."""
     return [None if tensor is None else last_contiguous(tensor) for tensor in tensors]
 
 
@@ -150,14 +152,14 @@ def strides(tensor: Tensor | None, dimensions: int) -> tuple[int, ...]:
 
 
 def last_contiguous(tensor: Tensor) -> Tensor:
-    """As it is where neighbours of the last dimension are neighbours in memory, else a copy."""
+    """The tensor itself if its last dimension is contiguous in memory, else a copy."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
 
 
 def tune(one: Launch) -> Launch:
     """The launch with the fastest number of warps, timed once per device, kernel, constants and shapes.
 
-    It writes the same values on every run, so trying is harmless.
+    The launch writes the same values on every run, so trial runs are harmless.
     """
     key = (one.device, one.kernel, *(_tuning_key(value) for value in one.arguments.values()))
     if key not in _tuned:

@@ -1,4 +1,4 @@
-"""Normalization of maps inside of kernels, and its gradient: as reference.normalize_map, "none" for None."""
+"""Normalization of maps in kernels, and its gradient: as reference.normalize_map, with "none" for None."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ EPS: tl.constexpr = tl.constexpr(1e-7)  # reference.NORMALIZE_EPS
 
 @triton.jit
 def extent(c, live, NORMALIZE: tl.constexpr):
-    """(low, divisor): a map c [BLOCK] becomes (c - low) / divisor; elements that are not live are no part of it."""
+    """(low, divisor): a map c [BLOCK] becomes (c - low) / divisor. Elements that are not live do not count."""
     low, divisor = 0.0, 1.0
     if NORMALIZE == "minmax":
         low = tl.min(tl.where(live, c, float("inf")), 0)
     if NORMALIZE == "minmax" or NORMALIZE == "max":
         divisor = tl.max(tl.where(live, c, float("-inf")), 0) - low + EPS
-        broken = tl.max((live & (c != c)).to(tl.int32), 0)  # unlike torch's, these maxima pass over NaN
+        broken = tl.max((live & (c != c)).to(tl.int32), 0)  # unlike torch's, these maxima ignore NaN
         divisor = tl.where(broken > 0, float("nan"), divisor)
     if NORMALIZE == "sum":
         divisor = tl.sum(tl.where(live, c, 0.0), 0) + EPS
@@ -25,7 +25,7 @@ def extent(c, live, NORMALIZE: tl.constexpr):
 
 @triton.jit
 def gradient(grad, c, live, NORMALIZE: tl.constexpr):
-    """The gradient at a normalized map, [BLOCK], becomes the one at the map c; elements that tie share evenly."""
+    """Turns the gradient of a normalized map, [BLOCK], into that of the map c; tied elements share evenly."""
     grad = tl.where(live, grad, 0.0)
     low, divisor = extent(c, live, NORMALIZE)
     out = grad / divisor

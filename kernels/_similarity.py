@@ -1,7 +1,6 @@
-"""Products of two sides' samples inside of the contrastive kernels, and what is read beside them.
+"""Products of two sides' samples in the contrastive kernels, and what is loaded along with them.
 
-A side is a tuple (features, number of samples, stride between them); neighbours of a sample's features are neighbours
-in memory.
+A side is a tuple (features, number of samples, stride between samples); the features of a sample are contiguous.
 """
 
 from __future__ import annotations
@@ -16,7 +15,8 @@ from softmask.kernels._launch import last_contiguous
 
 @triton.jit
 def load_features(side, index, feature, depth):
-    """Features k of samples index: [BLOCK, BLOCK_K]. Beyond the last sample its own, beyond the last feature 0."""
+    """Features of samples `index`: [BLOCK, BLOCK_K]. Beyond the last sample, its features repeat; beyond the last
+    feature, they are 0."""
     features_ptr, size, stride = side
     place = tl.minimum(index, size - 1)[:, None].to(tl.int64) * stride + feature[None, :]
     return tl.load(features_ptr + place, mask=(feature < depth)[None, :], other=0.0)
@@ -24,7 +24,7 @@ def load_features(side, index, feature, depth):
 
 @triton.jit
 def multiply(left, right, row, column, depth, BLOCK_K: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """Samples i of the left side times samples j of the right one: [BLOCK_M, BLOCK_N]."""
+    """Products of samples `row` of the left side and `column` of the right side: [BLOCK_M, BLOCK_N]."""
     total = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
     for start in range(0, depth, BLOCK_K):
         feature = start + tl.arange(0, BLOCK_K)
@@ -35,7 +35,7 @@ def multiply(left, right, row, column, depth, BLOCK_K: tl.constexpr, DOT: tl.con
 
 @triton.jit
 def same_ids(ids_ptr, other_ids_ptr, row, column, size, other_size):
-    """Where samples i and j have one id: [BLOCK_M, BLOCK_N]."""
+    """Where two samples have the same id: [BLOCK_M, BLOCK_N]."""
     own = tl.load(ids_ptr + row, mask=row < size, other=0)
     other = tl.load(other_ids_ptr + column, mask=column < other_size, other=0)
     return (own[:, None] == other[None, :]) & (row < size)[:, None] & (column < other_size)[None, :]
@@ -43,8 +43,8 @@ def same_ids(ids_ptr, other_ids_ptr, row, column, size, other_size):
 
 @triton.jit
 def steepness(scale):
-    """(sign, size) of a scale: logits are size * x, x = sign * product. What is scaled is x - max(x): then no fused
-    multiply-add is off 0 at the maximum. Size is kept off 0, for it meets infinity."""
+    """(sign, size) of a scale: logits are size * x with x = sign * product. Kernels scale x - max(x), so that even a
+    fused multiply-add gives exactly 0 at the maximum. size is kept above 0, because it multiplies infinity."""
     size = tl.abs(scale)
     return tl.where(scale < 0.0, -1.0, 1.0), tl.where(size < SMALLEST, SMALLEST, size)
 

@@ -1,4 +1,4 @@
-"""What the kernels of word_attention share: rows of its tensors, their products, and the settings of their launches."""
+"""What the kernels of word_attention share: rows of its tensors, their products, and launch settings."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from softmask.kernels._launch import Configs, config
 
-BLOCK_ROWS = MIN_WIDTH = 16  # the least that a product takes
+BLOCK_ROWS = MIN_WIDTH = 16  # the smallest operand of tl.dot
 
 
 @triton.jit
 def load_rows(tensor_ptr, row, stride_row, live, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows of a tensor, zeros where they are not live: [rows, BLOCK]."""
+    """Loads rows of a tensor, with zeros where they are not live: [rows, BLOCK]."""
     column = tl.arange(0, BLOCK)
     mask = live[:, None]
     if WIDTH < BLOCK:
@@ -35,14 +35,14 @@ def store_rows(tensor_ptr, row, live, values, WIDTH: tl.constexpr, BLOCK: tl.con
 
 @triton.jit
 def load_width(row_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """One row, fp32: [BLOCK]."""
+    """Loads one row as fp32: [BLOCK]."""
     column = tl.arange(0, BLOCK)
     return tl.load(row_ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def product(left, right, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """a b^T. A single row without tensor cores: padding it to their tile would be nearly all of the work."""
+    """left right^T. A single row does not use tensor cores: nearly all of the work would be padding to their tile."""
     if left.shape[0] == 1:
         result = tl.sum(left.to(tl.float32) * right.to(tl.float32), 1)[None, :]
     else:  # no early return: Triton 3.3 would compile what follows it
@@ -52,14 +52,14 @@ def product(left, right, DOT: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def load_tokens(index_ptr, row, num_rows, num_tokens, scale):
-    """The rows' tokens, negative for none; which to read; their logits' factor, NaN for a token beyond the text."""
+    """(tokens of rows, negative for none; which rows to read; factors of logits, NaN for a token beyond the text)."""
     token = tl.load(index_ptr + row, mask=row < num_rows, other=-1)
     return token, (token >= 0) & (token < num_tokens), tl.where(token < num_tokens, scale, float("nan"))
 
 
 @triton.jit
 def kept_keys(padding_ptr, position, num_keys):
-    """Which keys take part, [BLOCK_KEYS]; others are not read, for 0 times NaN is NaN."""
+    """Which keys take part, [BLOCK_KEYS]. The others are not read, because 0 times NaN is NaN."""
     kept = position < num_keys
     if padding_ptr is not None:
         kept = kept & (tl.load(padding_ptr + position, mask=kept, other=1).to(tl.int32) == 0)
@@ -71,7 +71,7 @@ def load_keys(
     key_ptr, value_ptr, position, kept, stride_kp, stride_vp,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_VALUE: tl.constexpr,
 ):  # fmt: skip
-    """Keys and values at positions, zeros where not kept: 0 times NaN is NaN. Keys twice where there are no values."""
+    """Keys and values at positions (without values, keys twice), 0 where not kept, because 0 times NaN is NaN."""
     key = load_rows(key_ptr, position, stride_kp, kept, WIDTH, BLOCK_WIDTH)
     value = key
     if value_ptr is not None:
@@ -81,12 +81,13 @@ def load_keys(
 
 @triton.jit
 def of_head(tensor_ptr, batch, head, stride_batch, stride_head):
-    """A tensor from one caption and head on. One at a time: before Triton 3.7 no helper may return None in a tuple."""
+    """A pointer to one caption and head of a tensor. One tensor per call, because before Triton 3.7 no helper may
+    return None in a tuple."""
     return tensor_ptr + batch * stride_batch + head * stride_head
 
 
 def options(table: Configs, key: Tensor, value: Tensor | None) -> dict[str, Any]:
-    """Constants of the kernels that go through keys. Wider heads take shorter tiles."""
+    """Constants of the kernels that loop over keys. Wider heads use shorter tiles."""
     chosen, width = config(table, key), key.shape[3]
     size = max(one.element_size() for one in (key, value) if one is not None)
     value_width = 0 if value is None else value.shape[3]
@@ -98,8 +99,8 @@ def options(table: Configs, key: Tensor, value: Tensor | None) -> dict[str, Any]
 
 
 def types(choose: Callable[..., dict[str, Any]], *pairs: tuple[Tensor, Tensor] | None) -> dict[str, Any]:
-    """What `choose`, dots or factor_dots, says of the products with queries and keys, and of those with grad_output and
-    values: each has the type of its own two tensors."""
+    """Applies `choose` (dots or factor_dots) to the products with queries and keys, and to those with grad_output and
+    values. Each has the type of its own two tensors."""
     own, of_values = (pairs[0] if pair is None else pair for pair in pairs)
     chosen, second = choose(*own), choose(*of_values)
     return chosen | {"VALUE_DOT": second["DOT"], "VALUE_PRECISION": second["PRECISION"]}

@@ -1,10 +1,10 @@
-"""attentive_mask: the patches of an image that are most, or least, relevant to its caption.
+"""attentive_mask: selects the patches of an image that are most, or least, relevant to its caption.
 
-The first launch gives every patch a score. A program holds the cosines of a tile of patches with all tokens (beyond 128
-tokens with 64 of them after the others) and streams both by chunks of the width: patches are read once, the few
-tokens by every tile of their image. Norms are summed up beside the products, which are divided by them at the end. The
-second launch ranks: a patch is selected if fewer than `count` patches of its image come before it. Comparing all pairs
-takes some hundred comparisons per patch, without a sort and without knowing on the host what was chosen.
+The first launch scores every patch. A program holds the cosine similarities of a tile of patches with all tokens (with
+64 tokens at a time if there are more than 128), and streams both in chunks of the width: patches are read once, the few
+tokens once per tile. Norms are accumulated along with the products, which are divided by them at the end. The second
+launch ranks: a patch is selected if fewer than `count` patches of its image come before it. Comparing all pairs takes a
+few hundred comparisons per patch, without a sort and without a result on the host.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ from torch import Tensor
 
 from softmask.kernels._launch import Configs, config, dots, last_contiguous, launch, strides
 
-EPS: tl.constexpr = tl.constexpr(1e-12)  # F.normalize's
+EPS: tl.constexpr = tl.constexpr(1e-12)  # as in F.normalize
 MIN_BLOCK_TOKENS, MAX_BLOCK_TOKENS = 16, 128
-# ROW_BYTES: of a chunk of the width, whatever the type. STAGES: chunks on their way. On Hopper one: Triton gives chunks
-# that are used by wgmma and elsewhere (the norms) too few buffers and overwrites them early (triton-lang/triton#6691).
+# ROW_BYTES: of a chunk of the width, whatever the type. STAGES: chunks in flight. On Hopper one: Triton gives chunks
+# that are used both by wgmma and elsewhere (the norms) too few buffers and overwrites them early
+# (triton-lang/triton#6691).
 SCORE: Configs = {
     0: {"BLOCK_PATCHES": 256, "ROW_BYTES": 256, "STAGES": 1},
     80: {"BLOCK_PATCHES": 128, "ROW_BYTES": 128, "STAGES": 2},
     90: {"BLOCK_PATCHES": 128, "ROW_BYTES": 128, "STAGES": 1},
     100: {"BLOCK_PATCHES": 128, "ROW_BYTES": 128, "STAGES": 3},
 }
-# Exact products of fp32 on 80 leave few registers to the next chunk's loads, beside many tokens or where rows are no
-# whole vectors.
+# On sm_80, IEEE products of fp32 leave few registers for the next chunk's loads if there are many tokens, or if rows
+# are not a whole number of vectors.
 SCORE_MANY_TOKENS: Configs = SCORE | {80: SCORE[80] | {"BLOCK_PATCHES": 64, "STAGES": 1}}
 SCORE_UNALIGNED: Configs = SCORE | {80: SCORE[80] | {"STAGES": 1, "WARPS": 16}}
 SELECT: Configs = {
@@ -41,7 +42,8 @@ def _cosines(
     patch_ptrs, token_ptrs, live_patch, live_token, width,
     DOT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_WIDTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Of rows that start at patch_rows [BLOCK_PATCHES] and token_rows [BLOCK_TOKENS]: [BLOCK_PATCHES, BLOCK_TOKENS]."""
+    """Cosine similarities of the rows at patch_ptrs [BLOCK_PATCHES] and token_ptrs [BLOCK_TOKENS]: [BLOCK_PATCHES,
+    BLOCK_TOKENS]."""
     products = tl.zeros([live_patch.shape[0], live_token.shape[0]], tl.float32)
     patch_square = tl.zeros([live_patch.shape[0]], tl.float32)
     token_square = tl.zeros([live_token.shape[0]], tl.float32)
@@ -59,7 +61,7 @@ def _cosines(
 
 @triton.jit
 def _inverse_norm(square):
-    """Rounded to nearest, so that patches that differ by a power of two tie, as they do in PyTorch."""
+    """Rounded to nearest, so that patches that differ by a power of two tie, as in PyTorch."""
     return tl.div_rn(1.0, tl.maximum(tl.sqrt_rn(square), EPS))
 
 
@@ -80,12 +82,12 @@ def _fwd_score_kernel(
     live_patch = patch < num_patches
     patch_ptrs = patches_ptr + batch * stride_pb + patch.to(tl.int64) * stride_pp
     relevance = tl.full([BLOCK_PATCHES], float("-inf"), tl.float32)
-    for block in range(TOKEN_BLOCKS):  # most often one, and then no loop
+    for block in range(TOKEN_BLOCKS):  # usually one, without a loop
         token = block * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
         live_token = token < num_tokens
         token_ptrs = tokens_ptr + batch * stride_tb + token.to(tl.int64) * stride_tt
         cosine = _cosines(patch_ptrs, token_ptrs, live_patch, live_token, width, DOT, PRECISION, BLOCK_WIDTH, STAGES)
-        cosine = tl.where(cosine == cosine, cosine, float("inf"))  # NaN is above all numbers, as in torch's sort
+        cosine = tl.where(cosine == cosine, cosine, float("inf"))  # NaN ranks above all numbers, as in torch's sort
         if padding_ptr is not None:
             padding_ptrs = padding_ptr + batch * stride_mb + token * stride_mt
             live_token = live_token & (tl.load(padding_ptrs, mask=live_token, other=1) == 0)
@@ -105,7 +107,7 @@ def _fwd_select_kernel(
     rank = tl.zeros([BLOCK_PATCHES], tl.int32)
     for first in range(0, num_patches, BLOCK_OTHERS):
         other = first + tl.arange(0, BLOCK_OTHERS)
-        # -inf beyond the last patch comes before no patch: it is never greater, and never of a lower position.
+        # Beyond the last patch, -inf comes before no patch: it is never greater, and its position is never lower.
         theirs = tl.load(score_ptr + row + other, mask=other < num_patches, other=float("-inf"))[None, :]
         before = (theirs > mine) | ((theirs == mine) & (other[None, :] < patch[:, None]))
         rank += tl.sum(before.to(tl.int32), 1)
@@ -113,7 +115,7 @@ def _fwd_select_kernel(
 
 
 def forward(patches: Tensor, tokens: Tensor, token_padding_mask: Tensor | None, count: int, high: bool) -> Tensor:
-    """patches [B, P, D], tokens [B, T, D], token_padding_mask [B, T] -> bool [B, P], `count` of each image selected."""
+    """patches [B, P, D], tokens [B, T, D], token_padding_mask [B, T] -> bool [B, P], `count` selected per image."""
     patches, tokens = last_contiguous(patches), last_contiguous(tokens)
     batch, num_patches, width = patches.shape
     num_tokens = tokens.shape[1]
@@ -128,7 +130,7 @@ def forward(patches: Tensor, tokens: Tensor, token_padding_mask: Tensor | None, 
             table = SCORE_UNALIGNED
     options = config(table, patches)
     row_bytes, warps = options.pop("ROW_BYTES"), options.pop("WARPS", 8)
-    if block_tokens > MAX_BLOCK_TOKENS:  # smaller tiles: the best of earlier blocks takes registers too
+    if block_tokens > MAX_BLOCK_TOKENS:  # smaller tiles: the running maximum needs registers too
         block_tokens = MAX_BLOCK_TOKENS // 2
         options["BLOCK_PATCHES"] //= 2
     launch(

@@ -1,9 +1,10 @@
-"""focal_contrastive_loss: logits exist one tile at a time, and only their sums per row and per column are stored.
+"""focal_contrastive_loss: logits exist one tile at a time; only their sums per row and per column are stored.
 
-Forward, a program multiplies one tile of rows with one tile of columns and writes its part of every row's and every
-column's log-sum-exp; a second launch joins the parts of a sample, in fixed order, and takes its loss. Positives come
-from the tiles too. Where several share a row and gamma is not 0, the second launch multiplies again the tiles that hold
-positives. Backward is one launch (contrastive_backward.py): with forward's five products, bits that repeat.
+In forward, a program multiplies one tile of rows with one tile of columns and writes its part of the log-sum-exp of
+each row and column. A second launch joins the parts of each sample in a fixed order and computes its loss. The logits
+of positives come from the tiles too. If a row has several positives and gamma is not 0, the second launch recomputes
+the tiles that hold positives. Backward is one launch (contrastive_backward.py). Forward and backward take five
+products, and their results are reproducible to the bit.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ from softmask.kernels._launch import Configs, config, dots, factor_dots, launch
 from softmask.kernels._similarity import as_read, multiply, same_ids, steepness
 from softmask.kernels.contrastive_backward import backward_config, bwd_kernel
 
-ATOMICS = os.environ.get("SOFTMASK_ATOMICS", "0") not in ("", "0")  # a product less, bits that do not repeat
-GROUP: tl.constexpr = tl.constexpr(8)  # row tiles whose programs are neighbours and share columns in the cache
+ATOMICS = os.environ.get("SOFTMASK_ATOMICS", "0") not in ("", "0")  # one product fewer, but not reproducible to the bit
+GROUP: tl.constexpr = tl.constexpr(8)  # row tiles with neighbouring programs, which share columns in the cache
 JOINED: tl.constexpr = tl.constexpr(32)  # tiles whose sums are joined at a time
-REGISTERS = 128  # of a thread in fp32: with one more, a block less fits
-LOWEST: tl.constexpr = tl.constexpr(-1e30)  # a maximum of nothing, from which infinity can be subtracted
+REGISTERS = 128  # per thread in fp32: with one more, one block fewer fits
+LOWEST: tl.constexpr = tl.constexpr(-1e30)  # maximum of an empty set: finite, because inf - inf is NaN
 
 TILES: Configs = {
     0: {"BLOCK_M": 256, "BLOCK_N": 256, "BLOCK_K": 32},
     80: {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
 }
-# Of exact products of fp32 with ids, whose comparisons take registers too: half a tile for half the threads, which may
-# have more of them.
+# For IEEE products of fp32 with ids, whose comparisons need registers too: half a tile for half the threads, which may
+# use more registers each.
 TILES_WITH_IDS: Configs = {
     0: TILES[0],
     80: TILES[80] | {"BLOCK_M": 64, "num_warps": 4, "maxnreg": 168},
@@ -47,8 +48,8 @@ FINISH: Configs = {
 
 @triton.jit
 def _store_sums(sums_ptr, similarity, steep, tile, index, size, AXIS: tl.constexpr, NUMBERS: tl.constexpr):
-    """A tile's part of the sums of its rows (AXIS 1) or columns (AXIS 0), sums [tiles, NUMBERS, size]: the maximum, and
-    the sum of exponentials under it."""
+    """Stores a tile's part of the sums of its rows (AXIS 1) or columns (AXIS 0) in sums [tiles, NUMBERS, size]: the
+    maximum, and the sum of exponentials relative to it."""
     place_ptrs = sums_ptr + tile.to(tl.int64) * (NUMBERS * size) + index
     highest = tl.maximum(tl.max(similarity, AXIS), LOWEST)
     tl.store(place_ptrs, highest, mask=index < size)
@@ -71,7 +72,7 @@ def _store_both(
     width,
     NUMBERS: tl.constexpr,
 ):
-    """A tile's part of the sums of its rows and, where they are wanted, of its columns."""
+    """Stores a tile's part of the sums of its rows and, if requested, of its columns."""
     _store_sums(row_sums_ptr, similarity, steep, column_tile, row, height, 1, NUMBERS)
     if column_sums_ptr is not None:
         _store_sums(column_sums_ptr, similarity, steep, row_tile, column, width, 0, NUMBERS)
@@ -79,7 +80,7 @@ def _store_both(
 
 @triton.jit
 def _store_positives(sums_ptr, similarity, same, tile, index, size, AXIS: tl.constexpr):
-    """The third and fourth of four sums: the products of positives, and their number."""
+    """Stores the third and fourth of four sums: the products of positives, and their number."""
     place_ptrs = sums_ptr + tile.to(tl.int64) * (4 * size) + index
     tl.store(place_ptrs + 2 * size, tl.sum(tl.where(same, similarity, 0.0), AXIS), mask=index < size)
     tl.store(place_ptrs + 3 * size, tl.sum(same.to(tl.float32), AXIS), mask=index < size)
@@ -92,7 +93,7 @@ def _fwd_tiles_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     SUMS_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """Sums of one tile, and without ids the logits of the positives in it."""
+    """Sums of one tile and, without ids, the logits of its positives."""
     num_row_tiles, num_column_tiles = tl.cdiv(height, BLOCK_M), tl.cdiv(width, BLOCK_N)
     program = tl.program_id(0)
     row_tile, column_tile = tl.swizzle2d(
@@ -103,8 +104,8 @@ def _fwd_tiles_kernel(
     sign, steep = steepness(tl.load(scale_ptr).to(tl.float32))
     similarity = sign * multiply(left, right, row, column, depth, BLOCK_K, DOT, PRECISION)
     similarity = tl.where((row < height)[:, None] & (column < width)[None, :], similarity, float("-inf"))
-    # Exact products leave few registers to what follows: the sums first, then the positives. Else the other order takes
-    # fewer.
+    # IEEE products leave few registers for what follows. With them, computing the sums before the positives needs
+    # fewer; otherwise the other order does.
     NUMBERS: tl.constexpr = 2 if row_ids_ptr is None else 4
     if SUMS_FIRST:
         _store_both(
@@ -129,7 +130,8 @@ def _fwd_tiles_kernel(
 
 @triton.jit
 def _join(sums_ptr, steep, tiles, index, size, NUMBERS: tl.constexpr):
-    """The sums of samples index over all tiles: maximum, log of the sum of exponentials, and of the positive logits."""
+    """Joins the sums of samples `index` over all tiles: (maximum, log of the sum of exponentials, sum of the positives'
+    products, number of positives)."""
     highest = tl.full([index.shape[0]], LOWEST, tl.float32)
     total = tl.zeros([index.shape[0]], tl.float32)
     hits, count = total, total
@@ -152,8 +154,8 @@ def _over_positives(
     own, other, own_ids_ptr, other_ids_ptr, first, highest, rest, sign, steep, gamma, depth,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Sums of the focal terms, and of their slopes, over the positives of the samples from m on: products of the tiles
-    that have any."""
+    """Sums of the focal terms and of their slopes over the positives of BLOCK_M samples from `first` on. Only tiles
+    that hold positives are multiplied."""
     sample = first + tl.arange(0, BLOCK_M)
     loss = tl.zeros([BLOCK_M], tl.float32)
     slope = loss
@@ -175,7 +177,7 @@ def _direction(
     first, sign, steep, gamma, depth,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One direction's loss of the samples from m on, and their number of positives; writes its three statistics."""
+    """Loss and number of positives, in one direction, of BLOCK_M samples from `first` on; stores three statistics."""
     size = own[1]
     sample = first + tl.arange(0, BLOCK_M)
     index = tl.minimum(sample, size - 1)
@@ -186,7 +188,7 @@ def _direction(
         positive = hits / count
     loss, slope = focal(steep * (positive - highest) - rest, gamma)
     if own_ids_ptr is not None:
-        if gamma != 0.0:  # no function of the mean logit then
+        if gamma != 0.0:  # then not a function of the mean logit
             loss, slope = _over_positives(
                 own, other, own_ids_ptr, other_ids_ptr, first, highest, rest, sign, steep, gamma, depth,
                 BLOCK_M, BLOCK_N, BLOCK_K, DOT, PRECISION,
@@ -232,8 +234,8 @@ def _fwd_finish_kernel(
 
 
 def _config(table: Configs, rows: Tensor, width: int, *, with_ids: bool) -> dict[str, Any]:
-    """In fp32 logits are summed up in the backward's blocks of features, for it must find the same: where a row is
-    right, a rounding of its largest logit is much of its gradient."""
+    """In fp32, logits are summed in backward's blocks of features, because backward must find the same values: where a
+    row is right, a rounding error of its largest logit is a large part of its gradient."""
     options = config(table, rows) | dots(rows)
     if rows.dtype == torch.float32:
         options["BLOCK_K"] = backward_config(rows, width, with_ids=with_ids, atomics=ATOMICS)["BLOCK_K"]
@@ -250,9 +252,9 @@ def forward(
     first_row: int,
     both: bool,
 ) -> tuple[Tensor, Tensor]:
-    """rows [B, D], columns [G, D] -> loss [B] and, per direction, three statistics [B]: the maximum of the logits, the
-    log of the sum of their exponentials under it, and the mean of h(p) over the positives; with ids, as the last
-    statistic, one over the number of positives."""
+    """rows [B, D], columns [G, D] -> loss [B] and three statistics [B] per direction: the maximum of the logits, the
+    log of the sum of their exponentials relative to it, and the mean of h(p) over the positives. With ids, the last
+    statistic is one over the number of positives."""
     sides = as_read(rows, columns, row_ids, column_ids)
     (height, depth), width = rows.shape, len(columns)
     exact = rows.dtype == torch.float32 and dots(rows)["PRECISION"] == "ieee"
@@ -294,7 +296,7 @@ def backward(
     first_row: int,
     both: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of rows, columns and scale for the gradient [B] of the loss."""
+    """Gradients of rows, columns and scale, given the gradient [B] of the loss."""
     sides = as_read(rows, columns, row_ids, column_ids)
     (height, depth), width = rows.shape, len(columns)
     options = backward_config(rows, width, with_ids=row_ids is not None, atomics=ATOMICS) | dots(rows)

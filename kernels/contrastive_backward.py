@@ -1,8 +1,8 @@
 """The backward kernel of focal_contrastive_loss.
 
-A program owns a tile of rows, or of columns, and holds its gradient in registers. It goes through the tiles of the
-other side, makes the logits and the gradient at them again, every factor folded in, and adds up its product with that
-side: four products. ATOMIC, owners of rows add to the columns' gradient in memory as well: three products.
+A program owns a tile of rows, or of columns, and holds its gradient in registers. It loops over the tiles of the other
+side, recomputes the logits and the gradient with respect to them, including all factors, and accumulates its product
+with that side: four products. With ATOMIC, owners of rows also add to the columns' gradient in memory: three products.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from softmask.kernels._focal import focal
 from softmask.kernels._launch import Configs, config
 from softmask.kernels._similarity import load_features, multiply, same_ids, steepness
 
-# By the width of features, the last for all beyond: a gradient [BLOCK_M, width] lives in registers, and so, where
-# RESIDENT, do the features of its owner.
+# By the width of features, the last for all greater widths: a gradient [BLOCK_M, width] stays in registers and, if
+# RESIDENT, so do the features of its owner.
 CONFIGS: dict[int, Configs] = {
     256: {
         80: {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "RESIDENT": True, "num_warps": 8, "num_stages": 2},
@@ -43,7 +43,7 @@ FP32: dict[int, Configs] = {
 }
 _NARROWEST = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32, "RESIDENT": True, "num_warps": 4, "num_stages": 2}
 _NARROW_FP32 = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32, "RESIDENT": False, "num_warps": 8, "num_stages": 2}
-# Where ids take registers too, or where few samples want many programs.
+# With ids, which need registers too, or for few samples, which should be spread over many programs.
 NARROW: dict[int, Configs] = {
     32: {80: _NARROWEST, 90: _NARROWEST | {"maxnreg": 104}, 100: _NARROWEST},
     256: CONFIGS[512],
@@ -55,18 +55,18 @@ NARROW_FP32: dict[int, Configs] = FP32 | {
     64: {80: _NARROW_FP32, 100: _NARROW_FP32 | {"num_stages": 1}},
     256: {80: _NARROW_FP32},
 }
-# Where a tile's gradient of the other side takes registers too.
+# With atomics, a tile's gradient of the other side needs registers too.
 WITH_ATOMICS: dict[int, Configs] = {
     512: {80: {"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_K": 64, "RESIDENT": True, "num_warps": 8, "num_stages": 2}},
     2048: CONFIGS[2048],
 }
 INTERPRETED = {"BLOCK_M": 256, "BLOCK_N": 256, "BLOCK_K": 16}
-MANY = 6400  # samples of both sides, from which on 64 to a program still fill a GPU
+MANY = 6400  # samples of both sides, with which 64 per program still fill a GPU
 
 
 @triton.jit
 def _numbers(statistics_ptr, shares_ptr, d_loss_ptr, weight, index, size, AXIS: tl.constexpr):
-    """Of samples index: both parts of the log-sum-exp, and the factors of softmax and positives in the gradient."""
+    """For samples `index`: both parts of the log-sum-exp, and the factors of softmax and positives in the gradient."""
     index = tl.minimum(index, size - 1)
     place_ptrs = statistics_ptr + index
     highest, rest = tl.load(place_ptrs), tl.load(place_ptrs + size)
@@ -83,7 +83,7 @@ def _numbers(statistics_ptr, shares_ptr, d_loss_ptr, weight, index, size, AXIS: 
 
 @triton.jit
 def _at_positives(similarity, same, numbers, steep, gamma):
-    """What one direction's focal terms take from the gradient at the positives."""
+    """What one direction's focal terms subtract from the gradient at the positives."""
     highest, rest, _, at_positive = numbers
     _, slope = focal(tl.where(same, steep * (similarity - highest) - rest, 0.0), gamma)
     return at_positive * slope
@@ -91,8 +91,8 @@ def _at_positives(similarity, same, numbers, steep, gamma):
 
 @triton.jit
 def _at_logits(similarity, same, own, other, terms, steep, gamma, WITH_IDS: tl.constexpr):
-    """The gradient at logits [BLOCK_M, BLOCK_N], over scale, by the numbers of the directions that there are. Where
-    there are terms, focal terms of several positives, each positive has its own."""
+    """The gradient with respect to logits [BLOCK_M, BLOCK_N], still without the factor scale, from the numbers of one
+    or both directions. With `terms`, the focal terms of several positives, each positive has its own."""
     d_similarity, hit = tl.zeros_like(similarity), tl.zeros_like(similarity)
     if own is not None:
         d_similarity += own[2] * tl.exp(steep * (similarity - own[0]) - own[1])
@@ -118,7 +118,7 @@ def _owner(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, RESIDENT: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, GRAD_DOT: tl.constexpr, GRAD_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of BLOCK_M samples of one side; sample i's positive without ids is i + shift of the other."""
+    """Gradient of BLOCK_M samples of one side. Without ids, the positive of sample i is i + shift of the other side."""
     first = tile * BLOCK_M
     sample = first + tl.arange(0, BLOCK_M)
     feature = tl.arange(0, BLOCK_D)
@@ -175,14 +175,14 @@ def bwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, RESIDENT: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, GRAD_DOT: tl.constexpr, GRAD_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The first programs own rows, the others columns."""
+    """The first programs own rows, the others own columns."""
     tile = tl.program_id(0)
     row_tiles = tl.cdiv(height, BLOCK_M)
     scale, gamma = tl.load(scale_ptr).to(tl.float32), tl.load(gamma_ptr).to(tl.float32)
     left, right = (rows_ptr, height, stride_rn), (columns_ptr, width, stride_cn)
     column_statistics_ptr = statistics_ptr + 3 * height if BOTH else None
     shares_ptr = None if row_ids_ptr is None else statistics_ptr + (6 if BOTH else 3) * height
-    weight: tl.constexpr = 0.5 if BOTH else 1.0  # of a direction in the loss
+    weight: tl.constexpr = 0.5 if BOTH else 1.0  # of one direction in the loss
     if tile < row_tiles:
         _owner(
             left, right, row_ids_ptr, column_ids_ptr, statistics_ptr, column_statistics_ptr, shares_ptr, d_loss_ptr,

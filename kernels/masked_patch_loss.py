@@ -1,14 +1,14 @@
 """masked_patch_loss: the squared error at the pixels of masked patches, and its gradient; one launch each.
 
-A program holds whole patches in registers, in the order of the prediction: rows, columns, channels. So predictions are
-read, and gradients written, as contiguous runs, and every image pixel is gathered from where it lies: images are never
-unfolded. Mean and variance are taken in registers too. Patches that are not masked read nothing. Backward does the same
-again: all that is saved are the inputs.
+A program holds whole patches in registers, in the order of the prediction: rows, columns, channels. Predictions are
+read, and gradients written, as contiguous runs; every image pixel is gathered from its place, so images are never
+unfolded. Mean and variance are computed in registers too. Patches that are not masked read nothing. Backward recomputes
+all of this, so only the inputs are saved.
 
-Three neighbouring numbers are three channels, so a warp's load of a planar image meets short runs in three rows instead
-of one long one. The sectors are used in full, by the same warp's next loads from L1, and the memory moves no byte more.
-Going by channel instead would read images in wide runs, but predictions and, worse, written gradients with a stride of
-three: each sector of the gradient written in three parts. Images in channels_last are long runs already.
+Three neighbouring elements are three channels, so a warp's load from a planar image touches short runs in three rows
+instead of one long run. The sectors are still used in full, by the same warp's next loads from L1, and memory moves no
+more bytes. Going by channel would read images in wide runs, but predictions and, worse, written gradients with a stride
+of three: each sector of the gradient would be written in three parts. Images in channels_last are long runs already.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from softmask.kernels._launch import Configs, config, last_contiguous, launch, strides
 
 EPS: tl.constexpr = tl.constexpr(1e-6)  # reference.PATCH_VARIANCE_EPS
-# ELEMENTS: of a program's block, in which there are as many patches as fit, at least one.
+# ELEMENTS: of a program's block, which holds as many patches as fit, at least one.
 TABLE: Configs = {0: {"ELEMENTS": 16384}, 80: {"ELEMENTS": 2048, "num_stages": 1}}
 ELEMENTS_PER_WARP, MIN_WARPS, MAX_WARPS = 512, 4, 16
 
@@ -29,7 +29,7 @@ ELEMENTS_PER_WARP, MIN_WARPS, MAX_WARPS = 512, 4, 16
 @triton.jit
 def _standardize(pixels, live, SIZE: tl.constexpr):
     """(x - mean) / sqrt(variance + eps) of each row [BLOCK_PATCHES, BLOCK_PIXELS], 0 where not live."""
-    for _ in tl.static_range(2):  # again for the rounding of the mean: it shows where the variance is near 0
+    for _ in tl.static_range(2):  # twice: the mean's rounding error matters if the variance is near 0
         pixels = tl.where(live, pixels - (tl.sum(pixels, 1) / SIZE)[:, None], 0.0)
     return pixels * tl.rsqrt(tl.sum(pixels * pixels, 1) / (SIZE - 1) + EPS)[:, None]
 
@@ -39,7 +39,7 @@ def _difference(
     prediction_ptr, images_ptr, masked, batch, patch, num_columns, prediction_strides, images_strides,
     NORMALIZE: tl.constexpr, SIDE: tl.constexpr, BLOCK_PIXELS: tl.constexpr,
 ):  # fmt: skip
-    """prediction - target [BLOCK_PATCHES, BLOCK_PIXELS] of the patches that are masked, 0 elsewhere."""
+    """prediction - target [BLOCK_PATCHES, BLOCK_PIXELS] of masked patches, 0 elsewhere."""
     stride_pb, stride_pp = prediction_strides
     stride_ib, stride_ic, stride_ih, stride_iw = images_strides
     pixel = tl.arange(0, BLOCK_PIXELS)
@@ -49,10 +49,10 @@ def _difference(
     corner = batch * stride_ib
     corner += (patch // num_columns * SIDE).to(tl.int64) * stride_ih
     corner += (patch % num_columns * SIDE).to(tl.int64) * stride_iw
-    place = (pixel // (3 * SIDE)).to(tl.int64) * stride_ih  # in the patch, [BLOCK_PIXELS]
+    place = (pixel // (3 * SIDE)).to(tl.int64) * stride_ih  # within the patch, [BLOCK_PIXELS]
     place += (pixel // 3 % SIDE).to(tl.int64) * stride_iw
     place += (pixel % 3).to(tl.int64) * stride_ic
-    # In a row of their own, neighbouring pixels go to neighbouring lanes: Triton gives all loads of one shape the same
+    # Loaded as one row, neighbouring pixels go to neighbouring lanes. Triton gives all loads of one shape the same
     # layout, and a lane reads 16 bytes of the prediction at once.
     row: tl.constexpr = [live.shape[0] * BLOCK_PIXELS]
     pointers = images_ptr + tl.reshape(corner[:, None] + place[None, :], row)
@@ -129,7 +129,7 @@ def forward(prediction: Tensor, images: Tensor, mask: Tensor, patch_size: int, n
 def backward(
     grad: Tensor, prediction: Tensor, images: Tensor, mask: Tensor, patch_size: int, normalize: bool
 ) -> Tensor:
-    """The gradient of prediction, 0 where not masked, for the loss's, grad [B, P]."""
+    """The gradient of prediction, given that of the loss, grad [B, P]; 0 where not masked."""
     d_prediction = prediction.new_empty(prediction.shape)
     prediction, mask = last_contiguous(prediction), mask.contiguous()
     programs, constants = _blocks(prediction, mask.numel(), patch_size, normalize)

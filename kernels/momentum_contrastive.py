@@ -1,11 +1,11 @@
-"""momentum_contrastive_loss: both directions at once, keys read where they lie, logits one tile at a time.
+"""momentum_contrastive_loss: both directions at once; keys are read in place, and logits exist one tile at a time.
 
-The keys are split between programs; each holds a tile of student rows and of teacher rows and multiplies both with its
-share of the batch's keys and of the queue. As in flash attention the first launch keeps the statistics of both
-softmaxes and the mean key under the student's, a part of the gradient; at gamma 0 also the mean key under the
-teacher's, and has then read all keys for the only time. The second launch adds up the keys under the rest of the
-gradient: at gamma 0 the positives, found by their ids alone, at other gammas the focal targets of a second stream. The
-third adds up the splits, in fixed order. Backward scales what the forward found.
+The keys are split between programs. Each holds a tile of student rows and one of teacher rows, and multiplies both with
+its share of the batch's keys and of the queue. As in flash attention, the first launch computes the statistics of both
+softmaxes and the mean key under the student's, a part of the gradient; at gamma 0 it also computes the mean key under
+the teacher's, so that it is the only one to read all keys. The second launch sums the keys for the rest of the
+gradient: at gamma 0 the positives, found by their ids alone; at other gammas the keys weighted by the focal targets, in
+a second stream. The third launch sums the splits in a fixed order. Backward scales what forward computed.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from softmask.kernels.momentum_contrastive_streams import (
     places,
 )
 
-PART = 256  # of wide features
-REGISTERS = 2048  # that a multiprocessor has for a thread of every warp: shared by the warps
-MAX_REGISTERS = 255  # of a thread
-MIN_BLOCK = 16  # of a product
+PART = 256  # of wide features, multiplied part by part
+REGISTERS = 2048  # of a multiprocessor per lane, shared by its warps
+MAX_REGISTERS = 255  # per thread
+MIN_BLOCK = 16  # the smallest operand of tl.dot
 
-# BLOCK_KEYS of types of two bytes; larger ones have half as many, and a stage less. WIDEST: features that a program
-# holds as a whole; 86 and 120 have less shared memory. PROGRAMS: one per multiprocessor, whose registers it fills; each
-# goes through FEWEST tiles, whose keys are more than the sums that it leaves.
+# BLOCK_KEYS: for types of two bytes; larger types have half as many, and one stage fewer. WIDEST: features that a
+# program holds at once; 86 and 120 have less shared memory. PROGRAMS: one per multiprocessor, whose registers it fills.
+# FEWEST: tiles per program, so that it reads more keys than it writes sums.
 STREAM: Configs = {
     0: {
         "BLOCK_ROWS": 64,
@@ -77,7 +77,8 @@ BACKWARD: Configs = {0: {"BLOCK_ROWS": 64}, 80: {"BLOCK_ROWS": 4, "num_warps": 4
 
 @triton.jit
 def _sum_of_splits(sums_ptr, weights, at, live, column, width):
-    """sums [splits, 2, rows, width] under weights [BLOCK_SPLITS, BLOCK_ROWS], read where these are not 0."""
+    """Sums over splits of sums [splits, 2, rows, width] times weights [BLOCK_SPLITS, BLOCK_ROWS]; reads none whose
+    weight is 0."""
     live = (live & (weights != 0.0))[:, :, None] & (column < width)[None, None, :]
     place = at.to(tl.int64)[:, :, None] * width + column[None, None, :]
     return tl.sum(tl.load(sums_ptr + place, mask=live, other=0.0) * weights[:, :, None], 0)
@@ -152,7 +153,7 @@ def _bwd_kernel(
 
 
 def _alike(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-    """Of equal strides: copies where they differ."""
+    """Both tensors with equal strides: copies if theirs differ."""
     return (image, text) if image.stride() == text.stride() else (image.contiguous(), text.contiguous())
 
 
@@ -161,8 +162,8 @@ def _rows(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _keys(*given: Tensor | None) -> list[Tensor | None]:
-    """Keys and queues of images and texts. The batch's keys, which are few, take the queue's type where that is the
-    larger one, and are neighbours in memory as those of the queue, which stays as it is."""
+    """Keys and queues of images and texts. Queues keep their layout. The batch's keys, which are few, are converted to
+    the queues' type, if that is larger, and to their layout."""
     image_keys, text_keys, image_queue, text_queue = given
     common = reduce(torch.promote_types, (tensor.dtype for tensor in given if tensor is not None))
     image_keys, text_keys = _rows(image_keys.to(common), text_keys.to(common))
@@ -175,13 +176,13 @@ def _keys(*given: Tensor | None) -> list[Tensor | None]:
 
 
 def _types(*tensors: Tensor) -> dict[str, Any]:
-    """Of the products, and of those with computed factors."""
+    """Types of the products, and of those with computed factors."""
     factor = factor_dots(*tensors)
     return dots(*tensors) | {"FACTOR": factor["DOT"], "FACTOR_PRECISION": factor["PRECISION"]}
 
 
 def _constants(width: int, queued: bool, *tensors: Tensor) -> tuple[int, int, dict[str, Any]]:
-    """Programs wanted and tiles that each has at least; the constants, num_warps and num_stages of both streams."""
+    """(programs wanted, fewest tiles for each, constants, num_warps and num_stages of both streams)."""
     options = config(STREAM, tensors[0]) | _types(*tensors)
     options["WIDTH"], options["WIDE"] = width, width > options.pop("WIDEST")
     options["BLOCK_WIDTH"] = PART if options["WIDE"] else max(triton.next_power_of_2(width), MIN_BLOCK)
@@ -191,9 +192,9 @@ def _constants(width: int, queued: bool, *tensors: Tensor) -> tuple[int, int, di
         options["BLOCK_KEYS"] = max(options["BLOCK_KEYS"] // 2, MIN_BLOCK)
         options["num_stages"] = max(options["num_stages"] - 1, 1)
     if options["DOT"] == tl.float32 and options["PRECISION"] == "ieee":
-        options["num_warps"] = 8  # with 16, a thread's share of registers is too small for what exact products take
-        # Loads of the next keys take registers too: more than there are beside masks of wide features, or on sm_100
-        # where there is no queue.
+        options["num_warps"] = 8  # with 16, a thread has too few registers for IEEE products
+        # Loading the next keys ahead needs registers too: more than are left beside the masks of wide features or, on
+        # sm_100, without a queue.
         masked = PART < width < options["BLOCK_WIDTH"]
         if masked or not (queued or options["WIDE"]):
             options["num_stages"] = 1
@@ -202,15 +203,15 @@ def _constants(width: int, queued: bool, *tensors: Tensor) -> tuple[int, int, di
 
 
 def _splits(tiles: int, blocks: int, programs: int, fewest_tiles: int) -> tuple[int, int]:
-    """Tiles of keys in each split, and the number of splits, for about `programs` programs in all."""
+    """(tiles of keys per split, number of splits), for about `programs` programs in all."""
     tiles_of_split = max(triton.cdiv(tiles, max(programs // max(2 * blocks, 1), 1)), fewest_tiles)
     return tiles_of_split, max(triton.cdiv(tiles, tiles_of_split), 1)
 
 
 def _finish_options(image: Tensor, width: int, block_splits: int) -> dict[str, int]:
-    """Constants of the last launch, BLOCK_COLUMNS among them."""
+    """Constants of the last launch, including BLOCK_COLUMNS."""
     options = config(FINISH, image)
-    if width % 4:  # no vectors: every load has a pointer and a mask in registers
+    if width % 4:  # no vector loads: every load has its pointer and mask in registers
         options["num_warps"] = 8
     elements = options.pop("ELEMENTS") // (block_splits * options["BLOCK_ROWS"])
     return {**options, "BLOCK_COLUMNS": min(triton.next_power_of_2(width), elements), "BLOCK_SPLITS": block_splits}
@@ -234,8 +235,8 @@ def forward(
     first_row: int,
     gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Losses [B], the means of both directions, and their derivatives [B] by the scale; with gradient also those by
-    scale * image and scale * text, [B, D]."""
+    """Losses [B], the means of both directions, and their derivatives [B] with respect to scale; with gradient, also
+    those with respect to scale * image and scale * text, [B, D]."""
     image, text = _rows(image, text)
     image_teacher, text_teacher = _rows(image_teacher, text_teacher)
     keys = _keys(image_keys, text_keys, image_queue, text_queue)

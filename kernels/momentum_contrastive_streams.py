@@ -1,7 +1,7 @@
-"""The two streams of momentum_contrastive over the keys; momentum_contrastive.py says what they are for.
+"""The two streams of momentum_contrastive over the keys; momentum_contrastive.py explains what they are for.
 
-Side 0 are the rows of images, whose keys are texts, side 1 the reverse. Keys are those of the batch and then the
-queue's, by tiles which belong to one of both.
+Side 0 is the rows of images, whose keys are texts; side 1 is the reverse. Tiles of keys cover the batch's keys, then
+the queue's; no tile covers both.
 """
 
 from __future__ import annotations
@@ -11,25 +11,26 @@ import triton.language as tl
 
 from softmask.kernels._focal import focal
 
-STATISTICS: tl.constexpr = tl.constexpr(8)  # of a row in one split, by the first stream
-TERMS: tl.constexpr = tl.constexpr(3)  # of a row in one split, by the second where gamma is not 0
-LOWEST: tl.constexpr = tl.constexpr(-1e38)  # a logit of no key, and a maximum of nothing: differences are finite
-LEAST: tl.constexpr = tl.constexpr(1e-30)  # a weight of no key, by which others can be divided
+STATISTICS: tl.constexpr = tl.constexpr(8)  # per row and split, from the first stream
+TERMS: tl.constexpr = tl.constexpr(3)  # per row and split, from the second stream if gamma is not 0
+LOWEST: tl.constexpr = tl.constexpr(-1e38)  # logit without key, maximum of an empty set: differences are finite
+LEAST: tl.constexpr = tl.constexpr(1e-30)  # maximum weight of an empty set, by which others can be divided
 
 
-LEAST_SCALE: tl.constexpr = tl.constexpr(1e-7)  # moves no logit by more than a rounding
+LEAST_SCALE: tl.constexpr = tl.constexpr(1e-7)  # changes no logit by more than a rounding error
 
 
 @triton.jit
 def load_scale(scale_ptr):
-    """Kept off 0: the sums of a gradient at the scale are of logits, and divided by it."""
+    """The scale, kept away from 0: its gradient is computed from sums of logits, divided by it."""
     scale = tl.load(scale_ptr).to(tl.float32)
     return tl.where(tl.abs(scale) < LEAST_SCALE, LEAST_SCALE, scale)
 
 
 @triton.jit
 def _place(rows, tiles, tiles_of_split, BLOCK_ROWS: tl.constexpr):
-    """(split, number of splits, side, first row, first tile, last tile) of this program; neighbours read the same."""
+    """(split, number of splits, side, first row, first tile, last tile) of this program; neighbours read the same
+    keys."""
     blocks = tl.cdiv(rows, BLOCK_ROWS)
     program, splits = tl.program_id(0), tl.num_programs(0) // blocks // 2
     split = program // blocks // 2
@@ -51,7 +52,7 @@ def _tile_of(
     start_ptr, first, rows, first_column, strides,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK, BLOCK_WIDTH] of a matrix, zeros beyond its edges."""
+    """Loads [BLOCK, BLOCK_WIDTH] of a matrix, with zeros beyond its edges."""
     row_stride, column_stride = strides
     row, column = tl.arange(0, BLOCK), first_column + tl.arange(0, BLOCK_WIDTH)
     start_ptr += tl.cast(first, tl.int64) * row_stride
@@ -70,7 +71,7 @@ def _row_tile(of_rows, first_column, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constex
 
 @triton.jit
 def _keys_at(tile, source, BLOCK_KEYS: tl.constexpr):
-    """(matrix of a tile of keys, their places in it, which of them exist, whether it is the batch's)."""
+    """(matrix of a tile of keys, their positions in it, which of them exist, whether it is the batch's)."""
     keys_ptr, queue_ptr, count, queue_count, keys_strides, queue_strides = source
     first, tiles = tile * BLOCK_KEYS, tl.cdiv(count, BLOCK_KEYS)
     in_batch = tile < tiles
@@ -91,7 +92,7 @@ def _key_tile(matrix, first_column, WIDTH: tl.constexpr, BLOCK_KEYS: tl.constexp
     sizes = (row_stride, column_stride)
     if keys_ptr.dtype == queue_ptr.dtype:
         of_tile = _tile_of(keys_ptr, first, count, first_column, sizes, WIDTH, BLOCK_KEYS, BLOCK_WIDTH)
-    else:  # either reads nothing where the tile is the other's
+    else:  # a load reads nothing if the tile belongs to the other matrix
         own, others = tl.where(in_batch, count, 0), tl.where(in_batch, 0, count)
         of_tile = _tile_of(keys_ptr, first, own, first_column, sizes, WIDTH, BLOCK_KEYS, BLOCK_WIDTH).to(tl.float32)
         of_queue = _tile_of(queue_ptr, first, others, first_column, sizes, WIDTH, BLOCK_KEYS, BLOCK_WIDTH)
@@ -101,7 +102,7 @@ def _key_tile(matrix, first_column, WIDTH: tl.constexpr, BLOCK_KEYS: tl.constexp
 
 @triton.jit
 def _known_by(ids_ptr, index, live, first_row):
-    """What makes a row and a key positive: their id or, without ids, the row's place among the keys."""
+    """What a row and its positive keys share: their id or, without ids, the row's position among the keys."""
     value = index.to(tl.int64) + first_row
     if ids_ptr is not None:
         value = tl.load(ids_ptr + index, mask=live, other=0)
@@ -110,7 +111,7 @@ def _known_by(ids_ptr, index, live, first_row):
 
 @triton.jit
 def _positives(own, key_ids_ptr, queue_ids_ptr, key, live, in_batch):
-    """Which keys are the rows' positives, [BLOCK_ROWS, BLOCK_KEYS]; none of a queue without ids."""
+    """Which keys are the rows' positives, [BLOCK_ROWS, BLOCK_KEYS]. Without ids, the queue has none."""
     if queue_ids_ptr is None:
         live = live & in_batch
     elif in_batch == 0:
@@ -124,8 +125,8 @@ def _logits(
     WIDE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Of student and teacher at a tile of keys k, [BLOCK_ROWS, BLOCK_KEYS] each; with WIDE by parts of the features,
-    in fp32 by halves: its products take their factors from registers."""
+    """Logits of student and teacher for a tile of keys, [BLOCK_ROWS, BLOCK_KEYS] each. With WIDE, features are
+    multiplied in parts; fp32 uses half as large parts, because its products take their operands from registers."""
     if WIDE:
         logit = tl.zeros([BLOCK_ROWS, BLOCK_KEYS], tl.float32)
         teacher_logit = logit
@@ -144,7 +145,7 @@ def _logits(
 
 @triton.jit
 def _store_sums(out_ptr, sums, at, live, first_column, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
-    """sums [BLOCK_ROWS, BLOCK_WIDTH] of keys to rows `at` of a matrix."""
+    """Stores sums [BLOCK_ROWS, BLOCK_WIDTH] of keys to rows `at` of a matrix."""
     column = first_column + tl.arange(0, BLOCK_WIDTH)
     live = live[:, None] & (column < WIDTH)[None, :]
     tl.store(out_ptr + at[:, None].to(tl.int64) * WIDTH + column[None, :], sums, mask=live)
@@ -152,8 +153,8 @@ def _store_sums(out_ptr, sums, at, live, first_column, WIDTH: tl.constexpr, BLOC
 
 @triton.jit
 def _add_tile(sums, logit, teacher_logit):
-    """The sums of both softmaxes after a tile, its exponentials [BLOCK_ROWS, BLOCK_KEYS], and the factors of earlier
-    ones."""
+    """(sums of both softmaxes after a tile, both exponentials [BLOCK_ROWS, BLOCK_KEYS], both factors for earlier
+    sums)."""
     highest, total, teacher_highest, teacher_total, spread, cross = sums
     before, teacher_before = highest, teacher_highest
     highest, teacher_highest = (
@@ -173,7 +174,7 @@ def _add_tile(sums, logit, teacher_logit):
 
 @triton.jit
 def _store_state(pointer, state, at, row, rows, splits, first_column):
-    """Numbers of every row, one plane of `pointer` each, by the programs of the first columns."""
+    """Stores the numbers of each row, each in a plane of `pointer`; only the programs of the first columns do."""
     for number in tl.static_range(len(state)):
         tl.store(pointer + number * splits * 2 * rows + at, state[number], mask=(row < rows) & (first_column == 0))
 
@@ -189,7 +190,7 @@ def fwd_first_stream_kernel(
     FACTOR: tl.constexpr, FACTOR_PRECISION: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Statistics of rows in one split, and the sums of keys under the exponentials of both softmaxes."""
+    """Statistics of rows in one split, and the sums of keys weighted by the exponentials of both softmaxes."""
     split, splits, side, first_of_rows, first, last = _place(num_rows, num_tiles, tiles_of_split, BLOCK_ROWS)
     first_column = tl.program_id(1) * BLOCK_WIDTH if WIDE else 0
     scale, gamma = load_scale(scale_ptr), tl.load(gamma_ptr).to(tl.float32)
@@ -200,7 +201,7 @@ def fwd_first_stream_kernel(
     row = first_of_rows + tl.arange(0, BLOCK_ROWS)
     own = _known_by(ids_ptr, row, row < num_rows, first_row)
     keys_ptr = _of_side(text_keys_ptr, image_keys_ptr, side)
-    queue_ptr = keys_ptr  # read where there is a queue; None in a tuple is nothing that Triton 3.3 knows
+    queue_ptr = keys_ptr  # read only with a queue; Triton 3.3 does not support None in a tuple
     if image_queue_ptr is not None:
         queue_ptr = _of_side(text_queue_ptr, image_queue_ptr, side)
     source = (keys_ptr, queue_ptr, num_keys, num_queued, keys_strides, queue_strides)
@@ -242,17 +243,18 @@ def fwd_first_stream_kernel(
 
 @triton.jit
 def places(side, row, rows, splits, BLOCK_SPLITS: tl.constexpr):
-    """Where a number of every split is in [splits, 2, rows], and which exist: [BLOCK_SPLITS, BLOCK_ROWS]."""
+    """Positions of a number of every split in [splits, 2, rows], and which exist: [BLOCK_SPLITS, BLOCK_ROWS]."""
     split = tl.arange(0, BLOCK_SPLITS)[:, None]
     return (split * 2 + side) * rows + row[None, :], (split < splits) & (row < rows)[None, :]
 
 
 @triton.jit
 def join(statistics_ptr, at, live, row, rows, splits):
-    """Statistics over all splits.
+    """Joins the statistics of all splits.
 
-    Of student and teacher each the highest logit, the sum of exponentials under it, every split's part of a mean, and
-    the mean of z - highest under its softmax; the sum of the positives' logits; their number by split.
+    For student and teacher: the highest logit, the sum of exponentials relative to it, each split's share in a mean,
+    and the mean of z - highest under the softmax. Then the sum of the positives' logits, and the number of positives
+    per split.
     """
     step, exists = splits * 2 * rows, row < rows
     tops = tl.load(statistics_ptr + at, mask=live, other=LOWEST)
@@ -304,10 +306,11 @@ def _focal_targets(
     FACTOR: tl.constexpr, FACTOR_PRECISION: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Sums over tiles of keys: of y's focal terms, of the weights y h(p), of z - highest and of the keys under them.
+    """Sums over tiles of keys: of y's focal terms, of the weights y h(p), and of z - highest and the keys under these
+    weights.
 
-    The last is taken in units of the highest weight so far, which thus is not rounded: where a row is right, it nearly
-    cancels with the student's own part of the gradient.
+    The sum of keys is in units of the highest weight so far, which is thus not rounded: where a row is right, it nearly
+    cancels with the student's part of the gradient.
     """
     loss = tl.zeros([BLOCK_ROWS, BLOCK_KEYS], tl.float32)
     slope, spread, highest = loss, loss, tl.full([BLOCK_ROWS], LEAST, tl.float32)
@@ -351,15 +354,15 @@ def fwd_second_stream_kernel(
     WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Of rows in one split: at gamma 0 the mean positive key's part, where there are any; at other gammas the focal
-    terms and their slopes, and the sum of keys under the focal targets."""
+    """For rows in one split: at gamma 0, its part of the mean positive key, if it has any; at other gammas, the focal
+    terms, their slopes, and the sum of keys weighted by the focal targets."""
     split, splits, side, first_of_rows, first, last = _place(num_rows, num_tiles, tiles_of_split, BLOCK_ROWS)
     scale = load_scale(scale_ptr)
     alpha, gamma = tl.load(alpha_ptr).to(tl.float32), tl.load(gamma_ptr).to(tl.float32)
     first_column = tl.program_id(1) * BLOCK_WIDTH if WIDE else 0
     row = first_of_rows + tl.arange(0, BLOCK_ROWS)
     keys_ptr = _of_side(text_keys_ptr, image_keys_ptr, side)
-    queue_ptr = keys_ptr  # read where there is a queue; None in a tuple is nothing that Triton 3.3 knows
+    queue_ptr = keys_ptr  # read only with a queue; Triton 3.3 does not support None in a tuple
     if image_queue_ptr is not None:
         queue_ptr = _of_side(text_queue_ptr, image_queue_ptr, side)
     source = (keys_ptr, queue_ptr, num_keys, num_queued, keys_strides, queue_strides)

@@ -1,9 +1,9 @@
-"""soft_mask: features scaled by one minus a map, each read once and written once.
+"""soft_mask: features scaled by one minus a map; every feature is read once, every result written once.
 
-A program holds a tile of tokens of one image and goes through the image's maps. It reads each map as a whole for its
-normalization: a few hundred numbers beside a tile of some thousands. Backward, the same tiles give the gradient of the
-features, and by chunks of the width the gradient at the normalized maps, which a second launch, a program per map, adds
-up and takes through the normalization.
+A program holds a tile of tokens of one image and loops over the image's maps. It reads each whole map for its
+normalization: a few hundred numbers, beside thousands in a tile. In backward, the same tiles give the gradient of the
+features and, for each chunk of the width, the gradient of the normalized maps. A second launch, with one program per
+map, sums the chunks and goes back through the normalization.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from softmask.kernels._launch import Configs, config, last_contiguous, launch, s
 from softmask.kernels._normalize import extent, gradient
 
 MAX_BLOCK_WIDTH = 1024
-# BLOCK_TOKENS of features of two bytes; those of four take half as many.
+# BLOCK_TOKENS: for features of two bytes; features of four bytes use half as many.
 FORWARD: Configs = {0: {"BLOCK_TOKENS": 64}, 80: {"BLOCK_TOKENS": 16, "num_warps": 16, "num_stages": 1}}
 BACKWARD: Configs = {0: {"BLOCK_TOKENS": 64}, 80: {"BLOCK_TOKENS": 8, "num_warps": 16, "num_stages": 1}}
 
@@ -124,7 +124,7 @@ def _block_width(width: int) -> int:
 
 
 def _by_word(maps: Tensor) -> Tensor:
-    """[B, W, P'], neighbouring patches neighbours in memory."""
+    """maps as [B, W, P'], contiguous in the last dimension."""
     return last_contiguous(maps if maps.dim() == 3 else maps.unsqueeze(1))
 
 
@@ -156,7 +156,7 @@ def backward(
     num_prefix_tokens: int,
     features_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of features (empty without features_grad) and of maps (empty where no features are given)."""
+    """Gradients of features (empty without features_grad) and of maps (empty if no features are given)."""
     grad, by_word = grad.contiguous(), _by_word(maps)
     batch, words, patches = by_word.shape
     tokens, width = grad.shape[-2:]

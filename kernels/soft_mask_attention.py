@@ -1,11 +1,11 @@
-"""soft_mask_attention: flash attention to images that pairs share, each pair with its own weights of their tokens.
+"""soft_mask_attention: flash attention to images that pairs share, with each pair's own weights of the image tokens.
 
-Forward, one launch: a program holds a tile of text of one pair and head, streams its image's keys and values once, and
-applies the pair's weights to logits and probabilities: no pair's keys or values exist. An index that names no image
-names one without keys. Backward, three launches, from the inputs alone: the forward's tiles stream keys and values
-twice, for the softmax's statistics and for the query's gradient; a program per image, head and tile of keys goes
-through the image's pairs in their order, found in the index itself, and writes the gradients of keys and values once;
-parts of the bias's gradient are added up.
+Forward is one launch. A program holds a tile of text of one pair and head, streams its image's keys and values once,
+and applies the pair's weights to logits and probabilities, so no keys or values per pair exist. An index that names no
+image counts as an image without keys. Backward is three launches and needs only the inputs. First, the forward's tiles
+stream keys and values twice, for the softmax's statistics and for the query's gradient. Then a program per image, head
+and tile of keys loops over the image's pairs in order, which it finds in the index, and writes the gradients of keys
+and values once. Last, the parts of the bias's gradient are summed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The backward kernels of soft_mask_attention: three launches, from the inputs alone."""
+"""The backward kernels of soft_mask_attention: three launches that need only the inputs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from softmask.kernels.soft_mask_attention_tables import (
     query_backward_tables,
 )
 
-MAX_BLOCK_PAIRS = 1024  # of the index, in registers beside the gradients
+MAX_BLOCK_PAIRS = 1024  # of the index at a time, in registers beside the gradients
 BIAS = {"BLOCK_ROWS": 64, "BLOCK_WIDTH": 64}
 
 
@@ -26,7 +26,7 @@ def _d_attention(
     d_out, value_ptr, stride_vp, kept, weight,
     VALUE_WIDTH: tl.constexpr, VALUE_DOT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_VALUE: tl.constexpr,
 ):  # fmt: skip
-    """The gradient at the probabilities of a tile of keys: [BLOCK_TOKENS, BLOCK_KEYS]."""
+    """The gradient with respect to the probabilities of a tile of keys: [BLOCK_TOKENS, BLOCK_KEYS]."""
     value = load_rows(value_ptr, stride_vp, kept, VALUE_WIDTH, BLOCK_VALUE).to(VALUE_DOT)
     return tl.dot(d_out.to(VALUE_DOT), tl.trans(value), input_precision=PRECISION) * weight[None, :]
 
@@ -42,7 +42,8 @@ def _bwd_query_kernel(
     FACTOR: tl.constexpr, FACTOR_PRECISION: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_VALUE: tl.constexpr,
 ):  # fmt: skip
-    """The query's gradient, in two passes over the keys: the softmax's statistics first. Parts of the bias's."""
+    """The query's gradient, in two passes over the keys, the first for the softmax's statistics; parts of the bias's
+    gradient."""
     stride_on, stride_oh, stride_ot = d_out_strides
     stride_qn, stride_qh, stride_qt = query_strides
     stride_kb, stride_kh, stride_kp = key_strides
@@ -83,7 +84,7 @@ def _bwd_query_kernel(
         d_attention = _d_attention(
             d_out, value_ptr, stride_vp, kept, weight, VALUE_WIDTH, VALUE_DOT, PRECISION, BLOCK_VALUE
         )
-        d_logit = tl.exp2(logit - highest[:, None]) * (d_attention - mean[:, None])  # without share
+        d_logit = tl.exp2(logit - highest[:, None]) * (d_attention - mean[:, None])  # share follows below
         factor = (d_logit * weight[None, :]).to(FACTOR)
         d_query = tl.dot(factor, key.to(FACTOR), d_query, input_precision=FACTOR_PRECISION)
         key_ptr += BLOCK_KEYS * stride_kp
@@ -99,7 +100,8 @@ def _bwd_statistics(
     DOT: tl.constexpr, VALUE_DOT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_VALUE: tl.constexpr,
 ):  # fmt: skip
-    """Per token: the highest logit, 1 / sum of exponentials, the mean gradient at the probabilities, any key?"""
+    """For each token: (highest logit, 1 / sum of exponentials, mean gradient of the probabilities, whether it has
+    keys)."""
     highest = tl.full([BLOCK_TOKENS], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_TOKENS], tl.float32)
     mean = tl.zeros([BLOCK_TOKENS], tl.float32)
@@ -118,14 +120,14 @@ def _bwd_statistics(
         key_tile_ptr += BLOCK_KEYS * stride_kp
         value_tile_ptr += BLOCK_KEYS * stride_vp
     attends = total != 0  # NaN stays NaN
-    highest = tl.where(attends, highest, float("inf"))  # no key: probabilities of 0
-    share = 1.0 / tl.where(attends, total, 1.0)  # apart from highest: adding its log would round it
+    highest = tl.where(attends, highest, float("inf"))  # without keys, probabilities are 0
+    share = 1.0 / tl.where(attends, total, 1.0)  # separate from highest: adding its log would round it
     return highest, share, mean * share, attends
 
 
 @triton.jit
 def _load_statistics(highest_ptr, share_ptr, mean_ptr, row, token, in_text):
-    """What the query's kernel left for the tokens of a tile."""
+    """What the query's kernel stored for the tokens of a tile."""
     highest = tl.load(highest_ptr + row + token, mask=in_text, other=float("inf"))
     share = tl.load(share_ptr + row + token, mask=in_text, other=0.0)
     mean = tl.load(mean_ptr + row + token, mask=in_text, other=0.0)
@@ -165,7 +167,7 @@ def _bwd_key_value_kernel(
         WIDTH, VALUE_WIDTH, DOT, VALUE_DOT, PRECISION, FACTOR, FACTOR_PRECISION, VALUE_FACTOR, VALUE_PRECISION,
         BLOCK_TOKENS, BLOCK_KEYS, BLOCK_WIDTH, BLOCK_VALUE, BLOCK_PAIRS,
     )  # fmt: skip
-    # Zeros at ignored keys, also if a query is NaN.
+    # Gradients of ignored keys are 0 even if a query is NaN.
     d_key, d_value = tl.where(kept[:, None], d_key, 0.0), tl.where(kept[:, None], d_value, 0.0)
     row = (image * num_keys + first_key) * num_heads + head
     store_rows(d_key_ptr + row * WIDTH, num_heads * WIDTH, d_key * scale, live, WIDTH, BLOCK_WIDTH)
@@ -183,7 +185,8 @@ def _over_pairs(
     BLOCK_TOKENS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_VALUE: tl.constexpr,
     BLOCK_PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """Sums over the image's pairs: [BLOCK_KEYS, BLOCK_WIDTH] and [BLOCK_KEYS, BLOCK_VALUE]."""
+    """Gradients of keys and values, summed over the image's pairs: [BLOCK_KEYS, BLOCK_WIDTH], [BLOCK_KEYS,
+    BLOCK_VALUE]."""
     stride_on, stride_oh, stride_ot = d_out_strides
     stride_qn, stride_qh, stride_qt = query_strides
     query_ptr += head * stride_qh
@@ -198,7 +201,7 @@ def _over_pairs(
         if index_ptr is not None:
             ours = tl.load(index_ptr + every, mask=every < num_pairs, other=-1) == image
         pair, first = tl.min(tl.where(ours, every, num_pairs), 0), tl.full((), 0, tl.int32)
-        # One loop over pairs and their tiles of text, without branches: it prefetches the next tile.
+        # One loop over pairs and their tiles of text, without branches, so that it prefetches the next tile.
         for _ in range(tl.sum(ours.to(tl.int32), 0) * tl.cdiv(num_tokens, BLOCK_TOKENS)):
             this_pair, first_token = pair.to(tl.int64), first.to(tl.int64)
             weight = tl.full([BLOCK_KEYS], 1.0, tl.float32)
@@ -250,7 +253,7 @@ def backward(
     key_padding_mask: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and value_bias (empty and fp32 where there is none), each of its tensor's type."""
+    """Gradients of query, key, value and value_bias (empty and fp32 if not given), each with its tensor's type."""
     inputs = (grad, query, key, value, key_weight, kv_index, key_padding_mask)
     d_out, query, key, value, weight, index, padding = readable(*inputs)
     d_query, d_key, d_value = (tokens_first(tensor, tensor.shape[3]) for tensor in (query, key, value))

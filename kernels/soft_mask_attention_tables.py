@@ -1,4 +1,4 @@
-"""The launches' tables of soft_mask_attention, and what a launch takes from them."""
+"""The launch tables of soft_mask_attention, and how a launch reads them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from softmask.kernels._launch import Configs, config, dots, factor_dots
 
-# For heads as wide as 64; wider ones take MANY_WARPS, and smaller tiles where those would not fit registers.
+# For heads up to 64 wide; wider heads use MANY_WARPS, and smaller tiles if the tables' would not fit registers.
 HEAD_WIDTH, MANY_WARPS = 64, 8
 FORWARD: Configs = {
     0: {"BLOCK_TOKENS": 64, "BLOCK_KEYS": 256},
@@ -24,7 +24,7 @@ KEY_BACKWARD: Configs = {
     90: {"BLOCK_TOKENS": 32, "BLOCK_KEYS": 64, "num_warps": 4, "num_stages": 3},
     100: {"BLOCK_TOKENS": 32, "BLOCK_KEYS": 64, "num_warps": 4, "num_stages": 2},
 }
-# fp32: exact products are no matter of tensor cores and need more registers.
+# fp32: IEEE products do not use tensor cores and need more registers.
 FORWARD_SINGLE: Configs = {0: FORWARD[0], 80: {"BLOCK_TOKENS": 32, "BLOCK_KEYS": 16, "num_warps": 8, "num_stages": 2}}
 QUERY_BACKWARD_SINGLE: Configs = {0: FORWARD[0], 80: FORWARD_SINGLE[80] | {"maxnreg": 64}, 90: FORWARD_SINGLE[80]}
 KEY_BACKWARD_SINGLE: Configs = {
@@ -32,7 +32,7 @@ KEY_BACKWARD_SINGLE: Configs = {
     80: {"BLOCK_TOKENS": 16, "BLOCK_KEYS": 32, "num_warps": 8, "num_stages": 3, "maxnreg": 128},
     90: {"BLOCK_TOKENS": 16, "BLOCK_KEYS": 32, "num_warps": 8, "num_stages": 4},
 }
-# What takes other registers than the usual call: padding, heads wider or narrower than 64.
+# For calls with other register needs than the usual one: padding, heads wider or narrower than 64.
 QUERY_BACKWARD_PADDED: Configs = QUERY_BACKWARD | {
     90: QUERY_BACKWARD[90] | {"maxnreg": 160},
     100: QUERY_BACKWARD[90],
@@ -44,7 +44,7 @@ KEY_BACKWARD_NARROW_SINGLE: Configs = KEY_BACKWARD_SINGLE | {90: KEY_BACKWARD_SI
 
 
 def query_backward_tables(query: Tensor, value: Tensor, *, padded: bool) -> tuple[Configs, Configs]:
-    """Of half precision and of fp32."""
+    """Tables for half precision and for fp32."""
     half = QUERY_BACKWARD_PADDED if padded else QUERY_BACKWARD
     if dots(query)["PRECISION"] == "tf32":
         return half, FORWARD_SINGLE
@@ -52,7 +52,7 @@ def query_backward_tables(query: Tensor, value: Tensor, *, padded: bool) -> tupl
 
 
 def key_backward_tables(query: Tensor, value: Tensor, *, padded: bool) -> tuple[Configs, Configs]:
-    """Of half precision and of fp32."""
+    """Tables for half precision and for fp32."""
     width = _width(query, value)
     half = KEY_BACKWARD_WIDE if width > HEAD_WIDTH else KEY_BACKWARD_PADDED if padded else KEY_BACKWARD
     return half, KEY_BACKWARD_NARROW_SINGLE if width < HEAD_WIDTH else KEY_BACKWARD_SINGLE
@@ -63,7 +63,8 @@ def _width(query: Tensor, value: Tensor) -> int:
 
 
 def options_of(half: Configs, single: Configs, query: Tensor, key: Tensor, *values: Tensor) -> dict[str, Any]:
-    """Constants of a launch, blocks fitted to the problem. A product has its two tensors' type, fp32 if they differ."""
+    """Constants of a launch, with blocks fitted to the problem. A product has its tensors' type, or fp32 if they
+    differ."""
     in_single = torch.float32 in {tensor.dtype for tensor in (query, key, *values)}
     options = config(single if in_single else half, query) | dots(query, key) | {"VALUE_DOT": dots(*values)["DOT"]}
     width, value_width = query.shape[3], values[0].shape[3]
@@ -77,11 +78,11 @@ def options_of(half: Configs, single: Configs, query: Tensor, key: Tensor, *valu
 
 
 def factors_of(*tensors: Tensor, factor: str = "FACTOR", precision: str = "FACTOR_PRECISION") -> dict[str, Any]:
-    """The type of the tensors' products with probabilities and gradients at logits."""
+    """Type and precision of the tensors' products with probabilities and with gradients with respect to logits."""
     chosen = factor_dots(*tensors)
     return {factor: chosen["DOT"], precision: chosen["PRECISION"]}
 
 
 def _block(size: int) -> int:
-    """A power of two, and what products take at least."""
+    """The next power of two, at least the smallest operand of tl.dot."""
     return max(16, triton.next_power_of_2(size))

@@ -1,11 +1,12 @@
 """word_attention: rows of the attention, or of Grad-CAM, at the tokens of words, and no other row.
 
-Two launches, as in flash decoding. A program of the first holds one tile of one head's keys and values and goes through
-the words' rows: it reads query and grad_output at those tokens alone, and writes exp(logit - top), times
-relu(grad_output (v + bias)^T), with the tile's largest logit and the sum of its exponentials. A program of the second
-makes one map: from tops and sums it has the softmax's denominators, adds up heads and sub-tokens, and normalizes. Every
-key and value is read once; what lies between the launches is one number per key, head and row. For the gradient, which
-is in word_attention_backward, these rows stay, over their denominators and with and without the relu's product.
+Two launches, as in flash decoding. A program of the first holds one tile of one head's keys and values and loops over
+the words' rows. It reads query and grad_output at those tokens only, and writes exp(logit - top), times
+relu(grad_output (v + bias)^T), with the tile's largest logit and its sum of exponentials. A program of the second makes
+one map: it computes the softmax's denominators from the largest logits and sums, adds up heads and sub-tokens, and
+normalizes. Every key and value is read once; between the launches there is one number per key, head and row. For the
+gradient (word_attention_backward), these rows are kept, divided by their denominators, with and without the relu's
+product.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ FORWARD: Configs = {
     0: {"BLOCK_KEYS": 512, "TILE_BYTES": 1 << 20},
     80: {"BLOCK_KEYS": 64, "TILE_BYTES": 1 << 14, "num_warps": 4, "num_stages": 1},
 }
-# ELEMENTS: of the heads that a program adds to its map at once, of one kind of rows or of two; at least one head.
+# ELEMENTS: of the heads that a program adds to its map at once, in one or two kinds of rows; at least one head.
 COMBINE: Configs = {0: {"ELEMENTS": 1 << 16}, 80: {"ELEMENTS": 1 << 13, "num_warps": 16, "num_stages": 1}}
 
 
@@ -160,16 +161,16 @@ def forward(
     normalize: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """query, grad_output [B, H, T, E], key, value [B, H, P, E], value_bias [H, E], each of its own type, word_index
+    """query, grad_output [B, H, T, E], key, value [B, H, P, E], value_bias [H, E], each with its own type, word_index
     [B, W, S] -> maps [B, W, P - prefix], and what backward takes, all fp32 and empty without keep: the maps before
-    normalization (empty where there is none) and the words' rows of the attention, before them times
-    relu(grad_output v^T) where given, [1 or 2, B, H, W S, P up to 16s]."""
+    normalization (empty if there is none), and the words' rows of the attention, preceded by their products with
+    relu(grad_output v^T) if values are given, [1 or 2, B, H, W S, P rounded up to a multiple of 16]."""
     (batch, heads, tokens, _), keys = query.shape, key.shape[2]
     words, subtokens = word_index.shape[1:]
     rows = words * subtokens
     maps = query.new_empty((batch, words, keys - num_prefix_tokens), dtype=torch.float32)
     raw = maps.new_empty(maps.shape if keep and normalize != "none" else (0,))
-    pitch = 16 * triton.cdiv(keys, 16)  # rows of whole wide stores
+    pitch = 16 * triton.cdiv(keys, 16)  # so that rows are whole vector stores
     both = keep and value is not None
     by_row = maps.new_empty((2 if both else 1, batch, heads, rows, pitch))
     kept = by_row if keep else maps.new_empty((0,))

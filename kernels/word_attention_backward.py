@@ -1,10 +1,10 @@
-"""The gradients of word_attention: of query, key, value, grad_output and value_bias, in three launches.
+"""The gradients of word_attention, with respect to query, key, value, grad_output and value_bias, in three launches.
 
-The forward pass leaves the words' rows of the attention, A, and of A relu(grad_output (v + bias)^T), C, so that nothing
-is multiplied twice. A program per map goes back through the normalization and sums over keys what the gradient of the
-softmax subtracts. A program per head and tile of keys then reads them and their values once, goes through the rows, and
-writes the gradients of its keys and values and its part of the rows' gradients. The last launch adds these parts up by
-token: several words may name one.
+Forward keeps the words' rows of the attention, A, and of C = A relu(grad_output (v + bias)^T), so that no product is
+computed twice. First, a program per map goes back through the normalization and computes the sums over keys that the
+softmax's gradient subtracts. Then a program per head and tile of keys reads its keys and values once, loops over the
+rows, and writes the gradients of its keys and values and its part of the rows' gradients. The last launch sums these
+parts by token, because several words may name the same one.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from softmask.kernels._words import (
 )
 
 BLOCK_TOKENS = 32
-# ELEMENTS: of the rows whose sums a program takes at once, at least one row.
+# ELEMENTS: of the rows that a program sums at once; at least one row.
 MAPS_BACKWARD: Configs = {0: {"ELEMENTS": 1 << 16}, 80: {"ELEMENTS": 1 << 13, "num_warps": 8, "num_stages": 1}}
 KEYS_BACKWARD: Configs = {
     0: {"BLOCK_KEYS": 512, "TILE_BYTES": 1 << 20},
     80: {"BLOCK_KEYS": 64, "TILE_BYTES": 1 << 13, "num_warps": 4, "num_stages": 1},
 }
-# Where the loop over rows is one: what it keeps takes registers.
+# With several rows, their loop needs registers for what it keeps.
 KEYS_BACKWARD_OF_MANY: Configs = {0: KEYS_BACKWARD[0], 80: KEYS_BACKWARD[80] | {"BLOCK_KEYS": 32}}
 ADD_UP: Configs = {0: {"BLOCK_PARTS": 64}, 80: {"BLOCK_PARTS": 16, "num_warps": 4, "num_stages": 1}}
 
@@ -45,7 +45,8 @@ def _bwd_maps_kernel(
     num_heads, num_words, num_subtokens, map_size, num_prefix, pitch,
     NORMALIZE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of a map: the gradient at each of the rows that it averages, and by row its sum over keys, times C."""
+    """For a map: the gradient with respect to each of the rows that it averages and, per row, the sum over keys of that
+    times C."""
     batch, word = (tl.program_id(0) // num_words).to(tl.int64), tl.program_id(0) % num_words
     position = tl.arange(0, BLOCK)
     live = position < map_size
@@ -72,7 +73,7 @@ def _load_kept(
     weighted_ptr, attention_ptr, d_rows_ptr, place, row, position, live, in_map,
     num_subtokens, num_keys, num_prefix, pitch,
 ):  # fmt: skip
-    """(weighted attention, attention, gradient at the maps) of rows at keys: [BLOCK_ROWS, BLOCK_KEYS] each."""
+    """(weighted attention, attention, gradient of the maps) of rows at keys: [BLOCK_ROWS, BLOCK_KEYS] each."""
     mask = live[:, None] & (position < num_keys)[None, :]
     weighted = tl.load(weighted_ptr + place[:, None] * pitch + position[None, :], mask=mask, other=0.0)
     attention = weighted
@@ -89,8 +90,8 @@ def _value_gradients(
     d_gate, value, bias_ptr, grad_output, d_value,
     VALUE_WIDTH: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_VALUE: tl.constexpr,
 ):  # fmt: skip
-    """(d_value with the rows' share added, the rows' gradient of grad_output) for d_gate, the gradient at its product
-    with the values."""
+    """(d_value plus the rows' share, the rows' gradient of grad_output); d_gate is the gradient of grad_output's
+    product with the values."""
     d_value = tl.dot(tl.trans(d_gate).to(DOT), grad_output.to(DOT), d_value, input_precision=PRECISION)
     d_grad_output = tl.dot(d_gate.to(DOT), value.to(DOT), input_precision=PRECISION)
     if bias_ptr is not None:
@@ -108,7 +109,7 @@ def _tokens_of(index_ptr, batch, row, num_rows, num_tokens):
 
 @triton.jit
 def _store_bias_part(d_bias_parts_ptr, d_value, head, VALUE_WIDTH: tl.constexpr, BLOCK_VALUE: tl.constexpr):
-    """This program's part of one head's bias gradient: its sum over keys."""
+    """Stores this program's part of one head's bias gradient: the sum of d_value over keys."""
     d_bias_parts_ptr += (head * tl.num_programs(0) + tl.program_id(0)) * VALUE_WIDTH
     column = tl.arange(0, BLOCK_VALUE)
     tl.store(d_bias_parts_ptr + column, tl.sum(d_value, 0), mask=column < VALUE_WIDTH)
@@ -144,7 +145,7 @@ def _bwd_keys_kernel(
         key_ptr, value_ptr, position, kept_keys(padding_ptr, position, num_keys), key_strides[2], value_strides[2],
         WIDTH, VALUE_WIDTH, BLOCK_WIDTH, BLOCK_VALUE,
     )  # fmt: skip
-    in_map = position >= num_prefix  # prefix columns are dropped, and NaN in their values with them
+    in_map = position >= num_prefix  # maps leave out prefix columns, even if their values are NaN
     if value_ptr is not None:
         value = tl.where(in_map[:, None], value, 0.0)
     d_key, d_value = tl.zeros([BLOCK_KEYS, BLOCK_WIDTH], tl.float32), tl.zeros([BLOCK_KEYS, BLOCK_VALUE], tl.float32)
@@ -182,7 +183,7 @@ def _add_rows(
     out_ptr, parts_ptr, index_ptr, first, num_rows, num_tiles, num_tokens,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Writes tokens from first on, each the sum over the parts [rows, tiles, WIDTH] of the rows that name it."""
+    """Writes tokens from `first` on, each the sum of the parts [rows, tiles, WIDTH] of the rows that name it."""
     token = first + tl.arange(0, BLOCK_TOKENS)
     total = tl.zeros([BLOCK_TOKENS, BLOCK], tl.float32)
     for first_part in range(0, num_rows * num_tiles, BLOCK_PARTS):
@@ -196,7 +197,7 @@ def _add_rows(
 
 @triton.jit
 def _add_parts(out_ptr, parts_ptr, count, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_PARTS: tl.constexpr):
-    """Writes the sum of rows."""
+    """Writes the sum of `count` parts."""
     total = tl.zeros([BLOCK], tl.float32)
     for first in range(0, count, BLOCK_PARTS):
         part = first + tl.arange(0, BLOCK_PARTS)
@@ -212,7 +213,7 @@ def _bwd_sum_kernel(
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_VALUE: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Of one head and some tokens of a caption: the gradients of query and grad_output; of one head: the bias'."""
+    """For a head and some tokens of a caption, the gradients of query and grad_output; for a head, that of the bias."""
     blocks, heads = tl.cdiv(num_tokens, BLOCK_TOKENS), tl.num_programs(1)
     batch, first = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * BLOCK_TOKENS
     head = tl.program_id(1).to(tl.int64)
@@ -231,7 +232,7 @@ def _bwd_sum_kernel(
             d_grad_output_ptr, d_grad_output_parts_ptr, index_ptr, first, num_rows, num_tiles, num_tokens,
             VALUE_WIDTH, BLOCK_VALUE, BLOCK_TOKENS, BLOCK_PARTS,
         )  # fmt: skip
-    if d_bias_parts_ptr is not None:  # nested: before 3.7 Triton compiles both sides of `and`
+    if d_bias_parts_ptr is not None:  # nested: Triton before 3.7 compiles both sides of `and`
         if tl.program_id(0) == 0:
             d_bias_parts_ptr += head * num_parts * VALUE_WIDTH
             d_bias_ptr += head * VALUE_WIDTH
@@ -253,8 +254,8 @@ def backward(
     num_prefix_tokens: int,
     normalize: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value, grad_output and value_bias each of its tensor's type (empty, of
-    query's type, where that is None); raw and kept are what forward kept. Ignored keys have no attention in kept."""
+    """Gradients of query, key, value, grad_output and value_bias, each with its tensor's type (empty and with query's
+    type for None); raw and kept are from forward. Ignored keys have no attention in kept."""
     given = (query, key, value, grad_output, value_bias)
     gradients = [query.new_empty((0,)) if tensor is None else tensor.new_empty(tensor.shape) for tensor in given]
     d_query, d_key, d_value, d_grad_output, d_bias = gradients
@@ -295,7 +296,8 @@ def backward(
 def _through_maps(
     grad: Tensor, raw: Tensor, weighted: Tensor, index: Tensor, prefix: int, normalize: str
 ) -> tuple[Tensor, Tensor]:
-    """The gradient at a map's rows, [B, W, P - prefix], and by row its sum over keys, times C: [B, H, rows]."""
+    """The gradient with respect to a map's rows, [B, W, P - prefix], and per row the sum over keys of that times C, [B,
+    H, rows]."""
     (batch, words, size), (_, heads, _, pitch), subtokens = grad.shape, weighted.shape, index.shape[2]
     d_rows, means = grad.new_empty(grad.shape), weighted.new_empty(weighted.shape[:3])
     chosen, block = config(MAPS_BACKWARD, grad), triton.next_power_of_2(size)

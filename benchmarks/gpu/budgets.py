@@ -1,10 +1,10 @@
-"""Limits that every variant of every kernel must keep: no spilled register, and shared memory that a block can have.
+"""Limits that every variant of every kernel must keep: no spilled registers, and a block's shared memory.
 
-`python -m benchmarks.gpu.budgets` compiles the variants (gpu_variants) and writes results/gpu_variants.json, a line
-per variant: {type: {architectures: [registers, bytes of shared memory]}}, and a third number where registers are
-spilled. CALL=word_attention and the like renew some lines and leave the others. sm_86, sm_89 and sm_120 run the
-instructions of sm_80: where the tables give them the same launch, it is compiled once, for the first of them, and held
-against the memory of all.
+`python -m benchmarks.gpu.budgets` compiles the variants (variants.py) and writes results/gpu_variants.json, one line
+per variant: {type: {architectures: [registers, bytes of shared memory]}}, with a third number if registers are spilled.
+A pattern, such as word_attention, updates the lines that it matches and leaves the others. sm_86, sm_89 and sm_120 run
+the instructions of sm_80: if the tables give them the same launch, it is compiled once, for the first of them, and
+compared with the memory of all.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from pathlib import Path
 import triton
 
 RESULTS = Path(__file__).parents[1] / "results" / "gpu_variants.json"
-FAMILIES = ((80, 86, 89, 120), (90,), (100,))  # of one kind of tensor cores
+FAMILIES = ((80, 86, 89, 120), (90,), (100,))  # each with one kind of tensor cores
 TYPES = ("bf16", "fp32")
-# What once was beyond a limit, by name.
+# Variants that once exceeded a limit, by name.
 NEAR_LIMITS = (
     "word_attention backward bwd_keys_kernel: bias=True padding=True P=257 subtokens=3",
     "focal_contrastive_loss backward bwd_kernel: D=32 ids=True",
@@ -34,7 +34,7 @@ NEAR_LIMITS = (
 
 
 def lines_of(rows: dict[str, dict]) -> Iterator[str]:
-    """What breaks a limit, of rows as in the file."""
+    """One line per exceeded limit, for rows as in the file."""
     from benchmarks.gpu.static import most_shared
 
     for name, by_type in rows.items():
@@ -49,7 +49,7 @@ def lines_of(rows: dict[str, dict]) -> Iterator[str]:
 
 
 def compiled_rows(pattern: str, types: tuple[str, ...], families: tuple[tuple[int, ...], ...]) -> Iterator[tuple]:
-    """(name, type, architectures, numbers) of the variants whose name the pattern finds."""
+    """(name, type, architectures, numbers) of the variants whose name matches the pattern."""
     from benchmarks.gpu.static import compile_launch
 
     for precision in types:
@@ -63,7 +63,7 @@ def compiled_rows(pattern: str, types: tuple[str, ...], families: tuple[tuple[in
 
 
 def _once(precision: str, family: tuple[int, ...]) -> list[tuple[str, object, list[int]]]:
-    """Launches that differ within a family: (name, launch, architectures)."""
+    """Each distinct launch within a family: (name, launch, architectures)."""
     from benchmarks.gpu.compile import specialization
     from benchmarks.gpu.variants import variant_launches
 
@@ -76,7 +76,7 @@ def _once(precision: str, family: tuple[int, ...]) -> list[tuple[str, object, li
 
 
 def check() -> list[str]:
-    """What of the variants near the limits, compiled again, is beyond them."""
+    """One line per limit that the variants near the limits, compiled again, exceed."""
     pattern = "|".join(f"^{re.escape(name)}$" for name in NEAR_LIMITS)
     rows = {
         name: {precision: {on: numbers}}
@@ -96,7 +96,7 @@ def write(rows: dict[str, dict]) -> None:
 
 
 def update(name: str, precision: str, architectures: str, numbers: list[int]) -> None:
-    """One line anew, while other processes may write others."""
+    """Replaces one line, while other processes may write others."""
     lock = os.open(RESULTS.parent, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -112,7 +112,9 @@ def update(name: str, precision: str, architectures: str, numbers: list[int]) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("pattern", nargs="?", default="", help="of the names to compile; all by default")
+    parser.add_argument(
+        "pattern", nargs="?", default="", help="regular expression of the names to compile; all by default"
+    )
     parser.add_argument("--types", nargs="+", default=TYPES)
     parser.add_argument("--family", type=int, nargs="+", default=[0, 1, 2], help="0: 80, 86, 89, 120; 1: 90; 2: 100")
     parser.add_argument("--dry", action="store_true", help="write nothing")

@@ -1,4 +1,5 @@
-"""The calls that gpu_report measures: every op's kernels, forward and backward, at a real size and at a small one."""
+"""The calls that `make gpu-report` measures: every op's kernels, forward and backward, at a real and at a small
+size."""
 
 from __future__ import annotations
 
@@ -28,8 +29,8 @@ Fewest = Callable[[Size, int], tuple[float, float]]
 class Call:
     """One direction of an op: `run(*inputs(size, dtype, device))` launches its kernels.
 
-    `fewest(size, itemsize)` says how many bytes and floating-point operations no kernel avoids: each input once, each
-    result once, and the products of the definition; operations 0 where products are not what a kernel's time is.
+    `fewest(size, itemsize)` gives the bytes and floating-point operations that no kernel avoids: each input once, each
+    result once, and the products of the definition. Operations are 0 if products do not determine a kernel's time.
     """
 
     op: str
@@ -157,7 +158,7 @@ def _queued_backward(size: Size, dtype: torch.dtype, device: str) -> tuple:
 
 
 def _queued_fewest(size: Size, itemsize: int) -> tuple[float, float]:
-    """One stream over the keys of both sides; logits of student and teacher and their gradient's product."""
+    """One stream over the keys of both sides; logits of student and teacher, and the product of their gradient."""
     keys = size["B"] + size["K"]
     return 2.0 * keys * size["D"] * itemsize, 2.0 * 3 * 2 * size["B"] * keys * size["D"]
 
@@ -226,7 +227,7 @@ def _pixels_backward(size: Size, dtype: torch.dtype, device: str) -> tuple:
 
 
 def _pixels_fewest(streams: int) -> Fewest:
-    """In halves of the pixels: prediction and image of the masked half, the gradient as a whole."""
+    """Streams count halves of the pixels: prediction and image of the masked half, and the whole gradient."""
 
     def fewest(size: Size, itemsize: int) -> tuple[float, float]:
         patches = size["B"] * (size["side"] // 16) ** 2

@@ -1,4 +1,4 @@
-"""Compiles a launch ahead of time, as Triton's own launcher would, whichever Triton is installed (3.2 to 3.8)."""
+"""Compiles a launch ahead of time, as Triton's own launcher would, with whichever Triton is installed (3.2 to 3.8)."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ TYPES = {
 
 
 Path = tuple[int, ...]
-"""Where a value is among a kernel's arguments: its index and, in a tuple, the index in that."""
+"""The position of a value among a kernel's arguments: its index and, within a tuple, the index there."""
 
 
 def compiled(one: Launch, architecture: int) -> Any:
-    """Triton's compiled kernel: its texts in `asm`, its `metadata`."""
+    """Triton's compiled kernel, with its code in `asm` and its `metadata`."""
     return triton.compile(source(one), target=GPUTarget("cuda", architecture, 32), options=one.options)
 
 
@@ -45,7 +45,7 @@ def source(one: Launch) -> ASTSource:
 
 
 def specialization(one: Launch) -> tuple:
-    """What the machine code depends on: launches of one specialization share it."""
+    """What the machine code depends on. Launches with the same specialization share it."""
     signature, constants, divisible = _specialized(one)
     values = tuple((name, str(value)) for name, value in constants.items())
     return one.kernel.fn, tuple(signature.items()), values, tuple(divisible), tuple(one.options.items())
@@ -78,7 +78,7 @@ def _specialize(value: Any, path: Path, fixed: bool, constants: dict[Path, Any],
 
 
 def _source_of_3_2(one: Launch, signature: dict, constants: dict[Path, Any], divisible: list[Path]) -> ASTSource:
-    """In 3.2 constants have types too: that of a pointer for None, and none for declared constants."""
+    """For Triton 3.2, in which constants have types too: a pointer's for None, and none if declared as constants."""
     from triton.backends.compiler import AttrsDescriptor
 
     if any(isinstance(one_type, tuple) for one_type in signature.values()):
@@ -105,7 +105,8 @@ def _type(value: Any) -> str:
 
 
 def lowered(one: Launch, architecture: int, form: str) -> Any:
-    """The kernel as Triton's front end makes it (ttir), or as its own passes do (ttgir): a fraction of the time."""
+    """The kernel after Triton's front end (ttir) or after its own passes (ttgir), which takes a fraction of a
+    compilation."""
     of_kernel, target = source(one), GPUTarget("cuda", architecture, 32)
     backend = make_backend(target)
     options = backend.parse_options(dict(one.options))

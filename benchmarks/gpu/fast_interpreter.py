@@ -1,4 +1,4 @@
-"""Triton's interpreter, faster, and with products whose rounding no processor's BLAS decides."""
+"""A faster interpreter for Triton, with products whose rounding does not depend on the processor's BLAS."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from typing import Any
 import numpy as np
 
 OPERATIONS = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
-TF32_DROPPED = 13  # bits of fp32 that tf32 has not
+TF32_DROPPED = 13  # bits of fp32 that tf32 lacks
 
 
 @contextmanager
 def fast_interpreter() -> Iterator[None]:
-    """Within it, Triton's helper functions are set up once a launch, and products are those of `product`.
+    """Within this context, Triton's helper functions are set up once per launch, and products are those of `product`.
 
-    The interpreter patches triton.language anew in every call of a helper function: once per launch will do. It writes
-    a table of types anew in every operation, and adds integers by a dozen operations to see that they fit their type.
+    The interpreter patches triton.language again in every call of a helper function, although once per launch is
+    enough. In every operation it rebuilds a table of types, and it checks additions of integers for overflow with a
+    dozen operations.
     """
     import triton.language as tl
     from triton.language import semantic
@@ -28,7 +29,7 @@ def fast_interpreter() -> Iterator[None]:
     builder = interpreter.InterpreterBuilder
     create_dot, numpy_type = builder.create_dot, interpreter._get_np_dtype
     types: dict[str, np.dtype] = {}
-    adder = getattr(semantic, "TritonSemantic", None)  # no class before Triton 3.4
+    adder = getattr(semantic, "TritonSemantic", None)  # Triton before 3.4 has no such class
     check = adder and adder.binary_op_sanitize_overflow_impl
 
     def restore() -> None:
@@ -37,14 +38,14 @@ def fast_interpreter() -> Iterator[None]:
 
     def patch_once(fn: object) -> SimpleNamespace:
         if not active:
-            active.extend((patch(fn), patch(tl.max.fn)))  # the latter for what Triton's own helpers call
-            # Triton 3.6 and older want a number of an array, which numpy 2.4 refuses (triton-lang/triton#9171).
+            active.extend((patch(fn), patch(tl.max.fn)))  # the latter for calls from Triton's own helpers
+            # Triton 3.6 and older convert an array to a number, which numpy 2.4 refuses (triton-lang/triton#9171).
             tl.tensor.__index__ = lambda self: int(self.handle.data.item())
         return SimpleNamespace(restore=restore)
 
     def dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
         left, right = _values(a, tl), _values(b, tl)
-        if left is None or right is None:  # of integers, which no order changes, or of eight bits
+        if left is None or right is None:  # integers, whose sums have no order, or eight-bit types
             return create_dot(self, a, b, d, input_precision, max_num_imprecise_acc)
         of_fp32 = left.dtype == right.dtype == np.float32 and tl.bfloat16 not in (a.dtype.scalar, b.dtype.scalar)
         precision = input_precision.name.lower() if of_fp32 else "ieee"
@@ -67,7 +68,7 @@ def fast_interpreter() -> Iterator[None]:
 
 
 def _check_integers(self: Any, left: Any, right: Any, operation: Any) -> None:
-    """As Triton's: an integer that its type does not hold is an error."""
+    """The same check as Triton's: an integer that does not fit its type is an error."""
     kind = left.type.scalar
     if kind.int_bitwidth >= 64 or not self.builder.options.sanitize_overflow:
         return
@@ -77,7 +78,7 @@ def _check_integers(self: Any, left: Any, right: Any, operation: Any) -> None:
 
 
 def _values(handle: Any, tl: Any) -> np.ndarray | None:
-    """The numbers of a tensor, where they are floating: the interpreter keeps bf16 as the bits that it has."""
+    """The values of a floating-point tensor, else None. The interpreter keeps bf16 as its bits."""
     if handle.dtype.scalar == tl.bfloat16:
         return (handle.data.astype(np.uint32) << 16).view(np.float32)
     return handle.data if handle.data.dtype in (np.float16, np.float32, np.float64) else None
@@ -86,13 +87,13 @@ def _values(handle: Any, tl: Any) -> np.ndarray | None:
 def product(left: np.ndarray, right: np.ndarray, accumulator: np.ndarray, precision: str = "ieee") -> np.ndarray:
     """left [..., M, K] times right [..., K, N], added to the accumulator, in its type.
 
-    One rounding a product, accumulator included: GPUs differ in the order and the rounding of the sums within one, and
-    none does much better. Chains of products are rounded in every link. So a kernel whose passes chain in different
-    ways has different logits here, as it may on a GPU. With "tf32" the multiplier leaves out the last bits of fp32.
+    A product is rounded once, accumulator included: GPUs differ in the order and rounding of the sums within a product,
+    and none does much better. Chained products are rounded at every link, so a kernel whose passes chain differently
+    gets different logits here, as it may on a GPU. With "tf32", the operands lose the last bits of fp32.
 
-    Sums are in fp64: exact for two numbers, and off by far less than the rounding that follows. By einsum, whose loops
-    do with every element the same wherever it lies, so that equal rows have equal products: BLAS has other orders for
-    the rows at the edges of its tiles.
+    Sums are in fp64: exact for two terms, and otherwise off by far less than the rounding that follows. einsum treats
+    every element the same wherever it lies, so that equal rows have equal products; BLAS sums rows at the edges of its
+    tiles in another order.
     """
     if precision not in ("ieee", "tf32"):
         raise ValueError(f"precision: expected 'ieee' or 'tf32', got {precision!r}")
@@ -104,5 +105,5 @@ def product(left: np.ndarray, right: np.ndarray, accumulator: np.ndarray, precis
 
 
 def _cut(values: np.ndarray) -> np.ndarray:
-    """fp32 without the bits that tf32 has not."""
+    """fp32 without the bits that tf32 lacks."""
     return (np.ascontiguousarray(values).view(np.uint32) >> TF32_DROPPED << TF32_DROPPED).view(np.float32)

@@ -1,8 +1,9 @@
-"""`make gpu-matrix`: which Triton compiles which kernels, each release in a folder of its own beside today's torch.
+"""`make gpu-matrix`: which Triton releases compile which kernels, each in its own folder beside the current torch.
 
-Every variant (gpu_variants) is taken through Triton's front end, where its releases differ most, for one type and one
-architecture, both in turn; the first variant of every kernel also through Triton's own passes, in fp32 and in bf16.
---all compiles everything for everything to machine code, hours. The result is results/gpu_matrix.json.
+Every variant (variants.py) goes through Triton's front end, where releases differ most, for one type and one
+architecture, which take turns. The first variant of every kernel also goes through Triton's own passes, in fp32 and
+bf16. --all compiles everything for all types and architectures to machine code, which takes hours. The result is
+results/gpu_matrix.json.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "gpu_matrix.json"
-# Triton -> the torch that comes with it.
+# Triton -> the torch releases that come with it.
 PAIRS = {
     "3.2.0": "2.6",
     "3.3.1": "2.7",
@@ -35,7 +36,7 @@ DEEPER = ("fp32", "bf16")
 
 
 def folder(version: str) -> Path:
-    """Where that Triton is, installed now if it was not."""
+    """The folder of this Triton release, which is installed if it is missing."""
     target = ROOT / "build" / f"triton-{version}"
     if not (target / "triton").is_dir():
         print(f"gpu-matrix: installing Triton {version} into {target.relative_to(ROOT)}", flush=True)
@@ -45,7 +46,7 @@ def folder(version: str) -> Path:
 
 
 def tried(every: bool) -> Iterator[tuple[str, str, object, int]]:
-    """(call, how far, launch, architecture) of all that one release is tried with."""
+    """(call, form to compile to, launch, architecture) of everything that one release is tried with."""
     from benchmarks.gpu.compile import TRITON
     from benchmarks.gpu.variants import variant_launches
 
@@ -70,7 +71,7 @@ def tried(every: bool) -> Iterator[tuple[str, str, object, int]]:
 
 
 def of_this_triton(every: bool) -> dict[str, dict]:
-    """What the imported Triton does, by call."""
+    """What the imported Triton compiles, by call."""
     from benchmarks.gpu.compile import compiled, lowered
 
     calls: dict[str, dict] = {}
@@ -88,7 +89,7 @@ def of_this_triton(every: bool) -> dict[str, dict]:
 
 
 def _last_line(error: BaseException) -> str:
-    """Of the error that came first: what Triton says below the lines that it shows."""
+    """The last line of the first error: Triton's message, which follows the source lines that it quotes."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^")]
@@ -111,7 +112,7 @@ def _installed() -> str:
 
 
 def write(results: dict[str, dict]) -> None:
-    """A line per release and call; what other runs find of other releases stays."""
+    """Writes one line per release and call, and keeps those of other releases."""
     lock = os.open(RESULTS.parent, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -1,9 +1,9 @@
-"""`make gpu-report`: what can be known of the Triton kernels without a GPU.
+"""`make gpu-report`: what can be known about the Triton kernels without a GPU.
 
-Every kernel is compiled ahead of time for every type and architecture (gpu_static), and its traffic is counted in
-Triton's interpreter (gpu_traffic). Both are printed and written to results/gpu_static.json, whose rows are budgets:
---check compiles some of the kernels again and fails where one needs more than the file says, or where a variant that is
-known to be near a limit (gpu_budgets) is beyond it.
+Every kernel is compiled ahead of time for every type and architecture (static.py), and its traffic is counted in
+Triton's interpreter (traffic.py). Both are printed and written to results/gpu_static.json, whose rows are budgets:
+--check compiles some kernels again and fails if one needs more than the file says, or if a variant known to be near a
+limit (budgets.py) exceeds it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PRECISIONS = {
 }
 FORBIDDEN = {"local": "bytes of local memory", "races": "copies that may overtake products"}
 CHECKED = [(80, "fp32"), (90, "bf16")]  # by --check
-COUNTED = {"fp32": 80, "fp16": 90}  # traffic: type -> architecture whose configurations count
+COUNTED = {"fp32": 80, "fp16": 90}  # traffic: type -> architecture whose configurations are used
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,12 @@ GPUS = [
 
 
 def launches(call: Call, precision: str, architecture: int) -> list[Launch]:
-    """What the call would launch at its real size."""
+    """What the call launches at its real size."""
     return launched(lambda dtype: call.run(*call.inputs(call.size, dtype, "meta")), precision, architecture)
 
 
 def launched(run: Callable[[torch.dtype], object], precision: str, architecture: int) -> list[Launch]:
-    """What run would launch, given a type, on tensors without memory."""
+    """What `run(dtype)` launches, on tensors without memory."""
     dtype, matmul_precision = PRECISIONS[precision]
     before = torch.get_float32_matmul_precision()
     seen: list[Launch] = []
@@ -91,7 +91,7 @@ def static_rows(chosen: Iterable[tuple[int, str]]) -> Iterator[dict]:
 
 
 def traffic_rows() -> Iterator[dict]:
-    """Counted at the small size, as multiples of the fewest possible; floors at the real size."""
+    """Traffic at the small size, also as a multiple of the fewest possible bytes and operations."""
     from benchmarks.gpu.traffic import counted
 
     for call in CALLS:
@@ -115,7 +115,7 @@ def traffic_rows() -> Iterator[dict]:
 
 
 def floor_rows() -> Iterator[dict]:
-    """Microseconds below which no kernel gets at the real size, by the data sheets."""
+    """Lower bounds in microseconds at the real size, by the data sheets."""
     for call in CALLS:
         for precision, (dtype, _) in PRECISIONS.items():
             moved, flops = call.fewest(call.size, dtype.itemsize)
@@ -147,12 +147,10 @@ def broken(row: dict, budget: dict) -> list[str]:
 
 
 def check(precision: str) -> list[str]:
-    """What exceeds the committed budgets, a line each; of one precision, or of all that are checked."""
+    """One line per exceeded budget, for one precision or for all that are checked."""
     committed = json.loads(RESULTS.read_text())
     if committed["triton"] != triton.__version__:
-        return [
-            f"budgets are of Triton {committed['triton']}, this is {triton.__version__}: make gpu-report renews them"
-        ]
+        return [f"budgets are of Triton {committed['triton']}, this is {triton.__version__}: run make gpu-report"]
     budgets = {_key(row): row for row in committed["static"]}
     lines = gpu_budgets.check()
     for row in static_rows([one for one in CHECKED if precision in ("all", one[1])]):
@@ -183,7 +181,7 @@ def report() -> None:
 
 
 def _json(results: dict) -> str:
-    """A row per line, so that a change of one kernel is a change of its lines."""
+    """One row per line, so that a change of one kernel changes only its lines."""
     parts = [f'"triton": {json.dumps(results["triton"])}']
     for name in ("static", "traffic", "floor"):
         parts.append(f'"{name}": [\n' + ",\n".join(json.dumps(row) for row in results[name]) + "\n]")

@@ -14,31 +14,31 @@ import triton
 from benchmarks.gpu.compile import compiled
 from softmask.kernels._launch import Launch
 
-ARCHITECTURES = (80, 90, 100)  # of the report; gpu_budgets holds the variants against the limits of all
+ARCHITECTURES = (80, 90, 100)  # of the report; budgets.py covers all
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-REGISTERS = 65536  # of a multiprocessor
+REGISTERS = 65536  # per multiprocessor
 WARPS = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
 BLOCKS = {80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}
 SHARED = {80: 164 << 10, 86: 100 << 10, 89: 100 << 10, 90: 228 << 10, 100: 228 << 10, 120: 100 << 10}  # bytes
-RESERVED_SHARED = 1 << 10  # bytes that every block takes beside its own: the rest is the most that one can have
+RESERVED_SHARED = 1 << 10  # bytes that each block takes besides its own; a block can have the rest
 TENSOR_CORE = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
 
 
 @dataclass(frozen=True)
 class Static:
-    """One kernel, compiled for one architecture; widths in bytes of what one thread moves with one instruction."""
+    """One kernel, compiled for one architecture. Widths are the bytes that a thread moves with one instruction."""
 
     kernel: str
     architecture: int
     warps: int
-    registers: int  # of a thread
-    local: int  # bytes of a thread in local memory: spilled registers
-    shared: int  # bytes of a block
+    registers: int  # per thread
+    local: int  # bytes of local memory per thread: spilled registers
+    shared: int  # bytes per block
     occupancy: float  # share of the warps that a multiprocessor can hold
-    load_widths: dict[int, int]  # width -> instructions, asynchronous copies among them
+    load_widths: dict[int, int]  # width -> number of instructions, including asynchronous copies
     store_widths: dict[int, int]
     async_copies: int
-    tensor_core: dict[str, int]  # instruction -> how many
+    tensor_core: dict[str, int]  # instruction -> number
     dots: int  # products in the source's intermediate form
     races: int  # chunks in shared memory that a copy may overwrite under a pending wgmma
 
@@ -67,7 +67,7 @@ def compile_launch(one: Launch, architecture: int) -> Static:
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers of a thread, and its bytes in local memory."""
+    """Registers and bytes of local memory per thread."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -79,7 +79,8 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def _occupancy(architecture: int, registers: int, shared: int, warps: int) -> float:
-    """Blocks that fit a multiprocessor, by registers (given to warps in units of 256), shared memory and warps."""
+    """Share of a multiprocessor's warps that run at once, limited by registers (allocated in units of 256), shared
+    memory, warps."""
     of_a_warp = -(-registers * 32 // 256) * 256
     fit = SHARED[architecture] // (shared + RESERVED_SHARED)
     blocks = min(REGISTERS // (of_a_warp * warps), WARPS[architecture] // warps, BLOCKS[architecture], fit)
@@ -101,7 +102,7 @@ def _width(vector: str, bits: str) -> int:
 
 
 def _races(ttgir: str) -> int:
-    """Chunks of a pipelined loop that are read by wgmma and elsewhere, while products are left pending.
+    """Chunks of a pipelined loop that both wgmma and other instructions read, while products are pending.
 
     Triton 3.8 gives them one buffer too few, and the next copy may overwrite what a product still reads
     (triton-lang/triton#6691).

@@ -1,4 +1,4 @@
-"""Counts what kernels move and multiply while Triton's interpreter runs them: the GPU's work, without a GPU."""
+"""Counts the bytes that kernels move and the products that they compute, while Triton's interpreter runs them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from softmask.kernels._launch import Launch, hooked
 
 @dataclass
 class Traffic:
-    """Of one launch, or of several: bytes loaded and stored, floating-point operations of products.
+    """Traffic of one launch or of several: bytes loaded and stored, floating-point operations of products.
 
-    An address that several lanes of one load name counts once; one that two loads or two programs read counts twice,
+    An address that several lanes of one load access counts once; one that two loads or two programs read counts twice,
     although a GPU may find it in a cache. Products count with the padding of their tiles.
     """
 
@@ -70,7 +70,7 @@ def _counting(traffic: Traffic) -> Iterator[None]:
         traffic.flops += 2 * prod(a.data.shape) * b.data.shape[-1]
         return dot(a, b, *rest)
 
-    # Attributes of the one builder hide its methods until they are deleted.
+    # Attributes of this one builder hide its methods until they are deleted.
     for name, counted_one in zip(names, (counted_load, counted_store, counted_atomic, counted_dot), strict=True):
         setattr(builder, name, counted_one)
     try:

@@ -1,6 +1,7 @@
-"""The calls whose launches have budgets beside gpu_cases' own: every option of every kernel, typical and edge widths.
+"""The calls whose launches have budgets besides those of cases.py: every option of every kernel, at typical and edge
+widths.
 
-Tensors have no memory. Launches that are specialized alike are one variant; `launches` gives them once.
+Tensors have no memory. Launches with the same specialization are one variant; `variant_launches` yields each once.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from softmask.kernels import (
 
 @dataclass(frozen=True)
 class Variant:
-    """One call of a launcher: `run(**options)` makes its tensors, of a type, and launches."""
+    """One call of a launcher: `run(dtype, **options)` makes its tensors and launches."""
 
     op: str
     direction: str
@@ -149,7 +150,7 @@ PAIRS_BACKWARD = [
 
 
 def _queued_forward(dtype, D=256, B=64, K=65536, ids=False, columns=False, gradient=True) -> None:
-    """ids: of the batch and the queue; columns: a queue of columns, as the published methods keep it."""
+    """`ids`: of the batch and the queue. `columns`: the queue is stored by columns, as in the published methods."""
     rows = _empty(B, D, dtype=dtype)
     queue = (_empty(D, K, dtype=dtype).T if columns else _empty(K, D, dtype=dtype)) if K else None
     numbers = (_number(), _number(), _number())
@@ -281,7 +282,7 @@ VARIANTS += [
 
 
 def variant_launches(precision: str, architecture: int) -> Iterator[tuple[Variant, Any]]:
-    """Every variant with its launches of one type, those that are specialized alike once."""
+    """Every variant with its launches of one type, once per specialization."""
     from benchmarks.gpu.compile import specialization
     from benchmarks.gpu.report import launched
 

@@ -1,4 +1,4 @@
-"""attentive_mask, against the reference and the plain matrix product."""
+"""attentive_mask, against the reference and against one matrix product."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from softmask import ops, reference
 
 
 def by_product(patches: Tensor, tokens: Tensor, *, ratio: float, token_padding_mask: Tensor) -> Tensor:
-    """As it would be written for speed: all cosines by one matrix product, by which equal patches do not always tie."""
+    """As written for speed: all cosine similarities from one matrix product, with which equal patches do not always
+    tie."""
     similarity = F.normalize(patches, dim=-1) @ F.normalize(tokens, dim=-1).mT
     relevance = similarity.masked_fill(token_padding_mask[:, None], float("-inf")).amax(-1)
     chosen = relevance.topk(round(ratio * relevance.shape[1])).indices

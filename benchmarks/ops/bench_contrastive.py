@@ -15,8 +15,8 @@ from softmask import ops, reference
 
 
 def peers() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """Of (image, text, logit_scale): the losses of other packages. But for open_clip's they know no logit_scale: it
-    goes into the rows. cut-cross-entropy has a path through torch.compile for the CPU."""
+    """The losses of other packages, as functions of (image, text, logit_scale). Only open_clip's takes a logit_scale;
+    for the others, it multiplies the rows. On the CPU, cut-cross-entropy uses its torch.compile implementation."""
     from cut_cross_entropy import linear_cross_entropy
     from open_clip.loss import ClipLoss
     from pytorch_metric_learning.distances import DotProductSimilarity
@@ -30,7 +30,7 @@ def peers() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
         return 0.5 * (one + linear_cross_entropy(scale * text, image, label, impl=impl))
 
     def metric(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-        label, same = torch.arange(len(image)), torch.arange(len(image))  # one tensor twice would mean one batch
+        label, same = torch.arange(len(image)), torch.arange(len(image))  # the same tensor twice would mean one batch
         loss = NTXentLoss(temperature=1.0, distance=DotProductSimilarity(normalize_embeddings=False))
         one = loss(scale * image, label, ref_emb=text, ref_labels=same)
         return 0.5 * (one + loss(scale * text, label, ref_emb=image, ref_labels=same))
@@ -40,7 +40,7 @@ def peers() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
 
 
 def gpu_peers() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """Of packages whose kernels need a GPU."""
+    """The losses of packages whose kernels need a GPU."""
     from inf_cl import cal_flash_loss
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
     from memeff import MemoryEfficientCLIPLoss

@@ -14,7 +14,8 @@ from softmask import ops, reference
 
 
 def albef(query: Tensor, teacher: Tensor, keys: Tensor, queue: Tensor, scale: Tensor, alpha: float) -> Tensor:
-    """One direction at gamma 0: the queue cloned and joined with the batch's keys, two softmaxes over all of it."""
+    """One direction at gamma 0: the queue is cloned and joined with the batch's keys, and two softmaxes run over all of
+    it."""
     joined = torch.cat([keys, queue.clone()])
     with torch.no_grad():
         target = alpha * (scale * teacher @ joined.T).softmax(-1)

@@ -1,4 +1,4 @@
-"""soft_mask forward and backward, with the map a constant as in training, and with its gradient."""
+"""soft_mask forward and backward, with a constant map as in training, and with the map's gradient."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def make(batch: int, tokens: int, width: int, *, to_maps: bool) -> Bench:
     compiled = torch.compile(reference.soft_mask, dynamic=False)
     plain = features.detach()
 
-    def kernel() -> Tensor:  # "auto" takes PyTorch where the map is a constant
+    def kernel() -> Tensor:  # "auto" chooses PyTorch for a constant map
         with softmask.backend(KERNELS):
             return ops.soft_mask(features, maps)
 

@@ -1,4 +1,4 @@
-"""soft_mask_attention forward and backward, projections included, against tokens gathered, masked and projected."""
+"""soft_mask_attention forward and backward with its projections, against gathering, masking and projecting tokens."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from softmask.models.layers.packing import Packing
 
 
 def gpu_libraries() -> list[str]:
-    """Those installed that can run here; flash-attn knows no fp32."""
+    """The installed libraries that can run here; flash-attn does not support fp32."""
     known = ["xformers"] + (["flash_attn"] if torch.get_default_dtype() == torch.bfloat16 else [])
     return [name for name in known if DEVICE == "cuda" and find_spec(name) is not None]
 
@@ -52,7 +52,8 @@ def make(pairs: int, images: int, tokens: int, patches: int, width: int, heads: 
             "reference": Run(lambda: reference.soft_mask_attention(*projected(image), **options), leaves, upstream),
         }
         | {
-            f"the first by {library}": Run(partial(published, library), leaves, upstream) for library in gpu_libraries()
+            f"masked and projected per pair, {library}": Run(partial(published, library), leaves, upstream)
+            for library in gpu_libraries()
         },
         floor=Run(lambda: torch.cat([state.flatten() for state in projected(image)]), leaves),
         floor_name="the projections alone",

@@ -1,4 +1,5 @@
-"""word_attention: Grad-CAM of one word per caption, against all rows materialized and against the words' rows alone."""
+"""word_attention: Grad-CAM of one word per caption, against materializing all rows and against the words' rows
+alone."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from softmask import ops, reference
 
 
 def every_row(query: Tensor, key: Tensor, index: Tensor, value: Tensor, grad_output: Tensor) -> Tensor:
-    """The published recipe: attention and its gradient of all tokens, then the word's row."""
+    """The published recipe: attention and its gradient for all tokens, then the word's row."""
     attention = (query @ key.mT * query.shape[-1] ** -0.5).softmax(-1)
     maps = (attention * (grad_output @ value.mT).relu()).mean(1)  # [B, T, P]
     return maps.gather(1, index[..., None].expand(-1, -1, maps.shape[-1]))

@@ -1,10 +1,10 @@
-"""One training step at full size: a published recipe, written plainly, and this library side by side.
+"""One training step at full size: a published recipe, written plainly, beside this library.
 
     python -m benchmarks.step.bench_step [--method softmask_pp | sycoca] [--batch 8] [--bf16] [--turns 5]
 
-Same weights, same captions, same masked tokens, words and negatives, dropout off. First every loss term and gradient is
-compared with the plain recipe's in fp64, then whole steps (momentum update, forward, backward, AdamW) are timed in
-turns, by part, and their memory and products are counted. `make bench` runs it too.
+Both have the same weights, captions, masked tokens, words and negatives, and dropout is off. First, every loss term and
+gradient is compared with the plain recipe's in fp64. Then whole steps (momentum update, forward, backward, AdamW) are
+timed in turns, by part, and their memory and products are measured. `make bench` runs it too.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ REST = "all but the image encoder"
 
 
 def published(method: str) -> SoftMaskPPConfig | SyCoCaConfig:
-    """At its published size."""
+    """The method's configuration at its published size."""
     return load_config(CONFIGS / METHODS[method]).model
 
 
@@ -44,7 +44,8 @@ def published(method: str) -> SoftMaskPPConfig | SyCoCaConfig:
 
 
 def values(name: str, case: Case) -> dict[str, Tensor]:
-    """Loss terms and gradients of a side. A layer's weight and bias are one: of some biases the true gradient is 0."""
+    """Loss terms and gradients of a side. A layer's weight and bias count as one, because the true gradient of some
+    biases is 0."""
     side = make_side(name, case)
     losses = side.losses()
     losses["total"].backward()
@@ -58,11 +59,13 @@ def values(name: str, case: Case) -> dict[str, Tensor]:
 
 
 def check_values(case: Case) -> str:
-    """This library's error against the plain recipe in fp64: at most twice that of the plain recipe in fp32, and a unit
-    of rounding; a loss, whose error is a single draw, has four. The model is fp64 for a while.
+    """Compares this library's error with the plain recipe's, both against the plain recipe in fp64.
+
+    It may be twice the plain recipe's in fp32 plus one rounding unit; for a loss, whose error is a single draw, plus
+    four. The model is converted to fp64 and back.
 
     Raises:
-        AssertionError: a loss term or a layer's gradient beyond it.
+        AssertionError: a loss term or a layer's gradient exceeds this.
     """
     case.model.double()
     truth = values("plain", replace(case, batch=replace(case.batch, images=case.batch.images.double())))
@@ -72,15 +75,15 @@ def check_values(case: Case) -> str:
     for name, exact in truth.items():
         units = (4 if exact.numel() == 1 else 1) * torch.finfo(torch.float32).eps
         ratios[name] = ours[name] / (2 * in_plain[name] + units)
-    worst = max(ratios, key=lambda name: (not ratios[name] <= 1, ratios[name]))  # a NaN before all numbers
+    worst = max(ratios, key=lambda name: (not ratios[name] <= 1, ratios[name]))  # NaN ranks above all numbers
     assert ratios[worst] <= 1, f"{worst}: error {ratios[worst]:.2f} of what is allowed"
-    return f"{len(ratios)} loss terms and layers' gradients within the error budget, the nearest to it {worst}"
+    return f"{len(ratios)} loss terms and layers' gradients within the error budget; closest to it: {worst}"
 
 
 def errors(name: str, case: Case, truth: dict[str, Tensor]) -> dict[str, float]:
-    """Distance of a side's values from the true ones, in units of those."""
+    """Distance of a side's values from the true ones, relative to these."""
     found = values(name, case)
-    assert found.keys() == truth.keys(), f"{name}: {sorted(found.keys() ^ truth.keys())} on one side alone"
+    assert found.keys() == truth.keys(), f"{name}: {sorted(found.keys() ^ truth.keys())} only on one side"
     tiny = torch.finfo(torch.float32).tiny
     return {
         key: ((found[key].double() - exact).norm() / exact.norm().clamp_min(tiny)).item()
@@ -92,7 +95,7 @@ def errors(name: str, case: Case, truth: dict[str, Tensor]) -> dict[str, float]:
 
 
 class Stepper:
-    """Whole steps of a side; a learning rate of 0 keeps the weights."""
+    """Whole steps of a side. The learning rate is 0, so the weights do not change."""
 
     def __init__(self, side: Side, optimizer: torch.optim.Optimizer, *, bf16: bool) -> None:
         self.side, self.optimizer, self.bf16 = side, optimizer, bf16
@@ -104,21 +107,23 @@ class Stepper:
         self.side.add_gradients(bf16=self.bf16)
         with clock.part("AdamW"):
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=False)  # gradients have their place before a step
+        self.optimizer.zero_grad(set_to_none=False)  # gradients keep their memory between steps
 
     def seconds(self) -> dict[str, float]:
         return self.side.clock.measure(self)
 
 
 def make_steppers(case: Case, *, bf16: bool) -> dict[str, Stepper]:
-    """All sides on one set of weights, gradients and moments: at full size two sets take much of a machine's memory."""
+    """All sides on one set of weights, gradients and moments: at full size, two sets need much of a machine's
+    memory."""
     trained = (parameter for parameter in case.model.parameters() if parameter.requires_grad)
     optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True)
     return {name: Stepper(side, optimizer, bf16=bf16) for name, side in make_sides(case).items()}
 
 
 class FlopCounter(TorchDispatchMode):
-    """FlopCounterMode's total. Its own hooks on modules fail at a slice that is read without gradient, as masks are."""
+    """The total of FlopCounterMode, whose hooks on modules fail for a slice that is read without gradient, as masks
+    are."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -140,7 +145,7 @@ def products(side: Side) -> dict[str, float]:
 
 
 def matrix_rate() -> float:
-    """GFLOP/s of the best of some products."""
+    """GFLOP/s of a large product, the best of several."""
     a, b = torch.randn(2, 2048, 2048)
     times = [harness.seconds(lambda: a @ b) for _ in range(5)]
     return 2 * 2048**3 / min(times) / 1e9
@@ -148,15 +153,15 @@ def matrix_rate() -> float:
 
 @dataclass
 class Measured:
-    """Medians over the turns, in seconds, and of the ratios within a turn."""
+    """Medians over the turns, in seconds, and medians of the ratios within a turn."""
 
     parts: dict[str, dict[str, float]]  # side -> part -> seconds
     whole: dict[str, float]
     rest: dict[str, float]  # everything but the image encoder
     faster: float  # the plain step's time over softmask's
     rest_faster: float
-    memory: dict[str, float]  # MiB at most beyond weights, gradients and optimizer state
-    masks_cost: float | None = None  # of softmask's step, over the one without soft masks
+    memory: dict[str, float]  # peak MiB beyond weights, gradients and optimizer state
+    masks_cost: float | None = None  # of softmask's step, relative to one without soft masks
 
     def lines(self) -> Iterator[str]:
         yield from table("seconds", self.parts, {REST: self.rest, "step": self.whole, "peak MiB": self.memory})
@@ -167,7 +172,7 @@ class Measured:
 
 
 def table(unit: str, parts: dict[str, dict[str, float]], more: dict[str, dict[str, float]]) -> Iterator[str]:
-    """A column per side, a row per part and per name in `more`."""
+    """A column per side, and a row per part and per name in `more`."""
     rows = {part: None for of_side in parts.values() for part in of_side}
     rows = {part: {name: of_side.get(part, 0.0) for name, of_side in parts.items()} for part in rows} | more
     yield f"{unit:<28}" + "".join(f"{name:>10}" for name in parts)
@@ -216,12 +221,12 @@ def compare(
     turns: int = 5,
     check: bool = True,
 ) -> Iterator[str]:
-    """Lines of the report, as they come."""
+    """Lines of the report, as soon as they are known."""
     case = make_case(config, batch_size)
     mask = case.batch.attention_mask
     yield f"{harness.processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     masked = "" if case.draws is None else f", {int((case.draws.masked.labels >= 0).sum())} masked"
-    yield f"batch {batch_size}: {int(mask.sum())} tokens in {mask.numel()} places{masked}"
+    yield f"batch {batch_size}: {int(mask.sum())} tokens in {mask.numel()} positions{masked}"
     if check:
         yield check_values(case)
     rate = matrix_rate()

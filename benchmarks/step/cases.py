@@ -1,4 +1,5 @@
-"""What bench_step times: a model, a batch with captions of real lengths, and the random draws that all sides use."""
+"""What bench_step times: a model, a batch with captions of realistic lengths, and the random draws that all sides
+use."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from softmask.models import SoftMaskPP, SoftMaskPPConfig, SpecialIds, SyCoCa, Sy
 from softmask.models.softmask_pp.masking import Draws, mask_tokens
 
 BERT = SpecialIds(pad=0, cls=101, sep=102, mask=103)
-VOCABULARY = {SoftMaskPPConfig: 30522, SyCoCaConfig: 64000}  # BERT's and open_clip's coca_base's
+VOCABULARY = {SoftMaskPPConfig: 30522, SyCoCaConfig: 64000}  # of BERT, and of open_clip's coca_base
 LONGEST = 25  # tokens of a caption, CLS and SEP included
 MASKED = 0.15
 
@@ -30,14 +31,14 @@ def make_case(config: SoftMaskPPConfig | SyCoCaConfig, size: int) -> Case:
     torch.manual_seed(0)
     if isinstance(config, SyCoCaConfig):
         model = SyCoCa(replace(config, text=text), special_ids=BERT).train()
-        return Case(model, make_batch(model, size, spare=1))  # the column that is cut off holds no token
+        return Case(model, make_batch(model, size, spare=1))  # the last column, which the model drops, is padding
     model = make_softmask_pp(replace(config, text=text))
     batch = make_batch(model, size)
     return Case(model, batch, draw(model, batch))
 
 
 def make_softmask_pp(config: SoftMaskPPConfig) -> SoftMaskPP:
-    """MLM reads a caption of its own, as in ALBEF."""
+    """A model whose MLM reads a caption of its own, as in ALBEF."""
     text = replace(config.text, dropout=0.0, attention_dropout=0.0)
     model = SoftMaskPP(replace(config, mask_text="mlm", text=text), special_ids=BERT)
     with torch.no_grad():
@@ -50,13 +51,14 @@ def make_softmask_pp(config: SoftMaskPPConfig) -> SoftMaskPP:
 
 
 def caption_lengths(size: int) -> Tensor:
-    """[size] tokens of captions, spread as CC3M's: 11 on average between CLS and SEP, LONGEST with them at most."""
+    """[size] caption lengths, distributed as CC3M's: 11 tokens on average between CLS and SEP, LONGEST at most with
+    them."""
     drawn = torch.distributions.Gamma(torch.tensor(6.0), torch.tensor(0.55)).sample((size,))
     return (drawn.round().long() + 2).clamp(4, LONGEST)
 
 
 def make_batch(model: SoftMaskPP | SyCoCa, size: int, *, spare: int = 0) -> Batch:
-    """Captions padded to the longest, and `spare` columns more."""
+    """Captions padded to the longest, with `spare` more columns."""
     lengths = caption_lengths(size)
     position = torch.arange(int(lengths.max()) + spare)
     mask = position < lengths[:, None]
@@ -69,7 +71,7 @@ def make_batch(model: SoftMaskPP | SyCoCa, size: int, *, spare: int = 0) -> Batc
 
 
 def draw(model: SoftMaskPP, batch: Batch) -> Draws:
-    """Masked tokens as in training; a word of one token, and other pairs' captions and images, uniformly."""
+    """Masked tokens as in training; words of one token, and other pairs' captions and images, drawn uniformly."""
     masked = mask_tokens(batch.input_ids, BERT, vocab_size=model.config.text.vocab_size, probability=MASKED)
     size, real = len(batch.images), batch.attention_mask.sum(1)
     own = torch.arange(size)

@@ -1,11 +1,12 @@
-"""SoftMask++'s training step as ALBEF's recipe writes it, in plain PyTorch: the oracle of tests and the step benchmark.
+"""SoftMask++'s training step as ALBEF's recipe writes it, in plain PyTorch: the reference of tests and the step
+benchmark.
 
-Captions are padded to the longest; positive pairs, negatives, soft-masked pairs and masked captions have passes of
-their own, each of which projects keys and values; attention is materialized, MLM has logits at every position, the
-momentum queue is concatenated, and the map comes from hooks on the attention. The map's backward pass stops at the
-attention: a plain `score.backward()` would go on through both encoders and be slower.
+Captions are padded to the longest. Positive pairs, negatives, soft-masked pairs and masked captions each have their own
+pass, which projects keys and values. Attention is materialized, MLM has logits at every position, the momentum queue is
+concatenated, and the map comes from hooks on the attention. The map's backward pass stops at the attention: a plain
+`score.backward()` would continue through both encoders and be slower.
 
-It reads the weights of a SoftMaskPP by name and shares its image encoder, nothing else.
+It reads the weights of a SoftMaskPP by name and shares only its image encoder.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from softmask.models.softmask_pp.masking import Draws
 
 
 class AttentionMap:
-    """Hooks on one attention's probabilities [B, H, T, P]: the values forward, their gradient backward."""
+    """Saves one attention's probabilities [B, H, T, P] in forward and, by a hook, their gradient in backward."""
 
     def save(self, probabilities: Tensor) -> None:
         self.values = probabilities
@@ -136,7 +137,7 @@ class PlainSoftMaskPP:
         return self.model.itm_head(self.fuse(self.model.backbone, text, mask, image, into)[:, 0])
 
     def image_weight(self, positive: Tensor, seen: AttentionMap, word_index: Tensor) -> Tensor:
-        """[B, P] of the image tokens: 1 - the normalized Grad-CAM of one word, CLS 1."""
+        """[B, P] weights of the image tokens: 1 - the normalized Grad-CAM of one word, and 1 for CLS."""
         torch.autograd.backward(at_least_fp32(positive[:, 1]).sum(), retain_graph=True, inputs=[seen.values])
         seen.values.grad = None
         with torch.no_grad():
@@ -173,7 +174,7 @@ class PlainSoftMaskPP:
         return total
 
     def masked_tokens(self, batch: Batch, draws: Draws, image: Tensor, image_teacher: Tensor, alpha: float) -> Tensor:
-        """Logits at every position, of student and teacher."""
+        """The MLM loss, with logits of student and teacher at every position."""
 
         def logits(network: nn.Module, image_tokens: Tensor) -> Tensor:
             text = self.text(network, draws.masked.input_ids, batch.attention_mask)

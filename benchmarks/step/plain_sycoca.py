@@ -1,12 +1,12 @@
-"""SyCoCa's training step as an extension of open_clip's CoCa would write it, in plain PyTorch: the oracle of the step
-benchmark.
+"""SyCoCa's training step as an extension of open_clip's CoCa would write it, in plain PyTorch: the reference of the
+step benchmark.
 
-Captions are padded to `max_positions`; attention is materialized with additive masks; all similarities of patches and
-tokens are kept and sorted; every cross-attention projects the whole image, whatever its mask; every position has logits
-over the vocabulary, and every patch an error, of which the masked ones count.
+Captions are padded to `max_positions`. Attention is materialized with additive masks; all similarities of patches and
+tokens are kept and sorted; every cross-attention projects the whole image, whatever its mask. Every position has logits
+over the vocabulary, and every patch an error, although only the masked ones count.
 
-It reads the weights of a SyCoCa and shares its image encoder and feed-forwards, nothing else. CLS has the position
-after the caption's last token or, with `text.style: open_clip`, the one after the padding.
+It reads the weights of a SyCoCa and shares only its image encoder and feed-forwards. CLS has the position after the
+caption's last token or, with `text.style: open_clip`, the one after the padding.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def attention(block: Attention, x: Tensor, source: Tensor | None = None, *, mask: Tensor | None = None) -> Tensor:
-    """x [B, T, D] with what it reads of source [B, P, D'] or of itself; `mask` is added to the logits [B, H, T, P]."""
+    """x [B, T, D] plus its attention to source [B, P, D'] or to itself; `mask` is added to the logits [B, H, T, P]."""
     asking = block.norm(x)
     told = asking if source is None else block.source_norm(source)
     projected = (block.query(asking), block.key(told), block.value(told))
@@ -58,7 +58,7 @@ def patches_of(images: Tensor, size: int) -> Tensor:
 
 
 class PlainSyCoCa:
-    """Losses by name; SyCoCaConfig's options have the published values.
+    """Computes the losses by name, for a SyCoCaConfig with the published options.
 
     Raises:
         ValueError: an option has another value.
@@ -97,7 +97,8 @@ class PlainSyCoCa:
         return x[:, :-1] if self.open_clip else part.norm(x[:, :-1]), part.norm(x[:, -1])
 
     def decode(self, decoder: CrossDecoder, x: Tensor, source: Tensor, *, own: Tensor | None, seen: Tensor) -> Tensor:
-        """x [B, T, D] of itself by the mask `own` [T, T], of source [B, P, D'] what is `seen` [B, P] -> [B, T, D]."""
+        """x [B, T, D] attends to itself by the mask `own` [T, T] and to what is `seen` [B, P] of source [B, P, D'] ->
+        [B, T, D]."""
         mask = additive(seen, x.dtype)[:, None, None]
         for self_block, cross_block in zip(decoder.own, decoder.cross, strict=True):
             x = self_block.feed_forward(attention(self_block.attention, x, mask=own))
@@ -138,7 +139,8 @@ class PlainSyCoCa:
 
     @torch.no_grad()
     def spoken_patches(self, image: Tensor, tokens: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, patches] bool each: those most like one of the caption's tokens, as many as either head wants."""
+        """The patches most similar to one of the caption's tokens, as many as each head wants: two bool [B,
+        patches]."""
         patches = self.feature(self.backbone.image_projection, image[:, self.backbone.vision.num_prefix_tokens :])
         tokens = self.backbone.text.norm(tokens) if self.open_clip else tokens
         similarity = patches @ self.feature(self.backbone.text_projection, tokens).transpose(-1, -2)  # [B, patches, T]

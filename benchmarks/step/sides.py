@@ -1,4 +1,4 @@
-"""The two sides that bench_step compares for each method, this library's and the plain recipe's, timed by part."""
+"""The two sides that bench_step compares for each method, this library and the plain recipe, timed by part."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BACKWARD = "backward"
 
 
 class Clock:
-    """Seconds, or another count, by part. A part inside of another counts for itself alone."""
+    """Seconds, or another count, by part. Time in a nested part does not count for the outer one."""
 
     def __init__(self) -> None:
         self._now: Callable[[], float] = time.perf_counter
@@ -35,7 +35,7 @@ class Clock:
         self._running: list[tuple[str, float]] = []
 
     def measure(self, call: Callable[[], object], *, now: Callable[[], float] = time.perf_counter) -> dict[str, float]:
-        """How much each part of the call adds to `now()`. The models' named ranges are parts, too."""
+        """How much each part of the call adds to `now()`. The models' named ranges are parts too."""
         self._now = now
         self._taken.clear()
         with observed_by(self.part):
@@ -60,13 +60,13 @@ class Clock:
             self._taken[name] += self._now() - since
 
     def becomes(self, name: str) -> None:
-        """The running part, if any, counts under another name from here on."""
+        """From here on, the running part, if any, counts under another name."""
         self._pause()
         if self._running:
             self._running[-1] = (name, self._now())
 
     def wrap(self, owner: object, names: str, part: str) -> None:
-        """Count the calls of an object's methods."""
+        """Time the calls of an object's methods as a part."""
         for name in names.split():
             function = getattr(owner, name)
 
@@ -77,7 +77,7 @@ class Clock:
             setattr(owner, name, timed)
 
     def watch(self, vision: VisionEncoder) -> None:
-        """Count an image encoder's backward pass, from the moment its tokens' gradient is complete."""
+        """Time an image encoder's backward pass, from the moment its tokens' gradient is complete."""
 
         def begin(_module: nn.Module, _inputs: object, tokens: Tensor) -> None:
             if tokens.requires_grad:
@@ -92,7 +92,7 @@ class Clock:
 
 
 def _first_node(node: Node) -> Node:
-    """The last node of the backward pass, along a chain that begins at an input without gradient."""
+    """The last node of the backward pass, found along a chain that starts at an input without gradient."""
     while earlier := [before for before, _ in node.next_functions if before is not None and before.next_functions]:
         node = earlier[0]
     return node
@@ -100,7 +100,7 @@ def _first_node(node: Node) -> Node:
 
 @dataclass
 class Side:
-    """`losses()` of a step, "total" and its terms, and the momentum update before it."""
+    """The losses of a step ("total" and its terms), and the momentum update before it."""
 
     model: SoftMaskPP | SyCoCa
     losses: Callable[[], dict[str, Tensor]]

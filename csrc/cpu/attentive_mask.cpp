@@ -1,8 +1,8 @@
-// The patches of an image that are most, or least, relevant to its caption, on the CPU.
+// Selects the patches of an image that are most, or least, relevant to its caption, on the CPU.
 //
-// One thread works on an image. Tokens are normalized beforehand, patches after the maximum over
-// tokens, by one number each. Not by a matrix product: BLAS rounds a row differently by where it
-// stands in the matrix, and equal patches would not tie.
+// One thread handles an image. Tokens are normalized first; a patch's norm divides its maximum over
+// the tokens. There is no matrix product, because BLAS rounds a row differently depending on its
+// position in the matrix, and equal patches would not tie.
 
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
@@ -19,10 +19,10 @@
 namespace softmask {
 namespace {
 
-constexpr double kNormEps = 1e-12;  // F.normalize's
+constexpr double kNormEps = 1e-12;  // as in F.normalize
 
-// Of every patch the largest cosine with a token that is not ignored. `similarity` is room for one
-// patch's products with all tokens.
+// For each patch, the largest cosine similarity with a token that is not ignored. `similarity` is
+// scratch for one patch's products with all tokens.
 struct Relevance {
   template <int Bytes, typename acc_t>
   static SOFTMASK_INLINE void run(const acc_t* patches, int64_t size, int64_t width,
@@ -34,7 +34,7 @@ struct Relevance {
       for (int64_t t = 0; t < tokens; ++t) {
         const acc_t s = ignore != nullptr && ignore[t] ? simd::kLowest<acc_t> : similarity[t];
         highest = s > highest ? s : highest;
-        broken = s != s ? s : broken;  // a NaN, as in torch
+        broken = s != s ? s : broken;  // propagates NaN, as torch does
       }
       simd::dots<Bytes>(&square, patches, patches, 0, 1, width);
       const acc_t norm = std::sqrt(square);
@@ -43,8 +43,8 @@ struct Relevance {
   }
 };
 
-// Marks the `count` first by relevance, a NaN above all numbers as in torch; ties go to the lower
-// position.
+// Marks the `count` patches with the highest (or lowest) relevance. NaN ranks above all numbers, as
+// in torch; ties go to the lower position.
 template <typename acc_t>
 void select(const std::vector<acc_t>& relevance, int64_t count, bool high, bool* selected) {
   const auto size = static_cast<int64_t>(relevance.size());
@@ -72,7 +72,7 @@ void kernel(const at::Tensor& patches, const at::Tensor& tokens, const at::Tenso
   const acc_t* direction = directions.const_data_ptr<acc_t>();
   bool* marks = selected.mutable_data_ptr<bool>();
   at::parallel_for(0, patches.size(0), 1, [&](int64_t begin, int64_t end) {
-    const at::AutoDispatchBelowADInplaceOrView guard;  // of this thread
+    const at::AutoDispatchBelowADInplaceOrView guard;  // thread-local
     std::vector<acc_t> similarity(words), relevance(size);
     for (int64_t b = begin; b < end; ++b) {
       const at::Tensor image = patches.select(0, b).to(type).contiguous();

@@ -1,10 +1,11 @@
 // Symmetric InfoNCE with focal weights and shared positives, and its gradients, on the CPU.
 //
-// Logits exist one block of rows at a time, made by torch's BLAS and consumed in the cache: one
-// product forward, and three backward (the block again, and its product with either side). Between
-// them live a few numbers per row. One thread works on a row, or a column, block after block: the
-// number of threads changes bits only through the BLAS, which splits its sums by it. Where products
-// are ours (products.h) and there are tiles for all threads, contrastive_tiles.h does the same.
+// Logits exist for one block of rows at a time: torch's BLAS computes them, and they are consumed
+// in the cache. This takes one product in the forward pass and three in the backward pass (the
+// block again, and its product with each side). A few numbers per row are kept between the passes.
+// One thread handles a row, or a column, block after block, so the number of threads changes the
+// result only through BLAS, which splits its sums by it. If the library computes its own products
+// (products.h) and there are enough tiles for all threads, contrastive_tiles.h is used instead.
 
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
@@ -23,10 +24,10 @@
 namespace softmask {
 namespace {
 
-constexpr int64_t kBlockBytes = 8 << 20;  // of logits
-constexpr int64_t kColumns = 1024;  // worked on at a time, so that their sums stay in the cache
+constexpr int64_t kBlockBytes = 8 << 20;  // of logits per block
+constexpr int64_t kColumns = 1024;        // at a time, so that their sums stay in the cache
 
-// A row of products becomes a row of logits; returns their log-sum-exp.
+// Turns a row of products into logits, in place, and computes their log-sum-exp.
 struct RowLogSumExp {
   template <int Bytes, typename acc_t>
   static SOFTMASK_INLINE void run(acc_t* row, int64_t size, acc_t scale, simd::LogSum<acc_t>* sum) {
@@ -43,7 +44,7 @@ struct ColumnSums {
                                   acc_t* sums, int64_t size) {
     constexpr int kLanes = simd::kLanesOf<acc_t, Bytes>;
     constexpr acc_t kLowest = simd::kLowest<acc_t>;
-    acc_t before[kColumns], fresh[kColumns] = {};  // a block's sums by themselves: shorter sums
+    acc_t before[kColumns], fresh[kColumns] = {};  // short sums, per block, are more precise
     std::copy_n(highest, size, before);
     for (int64_t i = 0; i < rows; ++i) {
       const acc_t* row = block + i * stride;
@@ -75,7 +76,7 @@ at::Tensor empty_block(const Problem& problem) {
   return at::empty({count, problem.width()}, problem.rows.options());
 }
 
-// The rows of blocks in their order, `work(block, first, count)` on each.
+// Calls work(block, first, count) on the blocks of rows, in order.
 template <typename Work>
 void for_each_block(const Problem& problem, const Work& work) {
   const at::Tensor memory = empty_block(problem), columns = problem.columns.t();
@@ -87,7 +88,8 @@ void for_each_block(const Problem& problem, const Work& work) {
   }
 }
 
-// Loss and slope of every row, and the logits of the positives where the columns will need them.
+// Computes the loss and slope of each row, and stores the logits of the positives if the columns
+// need them.
 template <typename acc_t>
 void finish_rows(const Problem& problem, const Statistics<acc_t>& statistics, acc_t* block,
                  int64_t first, int64_t count, acc_t* logits, double* loss) {
@@ -133,7 +135,7 @@ void finish_columns(const Problem& problem, const Side<acc_t>& columns, const ac
   std::copy_n(slope.begin(), slope.size(), columns.slope);
 }
 
-// By tiles: losses and slopes from the log-sum-exps.
+// The forward pass by tiles: log-sum-exps first, then losses and slopes.
 void tiled_forward(const Problem& problem, at::Tensor& loss, const at::Tensor& memory) {
   const Statistics<float> statistics(problem, memory);
   const Positives& positives = problem.positives;
@@ -181,8 +183,8 @@ void forward_kernel(const Problem& problem, at::Tensor& loss, const at::Tensor& 
   std::copy(losses.begin(), losses.end(), loss.mutable_data_ptr<acc_t>());
 }
 
-// The block of products becomes the gradient at the logits; at_scale[i] is row i's share of the
-// scale's gradient.
+// Turns a block of products into the gradient with respect to the logits; at_scale[i] is row i's
+// share of the scale's gradient.
 template <typename acc_t>
 void block_gradient(const Problem& problem, const Statistics<acc_t>& statistics, const acc_t* grad,
                     const std::vector<acc_t>& column_weight, acc_t* block, int64_t first,
@@ -192,7 +194,7 @@ void block_gradient(const Problem& problem, const Statistics<acc_t>& statistics,
   const double share = problem.share();
   const auto scale = static_cast<acc_t>(problem.scale);
   at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    std::vector<std::pair<acc_t, double>> targets;  // product and gradient of a row's positives
+    std::vector<std::pair<acc_t, double>> targets;  // product and gradient of each positive
     for (int64_t i = begin; i < end; ++i) {
       acc_t *row = block + i * width, total;
       const int64_t sample = first + i;

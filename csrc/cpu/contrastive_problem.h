@@ -1,5 +1,5 @@
-// What the ways to compute the contrastive loss share: the problem, what is kept of it for the
-// backward pass, and the gradient at logits.
+// What the implementations of the contrastive loss share: the problem, the statistics kept for the
+// backward pass, and the gradient with respect to the logits.
 
 #pragma once
 
@@ -15,7 +15,8 @@
 
 namespace softmask {
 
-// loss_i of `both`: half of row i's and of column i's, which are then the same samples.
+// With `both`, rows and columns are the same samples, and loss_i is the mean of row i's and column
+// i's loss.
 struct Problem {
   at::Tensor rows, columns;  // [B, D], [G, D]
   double scale;
@@ -40,11 +41,11 @@ struct Problem {
 
   int64_t height() const { return rows.size(0); }
   int64_t width() const { return columns.size(0); }
-  double share() const { return both ? 0.5 : 1.0; }  // of a direction in the loss
+  double share() const { return both ? 0.5 : 1.0; }  // weight of a direction
 };
 
-// Of every row, or every column: the log-sum-exp of its logits, and the sum of y h(p) over its
-// positives, which is 1 for gamma = 0.
+// For each row, or each column: the log-sum-exp of its logits (highest + rest), and the sum of y
+// h(p) over its positives (slope), which is 1 for gamma = 0.
 template <typename acc_t>
 struct Side {
   acc_t *highest, *rest, *slope;
@@ -55,12 +56,12 @@ struct Side {
 
 template <typename acc_t>
 struct Statistics {
-  Side<acc_t> rows, columns;  // columns only where there are both directions
+  Side<acc_t> rows, columns;  // columns is empty without `both`
 
   Statistics(const Problem& problem, const at::Tensor& memory)
       : rows(side(memory, 0)), columns(problem.both ? side(memory, 3) : Side<acc_t>{}) {}
 
-  // Memory for the statistics. With ids a last row holds 1 / (number of positives).
+  // Allocates the statistics. With ids, an additional last row holds 1 / (number of positives).
   static at::Tensor empty(const Problem& problem) {
     const int64_t sides = problem.both ? 6 : 3;
     const at::Tensor memory =
@@ -81,11 +82,11 @@ struct Statistics {
   }
 };
 
-// In the place of a positive's product with its column: RowGradient leaves it out.
+// Stands in for a positive's product, so that RowGradient skips it.
 constexpr float kNowhere = -1e30f;
 
-// A row of products becomes the gradient at the logits, positives aside; returns its product with
-// the products.
+// Turns a row of products into the gradient with respect to the logits, leaving out positives, and
+// sums gradient times product.
 struct RowGradient {
   template <int Bytes, typename acc_t>
   static SOFTMASK_INLINE void run(acc_t* row, int64_t size, acc_t scale, acc_t weight,
@@ -112,8 +113,8 @@ struct RowGradient {
   }
 };
 
-// The gradient at a positive's logit: a difference that may cancel, so it is taken by itself, in
-// double. by_row and by_column are d loss / d log-sum-exp.
+// The gradient with respect to a positive's logit. It is a difference that may cancel, so it is
+// computed separately, in double. by_row and by_column are d loss / d log-sum-exp.
 template <typename acc_t>
 double gradient_of_positive(const Problem& problem, const Statistics<acc_t>& statistics,
                             const acc_t* grad, double by_row, const acc_t* by_column, int64_t row,

@@ -1,11 +1,12 @@
-// The contrastive loss and its gradients one tile of logits at a time, from products to gradients
-// in a thread's own cache.
+// The contrastive loss and its gradients by tiles of logits, each of which goes from products to
+// gradients in one thread's cache.
 //
-// Tiles of one step share no row and no column, so that their threads add to the sums of both
-// without asking each other, every sum in a fixed order. A tile takes one exponential per logit:
-// relative to the tile's largest it serves rows and columns, in the forward pass as a term of their
-// sums, in the backward pass times e^(largest - log-sum-exp) as both probabilities. Where the
-// largest is too far from a row's or a column's own logits for that, those are done by themselves.
+// The tiles of one step share no row and no column, so threads add to the sums of both without
+// synchronization, and every sum has a fixed order. A tile takes one exponential per logit,
+// relative to the tile's largest logit, for both rows and columns: in the forward pass it is a term
+// of their sums; in the backward pass, times e^(largest - log-sum-exp), it gives both
+// probabilities. If a row's or column's own logits are too far below the largest for that, its
+// exponentials are computed separately.
 
 #pragma once
 
@@ -24,15 +25,16 @@
 namespace softmask::tiles {
 
 constexpr int64_t kLargest = 192, kSmallest = 48;  // sides of a tile; multiples of kPanel and kRows
-constexpr int64_t kPitch = kLargest + 8;           // between rows of a tile, no power of two
-constexpr float kEnough = 1e-20f;  // a sum of exponentials that has lost nothing to underflow
-constexpr double kFar = 40.0;      // e^40 times an exponential that underflowed is still nothing
+constexpr int64_t kPitch = kLargest + 8;           // between rows of a tile; not a power of two
+constexpr float kEnough = 1e-20f;  // larger sums of exponentials lost nothing to underflow
+constexpr double kFar = 40.0;      // e^40 times an exponential that underflowed is negligible
 
 struct Tile {
   int64_t row, column, rows, columns;
 };
 
-// How rows and columns are cut: several tiles in a step for every thread, where there are enough.
+// How rows and columns are split into tiles: several tiles per step and thread, if there are
+// enough.
 struct Grid {
   int64_t height, width, tall, wide, down, across;
 
@@ -48,7 +50,7 @@ struct Grid {
     const int64_t wanted = size / (4 * at::get_num_threads());
     return std::clamp((wanted + kSmallest - 1) / kSmallest * kSmallest, kSmallest, kLargest);
   }
-  // Of one step.
+  // Number of tiles in a step.
   int64_t together() const { return std::min(down, across); }
   int64_t steps() const { return std::max(down, across); }
   Tile tile(int64_t step, int64_t index) const {
@@ -65,8 +67,8 @@ inline bool are_worth_it(const Problem& problem) {
          grid.together() >= 2 * at::get_num_threads();
 }
 
-// What a thread needs: a tile, one side of a product in panels, and numbers of a tile's rows and
-// columns.
+// Scratch memory of a thread: a tile, one side of a product in panels, and numbers per row and
+// column of the tile.
 struct Room {
   float *tile, *panels, *of_rows, *of_columns, *highest_rows, *highest_columns;
 
@@ -80,15 +82,15 @@ struct Room {
         highest_columns(highest_rows + kLargest) {}
 };
 
-// A positive: where its logit is, the logit, and the gradient there.
+// A positive: where its logit is stored, the logit, and the gradient with respect to it.
 struct Target {
   float *place, logit;
   double gradient;
   int64_t sample;
 };
 
-// work(tile, room) on every tile, room.tile holding its logits, rounded once: what is not the same
-// number everywhere does not cancel where a probability is 1.
+// Calls work(tile, room) on every tile, with its logits in room.tile. Each logit is rounded once:
+// all uses must see the same number, or terms do not cancel where a probability is 1.
 template <typename Work>
 void for_each(const Problem& problem, const Work& work) {
   const Grid grid(problem.height(), problem.width());
@@ -113,7 +115,7 @@ void for_each(const Problem& problem, const Work& work) {
   }
 }
 
-// Calls positive(k, place in the tile's row) on the positives of row `sample` that are in the tile.
+// Calls positive(k, column in the tile) for each positive of row `sample` in the tile.
 template <typename Positive>
 void for_each_positive(const Positives& positives, const Tile& tile, int64_t sample,
                        const Positive& positive) {
@@ -125,7 +127,7 @@ void for_each_positive(const Positives& positives, const Tile& tile, int64_t sam
   }
 }
 
-// The largest logit.
+// The largest logit of a tile.
 struct Highest {
   template <int Bytes>
   static SOFTMASK_INLINE void run(const float* logits, const Tile& tile, float* highest) {
@@ -166,7 +168,7 @@ struct Sums {
   }
 };
 
-// A sum by itself, of `size` logits `stride` apart.
+// The sum of exponentials of `size` logits, `stride` apart, relative to their own maximum.
 inline void sum_alone(const float* logits, int64_t stride, int64_t size, float* highest,
                       float* sum) {
   *highest = simd::kLowest<float>;
@@ -175,7 +177,7 @@ inline void sum_alone(const float* logits, int64_t stride, int64_t size, float* 
   for (int64_t i = 0; i < size; ++i) *sum += std::exp(logits[i * stride] - *highest);
 }
 
-// Running sums, each relative to its own largest logit so far, and those of one more tile.
+// Adds a tile's sums to running sums, each relative to its own largest logit.
 struct Merge {
   template <int Bytes>
   static SOFTMASK_INLINE void run(float* highest, float* sums, const float* new_highest,
@@ -195,7 +197,8 @@ struct Merge {
   }
 };
 
-// The log-sum-exp as a float and what it lacks: their sum is exact to the digits of the sum.
+// Splits the log-sum-exp into a float and a remainder, so that together they keep the precision of
+// the sum.
 inline void finish(const Side<float>& side, const std::vector<float>& sums) {
   for (size_t i = 0; i < sums.size(); ++i) {
     const double exact = double(side.highest[i]) + std::log(double(sums[i]));
@@ -204,7 +207,7 @@ inline void finish(const Side<float>& side, const std::vector<float>& sums) {
   }
 }
 
-// Log-sum-exps of both sides, and the logits of the positives.
+// Computes the log-sum-exps of both sides and stores the logits of the positives.
 inline void log_sums(const Problem& problem, const Statistics<float>& statistics, float* logits) {
   const Side<float>&rows = statistics.rows, &columns = statistics.columns;
   std::vector<float> row_sums(problem.height()), column_sums(problem.both ? problem.width() : 0);
@@ -237,8 +240,8 @@ inline void log_sums(const Problem& problem, const Statistics<float>& statistics
   finish(columns, column_sums);
 }
 
-// Logits become their gradients, positives aside: e^(logit - highest) * (by_row + by_column). Adds
-// every row's products of both to at_scale.
+// Turns logits into their gradients, leaving out positives: e^(logit - highest) * (by_row +
+// by_column). Adds each row's sum of gradient times logit to at_scale.
 struct GradientAtOnce {
   template <int Bytes>
   static SOFTMASK_INLINE void run(float* logits, const Tile& tile, float highest,
@@ -260,7 +263,7 @@ struct GradientAtOnce {
   }
 };
 
-// to = weight * e^(highest - log-sum-exp); false where that is out of range.
+// to = weight * e^(highest - log-sum-exp); returns false if any of them is out of range.
 inline bool relative_weights(const Side<float>& side, const float* weight, float highest,
                              int64_t first, int64_t count, float* to) {
   for (int64_t i = 0; i < count; ++i) {
@@ -271,7 +274,7 @@ inline bool relative_weights(const Side<float>& side, const float* weight, float
   return true;
 }
 
-// d loss / d log-sum-exp of every row, or column.
+// d loss / d log-sum-exp of each row or column.
 inline std::vector<float> weights(const Problem& problem, const float* grad,
                                   const Side<float>& side, int64_t count) {
   std::vector<float> to(count);

@@ -1,4 +1,4 @@
-// What the contrastive losses share: the positives of every row, and the focal term of one of them.
+// What the contrastive losses share: the positives of each row, and the focal term of one positive.
 
 #pragma once
 
@@ -16,12 +16,12 @@
 
 namespace softmask {
 
-// Of row i the columns that are its positives, columns[first[i]] to columns[first[i + 1]],
-// ascending.
+// The positives of row i are columns[first[i]] up to, but not including, columns[first[i + 1]], in
+// ascending order.
 struct Positives {
   std::vector<int64_t> first, columns;
 
-  // Without ids column `first_row + i` alone; with them the columns of the row's id.
+  // Without ids, row i's positive is column `first_row + i`; with ids, all columns with its id.
   Positives(int64_t rows, int64_t width, int64_t first_row, const OptionalTensor& row_ids,
             const OptionalTensor& column_ids) {
     first.reserve(rows + 1);
@@ -61,8 +61,8 @@ struct Positives {
   int64_t count(int64_t row) const { return first[row + 1] - first[row]; }
 };
 
-// -(1 - p)^gamma log p and h(p) = d/dp of (1 - p)^gamma log p, times p, at p = e^log_p. 1 - p is
-// kept off 0, where gamma in (0, 1) has no derivative, and log p off what rounding may put above 0;
+// -(1 - p)^gamma log p, and h(p) = p d/dp [(1 - p)^gamma log p], at p = e^log_p. 1 - p is kept
+// above 0, where gamma in (0, 1) has no derivative, and log p at most 0, which rounding may exceed.
 // gamma = 0 is exactly cross-entropy.
 struct Focal {
   double gamma;

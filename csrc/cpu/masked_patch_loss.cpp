@@ -1,8 +1,8 @@
 // MAE's reconstruction loss of masked patches and its gradient, on the CPU.
 //
-// A masked patch's pixels are gathered into the order of the prediction where they fit the cache,
-// normalized and compared; images are never unfolded, other patches never read. Backward does the
-// same again: all that is saved are the inputs.
+// A masked patch's pixels are gathered in the order of the prediction into a buffer that fits the
+// cache, normalized and compared. Images are never unfolded, and other patches are not read. The
+// backward pass recomputes all of this, so only the inputs are saved.
 
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
@@ -31,7 +31,7 @@ struct Problem {
   int64_t pixels() const { return kChannels * side * side; }
 };
 
-// Pixels of patch `index` of all, ordered rows, columns, channels.
+// Copies the pixels of patch `index` of the batch, ordered by row, column and channel.
 template <typename image_t, typename acc_t>
 void gather(const Problem& problem, int64_t index, acc_t* to) {
   const at::Tensor& images = problem.images;
@@ -64,9 +64,9 @@ Gather<acc_t> gather_of(const at::Tensor& images) {
   return chosen;
 }
 
-// values = (values - mean) / sqrt(variance + eps), the variance unbiased. The mean is that of the
-// differences to the first value: a sum of values would be rounded at their size, and the error be
-// large beside the deviation of a flat patch.
+// values = (values - mean) / sqrt(variance + eps), with the unbiased variance. The mean is that of
+// the differences from the first value: a sum of the values themselves would be rounded at their
+// magnitude, which is a large error compared with the deviation of a flat patch.
 struct Standardize {
   template <int Bytes, typename acc_t>
   static SOFTMASK_INLINE void run(acc_t* values, int64_t size) {
@@ -82,7 +82,7 @@ struct Standardize {
   }
 };
 
-// target = prediction - target; the sum of squares.
+// target = prediction - target; computes the sum of squares.
 struct Difference {
   template <int Bytes, typename acc_t, typename scalar_t>
   static SOFTMASK_INLINE void run(const scalar_t* prediction, acc_t* target, int64_t size,
@@ -92,8 +92,8 @@ struct Difference {
   }
 };
 
-// work(patch, prediction - target [pixels], sum of its squares) on masked patches, skip(patch) on
-// the others.
+// Calls work(patch, prediction - target [pixels], sum of its squares) for masked patches and
+// skip(patch) for the others.
 template <typename scalar_t, typename acc_t, typename Work, typename Skip>
 void for_each_patch(const Problem& problem, const Work& work, const Skip& skip) {
   const Gather<acc_t> gather = gather_of<acc_t>(problem.images);

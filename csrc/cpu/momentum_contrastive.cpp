@@ -1,12 +1,11 @@
-// ALBEF's momentum-distilled contrastive loss with focal weights, and its
-// gradients, on the CPU.
+// ALBEF's momentum-distilled contrastive loss with focal weights, and its gradients, on the CPU.
 //
-// Keys are those of the batch and the queue, each read where it lies (converted where it is not of
-// the type computed in). Logits of student and teacher exist for one block of rows at a time, from
-// one product with the keys; another one gives the gradient to the rows, taken already in the
-// forward pass, since what comes from above only scales rows. One thread works on a row: the number
-// of threads changes bits only through the BLAS, which splits its sums by it; where products are
-// ours (products.h) it changes none of theirs.
+// Keys are those of the batch and the queue, each read in place (or converted to the compute type).
+// Logits of student and teacher exist for one block of rows at a time, from one product with the
+// keys. A second product gives the gradient of the rows, already in the forward pass, because the
+// upstream gradient only scales rows. One thread handles a row, so the number of threads changes
+// the result only through BLAS, which splits its sums by it; products that the library computes
+// itself (products.h) do not depend on it.
 
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
@@ -27,12 +26,12 @@ namespace {
 
 using namespace momentum;
 
-constexpr int64_t kBlockBytes = 24 << 20;  // of logits
+constexpr int64_t kBlockBytes = 24 << 20;  // of logits per block
 
 struct Problem {
   at::Tensor query, teacher;           // [B, D]
   std::array<at::Tensor, 2> keys;      // [G, D] of the batch and [K, D] of the queue, any strides
-  std::array<Positives, 2> positives;  // of a row, among each of them
+  std::array<Positives, 2> positives;  // of each row, among each of these
   double scale, alpha;
   Focal focal;
 
@@ -41,14 +40,14 @@ struct Problem {
   double targets(int64_t sample) const {
     return static_cast<double>(positives[0].count(sample) + positives[1].count(sample));
   }
-  int64_t block_rows() const {  // blocks of equal size
+  int64_t block_rows() const {  // in blocks of nearly equal size
     const int64_t bytes = 2 * width() * query.element_size() * height();
     const int64_t blocks = std::max<int64_t>(1, (bytes + kBlockBytes - 1) / kBlockBytes);
     return std::max<int64_t>(1, (height() + blocks - 1) / blocks);
   }
 };
 
-// Where a positive's logits are, and the student's before anything overwrote it.
+// Where a positive's logits are stored, and the student's logit before it is overwritten.
 template <typename acc_t>
 struct Positive {
   acc_t *student, *teacher, logit;
@@ -68,7 +67,8 @@ std::vector<Positive<acc_t>> positives_of(const Problem& problem, const Row<acc_
   return found;
 }
 
-// One row's loss, and the gradient at its logits in place of the student's; gamma = 0.
+// One row's loss for gamma = 0; replaces the student's logits with the gradient with respect to
+// them.
 template <typename acc_t>
 double cross_entropy_row(const Problem& problem, const Row<acc_t>& row, int64_t sample) {
   const bool soft = problem.alpha > 0;
@@ -117,15 +117,15 @@ double focal_row(const Problem& problem, const Row<acc_t>& row, int64_t sample) 
   return loss;
 }
 
-// Products with the keys of one part, by torch's BLAS or, where they are ours (products.h), a few
-// keys at a time.
+// Products with one part of the keys, by torch's BLAS or, if the library computes them
+// (products.h), by tiles of keys.
 class KeyProducts {
  public:
   explicit KeyProducts(const at::Tensor& keys)
       : keys_(keys), ours_(products::are_ours(keys.scalar_type())) {}
 
-  // Numbers from one row of logits to the next: no power of two, at which they would share a few
-  // places in the cache.
+  // Elements between rows of logits: not a power of two, at which rows would share a few cache
+  // sets.
   int64_t pitch() const { return ours_ ? products::padded(size()) + products::kPanel : size(); }
   int64_t size() const { return keys_.size(0); }
 
@@ -166,17 +166,18 @@ class KeyProducts {
 
  private:
   static constexpr int64_t kTile = 192;  // keys
-  static constexpr int64_t kSums = 16;   // each by one thread, whatever their number
+  static constexpr int64_t kSums = 16;   // each by one thread, however many threads there are
 
   struct Tile {
     int64_t first, count;
     const float* keys;
-    float* panels;  // room for them
+    float* panels;  // scratch for the packed keys
   };
 
   int64_t depth() const { return keys_.size(1); }
 
-  // work(task, tile) on all tiles, in `tasks` tasks of which one thread does each, or one by one.
+  // Calls work(task, tile) on all tiles, in `tasks` tasks, each on one thread; 1 makes each tile a
+  // task.
   template <typename Work>
   void for_each_tile(int64_t tasks, const Work& work) const {
     const int64_t tiles = (size() + kTile - 1) / kTile, room = kTile * products::padded(depth());
@@ -199,7 +200,7 @@ class KeyProducts {
   bool ours_;
 };
 
-// Losses [B] and, where there is memory for them, d loss_i / d (logit_scale * query_i) [B, D].
+// Computes losses [B] and, if requested, d loss_i / d (logit_scale * query_i) [B, D].
 template <typename acc_t>
 void kernel(const Problem& problem, at::Tensor& losses, const OptionalTensor& gradients) {
   const int64_t count = problem.block_rows();
@@ -213,7 +214,7 @@ void kernel(const Problem& problem, at::Tensor& losses, const OptionalTensor& gr
                   streams = problem.alpha > 0 ? 2 : 1;
     rows.narrow(0, 0, n).copy_(problem.query.narrow(0, first, n));
     rows.narrow(0, n, n).copy_(problem.teacher.narrow(0, first, n));
-    rows.mul_(problem.scale);          // of the few rows rather than of their logits
+    rows.mul_(problem.scale);          // the rows are fewer than their logits
     std::array<at::Tensor, 2> logits;  // [2n, keys]: the student's rows, then the teacher's
     int64_t used = 0;
     for (int part = 0; part < 2; ++part) {
@@ -246,13 +247,13 @@ void kernel(const Problem& problem, at::Tensor& losses, const OptionalTensor& gr
   }
 }
 
-// One direction: rows of images among text keys, or the reverse.
+// One direction: image rows against text keys, or the reverse.
 struct Direction {
   const at::Tensor &query, &teacher, &keys;
   const OptionalTensor& queue;
 };
 
-// What both directions share.
+// Arguments that both directions share.
 struct Options {
   double scale, alpha;
   Focal focal;
@@ -304,13 +305,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> momentum_contrastive(
       one_direction({image, image_teacher, text_keys, text_queue}, options);
   const auto [of_text, text_gradients] =
       one_direction({text, text_teacher, image_keys, image_queue}, options);
-  // The scale's gradient is summed in double by the backward pass: nothing is prepared for it.
+  // The backward pass sums the scale's gradient in double, so there is nothing to prepare.
   const at::Tensor at_scale = at::zeros_like(of_image);
   return {(of_image + of_text) * 0.5, at_scale, image_gradients, text_gradients};
 }
 
-// loss_i depends on scale * image_i and scale * text_i alone. Their gradients come from the forward
-// pass.
+// loss_i depends only on scale * image_i and scale * text_i, whose gradients the forward pass
+// computed.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> momentum_contrastive_backward(
     const at::Tensor& grad, const at::Tensor& image, const at::Tensor& text,
     const at::Tensor& scale, const at::Tensor& at_scale, const at::Tensor& image_gradients,
@@ -321,7 +322,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> momentum_contrastive_backward(
   const at::Tensor share = (grad * 0.5).unsqueeze(1);  // of each direction
   const auto of = [&](const at::Tensor& query, const at::Tensor& gradients) {
     const at::Tensor by_row = gradients * share;
-    const at::Tensor by_scale = (by_row.to(at::kDouble) * query).sum();  // terms of both signs
+    const at::Tensor by_scale = (by_row.to(at::kDouble) * query).sum();  // terms may cancel
     return std::make_pair((by_row * scale.item<double>()).to(query.scalar_type()),
                           by_scale.to(scale.scalar_type()));
   };

@@ -1,5 +1,5 @@
-// What one pass over a row's logits computes in the momentum-distilled contrastive loss: sums of
-// exponentials, sums over soft targets, gradients at the logits.
+// Single passes over a row's logits in the momentum-distilled contrastive loss: sums of
+// exponentials, sums over soft targets, gradients with respect to the logits.
 
 #pragma once
 
@@ -12,9 +12,9 @@
 
 namespace softmask::momentum {
 
-constexpr float kLikely = 0.25f;  // probabilities above are few, and get exact arithmetic
+constexpr float kLikely = 0.25f;  // larger probabilities are few, and computed in double
 
-// logits[0] of the student, logits[1] of the teacher.
+// logits[0] are the student's, logits[1] the teacher's.
 template <typename acc_t>
 struct Part {
   acc_t* logits[2];
@@ -22,9 +22,9 @@ struct Part {
 };
 
 template <typename acc_t>
-using Row = std::array<Part<acc_t>, 2>;  // a row's logits at the keys of the batch and at the queue
+using Row = std::array<Part<acc_t>, 2>;  // a row's logits for the batch's keys and the queue
 
-// Log-sum-exp of a row's logits in both parts.
+// Log-sum-exp of a row's logits over both parts.
 struct LogSumExp {
   template <int Bytes, typename acc_t>
   static SOFTMASK_INLINE void run(const Row<acc_t>& row, int which, simd::LogSum<acc_t>* sum) {
@@ -39,7 +39,7 @@ struct LogSumExp {
   }
 };
 
-// log(1 - p) for 0 <= p <= kLikely, by its series.
+// log(1 - p) for 0 <= p <= kLikely, by its Taylor series.
 template <typename V>
 SOFTMASK_INLINE V log_of_miss(const V& p) {
   constexpr int kTerms = sizeof(p[0]) == 8 ? 24 : 11;
@@ -49,8 +49,8 @@ SOFTMASK_INLINE V log_of_miss(const V& p) {
   return -p * sum;
 }
 
-// gamma = 0, where two exponentials per key suffice: e^(z - highest) in place of the student's
-// logits, their sum, and the sum of (z - highest) times the teacher's exponentials.
+// For gamma = 0, where two exponentials per key suffice. Replaces the student's logits with e^(z -
+// highest); adds their sum, and the sum of (z - highest) times the teacher's exponentials.
 struct StudentExponentials {
   template <int Bytes, typename acc_t>
   static SOFTMASK_INLINE void run(const Part<acc_t>& part, acc_t highest, bool soft, acc_t* sum,
@@ -64,7 +64,7 @@ struct StudentExponentials {
       sums += e;
       if (soft) {
         const V y = simd::load_some<Bytes>(part.logits[1] + j, left, acc_t(0));
-        products += y > 0 ? y * z : V{};  // where y = 0 z may be infinite
+        products += y > 0 ? y * z : V{};  // z may be infinite where y = 0
       }
       simd::store_some(part.logits[0] + j, e, left);
     }
@@ -90,7 +90,8 @@ struct TeacherExponentials {
   }
 };
 
-// gradient at the logits = share * student - y * teacher, of exponentials, in place of the former.
+// Replaces the student's exponentials with the gradient with respect to the logits, share * student
+// - y * teacher.
 struct Difference {
   template <int Bytes, typename acc_t>
   static SOFTMASK_INLINE void run(const Part<acc_t>& part, acc_t share, acc_t y) {
@@ -102,8 +103,8 @@ struct Difference {
   }
 };
 
-// Other gammas: sums over the soft targets, and what the gradient will need: p in place of the
-// student's logits, y h(p) in place of the teacher's. What p is above kLikely is left to
+// For other gammas: sums over the soft targets. Keeps what the gradient needs: p in place of the
+// student's logits, y h(p) in place of the teacher's. Keys whose p is above kLikely are left to
 // `finish_likely`.
 struct SoftTargets {
   template <int Bytes, typename acc_t>
@@ -123,7 +124,7 @@ struct SoftTargets {
         y = simd::exp_nonpositive(t - teacher_sum.highest - teacher_sum.rest) * alpha;
       }
       const V p = simd::exp_nonpositive(given), bounded = p > likely ? V{} : p;
-      const V log_p = y > 0 ? given : V{};  // where y = 0 it may be infinite
+      const V log_p = y > 0 ? given : V{};  // may be infinite where y = 0
       const V power = simd::exp_nonpositive(gamma * log_of_miss(bounded));
       const V h = power - gamma * bounded * (power / (1 - bounded)) * log_p;
       losses -= p > likely ? V{} : power * y * log_p;
@@ -136,7 +137,7 @@ struct SoftTargets {
   }
 };
 
-// The keys that SoftTargets left out.
+// Adds the keys that SoftTargets left out.
 template <typename acc_t>
 void finish_likely(const Focal& focal, const Part<acc_t>& part, double* loss, double* slope) {
   for (int64_t j = 0; j < part.size; ++j) {
@@ -149,7 +150,7 @@ void finish_likely(const Focal& focal, const Part<acc_t>& part, double* loss, do
   }
 }
 
-// gradient at the logits = p * slope - y h(p), in place of p.
+// Replaces p with the gradient with respect to the logits, p * slope - y h(p).
 struct Gradient {
   template <int Bytes, typename acc_t>
   static SOFTMASK_INLINE void run(const Part<acc_t>& part, acc_t slope) {

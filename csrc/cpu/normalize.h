@@ -1,4 +1,4 @@
-// norm(map) of every op that takes maps, in double precision whatever the map's type.
+// norm(map) for all ops that take maps, in double precision whatever the map's type.
 
 #pragma once
 
@@ -35,7 +35,7 @@ class Normalizer {
       return;
     }
     double low = map[0], high = map[0];
-    for (int64_t i = 1; i < size; ++i) {  // a NaN stays, as in torch
+    for (int64_t i = 1; i < size; ++i) {  // propagates NaN, as torch does
       low = (map[i] < low || std::isnan(map[i])) ? map[i] : low;
       high = (map[i] > high || std::isnan(map[i])) ? map[i] : high;
     }
@@ -46,11 +46,12 @@ class Normalizer {
 
   double operator()(double value) const { return (value - low_) / range_; }
 
-  // d loss / d norm(c) -> d loss / d c, in place. Elements that tie for min or max share evenly.
+  // d loss / d norm(c) -> d loss / d c, in place. Elements tied for min or max share the gradient
+  // evenly.
   template <typename map_t>
   void backward(const map_t* map, double* grad, int64_t size) const {
     if (mode_ == Normalize::kNone) return;
-    double sum = 0.0, weighted = 0.0;  // sum of grad, of grad * norm(c)
+    double sum = 0.0, weighted = 0.0;  // sums of grad and of grad * norm(c)
     int64_t lowest = 0, highest = 0;
     for (int64_t i = 0; i < size; ++i) {
       sum += grad[i];

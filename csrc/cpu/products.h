@@ -1,8 +1,8 @@
-// Products of matrices whose results are consumed in the cache, where vectors have 32 bytes.
+// Matrix products whose results are consumed in the cache, for processors with 32-byte vectors.
 //
-// There torch's BLAS reaches half of what the processor can (docs/cpu.md), and a caller's own tiles
-// need no pass over memory between a product and what is done with it. Wider vectors are left to
-// the BLAS, which knows them better.
+// There torch's BLAS reaches half of what the processor can (docs/cpu.md), and a caller with its
+// own tiles saves a pass over memory between a product and its use. Wider vectors are left to BLAS,
+// which is well tuned for them.
 
 #pragma once
 
@@ -17,15 +17,15 @@
 
 namespace softmask::products {
 
-constexpr int kRows = 6;            // of a result in registers,
-constexpr int64_t kPanel = 16;      // and its columns
-constexpr int64_t kTogether = 256;  // terms of a sum before it is added to the next one
+constexpr int kRows = 6;            // rows of a result in registers
+constexpr int64_t kPanel = 16;      // columns of a result in registers
+constexpr int64_t kTogether = 256;  // terms of a partial sum
 
 inline bool are_ours(at::ScalarType type) {
   return type == at::kFloat && simd::vector_bytes() == 32;
 }
 
-// to [rows, columns] = factor * left right, or that added to it. left(r, k) = left[r * by_row + k *
+// to [rows, columns] = factor * left right, or += with `add`. left(r, k) = left[r * by_row + k *
 // by_step]; right is packed: [columns / kPanel, steps, kPanel].
 struct Product {
   float* to;
@@ -38,7 +38,8 @@ struct Product {
   int64_t rows, columns, steps;
 };
 
-// kRows x kPanel sums in registers, `steps` terms each; row r of the left side at left[row[r]].
+// kRows x kPanel sums in registers, with `steps` terms each; row r of the left side is at
+// left[row[r]].
 template <int Bytes>
 struct Sums {
   static constexpr int kLanes = simd::kLanesOf<float, Bytes>;
@@ -81,7 +82,7 @@ struct Multiply {
   }
 
  private:
-  // Where sums will be added is on its way while they are made.
+  // Prefetches the destination of the sums while they are computed.
   static SOFTMASK_INLINE void fetch(const Product& product, int64_t r, int64_t column) {
     const float* to = product.to + r * product.pitch + column;
     for (int64_t i = r; i < product.rows && i < r + kRows; ++i, to += product.pitch) {
@@ -106,7 +107,7 @@ struct Multiply {
   template <int Bytes>
   static SOFTMASK_INLINE void part(const Product& product, int64_t r, int64_t column, int64_t first,
                                    const float* right, int64_t steps) {
-    int64_t row[kRows];  // beyond the last the last one again: those sums are dropped
+    int64_t row[kRows];  // rows past the end repeat the last one; their sums are dropped
     for (int i = 0; i < kRows; ++i) row[i] = std::min(r + i, product.rows - 1) * product.by_row;
     Sums<Bytes> sums;
     if (product.add) fetch(product, r, column);
@@ -128,7 +129,7 @@ struct Multiply {
   }
 };
 
-// Lanes of one of a panel's vectors from as many rows, `by_row` apart, kLanes steps at once.
+// Transposes kLanes rows, `by_row` apart, into one vector of a panel at each of kLanes steps.
 template <int Bytes>
 SOFTMASK_INLINE void transpose(const float* from, int64_t by_row, float* to) {
   constexpr int kLanes = simd::kLanesOf<float, Bytes>;
@@ -139,8 +140,8 @@ SOFTMASK_INLINE void transpose(const float* from, int64_t by_row, float* to) {
   for (int k = 0; k < kLanes; ++k) simd::store(to + k * kPanel, rows[k]);
 }
 
-// The right side of a product, element (k, column) at from[k * by_step + column * by_column], as
-// panels [columns / kPanel, steps, kPanel] with zeros beyond the last column.
+// Packs the right side of a product, with element (k, column) at from[k * by_step + column *
+// by_column], into panels [columns / kPanel, steps, kPanel] with zeros beyond the last column.
 struct Pack {
   template <int Bytes>
   static SOFTMASK_INLINE void run(const float* from, int64_t by_column, int64_t by_step,
@@ -184,10 +185,10 @@ struct Pack {
   }
 };
 
-// Of panels, rounded up.
+// Rounds up to a multiple of kPanel.
 inline int64_t padded(int64_t size) { return (size + kPanel - 1) / kPanel * kPanel; }
 
-// Rows [count, width] as the right side of products with each of them.
+// Packs rows [count, width] as the right side of products with each of them.
 inline at::Tensor packed_rows(const at::Tensor& rows) {
   const int64_t count = rows.size(0), width = rows.size(1);
   const at::Tensor packed = at::empty({padded(count), width}, rows.options());

@@ -1,4 +1,4 @@
-// Tensors [B, H, N, E] as rows of E.
+// Access to tensors [B, H, N, E] by rows of E elements.
 
 #pragma once
 
@@ -11,7 +11,7 @@
 
 namespace softmask {
 
-// [B, H, N, E] with any strides but a contiguous last dimension.
+// A tensor [B, H, N, E] with a contiguous last dimension and any other strides.
 template <typename T>
 struct Rows {
   T* data = nullptr;

@@ -1,8 +1,8 @@
-// Loops compiled for several instruction sets within one binary; the processor decides which run.
+// Loops compiled for several instruction sets in one binary; which one runs is decided at run time.
 //
-// Body::run<Bytes> and all it calls must be SOFTMASK_INLINE: then they are compiled once per
-// instruction set, inside the functions below, with vectors of Bytes bytes. No lambdas in there:
-// they would not inherit the instruction set.
+// Body::run<Bytes> and everything it calls must be SOFTMASK_INLINE. Then it is compiled once per
+// instruction set, inside the functions below, with vectors of Bytes bytes. Lambdas cannot be used
+// there, because they do not inherit the instruction set.
 
 #pragma once
 
@@ -27,8 +27,8 @@ namespace softmask::simd {
 
 enum class Isa { kBase, kAvx2, kAvx512 };
 
-// The best that the processor has, or less where ATEN_CPU_CAPABILITY says so, as for torch's
-// kernels.
+// The processor's best instruction set, or a lower one if ATEN_CPU_CAPABILITY limits it, as for
+// torch's kernels.
 inline Isa detect() {
   const char* wanted = std::getenv("ATEN_CPU_CAPABILITY");
   const std::string_view limit = wanted == nullptr ? "" : wanted;
@@ -75,8 +75,8 @@ inline int vector_bytes() {
 template <typename T>
 constexpr T kLowest = -std::numeric_limits<T>::infinity();
 
-// to[i] = <left, row i of right>, rows `stride` apart, for i < count; sums in acc_t. Row after row:
-// memory that is read at several places at once comes slower.
+// to[i] = <left, row i of right> for i < count, with rows `stride` apart and sums in acc_t. Rows
+// are read one after the other: reading memory at several places at once is slower.
 template <int Bytes, typename acc_t, typename scalar_t, typename Side>
 SOFTMASK_INLINE void dots_of(acc_t* to, const Side& left, const scalar_t* right, int64_t stride,
                              int64_t count) {
@@ -109,8 +109,8 @@ SOFTMASK_INLINE void add_scaled(acc_t* to, const scalar_t* from, acc_t factor, i
   for (int64_t i = 0; i < size; ++i) to[i] += factor * static_cast<acc_t>(from[i]);
 }
 
-// to += the sum of factors[i] * row i, a few rows at a time: long sums in one variable lose digits.
-// Rows to skip, where `skip` is given, may hold anything.
+// to += the sum of factors[i] * row i, a few rows at a time, because long sums in one variable lose
+// precision. Rows marked in `skip`, if given, may hold anything.
 template <typename acc_t, typename scalar_t>
 SOFTMASK_INLINE void add_rows(acc_t* to, const scalar_t* rows, int64_t stride, const acc_t* factors,
                               const bool* skip, int64_t count, int64_t size, acc_t* partial) {
@@ -144,7 +144,7 @@ SOFTMASK_INLINE acc_t sum(const acc_t* values, int64_t size) {
   return sum_lanes(total);
 }
 
-// Largest value; -inf where there is none. A NaN may be lost: exp carries it on.
+// Largest value; -inf if there are none. A NaN may be lost here, but exp propagates it.
 template <int Bytes, typename acc_t>
 SOFTMASK_INLINE acc_t max(const acc_t* values, int64_t size) {
   constexpr int kLanes = kLanesOf<acc_t, Bytes>;
@@ -156,8 +156,8 @@ SOFTMASK_INLINE acc_t max(const acc_t* values, int64_t size) {
   return max_lanes(highest);
 }
 
-// e^x for x <= 0, to about one rounding: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]. Below the
-// smallest normal number it is 0; a NaN stays.
+// e^x for x <= 0, to about one rounding: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]. Results
+// below the smallest normal number are 0; NaN stays NaN.
 template <typename V>
 SOFTMASK_INLINE V exp_nonpositive(const V& x) {
   if constexpr (std::is_same_v<std::decay_t<decltype(x[0])>, double>) {
@@ -180,7 +180,7 @@ SOFTMASK_INLINE V exp_nonpositive(const V& x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    // the integer in the low bits of shifted, as 2^n
+    // 2^n from the integer in the low bits of `shifted`
     const auto bits = (as<Vector<uint32_t, sizeof(V)>>(shifted) - (0x4B400000u - 127u)) << 23;
     return x < lowest ? V{} : p * as<V>(bits);
   }
@@ -206,8 +206,8 @@ SOFTMASK_INLINE void softmax(acc_t* values, int64_t size) {
   for (int64_t i = 0; i < size; ++i) values[i] *= inverse;
 }
 
-// The log of a sum of exponentials as highest + rest: their sum would be rounded at the size of the
-// largest logit, and with it every probability.
+// The log of a sum of exponentials as highest + rest. A single number would be rounded at the
+// magnitude of the largest logit, and so would every probability.
 template <typename acc_t>
 struct LogSum {
   acc_t highest, rest;
@@ -226,7 +226,7 @@ SOFTMASK_INLINE LogSum<acc_t> log_sum_exp(const acc_t* values, int64_t size) {
   return {highest, std::log(sum_lanes(sums))};
 }
 
-// to = factor * from, in the type of the factor.
+// to = factor * from, computed in the factor's type.
 struct ScaleRow {
   template <int Bytes, typename from_t, typename acc_t, typename to_t>
   static SOFTMASK_INLINE void run(const from_t* from, acc_t factor, to_t* to, int64_t size) {

@@ -1,8 +1,8 @@
 // out = features * (1 - strength * norm(map)) and its gradients, on the CPU.
 //
-// A map is read in double precision whatever its type: it is 1/D of the features. One pass over the
-// features does the rest, another one all of the backward pass, in float (double for double);
-// sums of products in double.
+// Maps are read in double precision whatever their type, because they are 1/D of the features. One
+// pass over the features computes the output, and one the whole backward pass, in float (double for
+// double); sums of products are in double.
 
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
@@ -38,7 +38,7 @@ struct Sizes {
                       tokens - prefix, " patches, got ", maps.sizes());
   }
 
-  int64_t grain() const {  // rows of tokens that are worth a thread
+  int64_t grain() const {  // the fewest rows of tokens per thread
     return std::max<int64_t>(1, at::internal::GRAIN_SIZE / std::max<int64_t>(1, width));
   }
   int64_t map_grain() const {
@@ -105,12 +105,12 @@ struct ConvertRow {
   }
 };
 
-// In double, at no cost: the memory is slower.
+// In double, which costs nothing here: memory is the bottleneck.
 struct Dot {
   template <int Bytes, typename scalar_t>
   static SOFTMASK_INLINE void run(const scalar_t* left, const scalar_t* right, int64_t size,
                                   double* product) {
-    constexpr int64_t kSums = 32;  // independent ones, which the compiler can vectorize
+    constexpr int64_t kSums = 32;  // independent sums, which the compiler can vectorize
     double sums[kSums] = {};
     int64_t d = 0;
     for (; d + kSums <= size; d += kSums) {
@@ -123,12 +123,12 @@ struct Dot {
   }
 };
 
-// What the backward pass of a token reads and writes; null where it is not wanted.
+// What the backward pass of a token reads and writes; outputs that are not requested are null.
 template <typename scalar_t>
 struct Backward {
   const scalar_t *grad, *features;  // [B, W, P, D], [B, P, D]
   at::IntArrayRef grad_strides, features_strides;
-  const double* weights;    // [B, W, P'], read for features_grad only
+  const double* weights;    // [B, W, P'], read only for features_grad
   scalar_t* features_grad;  // [B, P, D]: sum over words of grad * weight
   double* norms_grad;       // [B, W, P']: -strength * <grad, features>
   double strength;
@@ -176,7 +176,7 @@ void backward_kernel(const Backward<scalar_t>& pass, const Sizes& sizes) {
   });
 }
 
-// d norm(map) becomes d map, in place.
+// Turns d norm(map) into d map, in place.
 void normalize_backward(const at::Tensor& maps, const Sizes& sizes, Normalize mode,
                         at::Tensor& grad) {
   const double* map = maps.const_data_ptr<double>();

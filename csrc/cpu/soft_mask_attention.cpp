@@ -1,12 +1,12 @@
-// Attention over image tokens that pairs share and each pair weighs its own way, and its gradients,
-// on the CPU.
+// Attention to image tokens that pairs share, with each pair's own weights, and its gradients, on
+// the CPU.
 //
-// Weights commute with the projections: logits are scale * m_p (q k_p^T), the output is sum_p a_p
-// m_p v_p. All pairs of an image meet its keys and values, as they lie (half types are converted
-// once), in one product per head (by torch's BLAS), and their gradients are summed where they
-// belong: nothing of the size of a pair's image tokens exists. One thread works on a head of an
-// image, its pairs in their order: the number of threads changes no bit, a single head of a single
-// image aside, which is the BLAS's to split.
+// The weights commute with the projections: logits are scale * m_p (q k_p^T), the output is sum_p
+// a_p m_p v_p. So all pairs of an image use its keys and values in place (half types are converted
+// once), in one product per head by torch's BLAS, and their gradients are summed per image: no
+// tensor holds image tokens per pair. One thread handles a head of an image, with its pairs in
+// order, so the number of threads does not change the result, except for a single head of a single
+// image, whose product BLAS splits.
 
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
@@ -26,12 +26,12 @@
 namespace softmask {
 namespace {
 
-constexpr int64_t kRows = 256;  // query rows that meet an image's keys together
+constexpr int64_t kRows = 256;  // query rows per product with an image's keys
 
-// Pairs in the order of their images: of image b those from first[b] to first[b + 1].
+// Pairs sorted by image: those of image b are first[b] up to first[b + 1].
 struct ByImage {
   std::vector<int64_t> first;
-  OptionalTensor order;  // pairs as they came, [N]; none where they came in this order
+  OptionalTensor order;  // original indices of the pairs, [N]; none if they were sorted
 
   ByImage(int64_t images, int64_t pairs, const OptionalTensor& kv_index) : first(images + 1) {
     if (!kv_index.has_value()) {
@@ -57,7 +57,7 @@ struct ByImage {
   }
 };
 
-// The sum of a row's products with 0: NaN where it holds anything but numbers.
+// The sum of a row's products with 0: NaN if the row has an infinity or a NaN.
 struct TimesZero {
   template <int Bytes, typename acc_t>
   static SOFTMASK_INLINE void run(const acc_t* row, int64_t size, acc_t* zero) {
@@ -89,8 +89,8 @@ bool finite_where_ignored(const at::Tensor& rows, const bool* ignore) {
   return finite;
 }
 
-// Keys or values [B, P, H, E], with numbers at those that are ignored: the BLAS multiplies them by
-// their weight, 0, whatever they hold. A copy is made only where that is anything else.
+// Keys or values [B, P, H, E], finite where they are ignored, because BLAS multiplies them by their
+// weight, 0, whatever they hold. Copies them only if one is not finite.
 at::Tensor blank_ignored(const at::Tensor& tensor, const at::Tensor& ignore) {
   if (!ignore.defined()) return tensor;
   const at::Tensor rows = dense_rows(tensor);
@@ -101,12 +101,12 @@ at::Tensor blank_ignored(const at::Tensor& tensor, const at::Tensor& ignore) {
   return finite ? rows : rows.masked_fill(ignore.unsqueeze(-1).unsqueeze(-1), 0.0);
 }
 
-// Everything in the type computed in, pairs sorted by image, tokens before heads: [N, T, H, E], [B,
-// P, H, E].
+// All tensors in the compute type, with pairs sorted by image and tokens before heads:
+// [N, T, H, E], [B, P, H, E].
 struct Problem {
   ByImage pairs;
   at::Tensor query, key, value;
-  at::Tensor weight, ignore;  // [N, P], [B, P]; undefined where there is none
+  at::Tensor weight, ignore;  // [N, P], [B, P]; undefined if not given
   double scale;
 
   Problem(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
@@ -153,11 +153,11 @@ struct Problem {
   }
 };
 
-// Pairs [begin, end) of an image at one head.
+// Pairs [begin, end) of an image, at one head.
 struct Chunk {
   int64_t image, head, begin, end;
 
-  // Their rows of [N, T, H, E] as a matrix [pairs * T, E].
+  // The pairs' rows of [N, T, H, E] as a matrix [pairs * T, E].
   at::Tensor rows(const at::Tensor& tensor) const {
     return tensor.narrow(0, begin, end - begin).select(2, head).flatten(0, 1);
   }
@@ -166,7 +166,7 @@ struct Chunk {
   }  // [P, E]
 };
 
-// A row of products becomes the softmax over the keys that are not ignored.
+// Turns a row of products into the softmax over the keys that are not ignored.
 struct Softmax {
   template <int Bytes, typename acc_t>
   static SOFTMASK_INLINE void run(acc_t* row, int64_t size, acc_t scale, const acc_t* weight,
@@ -189,8 +189,8 @@ struct Weigh {
   }
 };
 
-// The gradient at the weighed attention becomes the gradient at the products, and the attention is
-// weighed.
+// Turns the gradient with respect to the weighted attention into the gradient with respect to the
+// products, and weights the attention.
 struct SoftmaxGradient {
   template <int Bytes, typename acc_t>
   static SOFTMASK_INLINE void run(acc_t* gradient, acc_t* attention, int64_t size, acc_t scale,
@@ -209,7 +209,7 @@ struct SoftmaxGradient {
   }
 };
 
-// Calls row(i, weight of its pair or null) on the chunk's rows.
+// Calls row(i, weights of its pair, or null) for each row of the chunk.
 template <typename acc_t, typename Row>
 void for_each_row(const Problem& problem, const Chunk& chunk, const Row& row) {
   const acc_t* weights =
@@ -221,7 +221,7 @@ void for_each_row(const Problem& problem, const Chunk& chunk, const Row& row) {
   }
 }
 
-// Attention [rows, P] of the chunk, not weighed, into `to`.
+// Computes the chunk's attention [rows, P], not yet weighted, into `to`.
 template <typename acc_t>
 void attend(const Problem& problem, const Chunk& chunk, const at::Tensor& query, at::Tensor& to) {
   at::mm_out(to, query, chunk.of_image(problem.key).t());
@@ -236,13 +236,13 @@ void attend(const Problem& problem, const Chunk& chunk, const at::Tensor& query,
   });
 }
 
-// work(chunk, two scratch matrices [rows, P]). Heads before images, so that an image with many
-// pairs is every thread's.
+// Calls work(chunk, two scratch matrices [rows, P]) on all chunks. Tasks run through images first,
+// then heads, so that an image with many pairs is spread over all threads.
 template <typename Work>
 void for_each_chunk(const Problem& problem, const Work& work) {
   const int64_t images = problem.images();
   at::parallel_for(0, problem.heads() * images, 1, [&](int64_t begin, int64_t end) {
-    const at::AutoDispatchBelowADInplaceOrView guard;  // of this thread
+    const at::AutoDispatchBelowADInplaceOrView guard;  // thread-local
     const at::Tensor scratch = at::empty({2, problem.chunk() * problem.tokens(), problem.patches()},
                                          problem.query.options());
     for (int64_t task = begin; task < end; ++task) {
@@ -260,7 +260,7 @@ at::Tensor soft_mask_attention(const at::Tensor& query, const at::Tensor& key,
                                const at::Tensor& value, const OptionalTensor& key_weight,
                                const OptionalTensor& kv_index, const OptionalTensor& value_bias,
                                const OptionalTensor& key_padding_mask, double scale) {
-  const at::AutoDispatchBelowADInplaceOrView guard;  // what is returned is no view to autograd
+  const at::AutoDispatchBelowADInplaceOrView guard;  // or autograd would take the result for a view
   const Problem problem(query, key, value, key_weight, kv_index, key_padding_mask, scale);
   const at::Tensor output = at::empty({query.size(0), query.size(2), query.size(1), value.size(3)},
                                       problem.query.options());  // [N, T, H, V]
@@ -288,7 +288,7 @@ at::Tensor soft_mask_attention(const at::Tensor& query, const at::Tensor& key,
   return problem.pairs.unsort(output).to(query.scalar_type()).transpose(1, 2);
 }
 
-// Gradients of query, key, value and value_bias, the last by image, [B, H, V].
+// Gradients of query, key, value and value_bias, the last per image, [B, H, V].
 struct Gradients {
   at::Tensor query, key, value, bias;
 

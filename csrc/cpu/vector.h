@@ -1,4 +1,4 @@
-// Vectors of a fixed number of bytes, which the compiler splits where the processor's are shorter.
+// Vectors of a fixed number of bytes, which the compiler splits if the processor's are shorter.
 
 #pragma once
 
@@ -12,7 +12,7 @@
 
 #define SOFTMASK_INLINE inline __attribute__((always_inline))
 
-// Small loops over what is in registers.
+// Unrolls small loops over registers.
 #if defined(__clang__)
 #define SOFTMASK_UNROLL _Pragma("unroll")
 #else
@@ -48,7 +48,7 @@ SOFTMASK_INLINE Vector<T, Bytes> splat(T value) {
   return Vector<T, Bytes>{} + value;
 }
 
-// acc_t lanes from as many consecutive scalar_t.
+// Loads consecutive scalar_t into as many acc_t lanes.
 template <int Bytes, typename acc_t, typename scalar_t>
 SOFTMASK_INLINE Vector<acc_t, Bytes> load(const scalar_t* from) {
   if constexpr (std::is_same_v<acc_t, scalar_t>) {
@@ -62,7 +62,7 @@ SOFTMASK_INLINE Vector<acc_t, Bytes> load(const scalar_t* from) {
     const auto bits = __builtin_convertvector(narrow, Vector<uint32_t, Bytes>);
     if constexpr (std::is_same_v<scalar_t, c10::BFloat16>) {
       return as<Vector<float, Bytes>>(bits << 16);
-    } else {  // half: the exponent is rebased by a product, which also makes subnormals right
+    } else {  // half: a product rebases the exponent, and handles subnormals too
       const auto sign = (bits & 0x8000u) << 16;
       const auto rest = (bits & 0x7FFFu) << 13;
       const auto magnitude = as<Vector<uint32_t, Bytes>>(as<Vector<float, Bytes>>(rest) * 0x1p112f);
@@ -78,7 +78,7 @@ SOFTMASK_INLINE void store(T* to, const V& from) {
   std::memcpy(to, &from, sizeof from);
 }
 
-// The first `count` lanes, where there are fewer the others `fill`.
+// Loads the first `count` lanes; any further lanes are `fill`.
 template <int Bytes, typename T>
 SOFTMASK_INLINE Vector<T, Bytes> load_some(const T* from, int64_t count, T fill) {
   if (count >= kLanesOf<T, Bytes>) return load<Bytes, T>(from);
@@ -93,7 +93,7 @@ SOFTMASK_INLINE void store_some(T* to, const V& from, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = from[i];
 }
 
-// Zeros in the lanes after the first `count`.
+// Sets the lanes after the first `count` to zero.
 template <typename V>
 SOFTMASK_INLINE V first_lanes(const V& vector, int64_t count) {
   V some{};
@@ -117,7 +117,7 @@ SOFTMASK_INLINE auto max_lanes(const V& vector) {
   return highest;
 }
 
-// Lanes `index...` of a followed by b.
+// Selects lanes `index...` of a followed by b.
 template <int... index, typename V>
 SOFTMASK_INLINE V shuffle(const V& a, const V& b, std::integer_sequence<int, index...>) {
 #if defined(__clang__)
@@ -129,8 +129,8 @@ SOFTMASK_INLINE V shuffle(const V& a, const V& b, std::integer_sequence<int, ind
 #endif
 }
 
-// Half of the lanes of a followed by b: of every row's 2 * kLanes / rows sums, the first or the
-// second half.
+// Half of the lanes of a followed by b: the first or the second half of each row's 2 * kLanes /
+// rows sums.
 template <int rows, int second, typename V, int... lane>
 SOFTMASK_INLINE V half_of_rows(const V& a, const V& b, std::integer_sequence<int, lane...>) {
   constexpr int kSums = static_cast<int>(sizeof...(lane)) / rows;
@@ -139,8 +139,8 @@ SOFTMASK_INLINE V half_of_rows(const V& a, const V& b, std::integer_sequence<int
       std::integer_sequence<int, lane / kSums * 2 * kSums + lane % kSums + second * kSums...>{});
 }
 
-// Lane j of row i becomes lane i of row j: blocks of `size` lanes change places between rows `size`
-// apart.
+// Lane j of row i becomes lane i of row j: each step swaps blocks of `size` lanes between rows
+// `size` apart.
 template <int size, typename V, int lanes, int... lane>
 SOFTMASK_INLINE void transpose(V (&rows)[lanes], std::integer_sequence<int, lane...> all) {
   for (int i = 0; i < lanes; ++i) {
@@ -154,9 +154,9 @@ SOFTMASK_INLINE void transpose(V (&rows)[lanes], std::integer_sequence<int, lane
   if constexpr (2 * size < lanes) transpose<2 * size>(rows, all);
 }
 
-constexpr int64_t kTogether = 16;  // terms of a sum before it is added to the next one
+constexpr int64_t kTogether = 16;  // terms of a partial sum
 
-// Sums of products of left with a row of any size, kLanes partial sums.
+// Products of left with a row of any size, summed to kLanes partial sums.
 template <typename acc_t, int Bytes>
 struct Left {
   static constexpr int kLanes = kLanesOf<acc_t, Bytes>;
@@ -168,7 +168,7 @@ struct Left {
   SOFTMASK_INLINE Vector<acc_t, Bytes> products(const scalar_t* right) const {
     Vector<acc_t, Bytes> total{};
     int64_t i = 0;
-    while (i + kLanes <= size) {  // a few together: long sums in one variable lose digits
+    while (i + kLanes <= size) {  // few terms per sum: long sums in one variable lose precision
       Vector<acc_t, Bytes> sums{};
       for (int64_t end = i + kTogether * kLanes; i < end && i + kLanes <= size; i += kLanes) {
         sums += load<Bytes, acc_t>(left + i) * load<Bytes, acc_t>(right + i);
@@ -180,7 +180,7 @@ struct Left {
   }
 };
 
-// The same, the left side in registers: attention heads are few vectors wide.
+// The same with the left side in registers: attention heads are only a few vectors wide.
 template <typename acc_t, int Bytes, int vectors>
 struct LeftInRegisters {
   static constexpr int kLanes = kLanesOf<acc_t, Bytes>;
@@ -199,7 +199,7 @@ struct LeftInRegisters {
   }
 };
 
-// The sums of the lanes of each of `rows` vectors, kLanes / rows partial sums for each.
+// Sums the lanes of each of `rows` vectors, to kLanes / rows partial sums each.
 template <int rows, typename V>
 SOFTMASK_INLINE V sums_of_lanes(const V* vectors) {
   if constexpr (rows == 1) {

@@ -1,9 +1,9 @@
-// Maps of words: mean over heads and sub-tokens of A * relu(dO (v + bias)^T), or of A alone, at the
-// words' rows, A = softmax(scale * q k^T); and the gradients of all inputs.
+// Attention maps of words: the mean over heads and sub-tokens of A * relu(dO (v + bias)^T), or of A
+// alone, at the words' rows, with A = softmax(scale * q k^T); and the gradients of all inputs.
 //
-// Keys and values are streamed once per head for the rows of the words only. A row of logits is the
-// largest scratch memory; heads are summed straight into the map. Arithmetic is float (double for
-// double). One thread makes a whole map, so the number of threads changes no bit.
+// Keys and values are read once per head, for the words' rows only. The largest scratch memory is a
+// row of logits; heads are summed directly into the map. Arithmetic is in float (double for
+// double). One thread computes a whole map, so the number of threads does not change the result.
 
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
@@ -24,8 +24,8 @@ namespace {
 
 using namespace words;
 
-// What one row of one head needs: converted rows, the softmax, the gradient at the attention, and a
-// row of sums.
+// Scratch memory for one row of one head: converted rows, the softmax, the gradient with respect to
+// the attention, and a row of sums.
 template <typename acc_t>
 struct Scratch {
   acc_t *query, *grad_output, *attention, *gradient, *partial;
@@ -41,8 +41,8 @@ struct Scratch {
         partial(gradient + patches) {}
 };
 
-// attention = softmax of the row, gradient = dO (v + bias)^T, 0 where it has no effect. False:
-// every key is ignored.
+// attention = softmax of the row, gradient = dO (v + bias)^T, 0 where it has no effect. Returns
+// false if every key is ignored.
 template <int Bytes, typename scalar_t, typename acc_t>
 SOFTMASK_INLINE bool load_row(const Problem<scalar_t>& problem, const Scratch<acc_t>& scratch,
                               int64_t b, int64_t h, int64_t token) {
@@ -84,7 +84,8 @@ SOFTMASK_INLINE bool load_row(const Problem<scalar_t>& problem, const Scratch<ac
   return true;
 }
 
-// Maps of words [first, last) of caption b, not yet normalized, into maps [words, P - prefix].
+// Computes the maps of words [first, last) of caption b, before normalization, into maps [words, P
+// - prefix].
 struct AddMaps {
   template <int Bytes, typename scalar_t, typename acc_t>
   static SOFTMASK_INLINE void run(const Problem<scalar_t>& problem, const Scratch<acc_t>& scratch,
@@ -119,7 +120,7 @@ struct AddMaps {
   }
 
  private:
-  // In vectors, since signs are not to be foreseen; !(g < 0) lets a NaN through.
+  // Vectorized, because branches on signs are unpredictable; !(g < 0) lets NaN through.
   template <int Bytes, typename acc_t>
   static SOFTMASK_INLINE void add_gradcam(acc_t* map, const acc_t* attention, const acc_t* gradient,
                                           int64_t size) {
@@ -133,7 +134,8 @@ struct AddMaps {
   }
 };
 
-// Adds caption b's share; grad [W, P - prefix] is the gradient at its maps before normalization.
+// Adds the gradients of caption b; grad [W, P - prefix] is the gradient with respect to its maps
+// before normalization.
 struct AddGradients {
   template <int Bytes, typename scalar_t, typename acc_t>
   static SOFTMASK_INLINE void run(const Problem<scalar_t>& problem, const Scratch<acc_t>& scratch,
@@ -160,7 +162,7 @@ struct AddGradients {
           const acc_t upstream = shown ? grad[w * size + p - problem.prefix] * share : acc_t(0);
           const acc_t gate = !problem.gradcam ? acc_t(1) : gradient[p] < 0 ? acc_t(0) : gradient[p];
           at_logits[p] = upstream * gate * attention[p];  // A dA
-          if (problem.gradcam) {                          // the gradient at dO (v + bias)^T
+          if (problem.gradcam) {                          // gradient of dO (v + bias)^T
             scratch.gradient[p] = gradient[p] > 0 ? upstream * attention[p] : acc_t(0);
           }
         }

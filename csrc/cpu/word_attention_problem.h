@@ -1,4 +1,4 @@
-// The problem of word_attention, as its kernels read it: inputs, the words' kept rows, gradients.
+// Inputs, kept rows and gradients of word_attention, as its kernels read and write them.
 
 #pragma once
 
@@ -24,7 +24,7 @@ struct Problem {
   bool gradcam;
   Rows<const scalar_t> query, key, value, grad_output;
   const acc_t* bias;     // [H, V], or null
-  const bool* ignore;    // [B, P], or null: what these keys and their values hold has no effect
+  const bool* ignore;    // [B, P], or null: marked keys and their values may hold anything
   const int64_t* index;  // [B, W, S]
 
   SOFTMASK_INLINE const bool* ignored_of(int64_t b) const {
@@ -47,7 +47,7 @@ struct Problem {
 };
 
 // What the forward pass keeps for the gradient, [1 or 2, B, H, W S, pitch]: the words' rows of the
-// attention and, for Grad-CAM, of the gradient at it. Null if nothing is kept.
+// attention and, for Grad-CAM, of the gradient with respect to it. Null if nothing is kept.
 template <typename T>
 struct Kept {
   T *attention = nullptr, *gradient = nullptr;
@@ -63,21 +63,22 @@ struct Kept {
     if (kept.size(0) == 2) gradient = attention + kept.numel() / 2;
   }
 
-  // Zeros from column `first` of the row at `place`: nothing returned is uninitialized.
+  // Zeros the row at `place` from column `first` on, so that no uninitialized memory is returned.
   SOFTMASK_INLINE void blank_from(int64_t place, int64_t first) const {
     if (attention != nullptr) std::fill_n(attention + place + first, pitch - first, T(0));
     if (gradient != nullptr) std::fill_n(gradient + place + first, pitch - first, T(0));
   }
 };
 
-// Where the gradients go: of the inputs' shapes, contiguous; bias' by caption, [B, H, V].
+// Where the gradients are written: contiguous, with the inputs' shapes, but bias per caption, [B,
+// H, V].
 template <typename acc_t>
 struct Gradients {
   Rows<acc_t> query, key, value, grad_output;
   acc_t* bias;
 };
 
-// The arguments, made readable by the kernels.
+// The arguments, in the types and layouts that the kernels read.
 struct Inputs {
   at::ScalarType type;  // of query, key, value and grad_output
   at::Tensor query, key, word_index, value, grad_output, bias, ignore;
