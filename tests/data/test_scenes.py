@@ -18,7 +18,8 @@ import pytest
 from PIL import Image
 
 from softmask.data import rle
-from softmask.data.scenes import draw, layout, write
+from softmask.data.scenes import draw, layout, place, write
+from softmask.data.scenes import folder as folders
 from softmask.data.scenes.captions import MAX_WORDS, Box, Group, write_caption
 from softmask.data.scenes.concepts import Concept, concepts
 from softmask.data.scenes.drawings import OPAQUE
@@ -35,7 +36,7 @@ SPLITS = ("train", "val", "test")
 def folder(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("scenes") / "set"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(write, "SHARD_SAMPLES", 5)
+        patch.setattr(folders, "SHARD_SAMPLES", 5)
         assert write.write_scenes(out, SMALL, processes=1)
     return out
 
@@ -78,7 +79,7 @@ def test_plural(name, plural):
 
 
 def test_bytes_do_not_depend_on_the_number_of_processes(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(write, "SHARD_SAMPLES", 5)
+    monkeypatch.setattr(folders, "SHARD_SAMPLES", 5)
     write.write_scenes(tmp_path / "two", SMALL, processes=2)
     files = sorted(path.name for path in folder.iterdir())
     assert files == sorted(path.name for path in (tmp_path / "two").iterdir())
@@ -244,7 +245,7 @@ def test_masks_leave_out_what_is_hidden(sampled):
             whole = draw.render(alone, 128)[1][0]
             assert not (mask & ~whole).any()
             assert not any((mask & other).any() for other in visible[k + 1 :])
-            assert mask.sum() >= layout.MIN_VISIBLE * whole.sum(), scene.caption.text
+            assert mask.sum() >= place.MIN_VISIBLE * whole.sum(), scene.caption.text
             hidden += mask.sum() < whole.sum()
         joined = draw.render(scene, 128)[1]
         for mask, group in zip(joined, scene.groups, strict=True):

@@ -14,7 +14,7 @@ from softmask.data.scenes.concepts import Concept
 
 MAX_WORDS = 20
 _NUMBERS = ("", "a", "two", "three", "four")
-_OPENINGS = ("", "", "", "", "", "", "a picture of ", "a drawing of ", "there ", "there ")
+OPENINGS = ("", "", "", "", "", "", "a picture of ", "a drawing of ", "there ", "there ")
 _WORDS = {
     "above": ("above", "above", "over"),
     "below": ("below", "below", "under"),
@@ -67,23 +67,28 @@ class Caption:
 
 
 def write_caption(groups: Sequence[Group], background: str, rng: Random) -> Caption:
+    """The caption of drawings; ``background`` are the words before "background" ("green", "striped blue")."""
+    return write_caption_at(groups, f"on {_article(background)} {background} background", rng)
+
+
+def write_caption_at(groups: Sequence[Group], place: str, rng: Random, openings: Sequence[str] = OPENINGS) -> Caption:
     """Caption of at most `MAX_WORDS` words, unless the names of the objects alone are longer.
 
     Args:
         groups: 1 to 4 groups with distinct concepts; at most four drawings each.
-        background: words before "background" ("green", "striped blue").
+        place: where everything is ("on a green background", "in a forest"), which some captions say; "" if unknown.
         rng: source of every choice.
+        openings: what may come before the objects, each as often as it is listed; "there " becomes "there is".
     """
     nouns = _noun_phrases(groups, rng)
     first, body = _join(groups, nouns, rng)
-    opening = rng.choice(_OPENINGS)
+    opening = rng.choice(openings)
     if opening == "there ":
         opening += "are " if _is_plural(groups[first]) else "is "
     pieces: list[Piece] = [opening, *body]
-    if rng.random() < _BACKGROUND_SHARE:
-        clause = f"on {_article(background)} {background} background"
+    if rng.random() < _BACKGROUND_SHARE and place:
         in_front = rng.random() < 0.2
-        extended: list[Piece] = [f"{clause}, ", *body] if in_front else [*pieces, f" {clause}"]
+        extended: list[Piece] = [f"{place}, ", *body] if in_front else [*pieces, f" {place}"]
         if _count_words(extended, groups) <= MAX_WORDS:
             return _assemble(extended, groups)
     return _assemble(pieces if _count_words(pieces, groups) <= MAX_WORDS else body, groups)
@@ -91,8 +96,10 @@ def write_caption(groups: Sequence[Group], background: str, rng: Random) -> Capt
 
 def name_one(concept: Concept) -> str:
     """The phrase for one drawing: "a dodo", "some broccoli", "a pair of jeans"."""
-    lead = {"some": "some", "pair": "a pair of"}.get(concept.form) or _article(concept.name)
-    return f"{lead} {concept.name}"
+    if concept.form == "count":
+        return f"{_article(concept.name)} {concept.name}"
+    lead = "a pair of" if concept.form == "pair" else concept.form
+    return f"{lead} {concept.name}".lstrip()
 
 
 def is_above(upper: Group, lower: Group) -> bool:
@@ -122,8 +129,8 @@ def _noun_phrases(groups: Sequence[Group], rng: Random) -> list[list[Piece]]:
 
 def _noun_phrase(group: Group, number: int, size: str) -> list[Piece]:
     count, form = len(group.boxes), group.concept.form
-    if form == "some":
-        return ["some ", number]
+    if form not in ("count", "pair"):
+        return [f"{form} " if form else "", number]
     if form == "pair":
         noun = f"{size}pair{'s' * (count > 1)} of "
         return [f"{_NUMBERS[count]} {noun}", number]
@@ -133,7 +140,7 @@ def _noun_phrase(group: Group, number: int, size: str) -> list[Piece]:
 
 def _size_word(groups: Sequence[Group], number: int) -> str:
     """The word "big " or "small " if that is obvious of a single drawing, else ""."""
-    if len(groups[number].boxes) > 1 or groups[number].concept.form == "some":
+    if len(groups[number].boxes) > 1 or groups[number].concept.form not in ("count", "pair"):
         return ""
     side = groups[number].boxes[0].side
     others = [box.side for i, group in enumerate(groups) if i != number for box in group.boxes]

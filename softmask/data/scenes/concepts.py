@@ -75,7 +75,8 @@ Santa_Claus=santa folding_hand_fan=hand_fan performing_arts=theater_masks:some t
 """
 
 
-Form = Literal["count", "pair", "some"]
+Article = Literal["a", "an", "the", ""]
+Form = Literal["count", "pair", "some"] | Article
 _FORMS: dict[str, Form] = {"pair": "pair", "some": "some"}
 
 
@@ -85,7 +86,8 @@ class Concept:
 
     ``name`` is singular and lower case ("loaf of bread"), ``plural`` its plural. ``form`` says how it is counted:
     ``"count"`` (a dog, two dogs), ``"pair"`` (a pair of jeans, two pairs of jeans) or ``"some"`` (at most one drawing
-    in a scene, since nobody says "two broccolis" and two drawings are still "some broccoli").
+    in a scene, since nobody says "two broccolis" and two drawings are still "some broccoli"). A form that is an article
+    precedes the name as it is ("an" F-22, "" for none) and is for one picture in a scene, as well.
     """
 
     name: str

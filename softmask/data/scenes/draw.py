@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from softmask.data import rle
 from softmask.data.scenes.background import paint_background
+from softmask.data.scenes.captions import Caption
 from softmask.data.scenes.concepts import concepts
-from softmask.data.scenes.drawings import OPAQUE, drawing_of, warp
+from softmask.data.scenes.drawings import OPAQUE, Pose, drawing_of, warp
 from softmask.data.scenes.layout import Scene, Split
 
 SUPERSAMPLING = 2
@@ -20,14 +23,27 @@ SUPERSAMPLING = 2
 def render(scene: Scene, size: int) -> tuple[Image.Image, list[np.ndarray]]:
     """Image (RGB, ``size`` square) and one mask ``[size, size]`` bool of visible pixels per group.
 
-    Drawn at `SUPERSAMPLING` times the size, then averaged, so that a small image looks like a reduced large one.
     Drawings are rasterized for images of up to 256 pixels; larger images are blurred.
     """
-    side = size * SUPERSAMPLING
-    canvas = paint_background(scene.background, side)
+    canvas = paint_background(scene.background, size * SUPERSAMPLING)
+    pictures = [(drawing_of(one.drawn_by, one.concept).colors, one.pose) for one in scene.placements]
+    image, visible = compose(canvas, pictures)
+    return image, [np.logical_or.reduce([visible[k] for k in group]) for group in scene.groups]
+
+
+def compose(
+    canvas: Image.Image, pictures: Sequence[tuple[Sequence[Image.Image], Pose]]
+) -> tuple[Image.Image, list[np.ndarray]]:
+    """Paste pictures, given by the color levels of their pyramids, on a canvas of `SUPERSAMPLING` times the image's
+    side, from back to front, and average, so that a small image looks like a reduced large one.
+
+    Returns:
+        The image, and for each picture ``[size, size]`` bool of its visible pixels.
+    """
+    side, size = canvas.width, canvas.width // SUPERSAMPLING
     labels = np.zeros((side, side), dtype=np.uint8)
-    for number, placement in enumerate(scene.placements, start=1):
-        patch, (x, y) = warp(drawing_of(placement.drawn_by, placement.concept).colors, placement, side)
+    for number, (levels, pose) in enumerate(pictures, start=1):
+        patch, (x, y) = warp(levels, pose, side)
         patch = patch.convert("RGBA")
         canvas.paste(patch, (x, y), patch)
         window = labels[y : y + patch.height, x : x + patch.width]
@@ -35,12 +51,11 @@ def render(scene: Scene, size: int) -> tuple[Image.Image, list[np.ndarray]]:
         window[opaque] = number
     taken = np.zeros((size, size), dtype=bool)
     visible: list[np.ndarray] = []
-    for number in range(len(scene.placements), 0, -1):  # front to back: the front takes pixels that are half covered
+    for number in range(len(pictures), 0, -1):  # front to back: the front takes pixels that are half covered
         mask = (_count(labels == number) >= SUPERSAMPLING**2 // 2) & ~taken
         taken |= mask
         visible.insert(0, mask)
-    masks = [np.logical_or.reduce([visible[k] for k in group]) for group in scene.groups]
-    return canvas.reduce(SUPERSAMPLING), masks
+    return canvas.reduce(SUPERSAMPLING), visible
 
 
 def _count(inside: np.ndarray) -> np.ndarray:
@@ -56,16 +71,20 @@ def _count(inside: np.ndarray) -> np.ndarray:
 def encode_sample(scene: Scene, split: Split, size: int) -> dict[str, bytes]:
     """Members of a sample: "png", "txt" and "json" (write.py describes it)."""
     image, masks = render(scene, size)
+    about = [
+        {"concept": concepts()[scene.placements[group[0]].concept].name, "count": len(group)} for group in scene.groups
+    ]
+    return pack_sample(image, scene.caption, masks, about, split)
+
+
+def pack_sample(
+    image: Image.Image, caption: Caption, masks: Sequence[np.ndarray], about: Sequence[dict[str, Any]], split: str
+) -> dict[str, bytes]:
+    """Members of a sample whose objects' records end with the entries of ``about``."""
     image.save(stream := io.BytesIO(), "PNG", compress_level=1)
     objects = [
-        {
-            "phrase": scene.caption.phrase(i),
-            "span": list(scene.caption.spans[i]),
-            "mask": rle.encode(masks[i]),
-            "concept": concepts()[scene.placements[group[0]].concept].name,
-            "count": len(group),
-        }
-        for i, group in enumerate(scene.groups)
+        {"phrase": caption.phrase(i), "span": list(caption.spans[i]), "mask": rle.encode(mask), **more}
+        for i, (mask, more) in enumerate(zip(masks, about, strict=True))
     ]
-    record = {"caption": scene.caption.text, "objects": objects, "split": split}
-    return {"png": stream.getvalue(), "txt": scene.caption.text.encode(), "json": json.dumps(record).encode()}
+    record = {"caption": caption.text, "objects": objects, "split": split}
+    return {"png": stream.getvalue(), "txt": caption.text.encode(), "json": json.dumps(record).encode()}

@@ -16,11 +16,9 @@ OPAQUE = 96  # least alpha at which a pixel belongs to a drawing
 
 
 @dataclass(frozen=True)
-class Placement:
-    """A drawing in a scene: center and longer side in units of the image's side, angle in radians."""
+class Pose:
+    """Where a picture is in a scene: center and longer side in units of the image's side, angle in radians."""
 
-    concept: int
-    drawn_by: str  # name of the set of drawings
     x: float
     y: float
     side: float
@@ -29,11 +27,27 @@ class Placement:
 
 
 @dataclass(frozen=True)
+class Placement:
+    """A drawing in a scene."""
+
+    concept: int
+    drawn_by: str  # name of the set of drawings
+    pose: Pose
+
+
+@dataclass(frozen=True)
 class Drawing:
-    """Pyramid of a rasterized concept, each level half the last: ``colors`` (RGBa, for sampling) and ``alphas`` (L)."""
+    """Pyramid of a picture, each level half the last: ``colors`` (RGBa, for sampling) and ``alphas`` (L)."""
 
     colors: tuple[Image.Image, ...]
     alphas: tuple[Image.Image, ...]
+
+
+def pyramid(image: Image.Image) -> Drawing:
+    """The levels of an RGBA image."""
+    image = image.convert("RGBa")
+    colors = (image, image.reduce(2), image.reduce(4))
+    return Drawing(colors, tuple(level.getchannel("a") for level in colors))
 
 
 @cache
@@ -46,18 +60,16 @@ def drawing_of(drawn_by: str, concept: int) -> Drawing:
     """The drawing of a concept by a set that has it."""
     svg = drawing_set(drawn_by).svg(concepts()[concept])
     assert svg is not None
-    image = rasterize(svg).convert("RGBa")
-    colors = (image, image.reduce(2), image.reduce(4))
-    return Drawing(colors, tuple(level.getchannel("a") for level in colors))
+    return pyramid(rasterize(svg))
 
 
-def warp(levels: Sequence[Image.Image], placement: Placement, side: int) -> tuple[Image.Image, tuple[int, int]]:
-    """The rotated and scaled drawing for an image of ``side`` pixels, and the position of its upper left corner."""
+def warp(levels: Sequence[Image.Image], pose: Pose, side: int) -> tuple[Image.Image, tuple[int, int]]:
+    """The rotated and scaled picture for an image of ``side`` pixels, and the position of its upper left corner."""
     width, height = levels[0].size
-    scale = placement.side * side / max(width, height)
-    cos, sin = math.cos(placement.angle), math.sin(placement.angle)
+    scale = pose.side * side / max(width, height)
+    cos, sin = math.cos(pose.angle), math.sin(pose.angle)
     extents = scale * (cos * width + abs(sin) * height), scale * (abs(sin) * width + cos * height)
-    centre = placement.x * side, placement.y * side
+    centre = pose.x * side, pose.y * side
     origin = math.floor(centre[0] - extents[0] / 2), math.floor(centre[1] - extents[1] / 2)
     # The smallest level that is not enlarged, so that bilinear sampling skips no pixel.
     number = min(max(0, math.floor(-math.log2(scale))), len(levels) - 1)
@@ -65,7 +77,7 @@ def warp(levels: Sequence[Image.Image], placement: Placement, side: int) -> tupl
     step = 1 / (scale * 2**number)
     a, b, d, e = cos * step, sin * step, -sin * step, cos * step
     u, v = centre[0] - origin[0], centre[1] - origin[1]
-    mirror = -1 if placement.flip else 1
+    mirror = -1 if pose.flip else 1
     w, h = width / 2**number / 2, height / 2**number / 2
     matrix = (mirror * a, mirror * b, w - mirror * (a * u + b * v), d, e, h - (d * u + e * v))
     size = math.ceil(extents[0]) + 1, math.ceil(extents[1]) + 1

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
 from random import Random
 from typing import Literal, get_args
 
-import numpy as np
-
 from softmask.data.scenes.background import Background, sample_background
-from softmask.data.scenes.captions import Box, Caption, Group, write_caption
+from softmask.data.scenes.captions import Caption, Group, write_caption
 from softmask.data.scenes.concepts import Concept, concepts
-from softmask.data.scenes.drawings import OPAQUE, Placement, drawing_of, has_drawing, warp
+from softmask.data.scenes.drawings import Placement, drawing_of, has_drawing
+from softmask.data.scenes.place import place
 
 Split = Literal["train", "val", "test", "seen"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -24,9 +22,6 @@ Hands = tuple[tuple[str, ...], ...]
 """The sets of drawings of each artist."""
 
 HELD_OUT_SHARE = 0.1
-MIN_VISIBLE = 0.6
-_GRID = 64  # side of the coarse image on which drawings are placed, at every rendered size
-_SIDES = {1: (0.45, 0.7), 2: (0.38, 0.6), 3: (0.33, 0.5), 4: (0.3, 0.42)}
 # Drawings per concept of a scene, each as often as it is likely.
 _COUNTS: tuple[tuple[int, ...], ...] = (
     *((1,),) * 18, *((1, 1),) * 36, *((2,),) * 7, *((1, 1, 1),) * 20, *((2, 1),) * 7, *((3,),) * 2,
@@ -66,10 +61,8 @@ def sample_scene(split: Split, index: int, *, seed: int = 0, hands: Hands = (("o
     chosen = _choose_concepts(counts, split, rng, hands)
     drawn = rng.sample([i for i, count in enumerate(counts) for _ in range(count)], sum(counts))
     by_whom = [(chosen[i], _drawn_by(chosen[i], hands, draw)) for i in drawn]
-    layout = None
-    while layout is None:
-        layout = _place(by_whom, rng)
-    placements, boxes = layout
+    poses, boxes = place([drawing_of(name, concept).alphas for concept, name in by_whom], rng)
+    placements = tuple(Placement(*who, pose) for who, pose in zip(by_whom, poses, strict=True))
     groups = tuple(tuple(k for k, i in enumerate(drawn) if i == group) for group in range(len(counts)))
     named = [Group(concepts()[chosen[i]], tuple(boxes[k] for k in group)) for i, group in enumerate(groups)]
     background = sample_background(rng)
@@ -99,38 +92,3 @@ def _choose_concepts(counts: Sequence[int], split: Split, rng: Random, hands: Ha
             continue
         if any(held_out(known[a], known[b]) for a, b in combinations(chosen, 2)) == wanted:
             return chosen
-
-
-def _place(chosen: Sequence[tuple[int, str]], rng: Random) -> tuple[tuple[Placement, ...], list[Box]] | None:
-    """Placements of (concept, set) from back to front and their visible boxes, or None if one has no room."""
-    placements: list[Placement] = []
-    areas: list[int] = []
-    visible: list[np.ndarray] = []
-    for concept, drawn_by in chosen:
-        side, angle = rng.uniform(*_SIDES[len(chosen)]), math.radians(rng.uniform(-25, 25))
-        trial = Placement(concept, drawn_by, 0.5, 0.5, side, angle, rng.random() < 0.5)
-        patch, origin = warp(drawing_of(drawn_by, concept).alphas, trial, _GRID)
-        shape = np.asarray(patch) >= OPAQUE
-        height, width = shape.shape
-        for attempt in range(24):
-            x, y = rng.randrange(_GRID - width + 1), rng.randrange(_GRID - height + 1)
-            window = np.s_[y : y + height, x : x + width]
-            left = [np.count_nonzero(seen) - np.count_nonzero(seen[window] & shape) for seen in visible]
-            # Prefer little overlap: allow more of it with each failed attempt.
-            least = 0.95 if attempt < 12 else 0.8 if attempt < 20 else MIN_VISIBLE + 0.05
-            if all(rest >= least * area for rest, area in zip(left, areas, strict=True)):
-                break
-        else:
-            return None
-        for seen in visible:
-            seen[window] &= ~shape
-        visible.append(np.zeros((_GRID, _GRID), dtype=bool))
-        visible[-1][window] = shape
-        areas.append(int(np.count_nonzero(shape)))
-        placements.append(replace(trial, x=0.5 + (x - origin[0]) / _GRID, y=0.5 + (y - origin[1]) / _GRID))
-    return tuple(placements), [_box(mask) for mask in visible]
-
-
-def _box(mask: np.ndarray) -> Box:
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    return Box(*(float(edge) / len(mask) for edge in (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)))

@@ -21,28 +21,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
-import shutil
-import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
-import webdataset
-
-from softmask.arguments import positive
 from softmask.data.scenes.artists import drawing_set, sets_of
 from softmask.data.scenes.captions import name_one
 from softmask.data.scenes.concepts import concepts
 from softmask.data.scenes.draw import encode_sample
+from softmask.data.scenes.folder import Scenes, add_arguments, is_current, run, write_folder
 from softmask.data.scenes.layout import SPLITS, Hands, Split, drawn_concepts, sample_scene
 
 VERSION = 6
 """Incremented when the same options give different files, so that old folders are rewritten."""
 
-SHARD_SAMPLES = 5000
 FEWEST_CONCEPTS = 10
 
 
@@ -93,64 +86,24 @@ class Options:
         return (self.test if self.unseen else 0) if split == "seen" else getattr(self, split)
 
 
-@dataclass(frozen=True)
-class Shard:
-    """One shard to write: scenes [start, stop) of a split."""
-
-    path: Path
-    split: Split
-    start: int
-    stop: int
-    size: int
-    seed: int
-    hands: Hands
-
-    @property
-    def cost(self) -> int:
-        return (self.stop - self.start) * self.size
-
-
-def _write_shard(shard: Shard) -> None:
-    with shard.path.open("wb") as stream:
-        # Fixed owner and time: the same scenes give the same bytes.
-        writer = webdataset.TarWriter(stream, user="softmask", group="softmask", mtime=0, encoder=False)
-        for index in range(shard.start, shard.stop):
-            scene = sample_scene(shard.split, index, seed=shard.seed, hands=shard.hands)
-            sample = encode_sample(scene, shard.split, shard.size)
-            writer.write({"__key__": f"{index:08d}", **sample})
-        writer.close()
-
-
 def write_scenes(out: Path, options: Options, *, processes: int) -> bool:
     """Write the folder ``out`` (see the module's docstring). Returns False if it already holds these scenes.
-
-    Everything is written beside ``out`` and renamed at the end, so that a folder with a stamp is complete.
 
     Raises:
         FileExistsError: ``out`` holds files that this function did not write.
     """
     stamp = json.loads(json.dumps({"version": VERSION, **asdict(options)}))
-    if _is_current(out, stamp):
+    if is_current(out, stamp):
         return False
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    shards = [shard for split in SPLITS for shard in _shards(partial, split, options)]
     for name in sets_used(options):
         drawing_set(name)  # fetched here, not in several processes at once
     _check_drawn(options)
-    with multiprocessing.Pool(max(1, min(processes, len(shards)))) as pool:
-        # Largest first, so that no process is left with a long job while the others idle.
-        for _ in pool.imap_unordered(_write_shard, sorted(shards, key=lambda shard: -shard.cost)):
-            pass
     known = [asdict(concept) | {"phrase": name_one(concept)} for concept in concepts()]
-    (partial / "concepts.json").write_text(json.dumps(known, ensure_ascii=False, indent=1), encoding="utf-8")
-    (partial / "ATTRIBUTION.txt").write_text(attribution(options) + "\n", encoding="utf-8")
-    files = sorted(path.name for path in partial.iterdir())
-    (partial / "scenes.json").write_text(json.dumps({**stamp, "files": files}, indent=1), encoding="utf-8")
-    if out.exists():
-        shutil.rmtree(out)
-    partial.rename(out)
+    texts = {
+        "concepts.json": json.dumps(known, ensure_ascii=False, indent=1),
+        "ATTRIBUTION.txt": attribution(options) + "\n",
+    }
+    write_folder(out, stamp, [_scenes(split, options) for split in SPLITS], texts, processes=processes)
     return True
 
 
@@ -173,32 +126,14 @@ def attribution(options: Options) -> str:
     return "\n".join(drawing_set(name).attribution for name in sets_used(options))
 
 
-def _shards(folder: Path, split: Split, options: Options) -> list[Shard]:
-    total = options.count(split)
+def _scenes(split: Split, options: Options) -> Scenes:
     size = options.test_size if split in ("test", "seen") else options.size
-    return [
-        Shard(
-            path=folder / f"{split}-{number:06d}.tar",
-            split=split,
-            start=start,
-            stop=min(start + SHARD_SAMPLES, total),
-            size=size,
-            seed=options.seed,
-            hands=options.hands(split),
-        )
-        for number, start in enumerate(range(0, total, SHARD_SAMPLES))
-    ]
+    make = partial(_sample, split, size, options.seed, options.hands(split))
+    return Scenes(split, options.count(split), size, make)
 
 
-def _is_current(out: Path, stamp: dict[str, int]) -> bool:
-    """Whether ``out`` was written with this stamp. Raises FileExistsError if it holds anything else."""
-    present = {path.name for path in out.iterdir()} if out.exists() else set()
-    old = json.loads((out / "scenes.json").read_text(encoding="utf-8")) if "scenes.json" in present else {"files": []}
-    foreign = present - {"scenes.json", *old["files"]}
-    if foreign:
-        raise FileExistsError(f"{out} holds files that are not scenes, such as {min(foreign)!r}: choose another --out")
-    files = set(old.pop("files"))
-    return old == stamp and files <= present
+def _sample(split: Split, size: int, seed: int, hands: Hands, index: int) -> dict[str, bytes]:
+    return encode_sample(sample_scene(split, index, seed=seed, hands=hands), split, size)
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -208,7 +143,6 @@ def _names(text: str) -> tuple[str, ...]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns 0 on success, 1 after an error, which is printed as one line."""
     parser = argparse.ArgumentParser(prog="python -m softmask.data.scenes", description="Write captioned scenes.")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
     for name, value in asdict(Options()).items():
         option = f"--{name.replace('_', '-')}"
         if isinstance(value, int):
@@ -216,15 +150,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             default = ",".join(value) or {"val_artists": "emojione", "test_artists": "twemoji"}[name] + " beside others"
             parser.add_argument(option, type=_names, default=value, help=f"names, comma-separated (default {default})")
-    parser.add_argument("--processes", type=positive, default=len(os.sched_getaffinity(0)), help="default: all cores")
+    add_arguments(parser)
     parsed = vars(parser.parse_args(arguments))
-    out, processes, begin = parsed.pop("out").absolute(), parsed.pop("processes"), time.perf_counter()
-    try:
-        options = Options(**parsed)
-        written = write_scenes(out, options, processes=processes)
-    except (FileExistsError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    print(f"wrote {out} in {time.perf_counter() - begin:.0f} s" if written else f"{out} is up to date")
-    print(attribution(options))
-    return 0
+    out, processes = parsed.pop("out").absolute(), parsed.pop("processes")
+    return run(
+        out,
+        lambda: write_scenes(out, Options(**parsed), processes=processes),
+        lambda: attribution(Options(**parsed)),
+    )
