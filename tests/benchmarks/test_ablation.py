@@ -335,7 +335,7 @@ def test_galleries_of_different_sizes_are_refused() -> None:
 
 
 def run_in_this_process(command: Sequence[str]) -> None:
-    """Runs what the two scripts do, without launcher and new process."""
+    """Run what the two scripts run, without a launcher or a new process."""
     script = next(number for number, word in enumerate(command) if word.endswith(".py"))
     arguments = list(command[script + 1 :])
     if command[script].endswith("evaluate.py"):

@@ -155,7 +155,7 @@ def test_trained_wordpiece_in_transformers(trained):
 
 
 def test_training_is_deterministic_over_processes(trained, tmp_path):
-    """Hash seeds differ between processes; the WordPiece trainer of tokenizers fails this."""
+    """Hash seeds differ between processes; the WordPiece trainer of the tokenizers library fails this."""
     code = (
         "import sys, json; from softmask.data import train_wordpiece;"
         "train_wordpiece(json.load(sys.stdin), sys.argv[1], vocab_size=120)"

@@ -136,7 +136,7 @@ def test_section_compares_with_training_captions(scorer, samples, tmp_path, monk
     assert (section["samples"], section["beams"], section["tokenizer"]) == (12, 2, "words")
     assert section["nearest"] == {
         key: section[key] for key in ("cider", "bleu4", "rouge_l")
-    }  # the oracle's nearest is right
+    }  # the oracle finds the right nearest image
     assert section["random"]["cider"] < section["cider"] and section["neighbours"] == 12
     assert section["beams_alone"]["cider"] < section["cider"]
     few = captioning.captioning(scorer, samples, training, captioning.CaptionOptions(neighbours=3))

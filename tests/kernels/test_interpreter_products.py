@@ -1,4 +1,4 @@
-"""The faster products of Triton's interpreter in tests: their rounding is known, and kernel bugs still show."""
+"""The faster products that tests give Triton's interpreter: their rounding is known, and kernel bugs still show."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from tests.support.model_fixtures import COCA, POOLED, small_batch, small_sycoca
 
 
 def plain_pooler(pooler: AttentionalPooler) -> nn.Module:
-    """open_clip's AttentionalPooler and the norm behind it, by nn.MultiheadAttention."""
+    """open_clip's AttentionalPooler and the norm after it, by nn.MultiheadAttention."""
     width = pooler.queries.shape[1]
     attention = nn.MultiheadAttention(width, pooler.heads, batch_first=True).to(pooler.queries.dtype)
     inputs = (pooler.query, pooler.key, pooler.value)

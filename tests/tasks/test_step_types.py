@@ -40,7 +40,7 @@ class Products(TorchDispatchMode):
             self.seen[name, tuple(sorted({one.dtype for one in given}, key=str))] += 1
         elif func.namespace == "aten" and (name in ("mm", "bmm", "addmm", "baddbmm") or "attention" in name):
             given = [one for one in args if isinstance(one, Tensor) and one.is_floating_point() and one.dim() in (2, 4)]
-            given = given[:4] if "attention" in name else given  # behind them are sums of exponentials
+            given = given[:4] if "attention" in name else given  # the others are sums of exponentials
             self.seen[name, tuple(sorted({one.dtype for one in given}, key=str))] += 1
         return func(*args, **(kwargs or {}))
 

@@ -45,7 +45,7 @@ def poison_loss(monkeypatch, broken) -> None:
 
 
 def poison_images(monkeypatch, broken) -> None:
-    """Make everything NaN that some forward passes compute, by NaN images."""
+    """Give some forward passes NaN images, so that everything computed from them is NaN."""
     forward, count = SoftMaskPP.forward, iter(range(1 << 30))
 
     def poisoned(self, batch, **options):
