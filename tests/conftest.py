@@ -1,4 +1,4 @@
-"""Session set-up: one thread per worker, no accelerator where there is none, caches away from the user's."""
+"""Session setup: one thread per worker, CPU settings where there is no GPU, caches apart from the user's."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _isolate_cache(config: pytest.Config) -> None:
     folder = tempfile.TemporaryDirectory(prefix="softmask-cache-", ignore_cleanup_errors=True)
     config.add_cleanup(folder.cleanup)
     os.environ["XDG_CACHE_HOME"] = folder.name
-    # Inductor's cache ignores the vector instructions (sums are wrong then, torch 2.14) and the ops' fakes.
+    # Inductor's cache key leaves out the instruction set (sums are wrong then, torch 2.14) and the ops' fakes.
     instructions = os.environ.get("ATEN_CPU_CAPABILITY") or "native"
     fakes = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(FUSED.glob("*.py")))).hexdigest()[:12]
     compiled = Path(tempfile.gettempdir()) / f"softmask-inductor-{getpass.getuser()}-{instructions}-{fakes}"
@@ -64,7 +64,7 @@ def fast_interpreter():
 
 @pytest.fixture
 def plain_linear(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Undo what ZeRO 3 does for good: it puts a function with another rounding in the place of torch's."""
+    """Restore torch's linear after the test: ZeRO 3 replaces it for good by one that rounds differently."""
     from torch.nn import functional
 
     monkeypatch.setattr(functional, "linear", functional.linear)
@@ -72,7 +72,7 @@ def plain_linear(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def poisoned_memory():
-    """torch.empty holds NaN: an element that a kernel forgets is seen."""
+    """Fill torch.empty with NaN, so that an element a kernel does not write shows."""
     import torch
 
     torch.use_deterministic_algorithms(True)
@@ -82,7 +82,7 @@ def poisoned_memory():
 
 @pytest.fixture(params=["reference", "cpp"])
 def each_backend(request: pytest.FixtureRequest):
-    """The test once by each backend that CPU tensors have."""
+    """Run the test with each backend for CPU tensors."""
     import softmask
     from softmask.ops import _library
 

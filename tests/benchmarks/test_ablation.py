@@ -1,4 +1,4 @@
-"""The ablation: rows add one thing each, runs resume, and the table shows the recorded runs."""
+"""The ablation: each row adds one change, runs resume, and the table shows the recorded runs."""
 
 from __future__ import annotations
 
@@ -51,15 +51,15 @@ def test_rows_are_configurations_of_their_method_and_set_the_same_keys(study: St
     assert len(set(names)) == len(names)
 
 
-def test_sycocas_rows_add_one_thing_each() -> None:
+def test_sycoca_rows_add_one_change_each() -> None:
     assert differences(SYCOCA, "itc", "coca") == {"model.weights.caption": 2.0}
     assert differences(SYCOCA, "coca", "attentive_ic") == {"model.caption_masking": "tokens"}
     assert differences(SYCOCA, "coca", "random_tgmim") == {"model.reconstruct": True, "model.masks": "random"}
     assert differences(SYCOCA, "attentive_ic", "sycoca") == {"model.reconstruct": True}
-    assert keys_of(SYCOCA, "sycoca") == flatten(load_config(SYCOCA.config)), "the demo is SyCoCa whole"
+    assert keys_of(SYCOCA, "sycoca") == flatten(load_config(SYCOCA.config)), "the demo must be the full SyCoCa"
 
 
-def test_softmasks_rows_add_one_thing_to_albef_and_the_last_has_all() -> None:
+def test_softmask_rows_add_one_change_to_albef_and_the_last_has_all() -> None:
     added = {
         "soft_mask": {"model.soft_mask": True},
         "focal": {"model.gamma": 1.0},
@@ -73,7 +73,7 @@ def test_softmasks_rows_add_one_thing_to_albef_and_the_last_has_all() -> None:
     assert (albef["model.soft_mask"], albef["model.gamma"], albef["model.mask_text"]) == (False, 0.0, "mlm")
 
 
-def test_expected_order_names_rows_and_is_the_papers() -> None:
+def test_expected_order_covers_all_rows_and_matches_the_paper() -> None:
     for study in STUDIES:
         named = {name for pairs in study.order.values() for pair in pairs for name in pair}
         assert named == {row.name for row in study.rows} and study.order.keys() == study.figures.keys()
@@ -144,7 +144,7 @@ def test_a_finished_run_is_not_repeated(tmp_path: Path) -> None:
 
 
 def test_record_alone_gives_the_table_and_skips_the_run(tmp_path: Path) -> None:
-    """As in a new clone, which has a record and no runs."""
+    """As in a new clone, which has a record but no runs."""
     plan, fake = make_plan(tmp_path, "coca", seeds=1), Fake()
     run_all(plan, start=fake)
     table = plan.table.read_text(encoding="utf-8")
@@ -155,7 +155,7 @@ def test_record_alone_gives_the_table_and_skips_the_run(tmp_path: Path) -> None:
     assert plan.table.read_text(encoding="utf-8") == table and fake.calls == ["pretrain", "evaluate"]
 
 
-def test_table_shows_the_record_whatever_the_plan_runs(tmp_path: Path) -> None:
+def test_table_shows_all_recorded_rows_not_only_the_planned(tmp_path: Path) -> None:
     fake = Fake()
     run_all(make_plan(tmp_path, "coca", seeds=4), start=fake)
     plan = make_plan(tmp_path, "itc", seeds=1)
@@ -184,7 +184,7 @@ def test_readme_is_generated_from_the_record(monkeypatch: pytest.MonkeyPatch) ->
     assert recorded == sum(len(row) for study in results for row in study.metrics.values())
 
 
-def test_every_row_has_its_first_seed_before_the_second(tmp_path: Path) -> None:
+def test_all_rows_run_one_seed_before_the_next(tmp_path: Path) -> None:
     runs = list(ablation.planned_runs(make_plan(tmp_path, "itc", "albef", seeds=2)))
     assert [(run.folder.parent.name, run.config.seed) for run in runs] == [
         ("itc", 0), ("albef", 0), ("itc", 1), ("albef", 1),
@@ -216,7 +216,7 @@ def test_only_evaluation_is_repeated_if_metrics_are_missing_or_differ(tmp_path: 
 
 
 def test_a_run_of_another_configuration_is_refused(tmp_path: Path) -> None:
-    """Even by keys that the trainer lets a resumed run change."""
+    """Even where only keys differ that the trainer lets a resumed run change."""
     run, fake = one_run(tmp_path), Fake()
     carry_out(run, test_data=ablation.TEST_DATA, start=fake)
     harmless = load_config(run.file, [*run.overrides, "train.log_every=5", "data.workers=0"])
@@ -290,14 +290,14 @@ def test_additional_figures_are_empty_for_rows_without_them() -> None:
     assert line_of(text, "row")[3:] == ["mTR", "mIR", "CIDEr", "gap", "paper: mTR / mIR"]
 
 
-def test_softmasks_figures_come_from_their_sections() -> None:
+def test_softmask_figures_come_from_their_sections() -> None:
     metrics = {row.name: [] for row in SOFTMASK_PP.rows} | {"albef": [made_metrics(itc=0.1, itm=0.2, pointing=0.3)]}
     metrics["albef"][0]["retrieval"]["itc"]["i2t"] = {"r1": 0.1, "r5": 0.2, "r10": 0.6}
     text = render([Results(SOFTMASK_PP, steps=700, seeds=3, metrics=metrics)])
     assert line_of(text, "ALBEF")[2:] == ["1 of 3, not finished", "30.0", "10.0", "20.0", "20.0", "30.0"]
 
 
-def test_order_as_in_the_paper() -> None:
+def test_order_that_agrees_with_the_paper() -> None:
     assert order(sycoca_results(IN_ORDER)) == (
         "20 of 20 comparisons (of two rows by one figure) agree with the paper's order."
     )
@@ -316,7 +316,7 @@ def test_order_names_each_reversed_pair_and_whether_it_exceeds_the_spread() -> N
     )
 
 
-def test_order_of_finished_rows_alone_and_of_one_seed() -> None:
+def test_order_skips_unfinished_rows_and_notes_single_seeds() -> None:
     partial = sycoca_results({"itc": [0.5, 0.5], "coca": [0.3, 0.3], "sycoca": [0.1]})
     assert "order. 18 of 20 comparisons wait for unfinished rows. The others:" in " ".join(order(partial).split())
     assert "0 of 2 comparisons" in order(partial) and "SyCoCa" not in order(partial)
@@ -335,7 +335,7 @@ def test_galleries_of_different_sizes_are_refused() -> None:
 
 
 def run_in_this_process(command: Sequence[str]) -> None:
-    """Runs what the two scripts do, without launcher and new process."""
+    """Run what the two scripts run, without a launcher or a new process."""
     script = next(number for number, word in enumerate(command) if word.endswith(".py"))
     arguments = list(command[script + 1 :])
     if command[script].endswith("evaluate.py"):

@@ -43,7 +43,7 @@ def case(request: pytest.FixtureRequest, tmp_path: Path):
     return make_case(make_config(tmp_path, *OVERRIDES, data=tmp_path / "none.tar").model, 6)
 
 
-def test_every_loss_and_gradient_is_the_plain_recipes(case) -> None:
+def test_every_loss_and_gradient_equals_the_plain_recipe(case) -> None:
     from benchmarks.step import bench_step
 
     assert "within the error budget" in bench_step.check_values(case)
@@ -65,7 +65,7 @@ def test_every_parameter_of_sycoca_is_compared(case) -> None:
     indirect=["case"],
 )
 @pytest.mark.parametrize("factor", [1 + 1e-5, float("nan")])
-def test_a_wrong_gradient_is_found(case, layer: str, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_gradient_is_detected(case, layer: str, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks.step import bench_step
 
     values = bench_step.values
@@ -91,18 +91,18 @@ def test_time_memory_and_products_are_reported(case) -> None:
     assert ("soft masks cost" in text) == ("no masks" in steppers)
     for name, value in case.model.named_parameters():
         assert name.startswith("momentum_encoder.") or torch.equal(value, before[name]), (
-            "steps at a rate of 0 leave the weights"
+            "steps at a learning rate of 0 must not change the weights"
         )
     plain, ours = (bench_step.products(steppers[name].side) for name in ("plain", "softmask"))
     of_vision = [part for part in plain if part.startswith("image encoder")]
     assert len(of_vision) == 2 and all(ours[part] == plain[part] for part in of_vision)
     assert plain["image encoder, backward"] < 2 * plain["image encoder"], (
-        "images have no gradient; other parts are apart"
+        "images need no gradient, and other parts are counted apart"
     )
     assert sum(ours.values()) < sum(plain.values())
 
 
-def test_sycocas_options_are_the_published_ones() -> None:
+def test_plain_sycoca_refuses_unpublished_options() -> None:
     from benchmarks.step.cases import make_case
     from benchmarks.step.sides import make_side
 

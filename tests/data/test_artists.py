@@ -1,4 +1,4 @@
-"""Scenes by several hands: sets of icons as npm packs them, unseen hands, licences."""
+"""Scenes drawn by several artists: icon sets as npm packs them, unseen artists, licences."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def put_package(folder: Path, name: str, icons: dict[str, str], *, chars: dict[s
 
 
 @pytest.fixture
-def hands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def icon_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Red and blue draw twelve concepts, green eleven; nothing is fetched."""
     names = [concept.name for concept in concepts() if concept.form == "count"][:12]
     icons = {unicode_names(concepts()[BY_NAME[name]])[0]: "red" for name in names}
@@ -66,8 +66,8 @@ def test_openmoji_draws_every_concept() -> None:
     assert layout.drawn_concepts((("openmoji",),)) == list(range(len(concepts())))
 
 
-def test_an_artist_is_drawn_as_often_as_another(hands: Path) -> None:
-    """Red and blue are versions by one vendor; a concept that green lacks is left to them."""
+def test_artists_draw_equally_often(icon_sets: Path) -> None:
+    """Red and blue are versions by one vendor and count as one artist; a concept that green lacks is theirs."""
     scenes = [layout.sample_scene("train", n, hands=(("red", "blue"), ("green",))) for n in range(400)]
     everyone = [p for scene in scenes for p in scene.placements]
     first = min(p.concept for p in everyone)
@@ -79,8 +79,8 @@ def test_an_artist_is_drawn_as_often_as_another(hands: Path) -> None:
     assert scenes[7] == layout.sample_scene("train", 7, hands=(("red", "blue"), ("green",)))
 
 
-def test_another_hand_draws_the_same_scenes(hands: Path) -> None:
-    """The squares have one shape, so that places and captions are the same, too."""
+def test_seen_and_test_splits_differ_only_in_the_artist(icon_sets: Path) -> None:
+    """All squares have one shape, so that positions and captions must be equal."""
     for number in range(30):
         test, seen = (
             layout.sample_scene(split, number, hands=((name,),)) for split, name in (("test", "blue"), ("seen", "red"))
@@ -89,16 +89,16 @@ def test_another_hand_draws_the_same_scenes(hands: Path) -> None:
         assert {p.drawn_by for p in test.placements} == {"blue"} and {p.drawn_by for p in seen.placements} == {"red"}
 
 
-def test_splits_by_unseen_hands(hands: Path, capsys: pytest.CaptureFixture) -> None:
-    command = ["--out", str(hands / "set"), "--train", "4", "--val", "2", "--test", "3", "--size", "32"]
+def test_splits_with_unseen_artists(icon_sets: Path, capsys: pytest.CaptureFixture) -> None:
+    command = ["--out", str(icon_sets / "set"), "--train", "4", "--val", "2", "--test", "3", "--size", "32"]
     command += ["--test-size", "32", "--processes", "1"]
     assert write.main([*command, "--artists", "red", "--val-artists", "green", "--test-artists", "blue"]) == 0
     printed = capsys.readouterr().out
     for name in ("Red", "Green", "Blue"):
         line = f"{name} by Ann (), CC0 (), @iconify-json/{name.lower()} 1.2.3"
-        assert line in printed and line in (hands / "set" / "ATTRIBUTION.txt").read_text()
+        assert line in printed and line in (icon_sets / "set" / "ATTRIBUTION.txt").read_text()
     counts = {}
-    for shard in sorted((hands / "set").glob("*.tar")):
+    for shard in sorted((icon_sets / "set").glob("*.tar")):
         with tarfile.open(shard) as archive:
             counts[shard.name.split("-")[0]] = sum(name.endswith(".png") for name in archive.getnames())
     assert counts == {"seen": 3, "test": 3, "train": 4, "val": 2}
@@ -111,16 +111,16 @@ def test_splits_by_unseen_hands(hands: Path, capsys: pytest.CaptureFixture) -> N
 @pytest.mark.parametrize(
     "options", [["--artists", "few"], ["--artists", ""], ["--artists", "red", "--test-artists", "few"]]
 )
-def test_too_few_drawings_are_refused(hands: Path, capsys: pytest.CaptureFixture, options: list[str]) -> None:
-    put_package(hands, "few", {"dog": "red", "cat": "red", "cow": "red"})
-    command = ["--out", str(hands / "set"), "--train", "2", "--val", "2", "--test", "2", "--val-artists", "green"]
+def test_too_few_drawings_are_refused(icon_sets: Path, capsys: pytest.CaptureFixture, options: list[str]) -> None:
+    put_package(icon_sets, "few", {"dog": "red", "cat": "red", "cow": "red"})
+    command = ["--out", str(icon_sets / "set"), "--train", "2", "--val", "2", "--test", "2", "--val-artists", "green"]
     defaults = [] if "--test-artists" in options else ["--test-artists", "blue"]
     assert write.main([*command, *options, *defaults]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert "expected drawings of at least 10 of the 400 concepts, got" in line and not (hands / "set").exists()
+    assert "expected drawings of at least 10 of the 400 concepts, got" in line and not (icon_sets / "set").exists()
 
 
-def test_versions_of_one_vendor_are_one_hand() -> None:
+def test_versions_of_one_vendor_count_as_one_artist() -> None:
     with pytest.raises(ValueError, match="test_artists: expected hands that do not draw train, got noto-v1"):
         write.Options(artists=("openmoji", "noto"), test_artists=("noto-v1",))
     options = write.Options(artists=("openmoji", "noto"))
@@ -138,16 +138,16 @@ def test_versions_of_one_vendor_are_one_hand() -> None:
         ("exit 0", r"npm pack @iconify-json/azure@latest failed \(no archive\)"),
     ],
 )
-def test_a_set_that_cannot_be_had_is_one_line(
-    hands: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, npm: str | None, message: str
+def test_icon_set_that_cannot_be_fetched_is_one_line(
+    icon_sets: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, npm: str | None, message: str
 ) -> None:
-    programs = hands / "bin"
+    programs = icon_sets / "bin"
     programs.mkdir()
     if npm is not None:
         (programs / "npm").write_text(f"#!/bin/sh\n{npm}\n")
         (programs / "npm").chmod(0o755)
     monkeypatch.setenv("PATH", str(programs))
-    assert write.main(["--out", str(hands / "set"), "--artists", "azure"]) == 1
+    assert write.main(["--out", str(icon_sets / "set"), "--artists", "azure"]) == 1
     printed = capsys.readouterr().err
     assert len(printed.splitlines()) == 1
     with pytest.raises(artists.ArtistError, match=message):
@@ -155,16 +155,18 @@ def test_a_set_that_cannot_be_had_is_one_line(
     assert printed.strip() == str(pytest.raises(artists.ArtistError, artists.drawing_set, "azure").value)
 
 
-def test_npms_archive_is_unpacked_once(hands: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    put_package(hands / "made", "azure", {"dog": "red"})
-    with tarfile.open(hands / "azure.tgz", "w:gz") as archive:
-        archive.add(hands / "made" / "node_modules" / "@iconify-json" / "azure", "package")
-    (hands / "bin").mkdir()
-    (hands / "bin" / "npm").write_text(f"#!/bin/sh\n/bin/cp {hands}/azure.tgz . && echo $* >> {hands}/calls\n")
-    (hands / "bin" / "npm").chmod(0o755)
-    monkeypatch.setenv("PATH", str(hands / "bin"))
+def test_npm_archive_is_unpacked_once(icon_sets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_package(icon_sets / "made", "azure", {"dog": "red"})
+    with tarfile.open(icon_sets / "azure.tgz", "w:gz") as archive:
+        archive.add(icon_sets / "made" / "node_modules" / "@iconify-json" / "azure", "package")
+    (icon_sets / "bin").mkdir()
+    (icon_sets / "bin" / "npm").write_text(
+        f"#!/bin/sh\n/bin/cp {icon_sets}/azure.tgz . && echo $* >> {icon_sets}/calls\n"
+    )
+    (icon_sets / "bin" / "npm").chmod(0o755)
+    monkeypatch.setenv("PATH", str(icon_sets / "bin"))
     for _ in range(2):
         artists.drawing_set.cache_clear()
         assert artists.drawing_set("azure").svg(concepts()[BY_NAME["dog"]])
-    assert (hands / "calls").read_text() == "pack --silent @iconify-json/azure@latest\n"
-    assert (hands / "cache" / "softmask" / "drawings" / "azure-latest" / "icons.json").is_file()
+    assert (icon_sets / "calls").read_text() == "pack --silent @iconify-json/azure@latest\n"
+    assert (icon_sets / "cache" / "softmask" / "drawings" / "azure-latest" / "icons.json").is_file()

@@ -29,11 +29,11 @@ from tests.support.data_files import make_image, write_tar
         ("(left) a , b", "left a b"),
     ],
 )
-def test_cleaned(caption: str, plain: str) -> None:
+def test_captions_are_cleaned_as_by_albef(caption: str, plain: str) -> None:
     assert plain_words(caption).text == plain
 
 
-def test_characters_keep_their_places() -> None:
+def test_cleaned_characters_keep_their_positions() -> None:
     caption = "Tom &amp; <person>, İ-x"
     found = plain_words(caption)
     assert len(found.text) == len(found.places)
@@ -42,7 +42,7 @@ def test_characters_keep_their_places() -> None:
     assert came == {"tom": "Tom", "&": "&amp;", "person": "person", "i̇": "İ", "x": "x"}
 
 
-def test_thirty_words_at_most() -> None:
+def test_captions_are_cut_to_30_words() -> None:
     words = [f"w{number}" for number in range(31)]
     assert plain_words(" ".join(words[:30]))[::2] == (" ".join(words[:30]), False)
     assert plain_words(" ".join(words))[::2] == (" ".join(words[:30]), True)
@@ -66,7 +66,7 @@ def test_tokens_of_cleaned_captions_point_into_the_caption(tokenizer) -> None:
     assert [caption[start:end] for start, end in words.values()] == ["A", "red", "apple", "and", "person"]
 
 
-def test_without_sep_there_is_room_for_one_piece_more(tokenizer) -> None:
+def test_without_sep_one_more_token_fits(tokenizer) -> None:
     long = "a " * 40
     with_sep, without = (tokenizer([long, "a dodo"], max_length=25, append_sep=sep) for sep in (True, False))
     assert (with_sep.input_ids == tokenizer.sep_id).sum() == 2 and not (without.input_ids == tokenizer.sep_id).any()
@@ -81,7 +81,7 @@ def test_without_sep_there_is_room_for_one_piece_more(tokenizer) -> None:
         tokenizer(["a"], max_length=1, append_sep=False)
 
 
-def test_captions_of_megabytes_cost_little(tokenizer, tmp_path) -> None:
+def test_huge_captions_are_fast(tokenizer, tmp_path) -> None:
     begin = time.perf_counter()
     for text in ("a dodo " * 1_000_000, "w" * 5_000_000):
         batch = tokenizer([text], max_length=25)
@@ -90,7 +90,7 @@ def test_captions_of_megabytes_cost_little(tokenizer, tmp_path) -> None:
     assert time.perf_counter() - begin < 20
 
 
-def test_cut_captions_are_counted_by_words_too(tokenizer) -> None:
+def test_captions_cut_by_words_are_marked(tokenizer) -> None:
     words = "a " * 31
     assert tokenizer([words], max_length=60, clean=True).cut.tolist() == [True]
     assert tokenizer([words], max_length=60).cut.tolist() == [False]
@@ -121,13 +121,13 @@ def captions_of(source, tokenizer, *, epochs: int, batch_size: int = 5, **option
     return [next(batches).image_id.tolist() for _ in range(epochs * loader.batches_per_epoch)]
 
 
-def test_every_image_once_an_epoch(several, tokenizer) -> None:
+def test_each_image_is_read_once_per_epoch(several, tokenizer) -> None:
     assert (len(several), several.images) == (9, 5)
     for ids in captions_of(several, tokenizer, epochs=6):
         assert sorted(ids) == sorted(set(several.image_ids.tolist()))
 
 
-def test_every_caption_of_a_image_has_the_same_chance(several) -> None:
+def test_captions_of_an_image_are_drawn_equally_often(several) -> None:
     images = Images(several.group_sizes, several.image_ids)
     assert images.group_sizes.tolist() == [3, 2]  # the image in both shards belongs to the first
     everything = np.arange(5)
@@ -138,10 +138,10 @@ def test_every_caption_of_a_image_has_the_same_chance(several) -> None:
         own = counts[several.image_ids == image]
         assert abs(own - 4000 / len(own)).max() < 5 * (4000 / len(own)) ** 0.5
     again = images.captions(everything[::-1], seed=3, epoch=7)
-    assert again[::-1].tolist() == drawn[7].tolist()  # whatever the order
+    assert again[::-1].tolist() == drawn[7].tolist()  # in any order
 
 
-def test_captions_without_words_are_left_out_where_they_are_cleaned(tmp_path, tokenizer) -> None:
+def test_captions_without_words_are_skipped_when_cleaned(tmp_path, tokenizer) -> None:
     members = []
     for number, caption in enumerate(["a red apple", "!!!", "two cherries"]):
         members += [(f"{number}.png", make_image(number)), (f"{number}.txt", caption.encode())]

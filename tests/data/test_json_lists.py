@@ -16,7 +16,7 @@ def write_list(folder, entries, name="list.json"):
     return str(folder / name)
 
 
-def test_json_list(tmp_path):
+def test_json_list_is_read(tmp_path):
     (tmp_path / "images").mkdir()
     for number in range(2):
         (tmp_path / "images" / f"{number}.png").write_bytes(make_image(number))
@@ -44,7 +44,7 @@ def test_json_list(tmp_path):
     assert [both.read(i).image_id for i in range(5)] == [0, 0, 1, 0, 1]
 
 
-def test_json_entry_without_its_image(tmp_path):
+def test_missing_image_is_a_sample_error(tmp_path):
     source = open_source(
         write_list(tmp_path, [{"image": "gone.png", "caption": "a"}, {"image": "x\0.png", "caption": "b"}])
     )
@@ -66,7 +66,7 @@ def test_json_entry_without_its_image(tmp_path):
         ({"image": "a"}, '"caption" must be a text'),
     ],
 )
-def test_a_bad_entry_is_left_out_and_named(tmp_path, entry, reason, caplog):
+def test_bad_entry_is_left_out_and_named(tmp_path, entry, reason, caplog):
     (tmp_path / "a.png").write_bytes(make_image(0))
     good = {"image": "a.png", "caption": "one"}
     source = open_source(write_list(tmp_path, [good, entry, entry, good]))
@@ -78,13 +78,13 @@ def test_a_bad_entry_is_left_out_and_named(tmp_path, entry, reason, caplog):
         open_source(write_list(tmp_path, [entry]))
 
 
-def test_the_other_captions_of_an_entry_stay(tmp_path):
+def test_good_captions_of_an_entry_are_kept(tmp_path):
     source = open_source(write_list(tmp_path, [{"image": "a.png", "caption": ["one", None, "two"]}]))
     assert list(source.captions()) == ["one", "two"] and "entry 0: " in source.problems[0]
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ({"image": "a"}, "expected a list of entries, got dict$"),
         ({"images": [{"sentences": []}], "dataset": "coco"}, "as Karpathy's splits: write one entry"),
@@ -92,13 +92,13 @@ def test_the_other_captions_of_an_entry_stay(tmp_path):
         ([], "no captioned images"),
     ],
 )
-def test_what_is_no_list_is_named(tmp_path, content, said):
-    with pytest.raises(DataError, match=said) as error:
+def test_other_json_is_refused(tmp_path, content, message):
+    with pytest.raises(DataError, match=message) as error:
         open_source(write_list(tmp_path, content))
     assert "list.json" in str(error.value)
 
 
-def test_a_list_may_have_a_byte_order_mark(tmp_path):
+def test_list_may_have_a_byte_order_mark(tmp_path):
     (tmp_path / "a.json").write_text('[{"image": "a.png", "caption": "one"}]', encoding="utf-8-sig")
     assert list(open_source(str(tmp_path / "a.json")).captions()) == ["one"]
     (tmp_path / "a.json").write_text("version https://git-lfs.github.com/spec/v1\n")
@@ -107,13 +107,13 @@ def test_a_list_may_have_a_byte_order_mark(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.json.gz", "a.parquet", "a.tar.gz", "a.TSV"])
-def test_files_of_other_kinds_are_named(tmp_path, name):
+def test_files_of_other_kinds_are_refused(tmp_path, name):
     (tmp_path / name).write_bytes(b"x")
     with pytest.raises(DataError, match=rf"{name}: expected a tar shard or a .json list, got "):
         open_source(str(tmp_path / name))
 
 
-def test_unreadable_json_list(tmp_path):
+def test_unreadable_json_list_is_refused(tmp_path):
     for content in (b"[{", b"\xff[]", b"[" * 100_000):
         (tmp_path / "a.json").write_bytes(content)
         with pytest.raises(DataError, match=r"a\.json is not JSON") as error:

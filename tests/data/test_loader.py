@@ -40,7 +40,7 @@ def assert_equal(one: Batch, other: Batch) -> None:
         assert same, name
 
 
-def test_batch(data):
+def test_batch_holds_images_tokens_and_ids(data):
     source, tokenizer = data
     batch = take(Loader(source, DataConfig(**SMALL), tokenizer, batch_size=4), 1)[0]
     tokens = tokenizer([source.read(i).caption for i in batch.image_id.tolist()], max_length=25)
@@ -74,8 +74,8 @@ def test_same_sample_looks_different_in_the_next_epoch(data):
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_ranks_share_what_one_rank_reads(data, world_size):
-    """Also across the end of an epoch, whose remainder is dropped: 21 samples, 3 batches of 6."""
+def test_ranks_together_read_what_one_rank_reads(data, world_size):
+    """Also across the end of an epoch, which drops the remainder: 21 samples, 3 batches of 6."""
     source, tokenizer = data
     config = DataConfig(**SMALL)
     one = Loader(source, config, tokenizer, batch_size=6)
@@ -117,7 +117,7 @@ def test_global_generators_are_left_alone(data):
     assert torch.equal(torch.get_rng_state(), states[2])
 
 
-def test_what_workers_get_can_be_spawned(data):
+def test_reader_for_workers_can_be_pickled(data):
     source, tokenizer = data
     loader = Loader(source, DataConfig(**SMALL, rand_augment=True), tokenizer, batch_size=4)
     plan = next(iter(loader._plans))
@@ -184,7 +184,7 @@ def test_unreadable_samples_are_replaced_and_named(broken, data):
     ("bad", "read", "allowed"),
     [(1, 1, 0.0), (5, 5, 0.01), (13, 26, 0.01), (100, 4000, 0.01), (1300, 100_000, 0.01), (400, 400, 0.9)],
 )
-def test_too_many_bad_samples_are_told(bad, read, allowed):
+def test_too_many_bad_samples_raise(bad, read, allowed):
     with pytest.raises(DataError, match=rf"^{bad} of {read} samples are unreadable, .*max_bad_share=.*: a; b$"):
         check_bad_share(bad, read, allowed=allowed, names=["a", "b"])
 
@@ -193,12 +193,12 @@ def test_too_many_bad_samples_are_told(bad, read, allowed):
     ("bad", "read", "allowed"),
     [(0, 0, 0.0), (0, 10, 0.0), (3, 3, 0.01), (5, 100, 0.01), (1050, 100_000, 0.01), (9, 9, 1.0), (1, 2, 0.5)],
 )
-def test_a_few_bad_samples_prove_nothing(bad, read, allowed):
+def test_a_few_bad_samples_are_tolerated(bad, read, allowed):
     check_bad_share(bad, read, allowed=allowed, names=[])
 
 
-def test_half_of_what_is_allowed_ends_no_run():
-    """1,000 runs over 5,000 samples, 0.5 % of them bad, 1 % allowed. Without the bound a quarter would end."""
+def test_half_the_allowed_bad_share_never_raises():
+    """1,000 runs over 5,000 samples, 0.5 % bad, 1 % allowed. Without the confidence bound a quarter would raise."""
     bad = np.random.default_rng(0).random((1000, 5000)) < 0.005
     for counts in bad.cumsum(1)[:, 99::100]:
         for number, count in enumerate(counts.tolist(), start=1):
@@ -206,7 +206,7 @@ def test_half_of_what_is_allowed_ends_no_run():
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_nothing_readable_is_one_line(tmp_path, data, workers):
+def test_no_readable_sample_is_one_line(tmp_path, data, workers):
     write_tar(tmp_path / "a.tar", [m for n in range(4) for m in sample(n, b" ")])
     loader = Loader(open_source(str(tmp_path / "a.tar")), DataConfig(**SMALL, workers=workers), data[1], batch_size=4)
     with pytest.raises(
@@ -215,13 +215,13 @@ def test_nothing_readable_is_one_line(tmp_path, data, workers):
         next(iter(loader))
 
 
-def test_fewer_samples_than_a_batch(data):
+def test_fewer_samples_than_a_batch_are_refused(data):
     with pytest.raises(DataError, match="21 samples are fewer than one batch of 2 x 11"):
         Loader(*data[:1], DataConfig(**SMALL), data[1], batch_size=11, world_size=2)
 
 
 @pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"rank": 2}, {"seed": -1}, {"start_batch": -1}])
-def test_wrong_arguments(data, wrong):
+def test_wrong_arguments_are_refused(data, wrong):
     with pytest.raises(ValueError, match="expected batch_size >= 1"):
         Loader(data[0], DataConfig(**SMALL), data[1], **{"batch_size": 2, "world_size": 2} | wrong)
 

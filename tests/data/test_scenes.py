@@ -111,7 +111,7 @@ def test_folder_is_complete_and_attributed(folder):
                 assert rle.decode(entry["mask"]).any()
 
 
-def test_stamp_spares_a_second_run_and_other_parameters_replace(folder, tmp_path):
+def test_up_to_date_scenes_are_kept_and_others_replaced(folder, tmp_path):
     out = tmp_path / "set"
     options = write.Options(train=3, val=1, test=1, size=32, test_size=32)
     (tmp_path / ".set.partial").mkdir()
@@ -128,7 +128,7 @@ def test_stamp_spares_a_second_run_and_other_parameters_replace(folder, tmp_path
     assert write.write_scenes(out, replace(options, seed=1), processes=1)
 
 
-def test_files_of_others_are_not_overwritten(tmp_path, capsys):
+def test_unrelated_files_are_not_overwritten(tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("mine")
     assert write.main(["--out", str(tmp_path), "--train", "1", "--val", "0", "--test", "0"]) == 1
     assert "mine.txt" in capsys.readouterr().err
@@ -199,22 +199,22 @@ def test_spatial_words_are_true():
         group("dog", (0.35, 0.6, 0.6, 0.9)),
         group("pear", (0.1, 0.6, 0.3, 0.9), (0.7, 0.6, 0.9, 0.9)),
     )
-    said = texts(owl, dog)
-    assert {"an owl above a dog", "a dog below an owl", "an owl and a dog on a striped orange background"} <= said
-    assert not any(re.search("dog (above|over)|owl (below|under)|next to|beside", text) for text in said)
-    said = texts(dog, group("owl", (0.65, 0.62, 0.9, 0.92)))
-    assert any("a dog next to an owl" in text for text in said)
-    assert not any(re.search("above|over|below|under", text) for text in said)
-    said = texts(group("owl", (0.3, 0.3, 0.6, 0.6)), pears)  # one pear is beside rather than below
-    assert not any(re.search("above|over|below|under|next to|beside", text) for text in said)
+    captions = texts(owl, dog)
+    assert {"an owl above a dog", "a dog below an owl", "an owl and a dog on a striped orange background"} <= captions
+    assert not any(re.search("dog (above|over)|owl (below|under)|next to|beside", text) for text in captions)
+    captions = texts(dog, group("owl", (0.65, 0.62, 0.9, 0.92)))
+    assert any("a dog next to an owl" in text for text in captions)
+    assert not any(re.search("above|over|below|under", text) for text in captions)
+    captions = texts(group("owl", (0.3, 0.3, 0.6, 0.6)), pears)  # one pear is beside rather than below
+    assert not any(re.search("above|over|below|under|next to|beside", text) for text in captions)
 
 
 def test_size_words_are_true():
-    said = texts(group("owl", (0, 0, 0.2, 0.2)), group("dog", (0.5, 0.5, 0.9, 0.9)))
-    assert any("a small owl" in text for text in said) and any("a big dog" in text for text in said)
-    assert not any("big owl" in text or "small dog" in text for text in said)
-    said = texts(group("owl", (0, 0, 0.3, 0.3)), group("dog", (0.5, 0.5, 0.9, 0.9)))
-    assert not any("big" in text or "small" in text for text in said)
+    captions = texts(group("owl", (0, 0, 0.2, 0.2)), group("dog", (0.5, 0.5, 0.9, 0.9)))
+    assert any("a small owl" in text for text in captions) and any("a big dog" in text for text in captions)
+    assert not any("big owl" in text or "small dog" in text for text in captions)
+    captions = texts(group("owl", (0, 0, 0.3, 0.3)), group("dog", (0.5, 0.5, 0.9, 0.9)))
+    assert not any("big" in text or "small" in text for text in captions)
 
 
 def on(scene: Scene, value: int, monkeypatch) -> np.ndarray:
@@ -276,21 +276,21 @@ def naive_runs(mask: np.ndarray) -> list[int]:
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (5, 1), (6, 9)])
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
-def test_rle_matches_a_naive_one_and_comes_back(shape, share):
+def test_rle_equals_a_naive_one_and_round_trips(shape, share):
     mask = np.random.default_rng(0).random(shape) < share
     code = rle.encode(mask)
     assert code == {"size": list(shape), "counts": naive_runs(mask)}
     assert (rle.decode(json.loads(json.dumps(code))) == mask).all()
 
 
-def test_rle_errors():
+def test_rle_refuses_bad_input():
     with pytest.raises(ValueError, match=r"\[H, W\], got \[2, 2, 1\]"):
         rle.encode(np.zeros((2, 2, 1)))
     with pytest.raises(ValueError, match="add up to 2 x 3 = 6 pixels"):
         rle.decode({"size": [2, 3], "counts": [2, 3]})
 
 
-def test_unknown_split():
+def test_unknown_split_is_refused():
     with pytest.raises(ValueError, match="split must be one of"):
         layout.sample_scene("dev", 0)
 

@@ -116,7 +116,7 @@ def test_truncated_tar_keeps_the_samples_before(tmp_path, member, cut, caplog):
     assert [r.getMessage() for r in caplog.records] == source.problems
 
 
-def test_damage_in_the_middle_is_told(tmp_path):
+def test_damage_in_the_middle_is_reported(tmp_path):
     path = write_tar(tmp_path / "a.tar", sample(0) + sample(1))
     with tarfile.open(path) as tar:
         offset = tar.getmember("000001.png").offset
@@ -128,7 +128,7 @@ def test_damage_in_the_middle_is_told(tmp_path):
     ]
 
 
-def test_image_without_caption_is_left_out_and_told(tmp_path):
+def test_image_without_caption_is_left_out_and_reported(tmp_path):
     source = open_source(
         str(write_tar(tmp_path / "a.tar", [*sample(0), ("x.png", make_image(1)), ("y.txt", b"only text")]))
     )
@@ -139,7 +139,7 @@ def test_image_without_caption_is_left_out_and_told(tmp_path):
     ]
 
 
-def test_images_first_and_captions_after_is_told(tmp_path):
+def test_captions_after_all_images_are_refused(tmp_path):
     members = sorted([*sample(0), *sample(1)], key=lambda member: not member[0].endswith(".png"))
     with pytest.raises(DataError, match="must follow each other, as tar --sort=name packs them"):
         open_source(str(write_tar(tmp_path / "a.tar", members)))
@@ -153,14 +153,14 @@ def test_captions_without_images_are_counted(tmp_path, kind):
     assert problem.endswith("a.tar has 1 captions without an image, left out; the first is '000001'")
 
 
-def test_shards_that_cat_joined_are_told(tmp_path):
+def test_concatenated_shards_are_reported(tmp_path):
     one, two = (write_tar(tmp_path / f"{n}.tar", sample(n)).read_bytes() for n in range(2))
     (tmp_path / "both.tar").write_bytes(one + two)
     source = open_source(str(tmp_path / "both.tar"))
     assert len(source) == 1 and "has more data after its end at byte" in source.problems[0]
 
 
-def test_files_named_twice_are_told(tmp_path, caplog):
+def test_files_named_twice_are_reported(tmp_path, caplog):
     path = str(write_tar(tmp_path / "a.tar", sample(0)))
     assert len(open_source([path, str(tmp_path / "*.tar")])) == 2
     assert "1 files are named more than once and are read as often" in caplog.text
@@ -174,8 +174,8 @@ def test_reads_what_pillow_reads(tmp_path, form):
     assert record.image_bytes == content and decode_image(content).size == decode_image(make_image(3)).size
 
 
-def test_members_that_nobody_reads_are_counted(tmp_path):
-    """Links, macOS's attribute files, dotted names, other files and second images of a sample."""
+def test_ignored_members_are_counted(tmp_path):
+    """Links, macOS attribute files, dotted names, other files and second images of a sample."""
     path = write_tar(tmp_path / "a.tar", [*sample(0), ("._000001.png", b"x"), ("._000001.txt", b"y"), *sample(1)])
     with tarfile.open(path, "a") as tar:
         link = tarfile.TarInfo("000002.png")
@@ -217,20 +217,20 @@ def test_lines_are_captions_of_one_image(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "is a pointer of git-lfs"),
         (gzip.compress(b"0" * 1024, mtime=0), "compressed by gzip: unpack it first"),
         (b"a,b\n" * 200, "is not an uncompressed tar"),
     ],
 )
-def test_what_is_no_tar_is_named(tmp_path, content, said):
+def test_files_that_are_not_tars_are_refused(tmp_path, content, message):
     (tmp_path / "a.tar").write_bytes(content)
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         open_source(str(tmp_path / "a.tar"))
 
 
-def test_shard_that_shrank_after_indexing(tmp_path):
+def test_shard_that_shrank_after_indexing_is_a_sample_error(tmp_path):
     path = write_tar(tmp_path / "a.tar", sample(0))
     source = open_source(str(path))
     os.truncate(path, 600)
@@ -246,7 +246,7 @@ def test_no_usable_sample_is_one_line(tmp_path, content):
     assert "a.tar" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_patterns(tmp_path):
+def test_brace_and_glob_patterns(tmp_path):
     write_shards(tmp_path, 3, 1)
     (tmp_path / "[odd]{name}.tar").write_bytes((tmp_path / "train-000000.tar").read_bytes())
     for pattern, count in {
@@ -276,7 +276,7 @@ def test_no_data_is_an_error(data):
         open_source(data)
 
 
-def test_index_cache(tmp_path, cache, monkeypatch, caplog):
+def test_index_is_cached_and_rebuilt_if_damaged_or_stale(tmp_path, cache, monkeypatch, caplog):
     path = write_tar(tmp_path / "a.tar", sample(0) + sample(1))
     scanned = []
     scan = shard_index.scan_shard
@@ -313,7 +313,7 @@ def test_problems_survive_the_cache(tmp_path):
     assert open_source(str(path)).problems == open_source(str(path)).problems != []
 
 
-def test_cache_folder_that_cannot_be_written(tmp_path, monkeypatch, caplog):
+def test_unwritable_cache_folder_is_not_an_error(tmp_path, monkeypatch, caplog):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     # The folder of the cache is a file: even looking for a cache file must not fail.

@@ -51,7 +51,7 @@ def bert_folder(tmp_path_factory):
     return folder
 
 
-def test_words_and_characters(bert_folder):
+def test_tokens_words_and_offsets(bert_folder):
     tokenizer = CaptionTokenizer.load(bert_folder)
     captions = ["a red Apple, cherries!", "  don't a cherry"]
     batch = tokenizer(captions, max_length=25)
@@ -90,7 +90,7 @@ def test_truncation_keeps_both_ends(bert_folder):
         CaptionTokenizer.load(bert_folder)(["a"], max_length=2)
 
 
-def test_a_caption_cannot_spell_special_tokens(bert_folder):
+def test_caption_cannot_spell_special_tokens(bert_folder):
     tokenizer = CaptionTokenizer.load(bert_folder)
     for copy in (tokenizer, pickle.loads(pickle.dumps(tokenizer))):
         row = copy(["a [MASK] [PAD] [SEP] red"], max_length=25).input_ids[0].tolist()
@@ -102,7 +102,7 @@ def test_empty_batch(bert_folder):
     assert (batch.input_ids.shape, batch.offsets.shape) == ((0, 0), (0, 0, 2))
 
 
-def test_load_save_load(bert_folder, tmp_path):
+def test_saved_tokenizer_loads_equal(bert_folder, tmp_path):
     first = CaptionTokenizer.load(bert_folder)
     first.save(tmp_path / "copy")
     second = CaptionTokenizer.load(tmp_path / "copy")
@@ -115,7 +115,7 @@ def test_load_save_load(bert_folder, tmp_path):
     assert second.vocab_size == first.vocab_size
 
 
-def test_tokenizer_that_lacks_tokens_is_named(tmp_path, bert_folder):
+def test_incomplete_tokenizers_are_refused(tmp_path, bert_folder):
     PreTrainedTokenizerFast(
         tokenizer_file=str(bert_folder / "tokenizer.json"), cls_token="[CLS]", pad_token="[PAD]"
     ).save_pretrained(tmp_path)
@@ -128,7 +128,7 @@ def test_tokenizer_that_lacks_tokens_is_named(tmp_path, bert_folder):
         CaptionTokenizer.load(tmp_path / "empty")
 
 
-def test_trained_wordpiece_reads_its_captions(trained):
+def test_trained_wordpiece_knows_its_captions(trained):
     tokenizer, path = trained
     unknown = AutoTokenizer.from_pretrained(path).unk_token_id
     batch = tokenizer(CAPTIONS, max_length=60)
@@ -155,7 +155,7 @@ def test_trained_wordpiece_in_transformers(trained):
 
 
 def test_training_is_deterministic_over_processes(trained, tmp_path):
-    """Hash seeds differ between processes; tokenizers' own WordPiece trainer fails this."""
+    """Hash seeds differ between processes; the WordPiece trainer of the tokenizers library fails this."""
     code = (
         "import sys, json; from softmask.data import train_wordpiece;"
         "train_wordpiece(json.load(sys.stdin), sys.argv[1], vocab_size=120)"
@@ -165,23 +165,23 @@ def test_training_is_deterministic_over_processes(trained, tmp_path):
         assert (tmp_path / name).read_bytes() == (trained[1] / name).read_bytes()
 
 
-def test_alphabet_larger_than_the_vocabulary(tmp_path):
-    """Rare scripts must not crowd out words: frequent characters and pieces remain, the rest is [UNK]."""
+def test_rare_characters_do_not_crowd_out_words(tmp_path):
+    """Frequent characters and pieces stay in the vocabulary; the rest is [UNK]."""
     rare = "".join(map(chr, range(0x4E00, 0x4E80)))
     tokenizer = train_wordpiece([*["apple tree"] * 50, rare], tmp_path, vocab_size=60)
     assert tokenizer.vocab_size <= 60
     assert len(tokenizer(["apple tree"], max_length=25).input_ids[0]) == 4
 
 
-def test_training_needs_words_and_room(tmp_path):
+def test_training_refuses_no_words_and_a_small_vocabulary(tmp_path):
     with pytest.raises(ValueError, match="no words"):
         train_wordpiece([" ", ""], tmp_path)
     with pytest.raises(ValueError, match="vocab_size"):
         train_wordpiece(["a b"], tmp_path, vocab_size=6)
 
 
-def test_a_folder_without_its_vocabulary_is_refused(tmp_path) -> None:
-    """transformers reads it as a tokenizer that knows only its special tokens."""
+def test_folder_without_its_vocabulary_is_refused(tmp_path) -> None:
+    """transformers would load it as a tokenizer with special tokens only."""
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
     with pytest.raises(ValueError, match=r"knows no word, only \d special tokens|cannot be loaded"):
         CaptionTokenizer.load(tmp_path)
@@ -190,7 +190,7 @@ def test_a_folder_without_its_vocabulary_is_refused(tmp_path) -> None:
         CaptionTokenizer.load(tmp_path)
 
 
-def test_the_share_of_unknown_tokens(tmp_path) -> None:
+def test_unknown_is_the_share_of_unk_tokens(tmp_path) -> None:
     tokenizer = train_wordpiece(["red green red"], tmp_path)
     assert tokenizer.unknown(["red green"]) == 0.0
     assert tokenizer.unknown(["red \u4e00", "\u4e00 \u4e01"]) == 0.75

@@ -30,7 +30,7 @@ def photo(seed: int = 0, size: tuple[int, int] = (48, 40)) -> Image.Image:
     return small.resize(size, Image.Resampling.BICUBIC)
 
 
-def test_decode_modes():
+def test_image_modes_become_rgb():
     red = Image.new("RGB", (4, 3), (255, 0, 0))
     for mode, expected in {"RGB": (255, 0, 0), "L": (76, 76, 76), "P": (255, 0, 0), "1": (0, 0, 0)}.items():
         image = decode_image(encoded(red.convert(mode, dither=Image.Dither.NONE)))
@@ -40,8 +40,8 @@ def test_decode_modes():
     assert decode_image(encoded(deep)).getpixel((0, 0)) == (0x40, 0x40, 0x40), "16 bits are scaled, not clipped"
 
 
-def test_decode_is_upright():
-    """Orientation 6: the camera was rotated; the left edge belongs on top."""
+def test_exif_orientation_is_applied():
+    """Orientation 6: the camera was rotated, and the left edge belongs on top."""
     image = Image.new("RGB", (6, 4), "blue")
     image.paste("red", (0, 0, 3, 4))
     exif = Image.Exif()
@@ -65,12 +65,12 @@ def test_decode_is_upright():
         (np.array([[-3.0, 64.0, 255.0]], np.float32), [0, 64, 255]),
     ],
 )
-def test_decode_of_many_bits(levels, expected):
+def test_deep_images_are_scaled_to_8_bits(levels, expected):
     image = decode_image(encoded(Image.fromarray(levels), "TIFF"))
     assert [image.getpixel((x, 0)) for x in range(3)] == [(level,) * 3 for level in expected]
 
 
-def test_decode_of_sixteen_bits_with_a_transparent_level():
+def test_sixteen_bit_png_with_a_transparent_level():
     file = io.BytesIO()
     Image.fromarray(np.array([[0, 0x4000, 0x8000]], np.uint16)).save(file, "PNG")
     data, chunk = file.getvalue(), b"tRNS" + (0x4000).to_bytes(2, "big")
@@ -79,12 +79,12 @@ def test_decode_of_sixteen_bits_with_a_transparent_level():
     assert [decode_image(data).getpixel((x, 0))[0] for x in range(3)] == [0, 255, 0x80]
 
 
-def test_a_pointer_of_git_lfs_is_no_image():
+def test_git_lfs_pointer_is_refused():
     with pytest.raises(ValueError, match="image is a pointer of git-lfs, not the file: run git lfs pull"):
         decode_image(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
 
 
-def test_decode_of_levels_that_are_no_numbers():
+def test_nan_levels_are_refused():
     with pytest.raises(ValueError, match="levels that are not finite"):
         decode_image(encoded(Image.fromarray(np.array([[0.0, np.nan]], np.float32)), "TIFF"))
 
@@ -140,7 +140,7 @@ def test_eval_transform(size):
 
 
 @pytest.mark.parametrize("size", [(90, 50), (51, 90), (64, 64), (33, 200), (7, 5), (40, 320)])
-def test_the_middle_of_a_image_is_torchvisions(size):
+def test_center_crop_equals_torchvision(size):
     config = DataConfig(image_size=24, eval_resize="crop")
     image = photo(1, size)
     resized = tv.center_crop(tv.resize(image, 24, tv.InterpolationMode.BICUBIC), [24, 24])
@@ -151,10 +151,10 @@ def test_the_middle_of_a_image_is_torchvisions(size):
     assert abs((left + right) - size[0]) <= 1 and abs((top + bottom) - size[1]) <= 1
 
 
-def test_the_middle_of_a_very_long_image_takes_little_memory():
+def test_center_crop_of_a_very_long_image_takes_little_memory():
     config = DataConfig(image_size=384, eval_resize="crop")
     image = Image.new("RGB", (1, 60_000), (10, 20, 30))
-    assert eval_transform(config)(image).shape == (3, 384, 384)  # 26 GB as a whole
+    assert eval_transform(config)(image).shape == (3, 384, 384)  # resized before cropping, it would take 26 GB
 
 
 def test_crop_boxes():
@@ -188,7 +188,7 @@ def test_hue_equals_torchvision(turn):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_jitter_equals_torchvision(seed):
-    """Replay the random numbers with torchvision's functions."""
+    """By replaying the random numbers with torchvision's functions."""
     ours = T.color_jitter(photo(seed), (0.4, 0.4, 0.4, 0.1), random.Random(seed))
     rng, image = random.Random(seed), photo(seed)
     functions = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation)
@@ -254,7 +254,7 @@ def test_rand_augment_leaves_the_global_generators():
     assert before[1][2:] == after[1][2:] and np.array_equal(before[1][1], after[1][1])
 
 
-def test_rand_augment_is_albefs():
+def test_rand_augment_uses_the_ops_of_albef():
     ops = T.TrainTransform(DataConfig(rand_augment=True))._rand_augment.ops
     assert len(ops) == 10
     names = {op.name for op in ops[1:]}
@@ -263,7 +263,7 @@ def test_rand_augment_is_albefs():
     assert {(op.prob, op.magnitude) for op in ops[1:]} == {(0.5, 7)}
 
 
-def test_flip_is_a_mirror_half_of_the_time():
+def test_half_of_the_images_are_flipped():
     config = DataConfig(image_size=40, crop_scale=(1.0, 1.0), distort=False)
     transform, image = T.TrainTransform(config), photo(3, (40, 40))
     plain = np.asarray(image)

@@ -53,15 +53,15 @@ def test_scores_of_equal_similar_and_unrelated_captions(java: bool, monkeypatch:
 
 
 @pytest.mark.parametrize("java", [False, JAVA])
-def test_line_break_inside_a_caption_shifts_no_other_caption(java: bool) -> None:
+def test_line_breaks_in_a_caption_do_not_shift_the_others(java: bool) -> None:
     texts = ["a red box", "a blue owl\rbeside\u2028a cat", "a green box"]
     words = captioning.tokenized([[text] for text in texts], java=java)
     assert words == {0: ["a red box"], 1: ["a blue owl beside a cat"], 2: ["a green box"]}
 
 
 JAVAS = {
-    "is none": "exit 1",
-    "cannot start its classes": 'test "$1" = -version',
+    "is missing": "exit 1",
+    "cannot run a class": 'test "$1" = -version',
     "hangs": 'test "$1" = -version || sleep 60',
     "loses lines": 'test "$1" = -version || echo a',
     "fails after the tokenizer": 'case "$1" in -version) ;; -cp) cat ;; *) exit 3 ;; esac',
@@ -85,8 +85,8 @@ def test_failing_java_loses_only_its_own_scores(tmp_path: Path, monkeypatch, cap
         captioning.meteor.cache_clear()
     assert tokenizer == "words" and scores["one"]["bleu4"] > scores["two"]["bleu4"]
     assert all(set(one) == {"cider", "bleu4", "rouge_l"} for one in scores.values())
-    said = capsys.readouterr().err
-    assert said.startswith("captions are scored without Java: ") or script == "exit 1"
+    errors = capsys.readouterr().err
+    assert errors.startswith("captions are scored without Java: ") or script == "exit 1"
 
 
 def test_rouge_uses_the_longest_common_subsequence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +136,7 @@ def test_section_compares_with_training_captions(scorer, samples, tmp_path, monk
     assert (section["samples"], section["beams"], section["tokenizer"]) == (12, 2, "words")
     assert section["nearest"] == {
         key: section[key] for key in ("cider", "bleu4", "rouge_l")
-    }  # the oracle's nearest is right
+    }  # the oracle finds the right nearest image
     assert section["random"]["cider"] < section["cider"] and section["neighbours"] == 12
     assert section["beams_alone"]["cider"] < section["cider"]
     few = captioning.captioning(scorer, samples, training, captioning.CaptionOptions(neighbours=3))
@@ -175,8 +175,8 @@ def test_zero_shot_counts_images_of_one_object(scorer, samples, monkeypatch, swa
         colour = PAIRS[sample.index][0]
         sample.objects = [{"phrase": colour, "concept": colour}]
     samples[9].objects.append(samples[9].objects[0])  # two objects
-    samples[8].objects[0]["phrase"] = "blues"  # several of one
-    samples[7].objects[0]["count"] = 2  # also where the plural is the same word
+    samples[8].objects[0]["phrase"] = "blues"  # a plural
+    samples[7].objects[0]["count"] = 2  # a count, for words whose plural is the same
     samples[0].objects[0]["count"] = 1
     classes = [zero_shot.Class(name, f"a {name} box") for name in COLOURS]
     section = zero_shot.zero_shot(scorer, samples, classes)
@@ -208,7 +208,7 @@ def test_malformed_class_list_is_refused(tmp_path: Path) -> None:
 
 
 class Reconstructor:
-    """Hides the left half. Paints zeros, or the truth (normalized) if the caption names the image's left box."""
+    """Hides the left half. Predicts zeros, or with `listens` the truth if the caption names the left box."""
 
     patch_size, patch_grid = 8, (4, 4)
 
@@ -258,7 +258,7 @@ def test_images_with_equal_captions_are_not_compared(scorer: Scorer, samples: li
     assert report_generation.reconstruction_views(scorer, samples) == []
 
 
-class Drawer(Reconstructor):
+class RandomReconstructor(Reconstructor):
     """Hides random patches, like `masks: random`."""
 
     def hidden_patches(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -266,7 +266,7 @@ class Drawer(Reconstructor):
 
 
 def test_random_patches_are_reproducible(scorer: Scorer, samples: list[Sample]) -> None:
-    scorer.model = Drawer(scorer.model, listens=True)
+    scorer.model = RandomReconstructor(scorer.model, listens=True)
     scorer.config.model = SimpleNamespace(normalize_pixels=True)
     torch.manual_seed(1)
     first = reconstruction.reconstruction(scorer, samples)

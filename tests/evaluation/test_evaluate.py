@@ -1,4 +1,4 @@
-"""Evaluation of an oracle with known results, and by command line of a tiny model."""
+"""Evaluation of an oracle with known results, and of a tiny model by the command line."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def all_sections(scorer: Scorer, reader: Reader, **options) -> dict:
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 64])
-def test_oracle_is_perfect_and_attention_misses(tmp_path, batch_size):
+def test_oracle_scores_perfectly_and_its_attention_misses(tmp_path, batch_size):
     reader = Reader(open_source(write_scenes(tmp_path / "test.tar")))
     result = all_sections(make_scorer(tmp_path, batch_size=batch_size), reader, pairs=0, rerank=4)
     section = result["retrieval"]
@@ -72,7 +72,7 @@ def test_itm_reranks_the_candidates_of_uninformative_features(tmp_path, rerank):
 
 @pytest.mark.parametrize("image_root", ["", "images"])
 def test_captions_of_one_image_share_its_encoding(tmp_path, image_root):
-    """A JSON list with its images beside it, or in the image_root of training."""
+    """With a JSON list whose images are beside it or in the image_root of training."""
     images = tmp_path / image_root
     images.mkdir(exist_ok=True)
     for number in range(12):
@@ -161,7 +161,7 @@ def wide(number: int, *, shift: int) -> list[tuple[str, bytes]]:
 
 
 def test_masks_are_cropped_like_images(tmp_path):
-    """Cropped to their middle, wide images are the scenes; an object at the side is hidden."""
+    """A wide image, cropped to its middle, is the scene; an object at the side is hidden."""
     write_tar(tmp_path / "test.tar", [member for number in range(12) for member in wide(number, shift=16)])
     write_tar(tmp_path / "aside.tar", wide(0, shift=0))
     scorer = make_scorer(tmp_path)
@@ -206,7 +206,7 @@ def test_command_line_writes_the_documented_structure(run, capsys):
 
 
 def test_results_of_the_real_model_do_not_depend_on_the_batch_size(run):
-    """In double precision, so that no rank depends on rounding."""
+    """In double precision, so that no order depends on rounding."""
     scorer = command.load_scorer(run / "checkpoints" / "step_00000005", batch_size=3)
     scorer.model.double()
     encode = scorer.model.encode_image
@@ -231,7 +231,7 @@ def test_results_of_the_real_model_do_not_depend_on_the_batch_size(run):
     assert (both - scores[1] - gallery.similarity)[wanted].abs().max() <= 2 * rounding
 
 
-def test_failures_end_in_one_line_and_leave_the_old_file(run, tmp_path, capsys):
+def test_errors_are_one_line_and_keep_the_old_file(run, tmp_path, capsys):
     data = str(run.parent / "test.tar")
     output = tmp_path / "metrics.json"
     output.write_text("old", encoding="utf-8")
@@ -268,8 +268,8 @@ def test_unusable_objects_are_skipped(run, tmp_path, capsys, objects):
     assert evaluate.main([str(run), "--data", data, "--output", str(tmp_path / "metrics.json")]) == 0
     result = json.loads((tmp_path / "metrics.json").read_text())
     assert result["retrieval"]["samples"] == 2 and result["grounding"]["samples"] == 1
-    said = "left out: 1 unusable objects, the first: test.tar:0000: objects"
-    assert said in capsys.readouterr().err
+    expected = "left out: 1 unusable objects, the first: test.tar:0000: objects"
+    assert expected in capsys.readouterr().err
 
 
 def test_json_list_with_image_root_and_other_sizes(run, tmp_path, capsys):
@@ -287,14 +287,14 @@ def test_json_list_with_image_root_and_other_sizes(run, tmp_path, capsys):
     result = json.loads((tmp_path / "metrics.json").read_text())
     assert result["retrieval"]["samples"] == result["retrieval"]["cut"] == 3
     assert "3 captions were truncated to 5 tokens" in capsys.readouterr().out
-    for wrong, said in (
+    for wrong, expected in (
         ("--text-length=2000", "--text-length: expected 3 to"),
         ("--image-size=33", "vision.image_size"),
     ):
         capsys.readouterr()
         assert evaluate.main([*command, wrong]) == 1
         error = capsys.readouterr().err
-        assert said in error and len(error.splitlines()) == 1
+        assert expected in error and len(error.splitlines()) == 1
 
 
 def test_output_replaces_only_json_files(run, tmp_path, capsys):
@@ -317,7 +317,7 @@ def test_captions_of_unknown_words_are_refused(run, tmp_path, capsys):
     assert "of the tokens in the first 2 captions are [UNK]" in line
 
 
-def test_options_without_effect_are_named(run, tmp_path, capsys):
+def test_options_without_effect_are_reported(run, tmp_path, capsys):
     data = write_scenes(tmp_path / "test.tar")
     (tmp_path / "classes.json").write_text('[{"name": "owl", "phrase": "an owl"}]')
     command = [str(run), "--data", data, "--output", str(tmp_path / "metrics.json"), "--training", data]
@@ -346,7 +346,7 @@ def test_captions_without_objects_have_no_grounding(run, tmp_path, capsys):
     assert "pointing" not in capsys.readouterr().out
 
 
-def test_closed_stdout_is_no_error(run, tmp_path):
+def test_closed_stdout_is_not_an_error(run, tmp_path):
     command = [sys.executable, "train/evaluate.py", str(run), "--data", str(run.parent / "test.tar"), "--output"]
     process = subprocess.Popen(
         [*command, str(tmp_path / "metrics.json")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT

@@ -1,4 +1,4 @@
-"""Metrics against naive loops, with ties, duplicates, chance and hand-made maps."""
+"""Metrics against naive loops, with ties, duplicates, chance levels and small maps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from softmask.evaluation import metrics
 
 
 def naive_recall(scores, relevant, k):
-    """Sorts each row with wrong items first among equals, and counts the wrong ones before the first right one."""
+    """Sort each row, wrong items first among ties, and count the wrong ones before the first right one."""
     hits = 0
     for row, right in zip(scores.tolist(), relevant.tolist(), strict=True):
         order = sorted(range(len(row)), key=lambda j: (-row[j], right[j]))
@@ -124,7 +124,7 @@ def test_stack_words_pads_with_minus_one():
 
 
 def naive_bilinear(plane, size):
-    """Interpolates at each pixel's centre in patch coordinates, clamped to the patch centres (fp64)."""
+    """Interpolate at each pixel's centre in patch coordinates, clamped to the patch centres (fp64)."""
     (gh, gw), (h, w) = plane.shape, size
     out = torch.zeros(h, w, dtype=torch.float64)
     for y in range(h):
@@ -165,7 +165,7 @@ def test_peak_of_constant_and_nan_maps():
         metrics.peak(torch.tensor([[0.0, torch.nan]]))
 
 
-def test_pointing_game_by_hand():
+def test_pointing_game_needs_the_peak_inside_the_mask():
     mask = torch.zeros(8, 8, dtype=torch.bool)
     mask[2:4, 5:7] = True
     inside, outside = torch.zeros(8, 8), torch.zeros(8, 8)

@@ -1,4 +1,4 @@
-"""The C++ kernels of all ops: errors against fp64 truth, bits for any number of threads, what is registered."""
+"""The C++ kernels of all ops: errors against fp64, equal bits for any number of threads, registered schemas."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_masked_patch_loss(patch_size: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("select", ["high", "low"])
 def test_attentive_mask(select: str, dtype: torch.dtype) -> None:
-    """The same patches as in PyTorch, where no two are within a rounding of each other."""
+    """Selects the same patches as PyTorch; no two relevances here are within rounding of each other."""
     for size in SIZES:
         patches, tokens = (cases.normal(3, n, 33, seed=n).to(dtype) for n in (size, 9))
         padding = cases.normal(3, 9, seed=1) < 0
@@ -114,14 +114,14 @@ def biased(
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("name", ["word_attention", "soft_mask_attention"])
 def test_value_bias_of_any_type(name: str, dtype: torch.dtype, type_of_bias: torch.dtype) -> None:
-    """The bias is read in the arithmetic's type, and its gradient is of its own type."""
+    """The bias is read in the type of the computation, and its gradient has the bias's type."""
     query = cases.normal(2, 3, 5, 8, seed=0).to(dtype)
     bias = cases.normal(3, 8, seed=1).to(type_of_bias)
     double = torch.float64 in ((dtype, type_of_bias) if name == "word_attention" else (dtype,))
     wide = torch.float64 if double else torch.float32
     type_of_grad = dtype if name == "soft_mask_attention" else wide
     got, gradients = biased(name, query, bias, type_of_grad)
-    # The same in the arithmetic's type, rounded at the end.
+    # The same in the type of the computation, rounded at the end.
     expected, wide_gradients = biased(name, query.to(wide), bias.to(wide), type_of_grad)
     assert torch.equal(got, expected.to(got.dtype))
     for one, other in zip(gradients, wide_gradients, strict=True):
@@ -141,7 +141,7 @@ def test_backends_share_one_schema(op: str) -> None:
         assert signature(name) == signature(f"triton_{name}")
 
 
-def test_sizes_that_change_make_one_graph() -> None:
+def test_changing_sizes_share_one_graph() -> None:
     """Integers that depend on shapes are symbols to torch.compile."""
     from torch._dynamo.testing import CompileCounter
 
@@ -178,8 +178,8 @@ SIZED = [
 ]
 
 
-def of_sizes(op: str, size: dict[str, int]) -> list[tuple]:
-    """Calls of the op's kernels, forward and backward, at sizes of which one is 0."""
+def calls_at(op: str, size: dict[str, int]) -> list[tuple]:
+    """Calls of the op's kernels, forward and backward, at the given sizes."""
     kernel, backward = (getattr(torch.ops.softmask, name, None) for name in (op, f"{op}_backward"))
     b, h, t, p, w, s, e, v = (size[letter] for letter in "BHTPWSEV")
     scale, one, yes = torch.tensor(2.0), torch.tensor(1.0), torch.zeros(b, p, dtype=torch.bool)
@@ -213,10 +213,10 @@ def of_sizes(op: str, size: dict[str, int]) -> list[tuple]:
 
 @pytest.mark.parametrize("letter", "BHTPWSEV")
 @pytest.mark.parametrize("op", SIZED)
-def test_sizes_of_zero(op: str, letter: str) -> None:
-    """Nothing is read or written outside, and what has no element to depend on is a number."""
+def test_zero_sizes_stay_in_bounds_and_finite(op: str, letter: str) -> None:
+    """Nothing is read or written out of bounds, and results over no elements are finite."""
     sizes = dict(zip("BHTPWSEV", (2, 3, 4, 5, 2, 2, 6, 7), strict=True))
-    for kernel, args in of_sizes(op, sizes | {letter: 0}):
+    for kernel, args in calls_at(op, sizes | {letter: 0}):
         refused = letter == "P" and op in ("word_attention", "soft_mask")
         if refused:
             with pytest.raises(ValueError, match="expected"):
@@ -228,7 +228,7 @@ def test_sizes_of_zero(op: str, letter: str) -> None:
             assert mean_of_nothing or tensor.isfinite().all()
 
 
-def test_what_would_be_read_outside_is_refused() -> None:
+def test_out_of_bounds_reads_are_refused() -> None:
     rows, scale, kernels = torch.ones(3, 4), torch.tensor(1.0), torch.ops.softmask
     with pytest.raises(ValueError, match="first_row: expected 3 rows among 2 columns"):
         kernels.contrastive(rows, rows[:2], scale, scale, None, None, 0, False)
@@ -259,8 +259,8 @@ def test_momentum_loss_without_gradients_has_no_backward() -> None:
         kernels.momentum_contrastive_backward(torch.ones_like(loss), rows, rows, scale, at_scale, *gradients)
 
 
-def test_ids_of_the_queue_need_ids_of_the_batch() -> None:
-    """Without those no row of the queue is a positive."""
+def test_queue_ids_have_no_effect_without_batch_ids() -> None:
+    """Without ids of the batch, no row of the queue is a positive."""
     rows, scale, kernels = cases.unit_rows(2, 5, 4, seed=0).float(), torch.tensor(9.0), torch.ops.softmask
     args = (*[rows[0]] * 6, rows[1], rows[1], scale, scale * 0, scale * 0, None, None)
     with_ids, without = (kernels.momentum_contrastive(*args, ids, 0, True) for ids in (torch.arange(5), None))
@@ -277,7 +277,7 @@ def test_contrastive_of_rows_of_any_length(spread: float, gamma: float) -> None:
 
 
 def one_direction(rows: torch.Tensor, columns: torch.Tensor, ids: tuple, first_row: int) -> list[torch.Tensor]:
-    """Losses and gradients of rows among columns, of which the rows' own start at first_row."""
+    """Losses and gradients of rows among columns, where the rows' own columns start at first_row."""
     scale, gamma = torch.tensor(9.0, dtype=rows.dtype), torch.tensor(2.0)
     args = (rows, columns, scale, gamma, *ids, first_row, False)
     loss, statistics = torch.ops.softmask.contrastive(*args)
@@ -287,8 +287,8 @@ def one_direction(rows: torch.Tensor, columns: torch.Tensor, ids: tuple, first_r
 
 @pytest.mark.parametrize("with_ids", FLAGS)
 @pytest.mark.parametrize(("height", "width"), [(130, 577), (577, 600), (200, 1000)])
-def test_rows_among_more_columns(height: int, width: int, with_ids: bool) -> None:
-    """What a rank computes, against the same in fp64."""
+def test_rows_of_one_rank_among_all_columns(height: int, width: int, with_ids: bool) -> None:
+    """As one rank computes them, compared with fp64."""
     rows, columns = (cases.unit_rows(count, 33, seed=count) for count in (height, width))
     first = width - height
     ids = cases.some_ids(width) if with_ids else None
@@ -300,7 +300,7 @@ def test_rows_among_more_columns(height: int, width: int, with_ids: bool) -> Non
 
 
 @pytest.mark.parametrize("junk", [float("nan"), float("inf")])
-def test_a_broken_row_breaks_no_other(junk: float) -> None:
+def test_nonfinite_row_affects_no_other_row(junk: float) -> None:
     rows, columns = (cases.unit_rows(577, 33, seed=seed).float() for seed in (0, 1))
     loss, at_rows, _, _ = one_direction(rows, columns, (None, None), 0)
     rows[300] = junk
@@ -312,8 +312,8 @@ def test_a_broken_row_breaks_no_other(junk: float) -> None:
 
 
 @pytest.mark.parametrize("name", cases.ALL)
-def test_bits_repeat(name: str) -> None:
-    """On every run, and with any number of threads but for the contrastive losses, whose products the BLAS splits."""
+def test_bits_repeat_across_runs_and_threads(name: str) -> None:
+    """With any number of threads, except in the contrastive losses, whose products BLAS splits by thread."""
     case = cases.ALL[name].cast(torch.float32)
     counts = (1, 2, 3) if "contrastive" not in name else (torch.get_num_threads(),)
     threads = torch.get_num_threads()
@@ -330,8 +330,8 @@ def test_bits_repeat(name: str) -> None:
 
 
 @pytest.mark.parametrize("capability", ["avx2", pytest.param("default", marks=pytest.mark.slow)])
-def test_other_instruction_sets(capability: str) -> None:
-    """What this processor would not choose: the same errors against fp64, in a process that is told to."""
+def test_errors_with_other_instruction_sets(capability: str) -> None:
+    """Instruction sets that this CPU would not choose keep the same error bounds, in a process of their own."""
     selection = "test_word_attention or test_contrastive or test_soft_mask_attention or test_masked or test_attentive"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
     command += ["-k", f"({selection} or test_momentum) and (130 or patch or attentive) and not opcheck and not bits"]

@@ -17,18 +17,18 @@ from tests.support.kernel_cases import Case, check_errors, outcome
 pytestmark = pytest.mark.gpu
 MIB = 2**20
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-of_each_op = pytest.mark.parametrize("name", cases.ALL)
+for_each_op = pytest.mark.parametrize("name", cases.ALL)
 
 
-@of_each_op
+@for_each_op
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_values(name: str, dtype: torch.dtype) -> None:
+def test_errors_against_fp64(name: str, dtype: torch.dtype) -> None:
     check_errors("triton", dtype, cases.ALL[name].to("cuda"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", cases.SIZES)
-def test_ragged_sizes(size: int, dtype: torch.dtype) -> None:
+def test_errors_at_ragged_sizes(size: int, dtype: torch.dtype) -> None:
     given = [
         cases.word_attention(size, masked=True),
         cases.contrastive(size, gamma=2.0, with_ids=True, scale=100.0),
@@ -40,7 +40,7 @@ def test_ragged_sizes(size: int, dtype: torch.dtype) -> None:
         check_errors("triton", dtype, case.to("cuda"))
 
 
-@of_each_op
+@for_each_op
 def test_auto_takes_triton_and_bits_repeat(name: str) -> None:
     case = cases.ALL[name].cast(torch.float32).to("cuda")
     outcomes = [outcome(backend, case) for backend in ("auto", "triton", "triton")]
@@ -65,9 +65,9 @@ def step(case: Case, leaves: dict[str, Tensor], upstream: Tensor) -> dict[str, T
     return {"out": out.detach(), **dict(zip(wanted, gradients, strict=True))}
 
 
-@of_each_op
-def test_cuda_graph(name: str) -> None:
-    """Forward and backward captured once, replayed on other values: no synchronization, no memory by value."""
+@for_each_op
+def test_cuda_graph_replays_on_other_values(name: str) -> None:
+    """Fails if forward or backward synchronizes or keeps a value of the captured call."""
     case = cases.ALL[name].cast(torch.float32).to("cuda")
     leaves = {key: leaf.clone().requires_grad_(key not in case.constants) for key, leaf in case.leaves.items()}
     upstream = torch.ones_like(case.call(**case.leaves, **case.fixed))
@@ -90,8 +90,8 @@ def test_cuda_graph(name: str) -> None:
         assert torch.equal(captured[key], value), key
 
 
-@of_each_op
-def test_compiles_whole(name: str) -> None:
+@for_each_op
+def test_compiles_to_one_graph(name: str) -> None:
     torch.compiler.reset()
     case = cases.ALL[name].cast(torch.float32).to("cuda")
     compiled = replace(case, call=torch.compile(case.call, fullgraph=True))
@@ -101,7 +101,7 @@ def test_compiles_whole(name: str) -> None:
 
 
 def peak(call) -> float:
-    """MiB beyond what was there before the call."""
+    """Peak memory of the call in MiB, beyond what was allocated before."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -111,14 +111,14 @@ def peak(call) -> float:
 
 
 def test_contrastive_loss_holds_no_logits() -> None:
-    """Of 16,384 pairs they would be 1 GiB."""
+    """For 16,384 pairs they would take 1 GiB."""
     image, text = (F.normalize(torch.randn(16384, 256, device="cuda"), dim=-1).requires_grad_() for _ in range(2))
     scale = torch.tensor(14.0, device="cuda", requires_grad=True)
     assert peak(lambda: ops.focal_contrastive_loss(image, text, scale, gamma=2.0).backward()) < 128
 
 
 def test_momentum_loss_holds_no_logits_and_copies_no_queue() -> None:
-    """Of 64 rows and 65,536 keys logits would be 16 MiB a side, a copy of the queues 128 MiB."""
+    """For 64 rows and 65,536 keys, logits would take 16 MiB a side, a copy of the queues 128 MiB."""
     names = ("image", "text", "image_teacher", "text_teacher")
     rows = {name: F.normalize(torch.randn(64, 256, device="cuda"), dim=-1) for name in names}
     queues = {
@@ -129,8 +129,8 @@ def test_momentum_loss_holds_no_logits_and_copies_no_queue() -> None:
     assert peak(lambda: ops.momentum_contrastive_loss(logit_scale=14.0, **rows, **queues, gamma=2.0).backward()) < 64
 
 
-def test_maps_hold_one_row_per_word() -> None:
-    """Attention of all rows would be 100 MiB."""
+def test_word_maps_hold_one_attention_row_per_word() -> None:
+    """Attention of all rows would take 100 MiB."""
     query, dout = torch.randn(2, 64, 12, 30, 64, device="cuda")
     key, value = torch.randn(2, 64, 12, 577, 64, device="cuda")
     index = torch.zeros(64, 1, dtype=torch.int64, device="cuda")

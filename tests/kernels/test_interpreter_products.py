@@ -1,4 +1,4 @@
-"""The products that Triton's interpreter takes in tests: of known rounding, and a kernel's fault is still seen."""
+"""The faster products that tests give Triton's interpreter: their rounding is known, and kernel bugs still show."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _add_integers(place, other):
     tl.store(place, tl.load(place) + tl.load(other))
 
 
-def test_integers_that_overflow_are_told() -> None:
+def test_integer_overflow_raises() -> None:
     number, most = torch.tensor([2]), torch.tensor([2**31 - 1], dtype=torch.int32)
     _add_integers[(1,)](most - 2, number.int())
     _add_integers[(1,)](most.long(), number)
@@ -55,15 +55,15 @@ def test_integers_that_overflow_are_told() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_one_rounding_a_product(dtype: torch.dtype) -> None:
-    """The sum over k and what it is added to, rounded to nearest: exactly representable sums are exact."""
+def test_products_are_rounded_once(dtype: torch.dtype) -> None:
+    """The sum over k and the addend are rounded to nearest once."""
     left, right, out = (normal(*shape, seed=i) for i, shape in enumerate(((32, 64), (16, 64), (32, 16))))
     exact = torch.from_numpy(left).to(dtype).double() @ torch.from_numpy(right).to(dtype).double().T
     exact += torch.from_numpy(out).double()
     assert torch.equal(by_triton(left, right, out, "ieee", dtype), exact.float())
 
 
-def test_products_of_a_batch() -> None:
+def test_batched_products_equal_single_ones() -> None:
     left, right = normal(3, 16, 32), normal(3, 32, 16, seed=1)
     together = product(left, right, np.zeros((3, 16, 16), np.float32))
     apart = [product(*pair, np.zeros((16, 16), np.float32)) for pair in zip(left, right, strict=True)]
@@ -73,7 +73,7 @@ def test_products_of_a_batch() -> None:
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("shape", [(256, 256, 33), (61, 23, 40), (16, 16, 512), (512, 3, 7), (1, 130, 64)])
 def test_equal_rows_have_equal_products(shape: tuple[int, int, int], precision: str) -> None:
-    """Of either side and wherever they lie; rows twice as large have twice the products."""
+    """On either side and at every position; rows twice as large have products twice as large."""
     m, n, k = shape
     left, right = np.tile(normal(1, k), (m, 1)), np.tile(normal(1, k, seed=1), (n, 1))
     left[::2] *= 2.0
@@ -82,7 +82,7 @@ def test_equal_rows_have_equal_products(shape: tuple[int, int, int], precision: 
     assert (got == got[0, 0]).all()
 
 
-def test_tf32_drops_bits() -> None:
+def test_tf32_truncates_the_operands() -> None:
     left, right, out = (normal(*shape, seed=i) for i, shape in enumerate(((32, 64), (16, 64), (32, 16))))
     exact = left.astype(np.float64) @ right.T.astype(np.float64) + out
     errors = {
@@ -96,7 +96,7 @@ def test_tf32_drops_bits() -> None:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_infinity_and_nan_go_where_they_belong(precision: str) -> None:
+def test_infinity_and_nan_stay_in_their_rows_and_columns(precision: str) -> None:
     left, right, out = normal(16, 32), normal(16, 32, seed=1), np.zeros((16, 16), np.float32)
     left[3, 4], right[5, 6] = np.inf, np.nan
     got, usual = product(left, right.T, out, precision), np.delete(np.arange(16), 5)
@@ -104,7 +104,7 @@ def test_infinity_and_nan_go_where_they_belong(precision: str) -> None:
     assert np.isfinite(got[np.ix_(np.delete(np.arange(16), 3), usual)]).all()
 
 
-# Products of contrastive tiles with a fault each.
+# Products of contrastive tiles, each with a bug.
 @triton.jit
 def _without_last_features(left, right, i, j, depth, BLOCK_K: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
     total = tl.zeros([i.shape[0], j.shape[0]], tl.float32)
@@ -138,7 +138,7 @@ def _in_tf32(left, right, i, j, depth, BLOCK_K: tl.constexpr, DOT: tl.constexpr,
 
 @pytest.mark.parametrize("fault", [_without_last_features, _of_the_next_column, _scaled, _in_tf32])
 @pytest.mark.parametrize("where", ["forward", "backward"])
-def test_a_fault_of_a_kernel_is_seen(fault: object, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernel_bug_is_detected(fault: object, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from softmask.kernels import contrastive, contrastive_backward
 
     case = cases.contrastive(7)

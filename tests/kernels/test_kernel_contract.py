@@ -1,4 +1,4 @@
-"""What holds for the kernels of every backend: autocast, second derivatives, torch.compile, what is registered."""
+"""What holds for the kernels of every backend: autocast, second derivatives, torch.compile, registered ops."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ BACKENDS = [
     pytest.param("triton", marks=cases.needs_triton),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# What holds at every size is tried at a small one.
+# What does not depend on the size is tested at a small one.
 SMALL = cases.ALL | {
     "word_attention": cases.word_attention(33, normalize="minmax"),
     "soft_mask_attention": cases.soft_mask_attention(33),
 }
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "fast_interpreter")
-by_each_backend = pytest.mark.parametrize("backend", BACKENDS)
-of_each_op = pytest.mark.parametrize("name", SMALL)
+for_each_backend = pytest.mark.parametrize("backend", BACKENDS)
+for_each_op = pytest.mark.parametrize("name", SMALL)
 
 
-@by_each_backend
-@of_each_op
+@for_each_backend
+@for_each_op
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_autocast_changes_nothing(name: str, dtype: torch.dtype, backend: str) -> None:
     case = SMALL[name].cast(dtype)
@@ -44,9 +44,9 @@ def test_autocast_changes_nothing(name: str, dtype: torch.dtype, backend: str) -
         assert torch.equal(under[key], value), key
 
 
-@by_each_backend
-@of_each_op
-def test_no_silent_second_derivative(name: str, backend: str) -> None:
+@for_each_backend
+@for_each_op
+def test_second_derivative_raises(name: str, backend: str) -> None:
     case = SMALL[name].cast(torch.float32)
     first = next(iter(case.leaves))
     leaves = {key: leaf.detach().requires_grad_(key not in case.constants) for key, leaf in case.leaves.items()}
@@ -57,10 +57,10 @@ def test_no_silent_second_derivative(name: str, backend: str) -> None:
         gradient.square().sum().backward()
 
 
-@by_each_backend
-@of_each_op
+@for_each_backend
+@for_each_op
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-def test_compiles_whole(name: str, compiler: str, backend: str) -> None:
+def test_compiles_to_one_graph(name: str, compiler: str, backend: str) -> None:
     torch.compiler.reset()
     case = SMALL[name].cast(torch.float32)
     compiled = replace(case, call=torch.compile(case.call, fullgraph=True, backend=compiler))
@@ -70,7 +70,7 @@ def test_compiles_whole(name: str, compiler: str, backend: str) -> None:
 
 
 class Record(TorchDispatchMode):
-    """Collects the kernels' ops that are called, with their arguments."""
+    """Records the registered ops that are called, with their arguments."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ def calls(name: str, backend: str) -> list[tuple]:
     return record.seen
 
 
-@by_each_backend
+@for_each_backend
 @pytest.mark.parametrize("name", [*SMALL, "attentive_mask"])
 def test_opcheck(name: str, backend: str) -> None:
     """Every registered op that a case reaches: its schema, its fake and its autograd, at the case's strides."""
@@ -121,7 +121,7 @@ def test_shapes_on_cuda_without_a_device(name: str) -> None:
             assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
 
 
-@of_each_op
+@for_each_op
 def test_compiles_for_cuda_without_a_device(name: str) -> None:
     """The public function on fake CUDA tensors, chosen by "auto": one graph, with the Triton op in it."""
     torch.compiler.reset()
@@ -138,7 +138,7 @@ def test_compiles_for_cuda_without_a_device(name: str) -> None:
     assert out.device.type == "cuda" and len(graphs) == 1 and "softmask.triton_" in graphs[0]
 
 
-@by_each_backend
+@for_each_backend
 def test_results_may_be_changed_in_place(backend: str) -> None:
     case = SMALL["soft_mask_attention"].cast(torch.float32)
     leaves = {name: leaf.detach().requires_grad_() for name, leaf in case.leaves.items()}

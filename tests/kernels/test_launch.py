@@ -1,4 +1,4 @@
-"""What a launch depends on: the processor's configuration, torch's precision settings, tuning."""
+"""What a launch depends on: the configuration of the architecture, torch's precision settings, tuning."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def launcher():
     ("architecture", "block"), [(80, 32), (86, 16), (89, 16), (90, 64), (100, 64), (103, 64), (120, 16)]
 )
 def test_config_of_the_nearest_architecture_below(launcher, architecture: int, block: int) -> None:
-    """Of its kind: 120 has the shared memory of 86, not of 90."""
+    """Among those of its kind: 120 has the shared memory of 86, not of 90."""
     with launcher.hooked(lambda one: None, architecture=architecture):
         assert launcher.config(TABLE, torch.ones(1)) == {"BLOCK": block}
     assert launcher.config(TABLE, torch.ones(1)) == {"BLOCK": 256 if launcher.INTERPRETED else 32}
 
 
-def test_small_processors_without_a_row_take_that_of_80(launcher) -> None:
+def test_gpus_with_less_shared_memory_fall_back_to_the_row_of_80(launcher) -> None:
     table = {80: {"BLOCK": 32}, 90: {"BLOCK": 64}, 100: {"BLOCK": 128}}
     for architecture, block in ((86, 32), (120, 32), (110, 128)):
         with launcher.hooked(lambda one: None, architecture=architecture):
@@ -39,7 +39,7 @@ def test_small_processors_without_a_row_take_that_of_80(launcher) -> None:
 
 
 class Kernel:
-    """What a launch reads of a kernel."""
+    """The attributes of a kernel that a launch reads."""
 
     def __init__(self, *names: str) -> None:
         self.arg_names = list(names)
@@ -58,8 +58,8 @@ def test_launches_reach_the_hook_unless_empty(launcher) -> None:
     assert (launch.grid, launch.num_warps, launch.device) == ((3,), 8, one.device)
 
 
-def test_tuning_keeps_the_fastest(launcher, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once for values of one shape, and again for another."""
+def test_tuning_keeps_the_fastest_launch(launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launch is tuned once for arguments of one shape, and again for another shape."""
     tried = []
 
     def milliseconds(launch) -> float:
@@ -79,7 +79,7 @@ def test_tuning_keeps_the_fastest(launcher, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("updates", [False, True])
-def test_a_launch_that_updates_is_not_tuned(launcher, monkeypatch: pytest.MonkeyPatch, updates: bool) -> None:
+def test_launch_that_updates_its_inputs_is_not_tuned(launcher, monkeypatch: pytest.MonkeyPatch, updates: bool) -> None:
     tuned, ran = [], []
     monkeypatch.setattr(launcher, "AUTOTUNE", True)
     monkeypatch.setattr(launcher, "INTERPRETED", False)
@@ -91,7 +91,7 @@ def test_a_launch_that_updates_is_not_tuned(launcher, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("setting", ["highest", "high", "new"])
-def test_tf32_where_torch_allows_it(launcher, setting: str) -> None:
+def test_tf32_only_where_torch_allows_it(launcher, setting: str) -> None:
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     try:
@@ -105,7 +105,7 @@ def test_tf32_where_torch_allows_it(launcher, setting: str) -> None:
         matmul.fp32_precision = before
 
 
-def test_type_of_products(launcher) -> None:
+def test_products_use_the_common_type(launcher) -> None:
     import triton.language as tl
 
     half, bf16, single = (torch.ones(1, dtype=dtype) for dtype in (torch.float16, torch.bfloat16, torch.float32))
@@ -134,7 +134,7 @@ def test_kernels_run_on_the_device_of_the_tensors(two_gpus, device: torch.device
 
 
 @pytest.mark.parametrize("device", ["cuda:1", torch.device("cuda", 1)])
-def test_an_old_gpu_beside_a_current_one(two_gpus, device: torch.device | str) -> None:
+def test_old_gpu_beside_a_current_one_is_refused(two_gpus, device: torch.device | str) -> None:
     assert "compute capability 8.0 or later, this one has 7.x" in kernels.why_not(device, torch.float32)
 
 
@@ -142,12 +142,12 @@ def test_an_old_gpu_beside_a_current_one(two_gpus, device: torch.device | str) -
     ("version", "runs"),
     [("3.2.0", False), ("2.3.1", False), ("3.3.0", True), ("3.10.1+git1a2b", True), ("4.0.0", True), (None, True)],
 )
-def test_the_oldest_triton(version: str | None, runs: bool) -> None:
+def test_triton_before_3_3_is_refused(version: str | None, runs: bool) -> None:
     reason = kernels.why_not_triton(version)
     assert reason is None if runs else f"Triton {version} cannot compile" in reason and "3.3" in reason
 
 
-def test_auto_names_a_triton_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_env_reports_a_triton_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     from softmask import env
 
     monkeypatch.setattr(kernels, "_TOO_OLD", kernels.why_not_triton("3.2.0"))

@@ -21,12 +21,12 @@ pytestmark = [cases.needs_triton, pytest.mark.usefixtures("poisoned_memory", "fa
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NORMALIZATIONS = ["minmax", "max", "sum", None]
 FLAGS = (True, False)
-of_each_type = pytest.mark.parametrize("dtype", DTYPES)
-of_each_size = pytest.mark.parametrize("size", SIZES)
+for_each_type = pytest.mark.parametrize("dtype", DTYPES)
+for_each_size = pytest.mark.parametrize("size", SIZES)
 
 
-@of_each_type
-@of_each_size
+@for_each_type
+@for_each_size
 def test_soft_mask(size: int, dtype: torch.dtype) -> None:
     # The gradient through "max" and "sum" of a single patch is 1e-7 of its terms: nothing but rounding.
     chosen = NORMALIZATIONS if size > 1 else ["minmax", None]
@@ -35,8 +35,8 @@ def test_soft_mask(size: int, dtype: torch.dtype) -> None:
 
 
 def on_gpu_tiles(name: str, dtype: torch.dtype) -> list[Case]:
-    """Of the contrastive losses every kind of gradient, logits in several blocks of features, and texts alike to their
-    images where they have ids, at sizes of several tiles; in fp32, whose errors are least, at two scales."""
+    """Cases of several tiles. The contrastive losses have every kind of gradient, several blocks of features, and with
+    ids texts similar to their images; in fp32, where errors are smallest, two scales."""
     if name not in ("contrastive", "momentum_contrastive"):
         return [cases.ALL[name]]
     make = (
@@ -55,16 +55,16 @@ def on_gpu_tiles(name: str, dtype: torch.dtype) -> list[Case]:
 @pytest.mark.parametrize(
     ("architecture", "dtype"), [(80, torch.float32), pytest.param(90, torch.bfloat16, marks=pytest.mark.slow)]
 )
-def test_tiles_of_a_gpu(name: str, architecture: int, dtype: torch.dtype) -> None:
-    """The interpreter has larger tiles of its own; with those of a GPU all loops go round several times."""
+def test_errors_with_gpu_tiles(name: str, architecture: int, dtype: torch.dtype) -> None:
+    """The interpreter uses larger tiles; with those of a GPU, every loop runs several times."""
     from softmask.kernels._launch import hooked
 
     with hooked(lambda one: one.run(), architecture=architecture):
         check_errors("triton", dtype, *on_gpu_tiles(name, dtype))
 
 
-def test_tiles_of_a_gpu_for_many_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The backward of many samples has other tiles, and must have the forward's logits."""
+def test_errors_with_gpu_tiles_for_many_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backward of many samples uses other tiles, but must compute the forward's logits."""
     from softmask.kernels import contrastive_backward
     from softmask.kernels._launch import hooked
 
@@ -75,10 +75,8 @@ def test_tiles_of_a_gpu_for_many_samples(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize(("name", "atomics"), [*((name, False) for name in cases.ALL), ("contrastive", True)])
-def test_tuned_launches_write_the_same_when_they_are_run_again(
-    name: str, atomics: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Tuning times a launch on its real tensors; one that updates what it reads says so and is left out."""
+def test_repeated_launches_write_the_same(name: str, atomics: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tuning repeats a launch on its real tensors; one that updates its inputs must say so, and is left out."""
     from softmask.kernels import _launch, contrastive
 
     monkeypatch.setattr(contrastive, "ATOMICS", atomics)
@@ -106,8 +104,8 @@ def test_soft_mask_of_a_map_with_nan() -> None:
     assert out[0, 1:].isnan().all() and out[1].isfinite().all()
 
 
-@of_each_type
-@of_each_size
+@for_each_type
+@for_each_size
 def test_word_attention(size: int, dtype: torch.dtype) -> None:
     kinds = [{"gradcam": gradcam, "masked": masked} for gradcam in FLAGS for masked in FLAGS]
     options = [kind | {"normalize": normalize} for kind, normalize in zip(kinds, NORMALIZATIONS, strict=True)]
@@ -115,8 +113,8 @@ def test_word_attention(size: int, dtype: torch.dtype) -> None:
     check_errors("triton", dtype, *(cases.word_attention(size, **option) for option in chosen))
 
 
-@of_each_type
-@of_each_size
+@for_each_type
+@for_each_size
 def test_contrastive(size: int, dtype: torch.dtype) -> None:
     gammas = GAMMAS if dtype == torch.float32 and size < 257 else [2.0]
     options = [{"gamma": gamma, "with_ids": with_ids} for gamma in gammas for with_ids in FLAGS]
@@ -125,12 +123,12 @@ def test_contrastive(size: int, dtype: torch.dtype) -> None:
 
 
 def by(backend: str, op: str, module: object) -> Callable[..., Tensor]:
-    """What an op calls once it has gathered the features of all ranks."""
+    """What an op calls after gathering the features of all ranks."""
     return getattr(reference, op) if backend == "reference" else partial(getattr(module, op), backend)
 
 
 def one_rank(op: str, module: object, *, with_ids: bool) -> Case:
-    """What the last of three ranks computes: its 7 rows against the rows of all."""
+    """What the last of three ranks computes: its 7 rows against the rows of all ranks."""
     leaves = {name: cases.unit_rows(7, 32, seed=seed) for seed, name in enumerate(("image", "text"))}
     names, constants, options = ("all_image", "all_text"), frozenset(), {"gamma": 2.0, "first_row": 14}
     if module is momentum_contrastive:
@@ -154,7 +152,7 @@ def one_rank(op: str, module: object, *, with_ids: bool) -> Case:
     ("op", "module"),
     [("focal_contrastive_loss", contrastive), ("momentum_contrastive_loss", momentum_contrastive)],
 )
-def test_contrastive_losses_of_one_rank(op: str, module: object, with_ids: bool) -> None:
+def test_contrastive_losses_of_one_of_three_ranks(op: str, module: object, with_ids: bool) -> None:
     check_errors("triton", torch.float32, one_rank(op, module, with_ids=with_ids))
 
 
@@ -165,7 +163,7 @@ def test_contrastive_with_atomics(monkeypatch: pytest.MonkeyPatch) -> None:
     check_errors("triton", torch.float32, cases.contrastive(63, gamma=2.0, with_ids=True))
 
 
-@of_each_type
+@for_each_type
 @pytest.mark.parametrize("queue", [0, 7, 130, 577])
 def test_momentum_contrastive(queue: int, dtype: torch.dtype) -> None:
     gammas = GAMMAS if dtype == torch.float32 else [2.0]
@@ -181,7 +179,7 @@ def test_momentum_contrastive_at_extremes(gamma: float) -> None:
     check_errors("triton", torch.float32, *(cases.momentum_contrastive(63, queue=130, **one) for one in options))
 
 
-@of_each_type
+@for_each_type
 def test_momentum_contrastive_of_many_rows(dtype: torch.dtype) -> None:
     given = [cases.momentum_contrastive(130, queue=63, gamma=gamma, with_ids=True) for gamma in (0.0, 2.0)]
     check_errors("triton", dtype, *given)
@@ -189,12 +187,12 @@ def test_momentum_contrastive_of_many_rows(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("gamma", [0.0, 2.0])
 def test_momentum_contrastive_at_a_scale_of_0(gamma: float) -> None:
-    # Of one upstream: over several, the scale's gradient, a difference of two means, has 3 to 10 times PyTorch's error.
+    # One upstream: over several, the scale's gradient, a difference of two means, has 3 to 10 times PyTorch's error.
     check_errors("triton", torch.float32, cases.momentum_contrastive(63, gamma=gamma, scale=0.0), upstreams=1)
 
 
-@of_each_type
-@of_each_size
+@for_each_type
+@for_each_size
 def test_soft_mask_attention(size: int, dtype: torch.dtype) -> None:
     check_errors("triton", dtype, cases.soft_mask_attention(size, masked=True))
 
@@ -208,7 +206,7 @@ def test_soft_mask_attention_options() -> None:
 
 @pytest.mark.parametrize("masked", FLAGS)
 def test_soft_mask_attention_of_a_query_with_nan(masked: bool) -> None:
-    """NaN where the reference has it, not the zeros of a row without keys."""
+    """The output is NaN as in the reference, not zero as for a row without keys."""
     case = cases.soft_mask_attention(63, masked=masked).cast(torch.float32)
     case.leaves["query"][1, 2, 3, 4] = float("nan")  # of image 0, which has keys
     got, expected = (outcome(backend, case) for backend in ("triton", "reference"))
@@ -216,7 +214,7 @@ def test_soft_mask_attention_of_a_query_with_nan(masked: bool) -> None:
     assert all(torch.equal(got[leaf].isnan(), expected[leaf].isnan()) for leaf in got)
 
 
-@of_each_type
+@for_each_type
 @pytest.mark.parametrize("patch_size", [1, 4, 7, 16])
 def test_masked_patch_loss(patch_size: int, dtype: torch.dtype) -> None:
     options = [{"normalize": normalize, "share": share} for normalize in FLAGS for share in (0.0, 0.5, 1.0)]
@@ -224,15 +222,15 @@ def test_masked_patch_loss(patch_size: int, dtype: torch.dtype) -> None:
 
 
 def test_masked_patch_loss_of_flat_patches() -> None:
-    """A patch of one color has nothing but its prediction to be compared with, whatever the mean's rounding."""
+    """The target of a patch of one color is exactly 0, whatever the rounding of its mean."""
     case = cases.masked_patch_loss(7, share=1.0).cast(torch.float32)
     case.leaves["images"] = torch.full_like(case.leaves["images"], 2.2489083)
     expected = case.leaves["prediction"].double().square().mean(-1)
     torch.testing.assert_close(outcome("triton", case)["out"].double(), expected, atol=0.0, rtol=1e-6)
 
 
-def test_masked_patch_loss_of_other_layouts() -> None:
-    """Images and predictions of other strides and types give the same bits; nothing gives nothing."""
+def test_masked_patch_loss_of_strided_inputs() -> None:
+    """Other strides and types give the same bits; an empty batch gives an empty loss."""
     case = cases.masked_patch_loss(4).cast(torch.float32)
     prediction, images = case.leaves["prediction"], case.leaves["images"].half().float()
     plain = outcome("triton", replace(case, leaves={"prediction": prediction, "images": images}))
@@ -254,10 +252,10 @@ def selected(backend: str, patches: Tensor, tokens: Tensor, **options: object) -
         return ops.attentive_mask(patches, tokens, **options)
 
 
-@of_each_type
+@for_each_type
 @pytest.mark.parametrize("select", ["high", "low"])
 def test_attentive_mask(select: str, dtype: torch.dtype) -> None:
-    """The same patches as in PyTorch, where no two are within a rounding of each other."""
+    """Selects the same patches as PyTorch; no two relevances here are within rounding of each other."""
     for size in SIZES:
         patches, tokens = (cases.normal(3, n, 33, seed=n).to(dtype) for n in (size, 9))
         padding = cases.normal(3, 9, seed=1) < 0
@@ -271,7 +269,7 @@ def test_attentive_mask(select: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("select", ["high", "low"])
 def test_attentive_mask_of_ties_and_nan(select: str) -> None:
     patches, tokens = cases.normal(3, 130, 33, seed=0).float(), cases.normal(3, 9, 33, seed=1).float()
-    patches[0, 1::2] = 2.0 * patches[0, ::2]  # a length is no relevance
+    patches[0, 1::2] = 2.0 * patches[0, ::2]  # the length of a patch does not matter
     patches[1, 5], patches[1, 100] = float("nan"), 0.0
     for given in (patches, patches[:, :1].expand(-1, 300, -1), torch.zeros_like(patches)):
         options = {"ratio": 0.4, "select": select}
@@ -281,7 +279,7 @@ def test_attentive_mask_of_ties_and_nan(select: str) -> None:
 
 
 def test_attentive_mask_of_other_shapes() -> None:
-    """More tokens than a block holds, wide features, inner strides, two types, nothing at all."""
+    """More tokens than a block holds, wide features, inner strides, mixed types, empty inputs."""
     patches, tokens = cases.normal(2, 70, 300, seed=0).float(), cases.normal(2, 140, 300, seed=1).float()
     padding = cases.normal(2, 140, seed=2) < 0.5
     strided = patches.mT.contiguous().mT, tokens.mT.contiguous().mT, padding.T.contiguous().T

@@ -48,7 +48,7 @@ ROW = {
 
 
 @pytest.mark.parametrize(
-    ("worse", "said"),
+    ("worse", "message"),
     [
         ({"registers": 101}, "101 of 100 registers"),
         ({"shared": 5000}, "5000 of 4096 shared"),
@@ -61,22 +61,22 @@ ROW = {
         ({"races": 1}, "copies that may overtake products"),
     ],
 )
-def test_a_broken_budget_is_told(worse: dict, said: str) -> None:
+def test_exceeded_budget_is_reported(worse: dict, message: str) -> None:
     from benchmarks.gpu.report import broken
 
     assert broken(ROW, ROW) == []
     (line,) = broken(ROW | worse, ROW)
-    assert said in line
+    assert message in line
 
 
-def test_committed_variants_keep_the_limits() -> None:
+def test_committed_variants_stay_within_the_limits() -> None:
     from benchmarks.gpu.budgets import committed, lines_of
 
     assert committed() and list(lines_of(committed())) == []
 
 
-def test_a_variant_beyond_a_limit_is_told() -> None:
-    """Of the least shared memory among the architectures that share a launch."""
+def test_variant_beyond_a_limit_is_reported() -> None:
+    """The limit is the smallest shared memory of the architectures that share a launch."""
     from benchmarks.gpu.budgets import lines_of
 
     within = {"some forward kernel: as usual": {"bf16": {"80 86": [255, 99 << 10], "90": [168, 227 << 10]}}}
@@ -87,8 +87,8 @@ def test_a_variant_beyond_a_limit_is_told() -> None:
     assert "16 bytes of local memory" in line
 
 
-def test_the_matrix_of_tritons_is_whole() -> None:
-    """Every release is in it, the newest with every call; those from OLDEST_TRITON on compile, the one before fails."""
+def test_triton_version_matrix_is_complete() -> None:
+    """It has every release, the newest with every call; releases from OLDEST_TRITON on compile, earlier ones fail."""
     from benchmarks.gpu.cases import CALLS
     from benchmarks.gpu.matrix import PAIRS, RESULTS
 
@@ -115,8 +115,8 @@ def _tests_none(node: ast.AST) -> bool:
     return isinstance(node, ast.Compare) and _is_none(node.comparators[0])
 
 
-def what_old_tritons_refuse(function: ast.FunctionDef) -> Iterator[str]:
-    """Patterns that Triton 3.3 to 3.6 do not compile, where today's does."""
+def refused_by_old_tritons(function: ast.FunctionDef) -> Iterator[str]:
+    """Patterns that Triton 3.3 to 3.6 cannot compile but the current release can."""
     nodes = list(ast.walk(function))
     optional = {node.left.id for node in nodes if _tests_none(node) and isinstance(node.left, ast.Name)}
     indices = {node.slice for node in nodes if isinstance(node, ast.Subscript)}  # x[:, None]
@@ -133,17 +133,17 @@ def what_old_tritons_refuse(function: ast.FunctionDef) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)
-def test_kernels_are_written_for_old_tritons_too(path: Path) -> None:
+def test_kernels_avoid_patterns_that_old_tritons_refuse(path: Path) -> None:
     found = [
         f"{path.name} {function.name} {what}"
         for function in jitted(ast.parse(path.read_text()))
-        for what in what_old_tritons_refuse(function)
+        for what in refused_by_old_tritons(function)
     ]
     assert not found
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "message"),
     [
         ("return a, None", "may hold None"),
         ("if b is not None:\n  b += 1\n return a, b", "may hold None"),
@@ -153,7 +153,7 @@ def test_kernels_are_written_for_old_tritons_too(path: Path) -> None:
         ("if b is not None:\n  a += b\n return a", None),
     ],
 )
-def test_what_old_tritons_refuse_is_seen(body: str, said: str | None) -> None:
+def test_patterns_that_old_tritons_refuse_are_detected(body: str, message: str | None) -> None:
     (function,) = ast.parse(f"def helper(a, b):\n {body}").body
-    found = list(what_old_tritons_refuse(function))
-    assert (found == []) if said is None else said in found[0]
+    found = list(refused_by_old_tritons(function))
+    assert (found == []) if message is None else message in found[0]

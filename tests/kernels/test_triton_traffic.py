@@ -52,7 +52,7 @@ def fewest(name: str, *, dtype: torch.dtype = torch.float16) -> tuple[float, flo
     ],
 )
 @pytest.mark.parametrize(("dtype", "architecture"), [(torch.float32, 80), (torch.float16, 90)])
-def test_memory_bound_kernels_move_little_more_than_they_must(name: str, dtype: torch.dtype, architecture: int) -> None:
+def test_memory_bound_kernels_move_at_most_10_percent_extra(name: str, dtype: torch.dtype, architecture: int) -> None:
     moved = sum(one.moved for one in launches(name, architecture=architecture, dtype=dtype))
     assert moved <= 1.1 * fewest(name, dtype=dtype)[0]
 
@@ -63,7 +63,7 @@ def test_symmetric_contrastive_loss_takes_five_products() -> None:
     assert 5.0 * product <= sum(one.flops for one in both) <= 5.1 * product
 
 
-def test_four_with_atomics(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_contrastive_loss_with_atomics_takes_four_products(monkeypatch: pytest.MonkeyPatch) -> None:
     from softmask.kernels import contrastive
 
     monkeypatch.setattr(contrastive, "ATOMICS", True)
@@ -72,8 +72,8 @@ def test_four_with_atomics(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(one.flops for one in (*launches("focal_contrastive_loss forward"), *seen)) <= 4.1 * product
 
 
-def test_momentum_loss_streams_keys_twice_at_most() -> None:
-    """At gamma 0, for 64 rows in two tiles: what more keys add to the loads, beside each program's rows and sums."""
+def test_momentum_loss_reads_keys_at_most_twice() -> None:
+    """For gamma 0 and 64 rows in two tiles, by the bytes that further keys add to the loads."""
     name = "momentum_contrastive_loss forward"
     loaded = [sum(one.loaded for one in count(name, K=queue, D=64)) for queue in (4096, 8192)]
     stream = 2 * 4096 * 64 * torch.float16.itemsize  # of both sides
@@ -84,5 +84,5 @@ def test_no_op_takes_more_than_three_launches() -> None:
     from benchmarks.gpu.cases import CALLS
 
     for call in CALLS:
-        fewer = {"K": 1024} if "K" in call.small else {}  # keys, which no number of launches depends on
+        fewer = {"K": 1024} if "K" in call.small else {}  # the number of launches does not depend on the number of keys
         assert len(launches(call.name, **fewer)) <= 3, call.name

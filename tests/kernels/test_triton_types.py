@@ -1,4 +1,4 @@
-"""Triton kernels with tensors of several types: each gradient has its tensor's, products their own."""
+"""Triton kernels with tensors of mixed types: each gradient has the type of its tensor."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def word_attention(leaves: dict[str, Tensor], fixed: dict[str, Tensor], upstream
 @pytest.mark.parametrize("half", [BF16, FP16])
 @pytest.mark.parametrize("mixture", MIXTURES, ids=lambda mixture: "-".join(mixture))
 @pytest.mark.parametrize("run", [soft_mask_attention, word_attention])
-def test_gradients_of_several_types(run: object, mixture: dict[str, torch.dtype], half: torch.dtype) -> None:
-    """Errors as those of PyTorch in the smaller type, in fp32 where the interpreter has exact products of it."""
+def test_gradients_of_mixed_input_types(run: object, mixture: dict[str, torch.dtype], half: torch.dtype) -> None:
+    """Errors are compared with PyTorch's in the smaller type, or in fp32 for bf16, whose products are exact here."""
     case = (
         cases.soft_mask_attention(63, masked=True)
         if run is soft_mask_attention
@@ -63,13 +63,13 @@ def test_gradients_of_several_types(run: object, mixture: dict[str, torch.dtype]
         assert got.dtype == (of_out if name == "out" else leaves[name].dtype), name
         size, unit = exact.square().mean().sqrt(), torch.finfo(got.dtype).eps
         errors = [(one.double() - exact).square().mean().sqrt() / size for one in (got, plain[name])]
-        # An upstream that out's type has rounded is a rounding unit of that type off.
+        # The upstream is rounded to the type of out, which allows one more rounding unit of that type.
         assert errors[0] <= 2 * errors[1] + unit + torch.finfo(of_out).eps, name
 
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(("features", "queue"), [(FP32, BF16), (BF16, FP32), (FP32, FP16), (FP16, BF16)])
-def test_a_queue_of_another_type_is_not_copied(features: torch.dtype, queue: torch.dtype, transposed: bool) -> None:
+def test_queue_of_another_type_is_not_copied(features: torch.dtype, queue: torch.dtype, transposed: bool) -> None:
     from softmask.kernels._launch import Launch, hooked
 
     case = cases.momentum_contrastive(7, queue=130, gamma=2.0, transposed=transposed)
@@ -95,7 +95,7 @@ def test_a_queue_of_another_type_is_not_copied(features: torch.dtype, queue: tor
         assert errors[0] <= 2 * errors[1] + unit or exact.dim() == 0, name
 
 
-def test_backward_of_a_forward_without_gradient_says_so() -> None:
+def test_backward_after_a_forward_without_gradient_raises() -> None:
     from softmask.kernels import momentum_contrastive as kernels
 
     rows, numbers = cases.unit_rows(4, 7, 32, seed=0).float(), [torch.tensor(value) for value in (9.0, 0.4, 0.0)]

@@ -1,4 +1,4 @@
-"""Plain attention by each library; flash-attn and xformers, which need a GPU, by stand-ins with their signatures."""
+"""Attention by each library; stand-ins with their signatures replace flash-attn and xformers, which need a GPU."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def some_mask(rows: int, length: int) -> Tensor:
 
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("library", get_args(AttentionLibrary))
-def test_same_attention(library: str, ragged: bool) -> None:
+def test_every_library_gives_the_same_attention(library: str, ragged: bool) -> None:
     torch.manual_seed(0)
     query, key = torch.randn(4, 5, 3, 7, dtype=torch.float64), torch.randn(4, 10, 3, 7, dtype=torch.float64)
     masks = [some_mask(4, 5), some_mask(4, 10)] if ragged else [torch.ones(4, 5).bool(), torch.ones(4, 10).bool()]
@@ -109,7 +109,7 @@ def test_same_attention(library: str, ragged: bool) -> None:
 
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("library", get_args(AttentionLibrary))
-def test_no_token_sees_a_later_one(library: str, ragged: bool) -> None:
+def test_causal_attention_ignores_later_tokens(library: str, ragged: bool) -> None:
     torch.manual_seed(0)
     tokens, mask = torch.randn(4, 7, 3, 8, dtype=torch.float64), torch.ones(4, 7, dtype=torch.bool)
     mask = some_mask(4, 7) if ragged else mask
@@ -123,8 +123,8 @@ def test_no_token_sees_a_later_one(library: str, ragged: bool) -> None:
 
 @pytest.mark.parametrize("library", ["eager", "flash_attn", "xformers"])
 @pytest.mark.parametrize("soft", [False, True])
-def test_same_fusion(library: str, soft: bool) -> None:
-    """Layers with the same weights by another library: the same states, with a soft mask too."""
+def test_every_library_gives_the_same_fusion(library: str, soft: bool) -> None:
+    """Layers with the same weights give the same states, also with a soft mask."""
     config = small_config().text
     torch.manual_seed(0)
     plain = FusionEncoder(config, image_width=16).double().eval()
@@ -138,7 +138,7 @@ def test_same_fusion(library: str, soft: bool) -> None:
     torch.testing.assert_close(got, expected)
 
 
-def test_named_and_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_and_missing_libraries_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="attention: expected 'sdpa', 'flash_attn', 'xformers' or 'eager', got 'fast'"):
         TextConfig(attention="fast")
     monkeypatch.setitem(sys.modules, "flash_attn", None)

@@ -1,4 +1,4 @@
-"""BERT weights and image weights from files: equal outputs to the libraries they come from."""
+"""BERT and image weights from files give the outputs of the libraries they come from."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.model_fixtures import small_config
 
 @pytest.fixture
 def hugging_face(tmp_path):
-    """A BertForMaskedLM of the small configuration's size, saved as a user would have it."""
+    """A BertForMaskedLM of the small configuration's size, saved by transformers."""
     torch.manual_seed(0)
     text = small_config().text
     config = transformers.BertConfig(
@@ -41,7 +41,7 @@ def _inputs():
     return input_ids, attention_mask
 
 
-def test_text_and_fusion_layers_give_berts_outputs(hugging_face):
+def test_text_and_fusion_layers_equal_bert(hugging_face):
     theirs, folder = hugging_face
     config = small_config(text={"checkpoint": str(folder)})
     ours = Backbone(config).eval()
@@ -61,7 +61,7 @@ def test_text_and_fusion_layers_give_berts_outputs(hugging_face):
     torch.testing.assert_close(logits, expected_logits[mask], rtol=1e-4, atol=1e-3)
 
 
-def test_old_names_and_binary_files_are_understood(hugging_face):
+def test_old_names_and_binary_files_are_read(hugging_face):
     _, folder = hugging_face
     state = read_state(folder)
     old = {
@@ -76,7 +76,7 @@ def test_old_names_and_binary_files_are_understood(hugging_face):
         assert torch.equal(again[name], tensor), name
 
 
-def test_a_checkpoint_that_does_not_fit_says_what_differs(hugging_face, tmp_path):
+def test_error_says_how_a_checkpoint_differs(hugging_face, tmp_path):
     _, folder = hugging_face
     with pytest.raises(ValueError, match=r"at least 5 layers.*encoder\.layer\.4"):
         Backbone(small_config(text={"checkpoint": str(folder), "text_layers": 2}))
@@ -100,7 +100,7 @@ def test_timm_vit_loads_a_file_and_resizes_its_positions(tmp_path):
     assert larger(torch.randn(1, 3, 256, 256)).shape == (1, 257, 192)
 
 
-def test_a_file_that_does_not_fill_the_encoder_is_refused(tmp_path):
+def test_file_that_does_not_fill_the_encoder_is_refused(tmp_path):
     """timm itself would load what fits and train the rest from random weights."""
     file = tmp_path / "vit.pth"
     config = VisionConfig(name="vit_tiny_patch16_224", image_size=32, checkpoint=str(file))
@@ -108,7 +108,7 @@ def test_a_file_that_does_not_fill_the_encoder_is_refused(tmp_path):
     without = {name: tensor for name, tensor in own.items() if not name.startswith("blocks.11.")}
     foreign = {f"vit.encoder.{name}": tensor for name, tensor in own.items()}
     wider = own | {"norm.weight": torch.ones(193)}
-    for content, said in (
+    for content, message in (
         (without, "fills 138 of 150 tensors of the encoder; it lacks 'blocks.11.norm1.weight'"),
         (foreign, "fills 0 of 150 tensors .* holds 'vit.encoder.cls_token': expected timm's names"),
         (wider, r"expected norm.weight of shape \(192,\), got \(193,\)"),
@@ -116,23 +116,23 @@ def test_a_file_that_does_not_fill_the_encoder_is_refused(tmp_path):
         ([1, 2], "vit.pth holds no weights"),
     ):
         torch.save(content, file)
-        with pytest.raises(ValueError, match=said) as error:
+        with pytest.raises(ValueError, match=message) as error:
             VisionEncoder(config)
         assert "\n" not in str(error.value)
-    for content, said in (
+    for content, message in (
         (b"nonsense", "vit.pth holds no weights"),
         (b"", "vit.pth holds no weights"),
         (b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of git-lfs"),
     ):
         file.write_bytes(content)
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             VisionEncoder(config)
     file.unlink()
     with pytest.raises(ValueError, match="vit.pth: no such file"):
         VisionEncoder(config)
 
 
-def test_loading_says_what_was_filled(tmp_path, hugging_face):
+def test_loading_reports_the_tensors_it_used(tmp_path, hugging_face):
     torch.save({"model": timm.create_model("vit_tiny_patch16_224", num_classes=3).state_dict()}, tmp_path / "vit.pth")
     options = {"name": "vit_tiny_patch16_224", "image_size": 32}
     encoder = VisionEncoder(VisionConfig(**options, checkpoint=str(tmp_path / "vit.pth")))
@@ -142,7 +142,7 @@ def test_loading_says_what_was_filled(tmp_path, hugging_face):
     assert f" tensors of {folder}, " in Backbone(small_config(text={"checkpoint": str(folder)})).text_from
 
 
-def test_a_timm_model_without_a_class_token_is_pooled_or_refused():
+def test_timm_model_without_a_class_token_is_pooled_or_refused():
     name = "vit_medium_patch16_gap_240"
     with pytest.raises(ValueError, match="class token"):
         VisionEncoder(VisionConfig(name=name, image_size=32))
@@ -154,7 +154,7 @@ def test_a_timm_model_without_a_class_token_is_pooled_or_refused():
         VisionConfig(pool="max")
 
 
-def test_batch_norm_of_one_rank_is_torchs():
+def test_global_batch_norm_on_one_rank_equals_torch():
     torch.manual_seed(0)
     ours, theirs = GlobalBatchNorm(5), torch.nn.BatchNorm2d(5)
     x = torch.randn(4, 5, 3, 3)

@@ -1,4 +1,4 @@
-"""The caption head: the loss of all tokens at once and part by part is the same, and few logits exist at a time."""
+"""The caption head's loss in parts equals that of all tokens at once, with few logits in memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def make(tokens: int, *, dtype: torch.dtype = torch.float64) -> tuple[CaptionHea
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 3, 10])
-def test_parts_make_the_whole(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+def test_loss_in_parts_equals_the_whole(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
     head, states, labels = make(tokens)
     expected = F.cross_entropy(head(states), labels, reduction="sum")
     leaves = (states, head.weight)
@@ -30,7 +30,7 @@ def test_parts_make_the_whole(monkeypatch: pytest.MonkeyPatch, tokens: int) -> N
         torch.testing.assert_close(torch.autograd.grad(loss, leaves), truth)
 
 
-def test_logits_exist_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_logits_exist_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(caption_head, "MOST_LOGITS", 4 * 11 + 10)
     seen, plain = [], caption_head.masked_token_loss
 
@@ -43,11 +43,11 @@ def test_logits_exist_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     loss = head(states, labels)
     assert seen == [(4, 11), (4, 11), (2, 11)]
     loss.backward()
-    assert sorted(seen[3:]) == [(2, 11), (4, 11), (4, 11)], "made again for the gradient"
+    assert sorted(seen[3:]) == [(2, 11), (4, 11), (4, 11)], "logits must be recomputed for the gradient"
 
 
-def test_parts_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products are bf16's, the loss and the sum of the parts' gradients fp32's, also where logits are made again."""
+def test_loss_in_parts_is_fp32_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products are in bf16; the loss and the sum of the parts' gradients in fp32, also where logits are recomputed."""
     exact = gradients(*make(640))
     head, states, labels = make(640, dtype=torch.float32)
     errors = []

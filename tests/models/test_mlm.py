@@ -18,7 +18,9 @@ def definition(logits: Tensor, labels: Tensor, teacher: Tensor, alpha: float) ->
 
 @pytest.mark.parametrize("positions", [0, 1, 7, 10])
 @pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
-def test_values_and_gradients(monkeypatch: pytest.MonkeyPatch, alpha: float, positions: int) -> None:
+def test_values_and_gradients_equal_the_definition(
+    monkeypatch: pytest.MonkeyPatch, alpha: float, positions: int
+) -> None:
     monkeypatch.setattr(mlm, "CHUNK", 3)
     torch.manual_seed(0)
     logits = (5 * torch.randn(positions, 11, dtype=torch.float64)).requires_grad_()
@@ -30,7 +32,7 @@ def test_values_and_gradients(monkeypatch: pytest.MonkeyPatch, alpha: float, pos
     torch.testing.assert_close(gradient, truth)
 
 
-def test_fp32_is_as_near_to_the_truth_as_pytorch() -> None:
+def test_fp32_error_is_at_most_twice_pytorchs() -> None:
     torch.manual_seed(0)
     logits, teacher = 5 * torch.randn(200, 3000), torch.randn(200, 3000)
     labels = torch.randint(3000, (200,))
@@ -47,6 +49,6 @@ def test_fp32_is_as_near_to_the_truth_as_pytorch() -> None:
         assert error <= 2 * in_torch + 4 * torch.finfo(torch.float32).eps
 
 
-def test_no_gradient_is_made_where_nobody_asks() -> None:
+def test_no_gradient_is_computed_unless_required() -> None:
     logits = torch.randn(4, 5)
     assert masked_token_loss(logits, torch.zeros(4, dtype=torch.int64)).grad_fn is None

@@ -1,4 +1,4 @@
-"""`text.style: open_clip`: the towers of open_clip's CoCa, and weights that begin as its do."""
+"""`text.style: open_clip`: the towers and the initialization of open_clip's CoCa."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def copy_block(block: Block, theirs: nn.Module) -> None:
 
 
 @torch.no_grad()
-def test_text_tower_and_decoder_are_open_clips() -> None:
+def test_text_tower_and_decoder_equal_open_clip() -> None:
     """With `correct_cls_mask`: without it, open_clip's mask is shifted by one and [CLS] sees padding, not itself."""
     towers = pytest.importorskip("open_clip.transformer")
     sizes = {"width": WIDTH, "heads": HEADS, "layers": LAYERS, "context_length": LENGTH}
@@ -78,8 +78,8 @@ def test_text_tower_and_decoder_are_open_clips() -> None:
 
 
 @torch.no_grad()
-def test_image_encoder_is_open_clips() -> None:
-    """A timm ViT of CLIP's kind: a norm before its blocks, no bias in front of it."""
+def test_image_encoder_equals_open_clip() -> None:
+    """A timm ViT of CLIP's kind has a norm before its blocks and no bias in the patch embedding."""
     towers = pytest.importorskip("open_clip.transformer")
     model = model_of("open_clip")
     vit = model.backbone.vision.vit
@@ -108,7 +108,7 @@ def test_image_encoder_is_open_clips() -> None:
 
 
 def spreads(blocks: list[Block]) -> dict[str, Tensor]:
-    """Standard deviation of the weights of a kind, over all blocks."""
+    """Standard deviation of each kind of weights, over all blocks."""
     kinds = {"within": [], "added": [], "up": []}
     for block in blocks:
         kinds["within"] += [block.attention.query.weight, block.attention.key.weight, block.attention.value.weight]
@@ -118,7 +118,7 @@ def spreads(blocks: list[Block]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("style", ["own", "open_clip"])
-def test_weights_begin_by_the_style(style: str) -> None:
+def test_weights_are_initialized_by_style(style: str) -> None:
     model = model_of(style, vit="vit_tiny_patch16_224", reconstruct=True, image_decoder_heads=3)
     for stack, width, layers in (
         (model.backbone.text.blocks, WIDTH, LAYERS),
@@ -139,7 +139,7 @@ def test_weights_begin_by_the_style(style: str) -> None:
         assert layer.weight.std().item() == pytest.approx(expected, rel=0.05)
 
 
-def test_only_cls_is_normalized_and_stands_last() -> None:
+def test_open_clip_style_normalizes_only_cls_and_places_it_last() -> None:
     own, theirs = small_sycoca(**COCA), small_sycoca(**COCA, style="open_clip")
     theirs.load_state_dict(own.state_dict())
     batch = small_batch(dtype=torch.float64)

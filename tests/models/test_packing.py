@@ -1,4 +1,4 @@
-"""Captions without padding: there and back, captions taken again, tokens whose states are computed."""
+"""Packed captions: packing and padding, repeated captions, the tokens whose states are computed."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ MASKS = {
     "with a hole": torch.tensor([[1, 0, 1, 0], [1, 1, 1, 1]]).bool(),
     "full": torch.ones(2, 3).bool(),
 }
-of_each_mask = pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+for_each_mask = pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 
 
-@of_each_mask
-def test_there_and_back(mask: Tensor) -> None:
+@for_each_mask
+def test_pad_reverses_pack(mask: Tensor) -> None:
     packing = Packing.of(mask)
     padded = torch.randn(*mask.shape, 2, dtype=torch.float64)
     packed = packing.pack(padded)
@@ -27,16 +27,16 @@ def test_there_and_back(mask: Tensor) -> None:
     assert torch.equal(packing.token_index[packing.flat_index], torch.arange(packing.size))
 
 
-@of_each_mask
-def test_gradients(mask: Tensor) -> None:
+@for_each_mask
+def test_gradcheck(mask: Tensor) -> None:
     packing = Packing.of(mask)
     packed = torch.randn(packing.size, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(packing.pad, packed)
     assert torch.autograd.gradcheck(packing.pack, torch.randn(*mask.shape, 2, dtype=torch.float64, requires_grad=True))
 
 
-@of_each_mask
-def test_captions_taken_again(mask: Tensor) -> None:
+@for_each_mask
+def test_take_repeats_captions(mask: Tensor) -> None:
     packing, rows = Packing.of(mask), torch.tensor([1, 0, 0, 1])
     tokens = packing.pack(torch.arange(mask.numel()).view(mask.shape))
     taken, index = packing.take(rows, int(mask[rows].sum()))
@@ -46,7 +46,7 @@ def test_captions_taken_again(mask: Tensor) -> None:
     )
 
 
-def test_wanted_tokens() -> None:
+def test_output_positions_of_chosen_tokens() -> None:
     packing = Packing.of(MASKS["ragged"])
     chosen = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0], [0, 1, 1, 1]]).bool()
     outputs = OutputPositions.of(packing, chosen, size=5, longest=3)
@@ -57,7 +57,7 @@ def test_wanted_tokens() -> None:
     assert len(nothing.index) == 0 and nothing.packing.mask.shape == (3, 1)
 
 
-def test_counts_are_checked_where_that_is_free() -> None:
-    """A number of tokens that is out of date, as of a batch that was cut, counts on a device alone."""
+def test_stale_counts_are_corrected_on_the_cpu() -> None:
+    """A stale number of tokens, as of a batch that was cut, is used only on a device, where counting synchronizes."""
     assert Packing.of(MASKS["ragged"], 99).size == 9
     assert HostInts(torch.tensor(3), torch.tensor(5)).read() == [3, 5]

@@ -1,4 +1,4 @@
-"""CoCa's attentional pooler, and what SyCoCa takes of it."""
+"""CoCa's attentional pooler, and how SyCoCa uses it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.model_fixtures import COCA, POOLED, small_batch, small_sycoca
 
 
 def plain_pooler(pooler: AttentionalPooler) -> nn.Module:
-    """open_clip's AttentionalPooler and the norm behind it, by nn.MultiheadAttention."""
+    """open_clip's AttentionalPooler and the norm after it, by nn.MultiheadAttention."""
     width = pooler.queries.shape[1]
     attention = nn.MultiheadAttention(width, pooler.heads, batch_first=True).to(pooler.queries.dtype)
     inputs = (pooler.query, pooler.key, pooler.value)
@@ -30,7 +30,7 @@ def plain_pooler(pooler: AttentionalPooler) -> nn.Module:
 
 
 @pytest.mark.parametrize("library", ["sdpa", "eager"])
-def test_pooler_is_open_clips(library: str) -> None:
+def test_pooler_equals_open_clip(library: str) -> None:
     torch.manual_seed(0)
     pooler = AttentionalPooler(24, 3, queries=4, library=library).double()
     for parameter in pooler.parameters():
@@ -42,7 +42,7 @@ def test_pooler_is_open_clips(library: str) -> None:
     torch.testing.assert_close(pooler.each(tokens)[1, 3], pooler(tokens[1:, 3:4])[0, 2])
 
 
-def test_the_first_query_is_contrasted_and_the_others_go_to_the_caption_decoder() -> None:
+def test_first_query_is_contrasted_and_the_others_go_to_the_caption_decoder() -> None:
     model, batch = small_sycoca(**COCA, **POOLED), small_batch(dtype=torch.float64)
     image = model.backbone.vision(batch.images)
     pooled = model.backbone.pooler(image)
@@ -65,7 +65,7 @@ def test_the_first_query_is_contrasted_and_the_others_go_to_the_caption_decoder(
     assert by_caption[0] == 0 and (by_caption[1:] > 0).all()
 
 
-def test_patches_are_as_relevant_as_the_pooler_finds_them_alone() -> None:
+def test_relevance_of_a_patch_is_that_of_pooling_it_alone() -> None:
     model, batch = small_sycoca(caption_masking="none", **POOLED), small_batch(dtype=torch.float64)
     image, texts = model.backbone.vision(batch.images), model.encode_texts(batch)
     backbone = model.backbone

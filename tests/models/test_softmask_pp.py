@@ -1,4 +1,4 @@
-"""SoftMask++ against a plain ALBEF, a materialized Grad-CAM and truly masked image tokens."""
+"""SoftMask++ against a plain ALBEF, a materialized Grad-CAM and explicitly masked image tokens."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def worst_error(actual: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> float:
-    """Largest error of any tensor, relative to that tensor's largest entry (1e-6 for those that are zero but for
-    rounding: the softmax does not see a key's bias)."""
+    """Largest error of any tensor, relative to its largest entry; at least 1e-6, for gradients that are only rounding:
+    a key's bias cancels in the softmax."""
     assert actual.keys() == truth.keys()
     return max(
         ((actual[name].double() - value.double()).abs().max() / value.abs().max().clamp_min(1e-6)).item()
@@ -34,7 +34,7 @@ def worst_error(actual: dict[str, torch.Tensor], truth: dict[str, torch.Tensor])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_without_its_additions_every_term_and_gradient_is_albefs(dtype):
+def test_without_additions_every_term_and_gradient_equals_albef(dtype):
     model, batch = small_model(**ALBEF).to(dtype), small_batch(dtype=dtype)
     draws = small_draws(batch)
     output = model(batch, alpha=0.4, draws=draws)
@@ -53,7 +53,7 @@ def test_without_its_additions_every_term_and_gradient_is_albefs(dtype):
         assert worst_error(ours, gradients(plain_model)) < 1e-9
 
 
-def test_soft_mask_is_the_materialized_gradcam_of_the_word():
+def test_soft_mask_equals_the_materialized_gradcam_of_the_word():
     """dS/dA through a materialized attention, mean over heads of A * relu(dS/dA) at the word's tokens, min-max."""
     model, batch = small_model().double(), small_batch(dtype=torch.float64)
     draws = small_draws(batch)
@@ -73,7 +73,7 @@ def test_soft_mask_is_the_materialized_gradcam_of_the_word():
     assert (weight[:, : model.num_prefix_tokens] == 1).all()
 
 
-def test_soft_masked_pass_is_the_pass_over_masked_image_tokens():
+def test_soft_masked_pass_equals_a_pass_over_masked_image_tokens():
     model, batch = small_model().double(), small_batch(dtype=torch.float64)
     draws = small_draws(batch)
     output = model(batch, draws=draws)
@@ -95,7 +95,7 @@ def test_soft_masked_pass_is_the_pass_over_masked_image_tokens():
 
 @pytest.mark.parametrize("given", ["masked", "hard_text", "hard_image", "word_index"])
 def test_every_draw_can_be_given(given):
-    """A draw that is given alone changes the terms, and another seed no longer changes that draw."""
+    """Giving one draw alone changes the loss."""
     model, batch = small_model(mask_probability=0.3).double(), small_batch(dtype=torch.float64)
     losses = []
     for seed in (2, 3):
@@ -114,7 +114,7 @@ def test_each_addition_can_be_switched_off():
         assert torch.isfinite(output.loss)
 
 
-def test_maps_leave_grad_alone_and_need_no_gradient_mode():
+def test_word_maps_work_without_grad_mode_and_leave_grad_unset():
     model, batch = small_model(), small_batch()
     word_index = torch.tensor([[[1, 2], [3, -1], [-1, -1]]]).expand(len(batch.images), -1, -1)
     with torch.no_grad():
@@ -131,8 +131,8 @@ def test_maps_leave_grad_alone_and_need_no_gradient_mode():
         model.word_maps(batch.images, batch.input_ids, batch.attention_mask, word_index, kind="saliency")
 
 
-def test_maps_by_another_pass_are_the_same():
-    """`recompute` gives the step's own map and gradients; `momentum` another map, of the momentum encoder."""
+def test_recomputed_maps_equal_those_of_the_step():
+    """`recompute` gives the map and gradients of `online`; `momentum` gives another map."""
     results = {}
     for source in ("online", "recompute", "momentum"):
         model, batch = small_model(cam_source=source).double(), small_batch(dtype=torch.float64)
@@ -146,7 +146,7 @@ def test_maps_by_another_pass_are_the_same():
     assert (momentum - online).abs().max() > 1e-3
 
 
-def test_the_momentum_encoders_map_is_the_one_of_a_model_with_its_weights():
+def test_momentum_map_with_equal_weights_equals_the_online_map():
     """With the student's weights in the momentum encoder, its map is the student's."""
     weights = []
     for source in ("online", "momentum"):
@@ -157,8 +157,8 @@ def test_the_momentum_encoders_map_is_the_one_of_a_model_with_its_weights():
 
 
 @needs_cpp
-def test_activations_are_computed_again_by_the_backend_that_made_them() -> None:
-    """The backward pass begins where none is named: "auto" would take C++, which keeps other tensors."""
+def test_activations_are_recomputed_by_the_same_backend() -> None:
+    """The backward starts outside the context, where "auto" would take C++, which saves other tensors."""
     model, batch = small_model().double(), small_batch(dtype=torch.float64)
     model.set_activation_checkpointing(True)
     with softmask.backend("reference"):
@@ -184,7 +184,7 @@ def test_activation_checkpointing_changes_nothing(cam_source):
         torch.testing.assert_close(results[1][1][name], value, rtol=1e-5, atol=1e-7, msg=name)
 
 
-def test_momentum_encoder_of_and_queue():
+def test_momentum_encoder_and_queue_updates():
     model, batch = small_model(), small_batch()
     before = {name: p.clone() for name, p in model.momentum_encoder.named_parameters()}
     model.update_momentum()
@@ -201,7 +201,7 @@ def test_momentum_encoder_of_and_queue():
     assert torch.equal(model.contrast.queue_ids[:6], batch.image_id)
 
 
-def test_a_step_lowers_the_loss_and_no_parameter_is_left_out():
+def test_training_lowers_the_loss_and_every_parameter_has_a_gradient():
     model, batch = small_model(spread=1.0), small_batch()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
@@ -213,7 +213,7 @@ def test_a_step_lowers_the_loss_and_no_parameter_is_left_out():
         optimizer.step()
         losses.append(output.loss.item())
     assert sum(losses[-2:]) < 0.8 * sum(losses[:2])
-    # token type 1 and the positions past the captions are the only rows without use; no whole tensor is
+    # token type 1 and positions past the captions are the only unused rows; no whole tensor is unused
     student = {n for n, p in model.named_parameters() if p.requires_grad}
     assert student == set(gradients(model))
 
@@ -242,7 +242,7 @@ def test_negatives_are_drawn_at_their_own_temperature():
         assert (own.abs() <= 2.0 + 1e-5).all()
 
 
-def test_temperature_is_clamped_and_can_come_back():
+def test_clamped_temperature_keeps_a_gradient():
     model, batch = small_model(), small_batch()
     with torch.no_grad():
         model.temperature.fill_(1e-5)
@@ -252,7 +252,7 @@ def test_temperature_is_clamped_and_can_come_back():
     assert model.temperature.grad.abs() > 0
 
 
-def test_pooled_features_and_a_fixed_temperature():
+def test_mean_pooling_and_a_fixed_temperature():
     model, batch = small_model(text={"pool": "mean"}, learn_temperature=False), small_batch()
     model.eval()
     with torch.no_grad():
@@ -266,7 +266,7 @@ def test_pooled_features_and_a_fixed_temperature():
         small_config(text={"pool": "max"})
 
 
-def test_bfloat16_autocast_runs_and_is_near():
+def test_bfloat16_autocast_is_near_fp32():
     model, batch = small_model(spread=2.0), small_batch()
     torch.manual_seed(0)
     exact = model(batch)
@@ -319,7 +319,7 @@ def _on_rank(rank: int) -> dict[str, torch.Tensor]:
     return _itc_step(model, own_rows(small_batch(8, dtype=torch.float64), rank))
 
 
-def test_two_ranks_give_one_ranks_itc_gradients_and_queue(tmp_path):
+def test_two_ranks_equal_one_in_itc_gradients_and_queue(tmp_path):
     ranks = run_on_two_ranks(_on_rank, tmp_path)
     model = small_model(mask_probability=0.0, share_positives=True).double()
     single = _itc_step(model, small_batch(8, dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""SyCoCa: CoCa's losses by open_clip, masks that hide what they should, causal text, gradients everywhere."""
+"""SyCoCa: losses against open_clip's CoCa, what the masks hide, causal text, gradients of every parameter."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ def dense_logits(model: SyCoCa, batch) -> Tensor:
 
 
 def coca_losses(image: Tensor, text: Tensor, logits: Tensor, labels: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Contrastive and caption loss as CoCa weighs them: 1 and 2."""
+    """Contrastive and caption loss with CoCa's weights, 1 and 2."""
     similarity, own = scale * image @ text.T, torch.arange(len(image))
     contrastive = (F.cross_entropy(similarity, own) + F.cross_entropy(similarity.T, own)) / 2
     return contrastive, 2.0 * F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=SPECIAL.pad)
 
 
-def open_clips_losses(*arguments: Tensor) -> tuple[Tensor, Tensor]:
+def open_clip_losses(*arguments: Tensor) -> tuple[Tensor, Tensor]:
     loss = pytest.importorskip("open_clip.loss").CoCaLoss(
         caption_loss_weight=2.0, clip_loss_weight=1.0, pad_id=SPECIAL.pad
     )
     return loss(*arguments)
 
 
-@pytest.mark.parametrize("losses", [coca_losses, open_clips_losses])
-def test_without_masks_and_reconstruction_the_losses_are_cocas(losses) -> None:
+@pytest.mark.parametrize("losses", [coca_losses, open_clip_losses])
+def test_without_masks_and_reconstruction_the_losses_equal_coca(losses) -> None:
     model, batch = small_sycoca(**COCA), small_batch(dtype=torch.float64)
     output = model(batch)
     _, image = model.encode_image(batch.images)
@@ -75,7 +75,7 @@ def test_padding_changes_nothing() -> None:
 
 
 def test_training_reads_captions_as_evaluation_does() -> None:
-    """[SEP] of the longest caption included, whatever stands beside it in the batch."""
+    """Including [SEP] of the longest caption, whatever else is in the batch."""
     model, batch = small_sycoca().eval(), small_batch(dtype=torch.float64)
     _, features = model.encode_text(batch.input_ids, batch.attention_mask)
     torch.testing.assert_close(model.encode_texts(batch).feature, features)
@@ -84,7 +84,7 @@ def test_training_reads_captions_as_evaluation_does() -> None:
 
 
 @pytest.mark.parametrize("inverse", [200.0, 14.0])
-def test_a_temperature_beyond_the_limit_can_come_back(inverse: float) -> None:
+def test_clamped_temperature_keeps_a_gradient(inverse: float) -> None:
     model = small_sycoca()
     model.logit_scale.data.fill_(inverse).log_()
     scale = model.scale()
@@ -94,8 +94,8 @@ def test_a_temperature_beyond_the_limit_can_come_back(inverse: float) -> None:
 
 
 @pytest.mark.parametrize("logit_scale", [10.0, 20.0, 30.0, 90.0])
-def test_a_temperature_far_beyond_the_limit_keeps_scale_and_gradient(logit_scale: float) -> None:
-    """In fp32, where the clamped value must not be what is left of a difference of large numbers."""
+def test_temperature_far_beyond_the_limit_keeps_scale_and_gradient(logit_scale: float) -> None:
+    """In fp32, where a clamp by a difference of large numbers would lose the value."""
     model = small_sycoca().float()
     model.logit_scale.data.fill_(logit_scale)
     scale = model.scale()
@@ -104,18 +104,18 @@ def test_a_temperature_far_beyond_the_limit_keeps_scale_and_gradient(logit_scale
     assert model.logit_scale.grad.item() == pytest.approx(100.0, rel=1e-5)
 
 
-def test_captions_are_decoded_from_the_relevant_patches_alone() -> None:
+def test_captions_are_decoded_only_from_the_relevant_patches() -> None:
     model, batch = small_sycoca(), small_batch(dtype=torch.float64)
     image, texts = model.backbone.vision(batch.images).detach().requires_grad_(), model.encode_texts(batch)
-    spoken = model.masks(image, texts).kept
-    assert (spoken.sum(1) == 8).all()
-    model.caption_loss(batch, texts, model.decoder_context(image, image, spoken, None)).backward()
+    kept = model.masks(image, texts).kept
+    assert (kept.sum(1) == 8).all()
+    model.caption_loss(batch, texts, model.decoder_context(image, image, kept, None)).backward()
     seen = image.grad.abs().amax(-1)[:, 1:] > 0
-    assert torch.equal(seen, spoken)
+    assert torch.equal(seen, kept)
 
 
-def test_what_is_reconstructed_was_not_seen() -> None:
-    """Pixels of masked patches change nothing; the caption and the other patches do."""
+def test_reconstruction_does_not_see_masked_pixels() -> None:
+    """The caption and the other patches do change it."""
     model = small_sycoca(vit="vit_tiny_patch16_224", image_size=64, image_decoder_heads=3).eval()
     batch = small_batch(dtype=torch.float64)
     images = torch.randn(6, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -133,8 +133,8 @@ def test_what_is_reconstructed_was_not_seen() -> None:
             assert (changed - prediction).abs().max() > 1e-3
 
 
-def test_the_loss_reads_what_reconstruct_returns() -> None:
-    """Of the image decoder's last layer only the masked patches exist for the loss: same value, same gradients."""
+def test_reconstruction_loss_equals_that_of_reconstruct() -> None:
+    """The loss runs the image decoder's last layer for masked patches only: value and gradients must not differ."""
     model, batch = small_sycoca(image_decoder_layers=2), small_batch(dtype=torch.float64)
     masked = torch.rand(6, 16, generator=torch.Generator().manual_seed(0)).argsort(1) < 8
 
@@ -175,7 +175,7 @@ def _shuffled(batch):
     ],
     ids=str,
 )
-def test_every_parameter_has_a_gradient_and_a_step_helps(options: dict) -> None:
+def test_every_parameter_has_a_gradient_and_training_lowers_the_loss(options: dict) -> None:
     model, batch = small_sycoca(**options), small_batch(dtype=torch.float64)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
@@ -193,7 +193,7 @@ def test_every_parameter_has_a_gradient_and_a_step_helps(options: dict) -> None:
     assert output.terms.keys() == expected
 
 
-def test_a_caption_loss_of_weight_0_is_not_computed() -> None:
+def test_caption_loss_of_weight_0_is_not_computed() -> None:
     model, batch = small_sycoca(**COCA, weights=SyCoCaWeights(caption=0.0)), small_batch(dtype=torch.float64)
     output, with_captions = model(batch), small_sycoca(**COCA)(batch)
     output.loss.backward()
@@ -203,7 +203,7 @@ def test_a_caption_loss_of_weight_0_is_not_computed() -> None:
     assert without == {"caption_decoder", "caption_head"}
 
 
-def test_a_reconstruction_of_weight_0_is_not_computed() -> None:
+def test_reconstruction_of_weight_0_is_not_computed() -> None:
     model, batch = small_sycoca(weights=SyCoCaWeights(tgmim=0.0)), small_batch(dtype=torch.float64)
     output, with_it = model(batch), small_sycoca()(batch)
     output.loss.backward()
@@ -214,7 +214,7 @@ def test_a_reconstruction_of_weight_0_is_not_computed() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, COCA], ids=str)
-def test_recomputed_activations_change_nothing(options: dict) -> None:
+def test_activation_checkpointing_changes_nothing(options: dict) -> None:
     model, batch = small_sycoca(**options).eval(), small_batch(dtype=torch.float64)
     found = []
     for enable in (False, True):
@@ -247,14 +247,14 @@ def test_bad_configuration_names_the_key(options: dict, message: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["layers", "decoder_layers"])
-def test_a_text_without_layers_is_refused(name: str) -> None:
+def test_text_without_layers_and_negative_weight_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
         CausalTextConfig(**{name: 0})
     with pytest.raises(ValueError, match="caption: expected a number >= 0, got -1.0"):
         SyCoCaWeights(caption=-1.0)
 
 
-def test_a_patch_is_projected_as_if_it_alone_were_the_image() -> None:
+def test_patch_projection_equals_that_of_an_image_of_one_patch() -> None:
     model = small_sycoca(pool="mean")
     tokens, prefix = model.backbone.vision(small_batch(dtype=torch.float64).images), model.num_prefix_tokens
     found = model.backbone.project_patches(tokens[:, prefix:])

@@ -1,4 +1,4 @@
-"""What each option of SyCoCa changes, and that it changes nothing else."""
+"""Each option of SyCoCa changes what it should, and nothing else."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def most_relevant(model: SyCoCa, image: Tensor, texts: Texts, *, count: int) -> 
     return torch.zeros_like(relevance, dtype=torch.bool).scatter(1, relevance.topk(count).indices, True)
 
 
-def test_each_loss_has_its_share_of_the_most_relevant() -> None:
+def test_each_ratio_masks_its_share_of_the_most_relevant_patches() -> None:
     model, batch = small_sycoca(caption_ratio=0.25, reconstruct_ratio=0.75), small_batch(dtype=torch.float64)
     image, texts = model.backbone.vision(batch.images), model.encode_texts(batch)
     masks = model.masks(image, texts)
@@ -36,7 +36,7 @@ def test_each_loss_has_its_share_of_the_most_relevant() -> None:
     assert torch.equal(masks.hidden, most_relevant(model, image, texts, count=12))
 
 
-def test_patches_may_be_compared_with_words_alone() -> None:
+def test_relevance_tokens_words_leaves_out_cls_and_sep() -> None:
     """The causal encoder's [CLS], the first token, is the same for every caption; [SEP] is not."""
     batch = small_batch(dtype=torch.float64)
     model, by_words = small_sycoca(), small_sycoca(relevance_tokens="words")
@@ -50,8 +50,8 @@ def test_patches_may_be_compared_with_words_alone() -> None:
 
 
 def test_attentive_masks_follow_the_caption() -> None:
-    """Projections by hand: a patch of one image is like every token of one caption, another like the other's."""
-    patches = torch.eye(4).repeat(2, 1, 1)  # two times the same image
+    """With given projections: one patch is similar to the tokens of one caption, another to those of the other."""
+    patches = torch.eye(4).repeat(2, 1, 1)  # the same image twice
     tokens = torch.tensor([[[9.0, 1, 1, 0]] * 3, [[0, 1, 1, 9.0]] * 3])
     padding = torch.tensor([[False, False, True], [False, True, True]])
     masks = attentive_masks(patches, tokens, padding, ratios={0.25, 0.75})
@@ -59,7 +59,7 @@ def test_attentive_masks_follow_the_caption() -> None:
     assert masks[0.75].int().tolist() == [[1, 1, 1, 0], [0, 1, 1, 1]]
 
 
-def test_random_masks_have_the_same_shares() -> None:
+def test_random_masks_have_the_given_shares() -> None:
     torch.manual_seed(0)
     masks = random_masks(torch.rand(500, 16), ratios={0.25, 0.75})
     few, many = masks[0.25], masks[0.75]
@@ -69,7 +69,7 @@ def test_random_masks_have_the_same_shares() -> None:
 
 
 def terms(**options) -> dict[str, float]:
-    """Of one step of the model with these options, whose weights are the same for all that do not add any."""
+    """Loss terms of one step with these options; weights are equal for all options that add none."""
     model = small_sycoca(**options)
     torch.manual_seed(5)
     return {name: term.item() for name, term in model(small_batch(dtype=torch.float64)).terms.items()}
@@ -82,7 +82,7 @@ def changed(before: dict[str, float], after: dict[str, float]) -> set[str]:
 
 
 @pytest.mark.parametrize("masks", ["attentive", "random"])
-def test_a_ratio_changes_its_own_head_alone(masks: str) -> None:
+def test_ratio_changes_only_its_own_loss(masks: str) -> None:
     before = terms(masks=masks)
     assert changed(before, terms(masks=masks, caption_ratio=0.25)) == {"caption"}
     assert changed(before, terms(masks=masks, reconstruct_ratio=0.25)) == {"tgmim"}
@@ -99,7 +99,7 @@ def test_a_ratio_changes_its_own_head_alone(masks: str) -> None:
     ],
     ids=str,
 )
-def test_equal_ratios_take_one_call(monkeypatch: pytest.MonkeyPatch, options: dict, calls: list[float]) -> None:
+def test_equal_ratios_share_one_call(monkeypatch: pytest.MonkeyPatch, options: dict, calls: list[float]) -> None:
     called, choose = [], ops.attentive_mask
 
     def counted(*tensors: Tensor, ratio: float, **others) -> Tensor:
@@ -122,7 +122,7 @@ def plain_encoding(model: SyCoCa, images: Tensor, unseen: Tensor) -> Tensor:
     return vit.norm(vit.blocks(vit._pos_embed(patches)))
 
 
-def test_masks_by_pixels_are_another_pass_for_both_heads() -> None:
+def test_pixel_masks_run_a_second_encoder_pass_for_both_heads() -> None:
     vit = {"vit": "vit_tiny_patch16_224", "image_decoder_heads": 3}
     model, batch = small_sycoca(caption_masking="pixels", **vit), small_batch(dtype=torch.float64)
     seen = []
@@ -140,8 +140,8 @@ def test_masks_by_pixels_are_another_pass_for_both_heads() -> None:
 
 
 @pytest.mark.parametrize(("caption_masking", "leaks"), [("tokens", True), ("pixels", False)])
-def test_what_the_caption_decoder_reads(caption_masking: str, leaks: bool) -> None:
-    """The pixels of other patches: by tokens they reach the caption through self-attention, by pixels they do not."""
+def test_caption_decoder_sees_masked_pixels_only_with_token_masks(caption_masking: str, leaks: bool) -> None:
+    """With token masks they reach the caption through the encoder's self-attention, with pixel masks they do not."""
     options = {"vit": "vit_tiny_patch16_224", "image_size": 64, "image_decoder_heads": 3}
     model = small_sycoca(caption_masking=caption_masking, **options).eval()
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -160,7 +160,7 @@ def test_what_the_caption_decoder_reads(caption_masking: str, leaks: bool) -> No
         assert (decoder_context(images.where(~pixels, 9.0)) - before).abs().max() > 1e-3
 
 
-def test_masking_changes_its_own_head_alone() -> None:
+def test_masking_changes_only_its_own_loss() -> None:
     before = terms()
     assert changed(before, terms(caption_masking="pixels")) == {"caption"}
     assert changed(before, terms(caption_masking="none")) == {"caption"}
@@ -183,7 +183,7 @@ def test_reconstruction_from_replaced_tokens() -> None:
     known = image.grad.abs().amax(-1) > 0
     assert known[:, 0].all() and torch.equal(known[:, 1:], ~hidden)
     one, other = hidden[0].nonzero().flatten()[:2]
-    assert (prediction[0, one] - prediction[0, other]).abs().max() > 1e-3  # each is told where it is
+    assert (prediction[0, one] - prediction[0, other]).abs().max() > 1e-3  # each has its position
 
 
 @pytest.mark.parametrize("reconstruct_masking", ["pixels", "tokens"])
@@ -219,7 +219,7 @@ def albef_loss(students: list[Tensor], teachers: list[Tensor], queues: list[Tens
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.4])
-def test_the_queues_loss_is_albefs(alpha: float) -> None:
+def test_queue_loss_equals_albef(alpha: float) -> None:
     model, batch = small_sycoca(queue_size=12, alpha=alpha), small_batch(dtype=torch.float64)
     with torch.no_grad():
         for parameter in model.momentum_encoder.parameters():
@@ -242,7 +242,7 @@ def test_the_queues_loss_is_albefs(alpha: float) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"caption_masking": "none"} | POOLED], ids=["plain", "pooler"])
-def test_the_momentum_encoder_follows_the_encoders(options: dict) -> None:
+def test_momentum_encoder_follows_the_encoders(options: dict) -> None:
     model, batch = small_sycoca(queue_size=12, momentum=0.9, **options), small_batch(dtype=torch.float64)
     encoders = model.backbone.state_dict()
     assert model.momentum_encoder.state_dict().keys() == encoders.keys()

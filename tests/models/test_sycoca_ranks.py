@@ -18,7 +18,7 @@ QUEUE = {"queue_size": 16, "momentum": 0.9}
 
 
 def global_batch() -> Batch:
-    """Both halves' captions are as long as each other's: terms are means over a rank's own tokens."""
+    """Captions of both halves have equal lengths, since terms are means over a rank's own tokens."""
     batch = small_batch(8, dtype=torch.float64)
     attention_mask = own_half(batch.attention_mask, 0).repeat(WORLD, 1)
     filled = batch.input_ids.masked_fill(batch.input_ids == SPECIAL.pad, 4)
@@ -28,7 +28,7 @@ def global_batch() -> Batch:
 
 
 def train_two_steps(batch: Batch, options: dict, *, ranks: int) -> dict[str, Tensor]:
-    """Gradients, and where there is one the queue, after two steps without an optimizer."""
+    """Gradients, and the queue if there is one, after two steps without an optimizer."""
     model = small_sycoca(**options)
     for _ in range(2):
         model.update_momentum()

@@ -1,4 +1,4 @@
-"""The small image encoder: what a token of its stem sees."""
+"""The image encoders: receptive fields, patch sizes, masked patches."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ def seen_pixels(stem: ConvStem, row: int, column: int, size: int) -> torch.Tenso
 
 
 def always_active(stem: ConvStem) -> ConvStem:
-    """Weights under which no ReLU and no cancellation hides a pixel."""
+    """Set weights with which no ReLU and no cancellation hides a pixel."""
     for parameter in stem.parameters():
         torch.nn.init.uniform_(parameter, 0.1, 1.0)
     return stem.double().eval()
 
 
 @pytest.mark.parametrize("patch_size", [2, 4, 8, 16])
-def test_a_token_looks_at_its_own_patch(patch_size: int) -> None:
-    """Its receptive field is a square around the middle of its patch: maps over tokens lie where the objects are."""
+def test_receptive_field_is_centred_on_the_patch(patch_size: int) -> None:
+    """If not, maps over tokens would be shifted from the objects."""
     size = 8 * patch_size
     options = {"img_size": size, "patch_size": patch_size, "in_chans": 3, "embed_dim": 8, "stem_width": 4}
     stem = always_active(ConvStem(**options))
@@ -38,7 +38,7 @@ def test_a_token_looks_at_its_own_patch(patch_size: int) -> None:
     assert patch_size <= len(rows) == len(columns) < 5 * patch_size
 
 
-def test_sizes_that_do_not_fit_are_refused() -> None:
+def test_bad_image_and_patch_sizes_are_refused() -> None:
     options = {"in_chans": 3, "embed_dim": 8, "stem_width": 4}
     with pytest.raises(ValueError, match="conv_vit.patch_size: expected a power of two from 2 on, got 6"):
         ConvStem(img_size=48, patch_size=6, **options)
@@ -49,8 +49,8 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
         VisionEncoder(VisionConfig(name="vit_tiny_patch16_224", image_size=72))
 
 
-def test_patches_of_a_size_of_their_own() -> None:
-    """As many tokens as patches of that size, and a token of the first layer is the projection of its own pixels."""
+def test_patch_size_overrides_that_of_the_model() -> None:
+    """There is a token per patch of that size, embedded from its own pixels."""
     own = VisionEncoder(VisionConfig(name="vit_tiny_patch16_224", image_size=48))
     encoder = VisionEncoder(VisionConfig(name="vit_tiny_patch16_224", image_size=48, patch_size=12))
     images = torch.randn(2, 3, 48, 48)
@@ -83,7 +83,7 @@ def test_weights_of_another_patch_size_are_resized(tmp_path) -> None:
         ({"patch_size": 18}, "vision.image_size: expected a multiple of vision.patch_size 18, got 256"),
     ],
 )
-def test_patch_sizes_that_do_not_fit_are_refused(options: dict, message: str) -> None:
+def test_bad_patch_size_options_are_refused(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         VisionConfig(**options)
 
@@ -105,14 +105,14 @@ def test_masked_patches_are_not_seen_by_their_neighbours(training: bool) -> None
     hidden = masked[:3].reshape(3, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
     changed = torch.where(hidden, torch.randn_like(images), images)
     again = encoder(changed, masked=masked, mask_token=token)
-    assert torch.equal(again[:3], seen[:3])  # of the first masking nothing of it is seen
+    assert torch.equal(again[:3], seen[:3])  # the first masking hides all that changed
     assert not torch.equal(again[3:], seen[3:])
     apart = encoder(images, masked=masked[3:], mask_token=token)
     torch.testing.assert_close(apart, seen[3:])
 
 
-def test_the_stem_of_a_hybrid_does_not_see_masked_patches() -> None:
-    """Its convolutions reach across patches, and its norms over the whole image."""
+def test_stem_of_a_hybrid_does_not_see_masked_patches() -> None:
+    """Although its convolutions reach across patches and its norms over the whole image."""
     torch.manual_seed(0)
     encoder = VisionEncoder(VisionConfig(name="vit_tiny_r_s16_p8_224", image_size=64))
     images, token, masked = torch.randn(1, 3, 64, 64), torch.randn(192), torch.tensor([[True, False, False, True]])

@@ -43,8 +43,8 @@ def by_hand(patches: Tensor, tokens: Tensor, padding: Tensor, count: int, select
     ("patches", "ratio", "count"),
     [(1, 0.5, 0), (5, 0.5, 2), (7, 0.5, 4), (7, 0.0, 0), (7, 1.0, 7), (63, 0.25, 16), (130, 0.75, 98), (257, 0.5, 128)],
 )
-def test_equals_python(select: str, patches: int, ratio: float, count: int) -> None:
-    """round is Python's: halves go to the even number."""
+def test_equals_sorting_by_cosine(select: str, patches: int, ratio: float, count: int) -> None:
+    """The count is rounded as in Python: halves go to the even number."""
     features, tokens, padding = make(patches)
     got = ops.attentive_mask(features, tokens, ratio=ratio, select=select, token_padding_mask=padding)
     assert got.dtype == torch.bool and got.tolist() == by_hand(features, tokens, padding, count, select)
@@ -53,7 +53,7 @@ def test_equals_python(select: str, patches: int, ratio: float, count: int) -> N
 @pytest.mark.parametrize("select", ["high", "low"])
 def test_ties_go_to_the_lower_position(select: str) -> None:
     features, tokens, _ = make(1)
-    same = features.expand(-1, 1000, -1)  # long enough that an unstable sort would show
+    same = features.expand(-1, 1000, -1)  # enough for an unstable sort to show
     assert ops.attentive_mask(same, tokens, ratio=0.3, select=select).tolist() == [[True] * 300 + [False] * 700] * 3
     features, _, padding = make(8)
     padding[:] = True  # no real token: every patch ties
@@ -63,8 +63,8 @@ def test_ties_go_to_the_lower_position(select: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tokens", [1, 3, 7, 25])
-def test_equal_patches_tie_wherever_they_stand(tokens: int, dtype: torch.dtype) -> None:
-    """Also those that are twice as long. A matrix product may round them differently in the first and the last rows."""
+def test_equal_patches_tie_at_every_position(tokens: int, dtype: torch.dtype) -> None:
+    """Also at twice the length. A matrix product may round the first and the last rows differently."""
     generator = torch.Generator().manual_seed(tokens)
     for patches, width in ((7, 33), (63, 256), (130, 7), (257, 130), (577, 1)):
         patch, text = (torch.randn(2, n, width, generator=generator).to(dtype) for n in (1, tokens))
@@ -76,14 +76,14 @@ def test_equal_patches_tie_wherever_they_stand(tokens: int, dtype: torch.dtype) 
             assert got.tolist() == [[True] * count + [False] * (patches - count)] * 2, (patches, width, select)
 
 
-def test_high_and_low_part_the_image() -> None:
+def test_high_and_low_are_complementary() -> None:
     features, tokens, padding = make(8)
     options = {"ratio": 0.5, "token_padding_mask": padding}
     high = ops.attentive_mask(features, tokens, **options)
     assert torch.equal(high, ~ops.attentive_mask(features, tokens, select="low", **options))
 
 
-def test_cosine_not_length() -> None:
+def test_length_of_patches_does_not_matter() -> None:
     features, tokens, _ = make(63)
     stretched = features * torch.rand(3, 63, 1, dtype=torch.float64).add(0.1)
     expected = ops.attentive_mask(features, tokens, ratio=0.3)
@@ -98,7 +98,7 @@ def test_no_gradient_empty_batch_and_precision() -> None:
     mask = ops.attentive_mask(features, tokens, ratio=0.5)
     assert not mask.requires_grad
     assert ops.attentive_mask(features[:0], tokens[:0], ratio=0.5, token_padding_mask=padding[:0]).shape == (0, 7)
-    zero = ops.attentive_mask(torch.zeros_like(features), tokens, ratio=0.5)  # no direction: all tie
+    zero = ops.attentive_mask(torch.zeros_like(features), tokens, ratio=0.5)  # a zero vector has no direction: all tie
     assert zero.tolist() == [[True] * 4 + [False] * 3] * 3
     for dtype in (torch.float16, torch.bfloat16):
         low = features.detach().to(dtype), tokens.to(dtype)
@@ -114,12 +114,12 @@ def test_compile_and_module() -> None:
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     expected = ops.attentive_mask(features, tokens, ratio=0.4, select="low", token_padding_mask=padding)
     assert torch.equal(compiled(features, tokens, token_padding_mask=padding), expected)
-    for length in range(2, 14):  # more than torch compiles one by one
+    for length in range(2, 14):  # more lengths than torch.compile specializes on
         expected = ops.attentive_mask(features, tokens[:, :1].repeat(1, length, 1), ratio=0.4, select="low")
         assert torch.equal(compiled(features, tokens[:, :1].repeat(1, length, 1)), expected)
 
 
-def test_bad_input_is_named() -> None:
+def test_errors_name_the_bad_argument() -> None:
     features, tokens, padding = make()
     base = {"patches": features, "tokens": tokens, "ratio": 0.5}
     for message, change in {

@@ -1,4 +1,4 @@
-"""The backend switch: what was named runs or says why not; only auto chooses."""
+"""The backend switch: a named backend runs or raises with the reason; only `auto` falls back."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 def inputs() -> tuple[torch.Tensor, torch.Tensor]:
-    """At which "auto" takes a kernel: the map has a gradient."""
+    """Inputs at which "auto" takes a kernel, since the map needs a gradient."""
     return torch.rand(2, 4, 3), torch.rand(2, 3, requires_grad=True)
 
 
-def ran_by(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the implementations of soft_mask that were called."""
+def record_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A list that records which implementations of soft_mask are called."""
     calls: list[str] = []
     plain, by_kernels = reference.soft_mask, fused.soft_mask
     monkeypatch.setattr(reference, "soft_mask", lambda *a, **k: calls.append("reference") or plain(*a, **k))
@@ -43,8 +43,8 @@ def ran_by(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @needs_cpp
-def test_chooses_and_nests(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = ran_by(monkeypatch)
+def test_backend_contexts_nest(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = record_calls(monkeypatch)
     with softmask.backend("auto"):
         ops.soft_mask(*inputs())
         with softmask.backend("reference"):
@@ -59,8 +59,8 @@ def test_chooses_and_nests(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_cpp
-def test_auto_leaves_to_pytorch_what_it_does_as_fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = ran_by(monkeypatch)
+def test_auto_uses_pytorch_where_it_is_as_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = record_calls(monkeypatch)
     features, maps = torch.rand(2, 4, 3), torch.rand(2, 3)
     for given in ((features, maps), (features.bfloat16(), maps), (features, torch.rand(2, 5, 3))):
         ops.soft_mask(*given)
@@ -81,7 +81,7 @@ def test_named_backend_that_cannot_run_raises(name: str, reason: str) -> None:
         ops.soft_mask(*(tensor.double() for tensor in inputs()))
 
 
-def test_every_op_asks() -> None:
+def test_every_op_obeys_the_backend_switch() -> None:
     patches = torch.rand(2, 3, 4)
     calls: dict[str, Callable[[], object]] = {"attentive_mask": lambda: ops.attentive_mask(patches, patches, ratio=0.5)}
     for case in kernel_cases.SMALL.values():
@@ -97,9 +97,9 @@ def test_every_op_asks() -> None:
             call()
 
 
-def test_unbuilt_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_falls_back_and_cpp_raises_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_library, "MISSING", "the extension is not built")
-    calls = ran_by(monkeypatch)
+    calls = record_calls(monkeypatch)
     with softmask.backend("auto"):
         ops.soft_mask(*inputs())
     assert calls == ["reference"]
@@ -107,7 +107,7 @@ def test_unbuilt_extension(monkeypatch: pytest.MonkeyPatch) -> None:
         ops.soft_mask(*inputs())
 
 
-def test_wrong_device() -> None:
+def test_cpp_refuses_other_devices() -> None:
     on_meta = [tensor.to("meta") for tensor in inputs()]
     with (
         softmask.backend("cpp"),
@@ -123,19 +123,19 @@ def test_shapes_on_meta() -> None:
     assert masked.device.type == "meta" and masked.shape == (2, 4, 3)
 
 
-def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_falls_back_and_triton_raises_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "INSTALLED", False)
     assert _backend.choose("cuda") == "reference"
     with softmask.backend("triton"), pytest.raises(softmask.BackendError, match="Triton is not installed"):
         ops.soft_mask(*inputs())
 
 
-def test_unknown_name() -> None:
+def test_unknown_backend_is_refused() -> None:
     with pytest.raises(ValueError, match="backend: expected one of 'auto', .*, got 'numpy'"):
         softmask.backend("numpy")
 
 
-def test_holds_for_this_thread_only() -> None:
+def test_backend_context_is_local_to_its_thread() -> None:
     seen = []
     with softmask.backend("reference"):
         thread = threading.Thread(target=lambda: seen.append(_backend.resolve("soft_mask", torch.ones(1))))
@@ -173,19 +173,19 @@ def test_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_environment_variable_set_after_import(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = ran_by(monkeypatch)
+    calls = record_calls(monkeypatch)
     monkeypatch.setenv("SOFTMASK_BACKEND", "reference")
     ops.soft_mask(*inputs())
     monkeypatch.setenv("SOFTMASK_BACKEND", "cuda")
     with pytest.raises(softmask.BackendError, match="backend 'cuda' cannot run soft_mask"):
         ops.soft_mask(*inputs())
-    with softmask.backend("reference"):  # stands over the variable
+    with softmask.backend("reference"):  # overrides the variable
         ops.soft_mask(*inputs())
     assert calls == ["reference", "reference"]
 
 
 def test_imports_are_light() -> None:
-    """The package alone loads no torch; ops and kernels load no Triton."""
+    """Importing softmask does not load torch; importing ops and kernels does not load Triton."""
     code = """
 import sys
 import softmask
@@ -198,15 +198,15 @@ softmask.backend
     assert done.returncode == 0, done.stderr
 
 
-def test_reference_imports_nothing_of_ours() -> None:
+def test_reference_imports_only_torch() -> None:
     tree = ast.parse(Path(reference.__file__).read_text())
     names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
     names += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     assert {name.split(".")[0] for name in names} == {"__future__", "typing", "torch"}
 
 
-def test_broken_extension_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Built for another torch: a warning with the reason, and PyTorch instead."""
+def test_extension_that_does_not_load_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when it was built for another torch: the warning gives the reason."""
 
     def undefined_symbol(name: str) -> None:
         raise ImportError("undefined symbol: c10")

@@ -60,7 +60,7 @@ def test_equals_formula(gamma: float, ids: list[int] | None, as_tensor: bool) ->
 
 
 @pytest.mark.parametrize("batch", [1, 7, 63, 130, 257])
-def test_gamma_zero_is_cross_entropy(batch: int) -> None:
+def test_gamma_zero_equals_cross_entropy(batch: int) -> None:
     image, text, scale = (tensor.requires_grad_() for tensor in make(batch))
     label = torch.arange(batch)
     logits = scale * image @ text.T
@@ -87,7 +87,7 @@ def test_gradcheck(gamma: float, reduction: str) -> None:
 
 
 def test_weights_after_reduction_none() -> None:
-    """Per-sample weights given to the unreduced loss reach the gradient."""
+    """Per-sample weights of the unreduced loss reach the gradient."""
     image, text, scale = make()
     weight = torch.linspace(0, 2, 6, dtype=torch.float64)
     image.requires_grad_()
@@ -103,8 +103,8 @@ def test_weights_after_reduction_none() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("gamma", GAMMAS)
-def test_certain_rows(dtype: torch.dtype, gamma: float) -> None:
-    """p = 1 exactly: the loss is 0, never negative, and no gradient is NaN, for gamma in (0, 1) too."""
+def test_certain_predictions_have_zero_loss_and_gradient(dtype: torch.dtype, gamma: float) -> None:
+    """At p = 1 the loss must not be negative nor the gradient NaN, also for gamma in (0, 1)."""
     for eye in (torch.eye(1, dtype=dtype), torch.eye(4, dtype=dtype)):
         image, text = eye.clone().requires_grad_(), eye.clone().requires_grad_()
         scale = torch.tensor(1000.0, dtype=dtype, requires_grad=True)
@@ -213,7 +213,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
 
 
 def test_half_precision_gradients_are_summed_over_ranks_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four other ranks add a quarter of bf16's unit each."""
+    """Four other ranks add a quarter of bf16's rounding unit each, which sums in bf16 would lose."""
 
     def add_others(total: Tensor, group: object) -> None:
         for _ in range(4):
@@ -228,7 +228,7 @@ def test_half_precision_gradients_are_summed_over_ranks_in_fp32(monkeypatch: pyt
     assert torch.equal(rows.grad, torch.full((2, 3), 1 + 2.0**-7, dtype=torch.bfloat16))
 
 
-def test_bad_input_is_named() -> None:
+def test_errors_name_the_bad_argument() -> None:
     image, text, scale = make()
     loss = ops.focal_contrastive_loss
     for message, call in {

@@ -34,7 +34,7 @@ def mae(prediction: Tensor, images: Tensor, mask: Tensor, patch: int, normalize:
 
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize(("rows", "columns", "patch"), [(1, 1, 1), (2, 3, 4), (7, 9, 2), (1, 130, 1), (3, 2, 16)])
-def test_is_mae(normalize: bool, rows: int, columns: int, patch: int) -> None:
+def test_equals_mae(normalize: bool, rows: int, columns: int, patch: int) -> None:
     prediction, images, mask = make(rows, columns, patch)
     mask[0, 0] = True
     prediction.requires_grad_()
@@ -58,7 +58,7 @@ def test_gradcheck(reduction: str, normalize: bool) -> None:
     )
 
 
-def test_nothing_masked_and_empty_batch() -> None:
+def test_no_masked_patches_and_empty_batch() -> None:
     prediction, images, mask = make()
     prediction.requires_grad_()
     loss = ops.masked_patch_loss(prediction, images, torch.zeros_like(mask), patch_size=4)
@@ -67,8 +67,8 @@ def test_nothing_masked_and_empty_batch() -> None:
     assert ops.masked_patch_loss(prediction[:0], images[:0], mask[:0], patch_size=4).item() == 0.0
 
 
-def test_images_are_targets() -> None:
-    """No gradient to images, none to patches that are not masked; constant patches (variance 0) stay finite."""
+def test_only_masked_predictions_get_gradients() -> None:
+    """Images and unmasked patches get none; constant patches (variance 0) stay finite."""
     prediction, images, mask = make()
     images[0] = 0.5
     prediction.requires_grad_()
@@ -78,7 +78,7 @@ def test_images_are_targets() -> None:
     assert not prediction.grad[~mask].any() and prediction.grad[mask].any(-1).all()
 
 
-def test_layouts() -> None:
+def test_strided_inputs() -> None:
     prediction, images, mask = make(3, 3)
     expected = ops.masked_patch_loss(prediction, images, mask, patch_size=4)
     channels_last = images.contiguous(memory_format=torch.channels_last)
@@ -113,7 +113,7 @@ def test_compile_and_module() -> None:
     torch.testing.assert_close(*(torch.autograd.grad(loss, prediction)[0] for loss in losses))
 
 
-def test_bad_input_is_named() -> None:
+def test_errors_name_the_bad_argument() -> None:
     prediction, images, mask = make()
     base = {"prediction": prediction, "images": images, "mask": mask, "patch_size": 4}
     for message, change in {

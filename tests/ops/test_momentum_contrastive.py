@@ -1,4 +1,4 @@
-"""momentum_contrastive_loss against ALBEF's own way (clone, concatenate, cross-entropy), its queue, two processes."""
+"""momentum_contrastive_loss against ALBEF's code (clone, concatenate, cross-entropy); its queue; two processes."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def make(batch: int = 5, width: int = 4, queue: int = 7, *, seed: int = 0) -> Ca
 
 
 def albef(case: Case, scale: Tensor, alpha: float, *, queue: bool, ids: bool) -> Tensor:
-    """As ALBEF's models write it: [D, K] buffers, clone, cat, targets, two cross-entropies. gamma = 0."""
+    """As in ALBEF's code, for gamma = 0: [D, K] buffers, clone, cat, soft targets, two cross-entropies."""
     temperature = 1 / scale
     image_keys, text_keys = case.image_teacher.t(), case.text_teacher.t()
     if queue:
@@ -78,7 +78,7 @@ def albef(case: Case, scale: Tensor, alpha: float, *, queue: bool, ids: bool) ->
 @pytest.mark.parametrize("queue", [True, False])
 @pytest.mark.parametrize("ids", [True, False])
 @pytest.mark.parametrize("batch", [1, 5, 63])
-def test_gamma_zero_is_albef(queue: bool, ids: bool, batch: int) -> None:
+def test_gamma_zero_equals_albef(queue: bool, ids: bool, batch: int) -> None:
     case = make(batch, queue=130)
     scale = torch.tensor(14.0, dtype=torch.float64)
     leaves = [tensor.requires_grad_() for tensor in (case.image, case.text, scale)]
@@ -94,7 +94,7 @@ def test_gamma_zero_is_albef(queue: bool, ids: bool, batch: int) -> None:
 
 @pytest.mark.parametrize("gamma", GAMMAS)
 @pytest.mark.parametrize("ids", [True, False])
-def test_focal_formula(gamma: float, ids: bool) -> None:
+def test_equals_focal_formula(gamma: float, ids: bool) -> None:
     """Per sample and key, in Python's floats; without queue_ids no queue row is a positive."""
     case, scale, alpha = make(), 9.0, 0.3
 
@@ -135,7 +135,7 @@ def test_gradcheck(gamma: float) -> None:
     )
 
 
-def test_no_gradient_to_keys_and_any_queue_strides() -> None:
+def test_keys_get_no_gradient_and_queues_may_be_strided() -> None:
     case = make()
     keys = {name: tensor.requires_grad_() for name, tensor in case.keys().items()}
     image = case.image.requires_grad_()
@@ -148,8 +148,8 @@ def test_no_gradient_to_keys_and_any_queue_strides() -> None:
 
 
 @pytest.mark.parametrize("gamma", GAMMAS)
-def test_reduces_to_the_plain_loss(gamma: float) -> None:
-    """Keys that equal the students, hard targets, no queue: focal_contrastive_loss."""
+def test_without_teacher_and_queue_equals_focal_contrastive_loss(gamma: float) -> None:
+    """Teachers equal to the students, hard targets, no queue."""
     case = make()
     loss = ops.momentum_contrastive_loss(
         case.image,
@@ -194,8 +194,8 @@ def test_accumulates_in_fp32(dtype: torch.dtype) -> None:
         assert torch.equal(ops.momentum_contrastive_loss(**low, logit_scale=9.0, gamma=1.0), expected)
 
 
-def test_queue_is_a_ring() -> None:
-    """Against a Python list; batches of any size up to K."""
+def test_queue_is_a_ring_buffer() -> None:
+    """Compared with a Python list, for batches of any size up to K."""
     module = ops.MomentumContrastiveLoss(3, 5)
     rows = [
         (image.tolist(), text.tolist(), -1) for image, text in zip(module.image_queue, module.text_queue, strict=True)
@@ -248,7 +248,7 @@ def test_module_equals_function() -> None:
     assert restored.queue_pointer.item() == 5 and torch.equal(restored.image_queue, module.image_queue)
 
 
-def test_no_queue() -> None:
+def test_queue_size_zero_means_no_queue() -> None:
     case = make()
     module = ops.MomentumContrastiveLoss(4, 0, alpha=0.4)
     teachers = case.keys(queue=False, ids=True)
@@ -258,7 +258,7 @@ def test_no_queue() -> None:
 
 
 def test_compile() -> None:
-    """Loss and queue under fullgraph, hence without a host synchronization; alpha and gamma may change."""
+    """fullgraph proves that loss and queue do not synchronize with the host; alpha may change without recompiling."""
     case = make()
     module = ops.MomentumContrastiveLoss(4, 7).double()
     restored = ops.MomentumContrastiveLoss(4, 7).double()
@@ -289,7 +289,7 @@ def test_compile() -> None:
 
 
 def train_two_steps(rank: int | None) -> dict[str, object]:
-    """Two steps with a queue of 12: the second meets the first's features. rank None: one process, whole batch."""
+    """Two steps with a queue of 12: the second sees the first's features. rank None: one process, whole batch."""
     generator = torch.Generator().manual_seed(5)
     inputs = torch.randn(2, 2, 8, 4, generator=generator, dtype=torch.float64)
     parameters = [
@@ -327,7 +327,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         torch.testing.assert_close(rank["queue"], one["queue"])
 
 
-def test_bad_input_is_named() -> None:
+def test_errors_name_the_bad_argument() -> None:
     case = make()
     base = {"image": case.image, "text": case.text, "logit_scale": 5.0, **case.keys()}
     for message, change in {

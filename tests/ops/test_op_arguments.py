@@ -1,4 +1,4 @@
-"""What ops make of unusual arguments, alike by every backend: numbers as tensors, nothing, FLOPs."""
+"""Arguments that all backends must treat alike: numbers and tensors, dimensions of size zero; export, FLOPs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support import kernel_cases as cases
 from tests.support.kernel_cases import Case, needs_cpp, outcome
 
 BACKENDS = ["reference", pytest.param("cpp", marks=needs_cpp), pytest.param("triton", marks=cases.needs_triton)]
-by_each_backend = pytest.mark.parametrize("backend", BACKENDS)
+for_each_backend = pytest.mark.parametrize("backend", BACKENDS)
 pytestmark = pytest.mark.usefixtures("fast_interpreter")
 
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("fast_interpreter")
 
 
 def calls_with_a_number(number: object) -> dict[str, Callable[[], Tensor]]:
-    """Every argument that is a plain number."""
+    """A call for every argument that must be a plain number."""
     rows, index = torch.rand(2, 1, 3, 4), torch.zeros(2, 1, dtype=torch.int64)
     features, maps = torch.rand(2, 4, 3), torch.rand(2, 3)
     pixels = torch.rand(1, 4, 3), torch.rand(1, 3, 2, 2), torch.ones(1, 4, dtype=torch.bool)
@@ -39,10 +39,10 @@ def calls_with_a_number(number: object) -> dict[str, Callable[[], Tensor]]:
     }
 
 
-@by_each_backend
+@for_each_backend
 @pytest.mark.parametrize("number", [torch.nn.Parameter(torch.tensor(0.5)), torch.tensor(1), "1", None])
-def test_numbers_are_plain_numbers(backend: str, number: object) -> None:
-    """The gradient of a tensor would be lost by kernels, and the reference would have it."""
+def test_number_arguments_must_be_plain_numbers(backend: str, number: object) -> None:
+    """Kernels would lose the gradient of a tensor, which the reference would give."""
     for name, call in calls_with_a_number(number).items():
         if number is None and "scale" in name:  # the default
             continue
@@ -55,9 +55,9 @@ def test_numbers_are_plain_numbers(backend: str, number: object) -> None:
             call()
 
 
-@by_each_backend
-def test_a_scale_of_one_element(backend: str) -> None:
-    """The shape that FSDP wants of a parameter."""
+@for_each_backend
+def test_logit_scale_of_shape_1_equals_a_scalar(backend: str) -> None:
+    """FSDP does not take parameters without dimensions."""
     rows = cases.unit_rows(2, 5, 8, seed=0).float()
     keys = {"image_teacher": rows[0], "text_teacher": rows[1]}
     losses = {
@@ -73,8 +73,8 @@ def test_a_scale_of_one_element(backend: str) -> None:
             assert torch.equal(gradient, torch.autograd.grad(expected, plain)[0][None])
 
 
-@by_each_backend
-def test_numbers_as_tensors_have_bounds(backend: str) -> None:
+@for_each_backend
+def test_bounds_hold_for_numbers_and_tensors(backend: str) -> None:
     rows = cases.unit_rows(2, 5, 8, seed=0).float()
     keys = {"image_teacher": rows[0], "text_teacher": rows[1]}
     with softmask.backend(backend):
@@ -88,8 +88,8 @@ def test_numbers_as_tensors_have_bounds(backend: str) -> None:
                 ops.momentum_contrastive_loss(*rows, 9.0, alpha=alpha, **keys)
 
 
-def test_numbers_beyond_their_bounds_are_nan_where_nobody_looks() -> None:
-    """Under torch.compile, as on a GPU, a check would wait for the value."""
+def test_out_of_range_gamma_gives_nan_under_compile() -> None:
+    """There is no check under torch.compile or on a GPU, where reading the value would synchronize."""
     torch.compiler.reset()
     rows = cases.unit_rows(2, 5, 8, seed=0).float()
     loss = torch.compile(ops.focal_contrastive_loss, fullgraph=True, backend="eager")
@@ -97,7 +97,7 @@ def test_numbers_beyond_their_bounds_are_nan_where_nobody_looks() -> None:
     assert loss(*rows, 9.0, gamma=torch.tensor(1.0)).isfinite()
 
 
-# -- nothing ----------------------------------------------------------------------------------------------------------
+# -- dimensions of size zero ------------------------------------------------------------------------------------------
 
 EMPTY = cases.SMALL | {
     "soft_mask": cases.soft_mask(4),
@@ -107,7 +107,7 @@ EMPTY = cases.SMALL | {
     "soft_mask_attention": cases.soft_mask_attention(4, shared=False),
     "masked_patch_loss": cases.masked_patch_loss(2),
 }
-# Dimensions (tensor, number) that vanish together; of an op without an entry, every tensor's first.
+# Dimensions (tensor.number) that are zero together; for an op without an entry, the first of every tensor.
 FIRST = {
     name: [[f"{one}.0" for one, tensor in (case.leaves | case.fixed).items() if tensor.dim()]]
     for name, case in EMPTY.items()
@@ -142,7 +142,7 @@ TOGETHER = FIRST | {
 }
 
 
-def without(case: Case, dimensions: list[str]) -> Case:
+def with_zero_sizes(case: Case, dimensions: list[str]) -> Case:
     tensors = case.leaves | case.fixed
     for dimension in dimensions:
         name, index = dimension.split(".")
@@ -160,9 +160,9 @@ def result(backend: str, case: Case) -> dict[str, Tensor] | str:
 @pytest.mark.parametrize(
     ("name", "index"), [(name, i) for name, all_of in TOGETHER.items() for i in range(len(all_of))]
 )
-def test_nothing_there(name: str, index: int) -> None:
-    """Without any extent in one dimension all backends give the same, or refuse it in the same words."""
-    case = without(EMPTY[name].cast(torch.float32), TOGETHER[name][index])
+def test_zero_sized_dimensions_agree_between_backends(name: str, index: int) -> None:
+    """All backends give the same result or raise the same error."""
+    case = with_zero_sizes(EMPTY[name].cast(torch.float32), TOGETHER[name][index])
     expected = result("reference", case)
     for backend in (["cpp"] if softmask.ops._library.MISSING is None else []) + (
         ["triton"] if cases.kernels.why_not("cpu", torch.float32) is None else []
@@ -176,13 +176,13 @@ def test_nothing_there(name: str, index: int) -> None:
             assert value.isfinite().all()
 
 
-# -- traced without a gradient, FLOPs ---------------------------------------------------------------------------------
+# -- export and FLOPs -------------------------------------------------------------------------------------------------
 
 
-@by_each_backend
+@for_each_backend
 @pytest.mark.parametrize("name", ["momentum_contrastive", "word_attention"])
-def test_an_exported_call_gets_its_gradient_later(name: str, backend: str) -> None:
-    """What a call keeps for its gradient is decided when it is traced, by inputs that took none."""
+def test_exported_call_has_gradients(name: str, backend: str) -> None:
+    """The inputs need no gradient while the call is traced, yet it must save what the gradient needs."""
     case = EMPTY[name].cast(torch.float32)
     names = list(case.leaves)
 
@@ -202,8 +202,8 @@ def test_an_exported_call_gets_its_gradient_later(name: str, backend: str) -> No
 
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])
-def test_operations_are_counted(backend: str) -> None:
-    """A multiplication and an addition are two: of logits [9, 9], of a width of 32, of rows of one word, and so on."""
+def test_flops_are_counted(backend: str) -> None:
+    """A multiplication with an addition counts as two."""
     wanted = {
         "contrastive": (cases.contrastive(9), 2 * 9 * 9 * 32),
         "momentum_contrastive": (cases.momentum_contrastive(9, queue=20), 2 * 2 * 9 * 29 * 32 * 3),

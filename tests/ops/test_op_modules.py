@@ -1,4 +1,4 @@
-"""Layers with a process group or a queue: copies, files, deferred initialization, and ranks that disagree."""
+"""Modules with a process group or a queue: copying, saving, deferred initialization, inputs that differ by rank."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.two_ranks import run_on_two_ranks
 
 @pytest.fixture
 def group(tmp_path: Path) -> Iterator[dist.ProcessGroup]:
-    """Of this process alone: that of a trainer that ran in it before, which keeps its group, or a new one."""
+    """A group of this process alone: the one that a trainer in an earlier test left behind, or a new one."""
     if dist.is_initialized():
         yield dist.group.WORLD
         return
@@ -33,15 +33,15 @@ def losses(group: dist.ProcessGroup) -> list[nn.Module]:
     return [ops.FocalContrastiveLoss(gamma=2.0, group=group), ops.MomentumContrastiveLoss(4, 6, group=group)]
 
 
-def test_copies_share_the_group(group: dist.ProcessGroup) -> None:
+def test_copies_share_the_process_group(group: dist.ProcessGroup) -> None:
     for loss in losses(group):
         for one in (copy.copy(loss), copy.deepcopy(loss), copy.deepcopy(nn.Sequential(loss))[0]):
             assert one.group is group and one.gamma == loss.gamma
         assert AveragedModel(loss).module.group is group
 
 
-def test_files_are_without_the_group(group: dist.ProcessGroup) -> None:
-    """With a word at loading, since the loss is that of one rank then."""
+def test_process_group_is_not_saved(group: dist.ProcessGroup) -> None:
+    """Loading warns, since without the group the loss is that of one rank."""
     for loss in losses(group):
         file = io.BytesIO()
         torch.save(loss, file)
@@ -53,7 +53,7 @@ def test_files_are_without_the_group(group: dist.ProcessGroup) -> None:
         assert loaded.group is group
 
 
-def test_a_queue_made_on_meta_is_filled_when_it_gets_memory() -> None:
+def test_queue_on_meta_is_filled_by_to_empty() -> None:
     plain = ops.MomentumContrastiveLoss(4, 6)
     with torch.device("meta"):
         deferred = ops.MomentumContrastiveLoss(4, 6)
@@ -64,7 +64,7 @@ def test_a_queue_made_on_meta_is_filled_when_it_gets_memory() -> None:
     torch.testing.assert_close(plain.image_queue.norm(dim=-1), torch.ones(6))
 
 
-def test_reset_parameters_fills_the_queue_again() -> None:
+def test_reset_parameters_refills_the_queue() -> None:
     plain, used = (ops.MomentumContrastiveLoss(4, 6) for _ in range(2))
     used.enqueue(*torch.randn(2, 3, 4), ids=torch.arange(3))
     used.reset_parameters()
@@ -78,8 +78,8 @@ def features(rows: int, width: int = 5, dtype: torch.dtype = torch.float32) -> l
     return list(torch.nn.functional.normalize(torch.randn(2, rows, width), dim=-1).to(dtype))
 
 
-def disagree(rank: int) -> list[str]:
-    """What each call says where this rank's arguments differ from the other's."""
+def call_with_differing_inputs(rank: int) -> list[str]:
+    """The error of each call whose arguments differ between the ranks."""
     queue = ops.MomentumContrastiveLoss(5, 8, group=dist.group.WORLD)
 
     def focal(image: Tensor, text: Tensor, ids: Tensor | None = None) -> Tensor:
@@ -88,7 +88,7 @@ def disagree(rank: int) -> list[str]:
     def momentum(image: Tensor, text: Tensor, ids: Tensor | None = None) -> Tensor:
         return queue(image, text, 9.0, image_teacher=image, text_teacher=text, ids=ids)
 
-    said = []
+    errors = []
     for call in (focal, momentum, lambda *given: queue.enqueue(*given[:2], ids=given[2] if len(given) > 2 else None)):
         for given in (
             features(4 if rank else 3),
@@ -97,26 +97,26 @@ def disagree(rank: int) -> list[str]:
         ):
             try:
                 call(*given)
-                said.append("nothing")
+                errors.append("no error")
             except ValueError as error:
-                said.append(str(error))
-    return said
+                errors.append(str(error))
+    return errors
 
 
-def test_ranks_that_disagree_raise_everywhere(tmp_path: Path) -> None:
-    ranks = run_on_two_ranks(disagree, tmp_path)
-    for rank, said in enumerate(ranks):
-        for rows, _, dtype in (said[:3], said[3:6], said[6:]):
+def test_inputs_that_differ_between_ranks_raise_on_every_rank(tmp_path: Path) -> None:
+    ranks = run_on_two_ranks(call_with_differing_inputs, tmp_path)
+    for rank, errors in enumerate(ranks):
+        for rows, _, dtype in (errors[:3], errors[3:6], errors[6:]):
             assert "expected as on every rank of the group: the same number of rows, got 3 to 4" in rows
             assert rows.endswith(f"here {3 + rank}")
             assert f"one floating type, got torch.{'bfloat16' if rank else 'float32'} here" in dtype
-        for ids in (said[1], said[4]):
+        for ids in (errors[1], errors[4]):
             assert f"ids on all or on none, got {'' if rank else 'no '}ids here" in ids
-        assert said[7] == "nothing"  # rows without ids are no sample's positives
+        assert errors[7] == "no error"  # rows without ids are positives of no sample
 
 
-def test_the_check_waits_for_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where values are on a device, it is the device that asserts."""
+def test_rank_check_does_not_synchronize_with_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the check is an assertion on the device."""
     asserted = []
     monkeypatch.setattr(_distributed._transforms, "has_values", lambda tensor: False)
     monkeypatch.setattr(torch, "_assert_async", lambda holds, message: asserted.append((holds, message)))

@@ -1,4 +1,4 @@
-"""Forward-mode AD, torch.func, inference mode, autocast around ops: right by the reference or refused by kernels."""
+"""Forward-mode AD, torch.func, inference mode and autocast around ops: kernels refuse what only the reference can."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from tests.support import kernel_cases as cases
 from tests.support.kernel_cases import Case, needs_cpp, outcome
 
 pytestmark = [needs_cpp, pytest.mark.usefixtures("fast_interpreter")]
-of_each_op = pytest.mark.parametrize("name", cases.SMALL)
+for_each_op = pytest.mark.parametrize("name", cases.SMALL)
 KERNELS = ["cpp", pytest.param("triton", marks=cases.needs_triton)]
-by_each_kernel = pytest.mark.parametrize("backend", KERNELS)
+for_each_kernel = pytest.mark.parametrize("backend", KERNELS)
 
 
 def function(case: Case) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
@@ -38,9 +38,9 @@ def directions(leaves: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(cases.normal(*leaf.shape, seed=seed).to(leaf) for seed, leaf in enumerate(leaves))
 
 
-@of_each_op
+@for_each_op
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_transforms_take_the_reference(name: str, backend: str) -> None:
+def test_auto_and_reference_support_transforms(name: str, backend: str) -> None:
     call, leaves = function(cases.SMALL[name].cast(torch.float64))
     along = directions(leaves)
     expected = gradients(call, leaves)
@@ -59,8 +59,8 @@ def test_transforms_take_the_reference(name: str, backend: str) -> None:
     torch.testing.assert_close(batched, each)
 
 
-@of_each_op
-@by_each_kernel
+@for_each_op
+@for_each_kernel
 def test_named_kernels_refuse_transforms(name: str, backend: str) -> None:
     call, leaves = function(cases.SMALL[name].cast(torch.float32))
     message = f"backend '{backend}' cannot run .* no rule for .*; softmask.backend\\('reference'\\) has PyTorch's"
@@ -74,9 +74,9 @@ def test_named_kernels_refuse_transforms(name: str, backend: str) -> None:
         call(forward_ad.make_dual(leaves[0], leaves[0]), *leaves[1:])
 
 
-@of_each_op
-def test_a_kernels_gradient_refuses_tangents(name: str) -> None:
-    """Forward over reverse, with the forward outside: its tangent would be 0."""
+@for_each_op
+def test_kernel_gradient_refuses_tangents(name: str) -> None:
+    """Forward-over-reverse mode with the op called outside: the tangent would silently be 0."""
     call, leaves = function(cases.SMALL[name].cast(torch.float32))
     given = [leaf.clone().requires_grad_() for leaf in leaves]
     with softmask.backend("cpp"):
@@ -85,8 +85,8 @@ def test_a_kernels_gradient_refuses_tangents(name: str) -> None:
         torch.autograd.grad(out, given, forward_ad.make_dual(torch.ones_like(out), torch.ones_like(out)))
 
 
-@of_each_op
-def test_transforms_compile_whole(name: str) -> None:
+@for_each_op
+def test_transforms_compile_to_one_graph(name: str) -> None:
     torch.compiler.reset()
     call, leaves = function(cases.SMALL[name].cast(torch.float64))
     every = tuple(range(len(leaves)))
@@ -97,16 +97,16 @@ def test_transforms_compile_whole(name: str) -> None:
         torch.compile(torch.func.grad(call), fullgraph=True, backend="eager")(*leaves)
 
 
-@of_each_op
+@for_each_op
 @pytest.mark.parametrize("backend", ["reference", *KERNELS])
-def test_inputs_made_in_inference_mode_are_constants(name: str, backend: str) -> None:
-    """Of one input the gradient, all others made in inference mode: autograd keeps none of those as they are."""
+def test_inputs_from_inference_mode_are_constants(name: str, backend: str) -> None:
+    """The gradient of one input, all others from inference mode: autograd refuses to save those directly."""
     case = cases.SMALL[name].cast(torch.float32)
     plain = outcome(backend, case)
     with torch.inference_mode():
         made = {key: tensor.clone() for key, tensor in (case.leaves | case.fixed).items()}
     wanted = [leaf for leaf in case.leaves if leaf not in case.constants]
-    for leaf in wanted[:1] if backend == "triton" else wanted:  # the interpreter takes its time
+    for leaf in wanted[:1] if backend == "triton" else wanted:  # the interpreter is slow
         own = case.leaves[leaf].detach().requires_grad_()
         with softmask.backend(backend):
             out = case.call(**made | {leaf: own})
@@ -115,10 +115,10 @@ def test_inputs_made_in_inference_mode_are_constants(name: str, backend: str) ->
         torch.testing.assert_close(gradient, plain[leaf], msg=leaf)
 
 
-@of_each_op
+@for_each_op
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
-def test_gradients_are_out_of_reach_of_autocast(name: str, backend: str) -> None:
-    """torch.compile traces a backward pass under the autocast of the forward; eager's may be called under it."""
+def test_gradients_ignore_autocast(name: str, backend: str) -> None:
+    """torch.compile traces the backward under the forward's autocast; in eager mode it may be called under one."""
     torch.compiler.reset()
     case = cases.SMALL[name].cast(torch.float32)
     call, leaves = function(case)

@@ -1,4 +1,4 @@
-"""soft_mask: every backend against loops in Python, fp64 truth and gradcheck; what is registered, under opcheck."""
+"""soft_mask: every backend against loops in Python, fp64 truth and gradcheck; the registered ops under opcheck."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def by_hand(features: Tensor, maps: Tensor, strength: float, normalize: str | No
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 @pytest.mark.parametrize("words", [0, 3])
 @pytest.mark.parametrize("prefix", [0, 1, 2])
-def test_equals_loops(backend: str, normalize: str | None, words: int, prefix: int) -> None:
+def test_equals_python_loops(backend: str, normalize: str | None, words: int, prefix: int) -> None:
     features, maps = make(2, 7, 5, words=words, prefix=prefix)
     with softmask.backend(backend):
         out = ops.soft_mask(features, maps, strength=0.7, normalize=normalize, num_prefix_tokens=prefix)
@@ -71,7 +71,7 @@ def outcome(backend: str, features: Tensor, maps: Tensor, upstream: Tensor, **op
 @pytest.mark.parametrize("patches", SIZES)
 @pytest.mark.parametrize("words", [0, 2])
 def test_error_budget(dtype: torch.dtype, patches: int, words: int) -> None:
-    """At most twice the error of the same computation in PyTorch, and one rounding unit, against fp64."""
+    """The error against fp64 is at most twice that of PyTorch, plus one rounding unit."""
     for normalize in NORMALIZATIONS:
         features, maps = make(2, patches, 63, words=words, dtype=dtype)
         maps = maps.float()
@@ -107,7 +107,7 @@ def test_gradcheck(backend: str, normalize: str | None, words: int) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("normalize", ["minmax", "max"])
 def test_ties_share_the_gradient(backend: str, normalize: str) -> None:
-    """Against the same formula with torch's amin and amax, whose ties share evenly."""
+    """As in torch's amin and amax, which share the gradient evenly among ties."""
     features, _ = make(2, 6, 4)
     maps = torch.tensor([[0.1, 0.9, 0.9, 0.1, 0.1, 0.5], [0.3] * 6], dtype=torch.float64)
     upstream = torch.randn(features.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
@@ -143,7 +143,7 @@ def test_any_strides(backend: str, words: int) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_edges(backend: str) -> None:
+def test_constant_maps_zero_strength_empty_batches_and_nan(backend: str) -> None:
     with softmask.backend(backend):
         features, maps = make(2, 7, 5)
         assert torch.equal(ops.soft_mask(features, torch.full_like(maps, 0.3)), features)  # constant: nothing masked
@@ -160,14 +160,14 @@ def test_edges(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_empty_gradients(backend: str) -> None:
+def test_gradients_without_words(backend: str) -> None:
     features, maps = make(2, 7, 5, words=1)
     _, to_features, to_maps = outcome(backend, features, maps[:, :0], torch.ones(2, 0, 8, 5))
     assert torch.equal(to_features, torch.zeros_like(features)) and to_maps.shape == (2, 0, 7)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_only_what_is_asked_gets_a_gradient(backend: str) -> None:
+def test_only_required_gradients_are_computed(backend: str) -> None:
     features, maps = make(2, 7, 5)
     both = outcome(backend, features, maps, torch.ones(2, 8, 5))
     with softmask.backend(backend):
@@ -230,7 +230,7 @@ def test_compile(backend: str, compiler: str) -> None:
 
 
 @needs_cpp
-def test_no_silent_second_derivative() -> None:
+def test_second_derivative_raises() -> None:
     features, maps = (tensor.requires_grad_() for tensor in make(1, 3, 2))
     with softmask.backend("cpp"):
         out = ops.soft_mask(features, maps)
@@ -239,7 +239,7 @@ def test_no_silent_second_derivative() -> None:
         gradient.sum().backward()
 
 
-def test_bad_input_is_named() -> None:
+def test_errors_name_the_bad_argument() -> None:
     features, maps = make(2, 7, 5)
     for message, call in {
         r"features: expected shape \[B, P, D\], got \[8, 5\]": lambda: ops.soft_mask(features[0], maps),

@@ -1,4 +1,4 @@
-"""soft_mask_attention against attention over keys and values projected, with biases, from tokens that are masked."""
+"""soft_mask_attention against attention whose keys and values are projected, with biases, from masked tokens."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def heads(tensor: Tensor) -> Tensor:
 
 
 def masked_then_projected(case: Case) -> Tensor:
-    """The long way: mask each pair's tokens, project them, softmax, sum."""
+    """The direct way: mask the tokens of each pair, project them, attend."""
     key_weight, value_weight, key_bias, value_bias = case.projections
     tokens = case.tokens[case.index] * case.weight.unsqueeze(-1)
     key, value = heads(tokens @ key_weight + key_bias), heads(tokens @ value_weight + value_bias)
@@ -64,7 +64,7 @@ def masked_then_projected(case: Case) -> Tensor:
 
 
 def projected_once(case: Case) -> Tensor:
-    key_weight, value_weight, _, value_bias = case.projections  # the keys' bias drops out
+    key_weight, value_weight, _, value_bias = case.projections  # the keys' bias cancels in the softmax
     return ops.soft_mask_attention(
         case.query,
         heads(case.tokens @ key_weight),
@@ -77,7 +77,7 @@ def projected_once(case: Case) -> Tensor:
 
 
 @pytest.mark.parametrize("patches", [1, 7, 63, 130, 257])
-def test_masking_commutes_with_projection(patches: int) -> None:
+def test_equals_masking_tokens_before_projection(patches: int) -> None:
     """Values, and gradients down to the image tokens and the projections."""
     case = make(patches=patches)
     leaves = case.leaves()
@@ -96,7 +96,7 @@ def test_masking_commutes_with_projection(patches: int) -> None:
 @pytest.mark.parametrize("indexed", [True, False])
 @pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize("scale", [None, 0.7])
-def test_every_option_against_the_formula(weighted: bool, indexed: bool, padded: bool, scale: float | None) -> None:
+def test_every_option_equals_the_formula(weighted: bool, indexed: bool, padded: bool, scale: float | None) -> None:
     case = make(pairs=3)
     key, value = heads(case.tokens @ case.projections[0]), heads(case.tokens @ case.projections[1])
     bias = case.projections[3].unflatten(0, (HEADS, WIDTH))
@@ -122,7 +122,7 @@ def test_every_option_against_the_formula(weighted: bool, indexed: bool, padded:
 
 @pytest.mark.parametrize("dead", [False, True])
 def test_gradcheck(dead: bool) -> None:
-    """Pairs share an image; with dead, one image has no key left."""
+    """Two pairs share an image; with `dead`, all its keys are padded."""
     case = make(pairs=3, images=2, text=2, patches=3)
     case.index = torch.tensor([0, 1, 0])
     case.ignore[0] = dead
@@ -136,7 +136,7 @@ def test_gradcheck(dead: bool) -> None:
     assert torch.autograd.gradcheck(attend, tuple(leaf.detach().requires_grad_() for leaf in leaves))
 
 
-def test_rows_without_keys_are_zero_and_free_of_nan() -> None:
+def test_rows_without_keys_are_zero_with_finite_gradients() -> None:
     case = make()
     case.ignore[case.index[0]] = True
     dead = case.index == case.index[0]
@@ -149,7 +149,7 @@ def test_rows_without_keys_are_zero_and_free_of_nan() -> None:
     assert not gradients[0][dead].any() and not gradients[1][case.index[0]].any()
 
 
-def test_key_weight_is_a_constant() -> None:
+def test_key_weight_gets_no_gradient() -> None:
     case = make()
     case.query.requires_grad_()
     case.weight.requires_grad_()
@@ -157,7 +157,7 @@ def test_key_weight_is_a_constant() -> None:
     assert case.query.grad.any() and case.weight.grad is None
 
 
-def test_nothing_is_copied_without_options(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reference_copies_nothing_without_options(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make(pairs=3)
     key, value = (heads(case.tokens @ weight) for weight in case.projections[:2])
     seen = []
@@ -181,9 +181,9 @@ def test_accumulates_in_fp32(dtype: torch.dtype) -> None:
         assert torch.equal(ops.soft_mask_attention(*low, **options), expected)
 
 
-def test_layouts_empty_batches_extremes_and_ties() -> None:
+def test_strides_empty_batches_large_logits_and_ties() -> None:
     case = make()
-    key, value = (heads(case.tokens @ weight) for weight in case.projections[:2])  # [B, P, H, E] underneath
+    key, value = (heads(case.tokens @ weight) for weight in case.projections[:2])  # [B, P, H, E] in memory
     options = {"key_weight": case.weight, "kv_index": case.index}
     assert not key.is_contiguous()
     expected = ops.soft_mask_attention(case.query.contiguous(), key.contiguous(), value.contiguous(), **options)
@@ -215,7 +215,7 @@ def test_compile_and_module() -> None:
     torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), query)[0] for out in outputs))
 
 
-def test_bad_input_is_named() -> None:
+def test_errors_name_the_bad_argument() -> None:
     case = make()
     key, value = (heads(case.tokens @ weight) for weight in case.projections[:2])
     base = {"query": case.query, "key": key, "value": value, "kv_index": case.index}

@@ -1,4 +1,4 @@
-"""word_attention against Grad-CAM as it is published: materialized attention, autograd, one word at a time."""
+"""word_attention against Grad-CAM as published: materialized attention, autograd, one word at a time."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def published(case: Case, *, gradcam: bool, scale: float, prefix: int = 0) -> tu
 @pytest.mark.parametrize("scale", [None, 0.3])
 @pytest.mark.parametrize("prefix", [0, 1])
 @pytest.mark.parametrize("patches", [7, 63, 257])
-def test_is_gradcam(patches: int, prefix: int, scale: float | None) -> None:
+def test_equals_published_gradcam(patches: int, prefix: int, scale: float | None) -> None:
     case = make(patches=patches, heads=3, width=5)
     expected, output_grad = published(case, gradcam=True, scale=scale or 5**-0.5, prefix=prefix)
     maps = ops.word_attention(
@@ -87,7 +87,7 @@ def test_is_gradcam(patches: int, prefix: int, scale: float | None) -> None:
     assert expected[0, 0].max() > 0 and not maps[0, 2].any()  # a word of only -1
 
 
-def test_is_attention() -> None:
+def test_without_values_equals_attention() -> None:
     case = make()
     expected, _ = published(case, gradcam=False, scale=0.5)
     maps = ops.word_attention(case.query, case.key, case.word_index, key_padding_mask=case.ignore)
@@ -95,7 +95,7 @@ def test_is_attention() -> None:
     torch.testing.assert_close(maps[0, :2].sum(-1), torch.ones(2, dtype=torch.float64))
 
 
-def test_bias_equals_values_with_bias() -> None:
+def test_value_bias_equals_adding_it_to_the_values() -> None:
     case = make()
     common = {"grad_output": case.readout, "key_padding_mask": case.ignore}
     apart = ops.word_attention(case.query, case.key, case.word_index, value=case.value, value_bias=case.bias, **common)
@@ -103,8 +103,8 @@ def test_bias_equals_values_with_bias() -> None:
     torch.testing.assert_close(apart, joined)
 
 
-def test_inside_a_step() -> None:
-    """With SDPA's output and autograd.grad: no .grad is touched, and the step's own backward still runs."""
+def test_works_inside_a_training_step() -> None:
+    """With SDPA's output and autograd.grad: .grad stays unset, and the step's own backward still runs."""
     case = make()
     leaves = [tensor.requires_grad_() for tensor in (case.query, case.key, case.value)]
     output = F.scaled_dot_product_attention(*leaves, attn_mask=~case.ignore[:, None, None])
@@ -123,7 +123,7 @@ def test_inside_a_step() -> None:
 
 
 @pytest.mark.parametrize("normalize", NORMALIZATIONS[1:])
-def test_normalized_after_prefix_is_dropped(normalize: str) -> None:
+def test_maps_are_normalized_after_the_prefix_is_dropped(normalize: str) -> None:
     case = make()
     case.key[:, :, 0] *= 10  # a prefix token that would be the maximum
     options = {"num_prefix_tokens": 1, "key_padding_mask": case.ignore}
@@ -156,7 +156,7 @@ def test_gradcheck(normalize: str | None) -> None:
     assert torch.autograd.gradcheck(maps, tuple(leaf.requires_grad_() for leaf in leaves))
 
 
-def test_rows_without_keys_are_zero_and_free_of_nan() -> None:
+def test_rows_without_keys_are_zero_with_finite_gradients() -> None:
     case = make()
     leaves = [t.requires_grad_() for t in (case.query, case.key, case.value, case.readout)]
     ignore = case.ignore.clone()
@@ -176,12 +176,12 @@ def test_rows_without_keys_are_zero_and_free_of_nan() -> None:
             assert gradient.isfinite().all() and not gradient[1].any()
 
 
-def test_one_token_words_and_layouts() -> None:
+def test_one_token_words_strides_and_empty_batches() -> None:
     case = make()
     single = case.word_index[..., 0]
     expected = ops.word_attention(case.query, case.key, single.unsqueeze(-1))
     assert torch.equal(ops.word_attention(case.query, case.key, single), expected)
-    token_major = case.query.transpose(1, 2).contiguous().transpose(1, 2)  # [B, T, H, E] as models hold it
+    token_major = case.query.transpose(1, 2).contiguous().transpose(1, 2)  # [B, T, H, E] in memory, as in models
     wide = torch.cat([case.key, case.key], -1)[..., :4]
     assert not token_major.is_contiguous() and not wide.is_contiguous()
     torch.testing.assert_close(ops.word_attention(token_major, wide, single), expected, rtol=0, atol=1e-15)
@@ -191,7 +191,7 @@ def test_one_token_words_and_layouts() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_accumulates_in_fp32(dtype: torch.dtype) -> None:
-    """Low-precision inputs and autocast change nothing but the inputs' own rounding."""
+    """Low-precision inputs add only their own rounding, autocast none."""
     case = make()
     inputs = [tensor.to(dtype) for tensor in (case.query, case.key, case.value, case.readout)]
 
@@ -228,7 +228,7 @@ def test_compile_and_module() -> None:
     torch.testing.assert_close(compiled, eager)
 
 
-def test_bad_input_is_named() -> None:
+def test_errors_name_the_bad_argument() -> None:
     case = make()
     query, key, index = case.query, case.key, case.word_index
     for message, call in {

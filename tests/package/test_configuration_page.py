@@ -65,11 +65,11 @@ def test_defaults_are_those_of_the_code(method: str) -> None:
                 assert parse(text) == (list(default) if isinstance(default, tuple) else default), key
 
 
-def test_the_shared_part_is_shared() -> None:
+def test_shared_section_holds_keys_of_both_methods() -> None:
     own = [set(flatten(find_task(method).Config(), "model.")) for method in METHODS]
     assert set(documented(SHARED)) == {key for key in own[0] & own[1] if key.startswith("model.vision.")}
 
 
-def test_refused_keys_of_deepspeed_are_named() -> None:
+def test_refused_keys_of_deepspeed_are_listed() -> None:
     rows = re.findall(r"^\| (`[^|]+) \| [^|]+ \|$", sections()["deepspeed"], flags=re.MULTILINE)
     assert sorted(key for row in rows for key in re.findall(r"`(\w+)`", row)) == sorted(OWNED_DEEPSPEED_KEYS)

@@ -1,4 +1,4 @@
-"""python -m softmask.env."""
+"""The report of `python -m softmask.env`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.kernel_cases import needs_cpp
 OPS = [name for name in ops.__all__ if name.islower()]
 
 
-def test_as_a_command() -> None:
+def test_command_prints_versions_and_devices() -> None:
     done = subprocess.run([sys.executable, "-m", "softmask.env"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"softmask {softmask.__version__}\npython {platform.python_version()}")
@@ -55,7 +55,7 @@ def test_table_says_what_auto_leaves_to_pytorch() -> None:
     assert row.endswith("one map per image, without gradient, is left to the reference")
 
 
-def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_table_gives_the_reason_of_a_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_library, "MISSING", "not built here")
     report = env.report()
     assert "C++ extension: not built here" in report
@@ -64,7 +64,7 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     assert re.search(r"^word_attention +cpu +cpp +the first choice on this device$", env.report(), re.MULTILINE)
 
 
-def test_missing_packages_and_environment_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages_and_environment_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(env, "PACKAGES", ("torch", "no-such-package"))
     monkeypatch.setenv("SOFTMASK_BACKEND", "reference")
     report = env.report()

@@ -42,7 +42,7 @@ def test_the_target_of_a_link_is_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_text() == "new"
 
 
-def test_numbers_of_the_command_line() -> None:
+def test_command_line_numbers_are_checked() -> None:
     assert (count("0"), positive("1"), count(str(MOST))) == (0, 1, MOST)
     for check, text, expected in ((count, "-1", "0 to"), (positive, "0", "1 to"), (count, str(MOST + 1), "0 to")):
         with pytest.raises(argparse.ArgumentTypeError, match=f"expected {expected} {MOST}, got {text}"):

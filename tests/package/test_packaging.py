@@ -138,14 +138,14 @@ def test_forced_build_without_compiler_fails_and_names_it(tree: Path) -> None:
     assert f"SOFTMASK_FORCE_BUILD=1, but no C++ compiler: '{NO_COMPILER}'" in done.stderr
 
 
-def test_build_without_compiler_goes_on_and_says_so(tree: Path) -> None:
+def test_build_without_compiler_skips_the_kernels_and_says_so(tree: Path) -> None:
     done = python("setup.py", "-q", "build_ext", cwd=tree, CXX=NO_COMPILER)
     assert done.returncode == 0, done.stderr
-    (said,) = [line for line in done.stderr.splitlines() if line.startswith("softmask:")]
-    assert said.startswith(f"softmask: installed without C++ kernels: no C++ compiler: '{NO_COMPILER}'")
+    (message,) = [line for line in done.stderr.splitlines() if line.startswith("softmask:")]
+    assert message.startswith(f"softmask: installed without C++ kernels: no C++ compiler: '{NO_COMPILER}'")
 
 
-def test_build_without_torch_names_the_way_out(tree: Path) -> None:
+def test_build_without_torch_names_the_remedy(tree: Path) -> None:
     without_torch = "import runpy, sys; sys.modules['torch'] = None; sys.argv = ['setup.py', '-q', 'build_ext']; "
     run_setup = without_torch + "runpy.run_path('setup.py')"
     forced = python("-c", run_setup, cwd=tree, SOFTMASK_FORCE_BUILD="1")
@@ -165,7 +165,7 @@ def test_broken_source_fails_the_forced_build_only(tree: Path, tmp_path: Path) -
     assert "SOFTMASK_FORCE_BUILD=1, but compiling csrc failed" in forced.stderr
 
 
-def test_core_imports_and_runs_with_torch_alone_and_leaves_cuda_alone(tmp_path: Path) -> None:
+def test_core_runs_with_torch_alone_and_does_not_initialize_cuda(tmp_path: Path) -> None:
     done = python("-c", IMPORT_CORE, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) >= 0

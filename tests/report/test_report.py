@@ -1,4 +1,4 @@
-"""The report's page is well-formed, self-contained and complete; tests of the functions that draw."""
+"""The report's page is well-formed, self-contained and complete; its drawing functions."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def page(run):
     return Page((run / "report.html").read_text(encoding="utf-8"))
 
 
-def test_page_is_well_formed_and_loads_nothing(page, run):
+def test_page_is_well_formed_and_self_contained(page, run):
     for tag, attributes in page.tags:
         assert tag not in ("script", "link", "iframe", "object")
         sources = [attributes[name] for name in ("src", "href", "srcset", "data") if name in attributes]
@@ -103,7 +103,7 @@ def test_page_is_complete(page):
     assert all(number in text for number in result)
 
 
-def test_paths_are_finite(page):
+def test_svg_paths_are_finite(page):
     paths = [attributes["d"] for attributes in page.all("path")]
     assert paths
     for path in paths:
@@ -201,7 +201,7 @@ def test_unusable_log_values_are_left_out():
     assert (series.title, series.steps, series.values) == ("a", [2], [1.0])
 
 
-def test_log_with_incomplete_and_broken_lines(tmp_path):
+def test_broken_log_lines_are_skipped(tmp_path):
     log = tmp_path / "log.jsonl"
     log.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo', encoding="utf-8")
     assert report.read_log(log) == [{"step": 1, "loss": 2.0}]
@@ -245,7 +245,7 @@ def test_ticks_are_round_numbers_in_the_range(low, high, expected):
     assert ticks(low, high, 6) == pytest.approx(expected)
 
 
-def test_outline_holds_every_edge_between_inside_and_outside():
+def test_outline_draws_each_edge_of_the_mask_once():
     mask = np.random.default_rng(0).random((9, 13)) < 0.4
     drawn = set()
     for x, y, way, length in re.findall(r"M(\d+) (\d+)([hv])(\d+)", outline_path(mask)):

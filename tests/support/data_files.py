@@ -35,7 +35,7 @@ def write_tar(
 
 
 def sample(number: int, caption: str | bytes = CAPTION, **options) -> list[tuple[str, bytes]]:
-    """Members of a sample as img2dataset names them."""
+    """Members of a sample, named as by img2dataset."""
     text = caption if isinstance(caption, bytes) else caption.encode()
     meta = json.dumps({"caption": "from the json", "number": number}).encode()
     return [
@@ -46,7 +46,7 @@ def sample(number: int, caption: str | bytes = CAPTION, **options) -> list[tuple
 
 
 def write_shards(folder: Path, count: int, per_shard: int) -> str:
-    """Write `count` shards of `per_shard` good samples. Returns their brace pattern."""
+    """Write `count` shards of `per_shard` good samples and return their brace pattern."""
     for shard in range(count):
         numbers = range(shard * per_shard, (shard + 1) * per_shard)
         members = [member for n in numbers for member in sample(n, f"{CAPTION} number {n}")]

@@ -53,7 +53,7 @@ def write_scenes(path: Path, numbers: Iterable[int] = ALL, *, broken: tuple[int,
 
 
 def write_plain(path: Path, captions: list[str]) -> str:
-    """Scenes with captions of one's own and without objects."""
+    """Write scenes with the given captions and no objects."""
     members = []
     for number, caption in enumerate(captions):
         members += [scene(number)[0], (f"{number:04d}.txt", caption.encode())]
@@ -97,7 +97,7 @@ def write_run(folder: Path, data: str) -> Path:
 
 
 class Words:
-    """One token per word, named by its number in a fixed vocabulary; [CLS] and [SEP] around."""
+    """A tokenizer with one token per word of a fixed vocabulary, between [CLS] and [SEP]."""
 
     vocabulary = ("[PAD]", "[CLS]", "[SEP]", "a", "box", "beside", "one", *COLOURS)
 
@@ -121,10 +121,10 @@ class Words:
 
 
 class Oracle:
-    """Answers as a perfect model would.
+    """A model that is always right.
 
-    Features and tokens are one-hot codes of the two colours; `blind` features say nothing, so that ITC must fail and
-    ITM alone can tell. Grad-CAM is 1 on the patches of the word's colour, the attention everywhere else.
+    Features and tokens are one-hot codes of the two colours; `blind` features are all equal, so that ITC must fail and
+    only ITM can rank. Grad-CAM is 1 on the patches of the word's colour, the attention everywhere else.
     """
 
     patch_grid = (4, 4)

@@ -1,4 +1,4 @@
-"""One call of every op that has kernels, at any size and type: what the tests of a backend share."""
+"""A call of every op that has kernels, at any size and type, for the tests of all backends."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ needs_triton = pytest.mark.skipif(
 )
 SIZES = [1, 7, 63, 130, 257, 577]
 GAMMAS = [0.0, 0.5, 1.0, 2.0]
-NUMBERS = 8  # upstreams for the gradient of a number, of which a single error is luck
+SCALAR_UPSTREAMS = 8  # upstream gradients for the gradient of a scalar, whose error at one of them is chance
 
 
 @dataclass
 class Case:
-    """`call` of the floating leaves, of which those in `constants` take no gradient, and of `fixed` tensors."""
+    """`call` takes the floating-point `leaves`, of which `constants` need no gradient, and the `fixed` tensors."""
 
     leaves: dict[str, Tensor]
     call: Callable[..., Tensor]
@@ -42,7 +42,7 @@ class Case:
 
 
 def outcome(backend: str, case: Case, upstreams: int = 1) -> dict[str, Tensor]:
-    """The result, and the gradients of all leaves for a fixed random upstream; those of numbers for several."""
+    """The result and the gradients of all leaves for a fixed random upstream; those of scalars for several."""
     leaves = {name: leaf.detach() for name, leaf in case.leaves.items()}
     wanted = [name for name in leaves if name not in case.constants]
     for name in wanted:
@@ -62,12 +62,12 @@ def outcome(backend: str, case: Case, upstreams: int = 1) -> dict[str, Tensor]:
     return {"out": out.detach(), **found[0], **several}
 
 
-def check_errors(backend: str, dtype: torch.dtype, *given: Case, upstreams: int = NUMBERS) -> None:
-    """At most twice the error of the same computation in PyTorch, and one rounding unit, against fp64.
+def check_errors(backend: str, dtype: torch.dtype, *given: Case, upstreams: int = SCALAR_UPSTREAMS) -> None:
+    """Assert that the error against fp64 is at most twice that of PyTorch, plus one rounding unit.
 
-    Errors are root mean squares over all elements of the given cases, each case's relative to its truth's: the largest
-    error of a few hundred is luck. So is that of one number: PyTorch's error at numbers is that of several upstreams,
-    the kernel's of as many over all cases.
+    Errors are root mean squares over all elements of the given cases, relative to the root mean square of each case's
+    fp64 values: the largest of a few hundred errors is chance. So is the error of a single scalar: PyTorch's gradients
+    of scalars are taken for several upstreams in each case, the kernel's for as many over all cases.
     """
     errors: dict[str, list[Tensor]] = {}
     in_torch: dict[str, list[Tensor]] = {}
@@ -133,7 +133,7 @@ def soft_mask(size: int, *, normalize: str | None = "minmax", words: int | None 
 def contrastive(
     size: int, *, gamma: float = 0.0, with_ids: bool = False, scale: float = 14.0, width: int = 32, alike: bool = False
 ) -> Case:
-    """Where they are alike, a text is near its image, as after training."""
+    """With `alike`, each text is near its image, as after training."""
     leaves = {"image": unit_rows(size, width, seed=0), "text": unit_rows(size, width, seed=1)}
     if alike:
         leaves["text"] = F.normalize(leaves["text"] + 0.3 * leaves["image"], dim=-1)
@@ -215,6 +215,6 @@ SMALL = {
     "soft_mask_attention": soft_mask_attention(7, masked=True),
     "masked_patch_loss": masked_patch_loss(4),
 }
-"""A small case of each of them."""
+"""A small case of each."""
 
 assert SMALL.keys() == ALL.keys()

@@ -1,4 +1,4 @@
-"""A task as a user's package has it: two encoders, a contrastive loss, an evaluation section."""
+"""A task as in a user's own package: two encoders, a contrastive loss, an evaluation section."""
 
 from __future__ import annotations
 

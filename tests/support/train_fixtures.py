@@ -1,4 +1,4 @@
-"""A small training run: data, configuration, ways to start it and to read its state."""
+"""A small training run: its data and configuration, how to start it, and how to read its state."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def _write_config(template: str, path: Path, overrides: tuple[str, ...], *, outp
 
 
 def make_trainer(config: Config) -> Trainer:
-    """A trainer before its run."""
+    """A trainer that has not run yet."""
     from softmask.data import open_source
     from softmask.training.engine.startup import start_distributed
 
@@ -143,7 +143,7 @@ def run_cli(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def launch(script: Path, *arguments: str) -> subprocess.Popen:
-    """The launcher with two ranks, in a process group of its own."""
+    """Start the `deepspeed` launcher with two ranks, in a process group of its own."""
     launcher = Path(sys.executable).with_name("deepspeed")
     port = 20000 + os.getpid() % 20000
     command = [str(launcher), "--num_accelerators", "2", "--master_port", str(port), str(script), *arguments]
@@ -155,7 +155,7 @@ def launch(script: Path, *arguments: str) -> subprocess.Popen:
 
 
 def run_on_two_ranks(script: Path, *arguments: str) -> None:
-    """Run the script in two processes of one world, without the launcher, which takes long to start."""
+    """Run the script in two processes of one world, without the launcher, which is slow to start."""
     world = {"WORLD_SIZE": 2, "LOCAL_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     world |= {"OMP_NUM_THREADS": 1, "DS_ACCELERATOR": "cpu"}
     ranks = []
@@ -181,7 +181,7 @@ def rows(run: str | Path, name: str = "log.jsonl") -> list[dict]:
 
 
 def assert_rows_close(logged: list[dict], expected: list[dict]) -> None:
-    """Assert equality up to the rounding of sums in another order, times left out."""
+    """Assert that logs are equal, except for times and the rounding of sums in another order."""
     for row, other in zip(logged, expected, strict=True):
         names = row.keys() - {"seconds", "samples_per_second"}
         assert {name: row[name] for name in names} == pytest.approx({name: other[name] for name in names}, rel=1e-5)
@@ -216,7 +216,7 @@ def different(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> l
 def weights(trainer, *, momentum_encoder: bool = True) -> dict[str, torch.Tensor]:
     from deepspeed import zero
 
-    with zero.GatheredParameters(list(trainer.model.parameters())):  # does nothing before stage 3
+    with zero.GatheredParameters(list(trainer.model.parameters())):  # does nothing below stage 3
         state = trainer.model.state_dict()
         return {
             name: tensor.clone()

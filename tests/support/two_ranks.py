@@ -1,4 +1,4 @@
-"""Two gloo processes that run one function of the tests."""
+"""Run a function of a test in two gloo processes."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ WORLD = 2
 
 
 def run_on_two_ranks(function: Callable[[int], object], folder: Path) -> list:
-    """``[function(0), function(1)]``, each called in a process of its own inside one gloo world, by this one's backend.
+    """``[function(0), function(1)]``, each called in its own process of one gloo world, with this process's backend.
 
-    The processes stay for the next call: most of their time is the import of torch. Where one fails they end.
+    The processes are kept for the next call, since importing torch takes most of their time. A failure ends them.
     """
     calls = [
         pool.submit(_call, rank, function, str(folder), _backend.named()) for rank, pool in enumerate(_processes())
@@ -42,7 +42,7 @@ def _processes() -> list[ProcessPoolExecutor]:
 
 
 def _end() -> None:
-    """The other rank may wait for the one that failed: it is killed."""
+    """Kill the processes: one rank may be waiting for the one that failed."""
     for pool in _processes():
         for process in pool._processes.values():
             process.kill()

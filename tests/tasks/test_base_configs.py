@@ -1,4 +1,4 @@
-"""The full-size configurations: they load, build models of the published size, and one begins where another ended."""
+"""The full-size configurations load and build models of the published size; a run starts from another's weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def load(name: str) -> Config:
 
 
 @pytest.mark.parametrize("name", BASE)
-def test_full_size(name: str) -> None:
+def test_softmask_models_have_the_published_size(name: str) -> None:
     """ViT-B/16 (86 million weights) and BERT-base (109.5) with six cross-attentions (14.2), projections and heads."""
     config = load(name)
     with torch.device("meta"):
@@ -37,7 +37,7 @@ def test_full_size(name: str) -> None:
     assert (config.train.precision, config.model.momentum, config.model.alpha) == ("bf16", 0.995, 0.4)
 
 
-def test_full_size_sycoca() -> None:
+def test_sycoca_has_the_published_size() -> None:
     """ViT-B/18 (86 million weights), a text encoder (109), a decoder (170) and its head (23), an image decoder (57)."""
     config = load("sycoca_base.yaml")
     with torch.device("meta"):
@@ -51,8 +51,8 @@ def test_full_size_sycoca() -> None:
     assert (8 * config.train.batch_size, config.train.epochs, config.train.precision) == (2048, 20, "bf16")
 
 
-def test_full_size_coca() -> None:
-    """SyCoCa's without the image decoder, with a pooler (2.6 million weights) of 256 queries and one."""
+def test_coca_has_the_published_size() -> None:
+    """SyCoCa without the image decoder, with a pooler (2.6 million weights) of 256 + 1 queries."""
     config, sycoca = load("coca_base.yaml"), load("sycoca_base.yaml")
     with torch.device("meta"):
         model = SyCoCa(config.model, special_ids=BERT)
@@ -85,7 +85,7 @@ def test_positions_and_class_tokens_do_not_decay(name: str) -> None:
     assert len(wide) == len(expected) and all(any(one.endswith(end) for one in wide) for end in expected)
 
 
-def test_what_the_papers_add_and_leave() -> None:
+def test_configurations_hold_the_published_settings() -> None:
     albef, softmask, retrieval = (load(name) for name in BASE)
     assert (albef.model.soft_mask, albef.model.gamma, albef.model.mask_text) == (False, 0.0, "mlm")
     assert (softmask.model.soft_mask, softmask.model.gamma, softmask.data.distort) == (True, 2.0, True)
@@ -105,7 +105,7 @@ def test_what_the_papers_add_and_leave() -> None:
 VIT = ["model.vision.name=vit_tiny_patch16_224", "train.steps=1", "train.batch_size=4"]
 
 
-def test_a_run_begins_with_the_weights_of_another(tmp_path: Path) -> None:
+def test_run_starts_from_the_weights_of_another(tmp_path: Path) -> None:
     """Weights, momentum encoder, queue and tokenizer, and position embeddings for larger images."""
     write_shard(tmp_path / "train.tar")
     first = run_here(make_config(tmp_path, *VIT, f"output={tmp_path / 'first'}"))

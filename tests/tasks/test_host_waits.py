@@ -1,4 +1,4 @@
-"""A training step reads no value from the device but by HostInts: a step of tensors without values runs through."""
+"""A training step reads values from the device only by HostInts, so it runs on fake tensors, which have none."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from tests.support.model_fixtures import COCA, POOLED, small_batch, small_model,
 NUMBERS = {2: [20, 4], 1: [45]}  # masked tokens and the most in a caption; tokens of the hard negatives
 
 
-class Known:
-    """HostInts whose integers arrived."""
+class FakeHostInts:
+    """HostInts with fixed integers."""
 
     def __init__(self, *values: Tensor) -> None:
         self.numbers = NUMBERS[len(values)]
@@ -28,7 +28,7 @@ class Known:
         return self.numbers
 
 
-def step_without_values(model: SoftMaskPP | SyCoCa, batch: Batch) -> None:
+def run_fake_step(model: SoftMaskPP | SyCoCa, batch: Batch) -> None:
     mode = FakeTensorMode()
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -49,15 +49,15 @@ def step_without_values(model: SoftMaskPP | SyCoCa, batch: Batch) -> None:
         model.enqueue(output)
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
     with mode, pytest.raises(DataDependentOutputException):
-        output.loss.item()  # what any other reading would raise
+        output.loss.item()  # as would any other read
 
 
 @pytest.mark.parametrize("mask_text", ["all", "mlm"])
 @pytest.mark.parametrize("cam_source", ["online", "recompute", "momentum"])
-def test_step_without_values(monkeypatch: pytest.MonkeyPatch, mask_text: str, cam_source: str) -> None:
-    monkeypatch.setattr(softmask_pp, "HostInts", Known)
+def test_softmask_step_runs_on_fake_tensors(monkeypatch: pytest.MonkeyPatch, mask_text: str, cam_source: str) -> None:
+    monkeypatch.setattr(softmask_pp, "HostInts", FakeHostInts)
     monkeypatch.setattr(Packing, "of", staticmethod(Packing))  # as on a device: the given number of tokens
-    step_without_values(small_model(mask_text=mask_text, cam_source=cam_source), small_batch())
+    run_fake_step(small_model(mask_text=mask_text, cam_source=cam_source), small_batch())
 
 
 @pytest.mark.parametrize(
@@ -71,6 +71,6 @@ def test_step_without_values(monkeypatch: pytest.MonkeyPatch, mask_text: str, ca
     ],
     ids=str,
 )
-def test_sycocas_step_without_values(monkeypatch: pytest.MonkeyPatch, options: dict) -> None:
+def test_sycoca_step_runs_on_fake_tensors(monkeypatch: pytest.MonkeyPatch, options: dict) -> None:
     monkeypatch.setattr(Packing, "of", staticmethod(Packing))
-    step_without_values(small_sycoca(**options), small_batch(dtype=torch.float64))
+    run_fake_step(small_sycoca(**options), small_batch(dtype=torch.float64))

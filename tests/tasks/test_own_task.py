@@ -1,4 +1,4 @@
-"""A task of a user's own package is trained, evaluated and shown without a line of ours that knows it."""
+"""A task of a user's own package is trained, evaluated and reported without changes to softmask."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ def config(tmp_path: Path) -> Config:
     return load_config(path)
 
 
-def test_it_is_trained_evaluated_and_shown(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_own_task_is_trained_evaluated_and_reported(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     trainer = run_here(config)
     assert isinstance(trainer.model, TwoEncoders) and trainer.finished
     rows = [json.loads(line) for line in (Path(config.output) / "log.jsonl").read_text().splitlines()]
@@ -56,9 +58,11 @@ def test_it_is_trained_evaluated_and_shown(config: Config, tmp_path: Path, capsy
         assert text in page
 
 
-def test_names_of_tasks_and_sections(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_names_of_tasks_and_sections_are_refused(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert {"softmask_pp", "sycoca"} <= set(known())
-    for name, said in (
+    for name, message in (
         ("coca", "method: expected softmask_pp, sycoca or module:Class of a task of your own, got 'coca'"),
         ("no.such:Task", "method: no.such:Task cannot be imported (No module named 'no')"),
         ("tests.support.own_task:Nothing", "cannot be imported (module 'tests.support.own_task' has no attribute"),
@@ -66,12 +70,12 @@ def test_names_of_tasks_and_sections(config: Config, tmp_path: Path, monkeypatch
     ):
         with pytest.raises(ValueError) as error:
             find_task(name)
-        assert said in str(error.value)
+        assert message in str(error.value)
         save_config(config, tmp_path / "config.yaml")
         with pytest.raises(ConfigError) as error:
             load_config(tmp_path / "config.yaml", [f"method={name}"])
-        assert said in str(error.value)
-    for name, said in (
+        assert message in str(error.value)
+    for name, message in (
         (
             "nothing",
             "expected retrieval, grounding, captioning, reconstruction, zero_shot or module:Class, got 'nothing'",
@@ -81,7 +85,7 @@ def test_names_of_tasks_and_sections(config: Config, tmp_path: Path, monkeypatch
     ):
         with pytest.raises(ValueError, match="evaluation section") as error:
             find_section(name)
-        assert said in str(error.value)
+        assert message in str(error.value)
     monkeypatch.setattr(type(config.task), "sections", lambda *_: ("nothing",))
     with pytest.raises(ConfigError, match="own_task:TwoEncodersTask: evaluation section: expected retrieval"):
         sections_of(SimpleNamespace(config=config))

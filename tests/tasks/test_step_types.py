@@ -1,4 +1,4 @@
-"""The types in which one training step of each method multiplies under bf16 autocast."""
+"""The types in which a training step of each method multiplies under bf16 autocast."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.kernel_cases import needs_cpp
 from tests.support.model_fixtures import small_batch, small_model, small_sycoca
 
 HALF = torch.bfloat16
-# Of our ops the tensors that are multiplied, by position.
+# Positions of the arguments that each op multiplies.
 OPERANDS = {
     "word_attention": (0, 1, 3, 4),
     "soft_mask_attention": (0, 1, 2),
@@ -27,7 +27,7 @@ OPERANDS = {
 
 
 class Products(TorchDispatchMode):
-    """Counts (op, types of what it multiplies)."""
+    """Counts (op, types that it multiplies)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Products(TorchDispatchMode):
             self.seen[name, tuple(sorted({one.dtype for one in given}, key=str))] += 1
         elif func.namespace == "aten" and (name in ("mm", "bmm", "addmm", "baddbmm") or "attention" in name):
             given = [one for one in args if isinstance(one, Tensor) and one.is_floating_point() and one.dim() in (2, 4)]
-            given = given[:4] if "attention" in name else given  # behind them are sums of exponentials
+            given = given[:4] if "attention" in name else given  # the others are sums of exponentials
             self.seen[name, tuple(sorted({one.dtype for one in given}, key=str))] += 1
         return func(*args, **(kwargs or {}))
 
@@ -59,9 +59,8 @@ def products(model: torch.nn.Module, backend: str) -> dict[str, set[torch.dtype]
 
 @needs_cpp
 @pytest.mark.parametrize("method", ["softmask_pp", "sycoca"])
-def test_products_of_an_autocast_step(method: str) -> None:
-    """Keys, values and queries stay bf16 beside a bias that is a parameter in fp32. Normalized features are fp32, as
-    the losses' own rounding asks for."""
+def test_autocast_step_multiplies_in_bf16(method: str) -> None:
+    """Queries, keys and values stay bf16 beside an fp32 bias. Normalized features are fp32, as the losses require."""
     model = (small_model() if method == "softmask_pp" else small_sycoca()).float()
     found = products(model, "cpp")
     losses = {name: found.pop(name) for name in list(found) if "contrastive" in name}

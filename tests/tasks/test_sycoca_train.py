@@ -1,4 +1,4 @@
-"""The trainer with SyCoCa: it learns, resumes to the bit at every ZeRO stage, and its retrieval is evaluated."""
+"""The trainer with SyCoCa: it resumes bit for bit at every ZeRO stage, and the run is evaluated and reported."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.support.train_fixtures import different, make_config, make_sycoca_con
 @pytest.mark.parametrize(
     ("stage", "queue"), [(0, 0), (2, 0), (3, 0), (0, 32), pytest.param(3, 32, marks=pytest.mark.slow)]
 )
-def test_a_stopped_run_goes_on_exactly(
+def test_stopped_run_resumes_exactly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture, stage: int, queue: int
 ) -> None:
     options = (f"deepspeed.zero_optimization.stage={stage}", f"model.queue_size={queue}", "model.momentum=0.9")
@@ -64,7 +64,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_the_stages_train_alike(tmp_path: Path, options: list[str]) -> None:
+def test_zero_stages_train_alike(tmp_path: Path, options: list[str]) -> None:
     losses = {stage: losses_at_stage(tmp_path, f"stage{stage}", stage, options) for stage in (0, 1, 2, 3)}
     for stage in (1, 2, 3):
         assert losses[stage] == pytest.approx(losses[0], rel=1e-5)
@@ -76,8 +76,10 @@ def losses_at_stage(folder: Path, name: str, stage: int, options: Sequence[str] 
     return [row["loss"] for row in rows(config.output)]
 
 
-def test_the_stages_train_alike_with_the_caption_loss_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At stage 3 the head's weight is fetched again for the logits that are made again."""
+def test_zero_stages_train_alike_with_the_caption_loss_in_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At stage 3, the head's weight must be gathered again to recompute the logits."""
     common = ["optimizer.eps=1e-5"]  # well above rounding
     whole = losses_at_stage(tmp_path, "whole", 0, common)
     monkeypatch.setattr(caption_head, "MOST_LOGITS", 8 * 64)  # eight tokens
@@ -106,8 +108,8 @@ def test_evaluation_ranks_by_itc_alone(run: Config) -> None:
     assert result["retrieval"]["images"] == 16 and "itm" not in result["retrieval"] and "grounding" not in result
 
 
-def test_evaluation_attends_by_torch(run: Config, tmp_path: Path) -> None:
-    """Weights are fp32 in evaluation, which flash-attn does not take, and the package need not be on this machine."""
+def test_evaluation_uses_torch_attention(run: Config, tmp_path: Path) -> None:
+    """Weights are fp32 in evaluation, which flash-attn does not take, and the package may not be installed."""
     checkpoint = shutil.copytree(find_checkpoint(run.output), tmp_path / "step_00000001")
     path = checkpoint / "config.yaml"
     text = path.read_text(encoding="utf-8")
@@ -117,7 +119,7 @@ def test_evaluation_attends_by_torch(run: Config, tmp_path: Path) -> None:
     assert loaded.model.text.attention == model.backbone.text.blocks[0].attention.library == "sdpa"
 
 
-def test_evaluation_writes_and_reconstructs(run: Config) -> None:
+def test_evaluation_scores_captions_and_reconstructions(run: Config) -> None:
     result = json.loads((Path(run.output) / "metrics.json").read_text())
     section = result["captioning"]
     assert (section["samples"], section["beams"]) == (16, 2)
@@ -130,7 +132,7 @@ def test_evaluation_writes_and_reconstructs(run: Config) -> None:
     assert "zero_shot" not in result  # no image has objects
 
 
-def test_the_gap_is_of_the_models_own_loss(run: Config) -> None:
+def test_reconstruction_gap_equals_that_of_the_model_loss(run: Config) -> None:
     """All images in one batch, by the model's own calls: the same patches reconstructed by either caption."""
     scorer = command.load_scorer(find_checkpoint(run.output), batch_size=5)
     model = scorer.model
@@ -151,7 +153,7 @@ def test_the_gap_is_of_the_models_own_loss(run: Config) -> None:
     assert [section["right"], section["wrong"]] == pytest.approx(losses, rel=1e-5)
 
 
-def test_the_report_shows_captions_and_reconstructions(run: Config) -> None:
+def test_report_shows_captions_and_reconstructions(run: Config) -> None:
     data = run.data.train
     assert report.main([run.output, "--data", data, "--scenes", "3"]) == 0
     page = (Path(run.output) / "report.html").read_text(encoding="utf-8")
@@ -180,7 +182,7 @@ def test_captions_do_not_depend_on_the_batch_size(run: Config) -> None:
     assert error.max() < 1e-10
 
 
-def test_the_method_says_what_the_model_section_is(tmp_path: Path) -> None:
+def test_method_determines_the_model_section(tmp_path: Path) -> None:
     assert isinstance(make_sycoca_config(tmp_path, "a").model, SyCoCaConfig)
     with pytest.raises(ConfigError, match=r"model\.cam_layer: unknown key"):
         make_sycoca_config(tmp_path, "b", "model.cam_layer=1")

@@ -89,7 +89,7 @@ def test_overrides(write) -> None:
         ("seed.x=1", ["seed.x", "has no keys to override"]),
     ],
 )
-def test_refused(write, override: str, parts: list[str]) -> None:
+def test_bad_overrides_are_refused(write, override: str, parts: list[str]) -> None:
     with pytest.raises(ConfigError) as error:
         load_config(write(MINIMAL + "seed: 0\n"), [override])
     message = str(error.value)
@@ -98,7 +98,7 @@ def test_refused(write, override: str, parts: list[str]) -> None:
 
 
 @pytest.mark.parametrize("key", OWNED_DEEPSPEED_KEYS)
-def test_deepspeed_keys_of_ours_are_refused(write, key: str) -> None:
+def test_deepspeed_keys_that_the_trainer_sets_are_refused(write, key: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(f"use {OWNED_DEEPSPEED_KEYS[key]} instead")):
         load_config(write(MINIMAL), [f"deepspeed.{key}=1"])
 
@@ -121,7 +121,7 @@ def test_installed_configurations_are_found_by_name(tmp_path, monkeypatch) -> No
         load_config("configs/demo.yaml")
 
 
-def test_files_that_cannot_be_used(write, tmp_path) -> None:
+def test_unreadable_files_are_refused(write, tmp_path) -> None:
     with pytest.raises(ConfigError, match="cannot read .*missing.yaml: No such file"):
         load_config(tmp_path / "missing.yaml")
     with pytest.raises(ConfigError, match="is not YAML"):
@@ -132,8 +132,8 @@ def test_files_that_cannot_be_used(write, tmp_path) -> None:
         load_config(write("output: x\n"))
 
 
-def test_numbers_as_people_write_them(write, tmp_path) -> None:
-    """YAML 1.1 reads 5e8 and 1e-4 as texts."""
+def test_numbers_in_exponent_notation_are_read(write, tmp_path) -> None:
+    """YAML 1.1 reads 5e8 and 1e-4 as strings."""
     text = "output: x\ntrain: {steps: 1e3}\noptimizer: {lr: 5e-4, min_lr: 1.e-5}\ndeepspeed: {zero_optimization: %s}"
     for section in ("{stage: 2, reduce_bucket_size: 5e8}", '{"stage": 2, "reduce_bucket_size": 500_000_000}'):
         config = load_config(write(text % section))
@@ -143,13 +143,13 @@ def test_numbers_as_people_write_them(write, tmp_path) -> None:
     assert load_config(write(MINIMAL + "deepspeed: zero.json\n")).deepspeed["zero_optimization"]["stage"] == 1
 
 
-def test_what_only_yaml_1_1_takes_for_numbers_is_none(write) -> None:
+def test_yaml_1_1_octal_binary_and_base_60_numbers_are_refused(write) -> None:
     for text in ("010", "1:30", "0b1", "08"):
         with pytest.raises(ConfigError, match=f"train.steps: expected int, got str '{text}'"):
             load_config(write(MINIMAL), [f"train.steps={text}"])
 
 
-def test_several_places_of_data(write, tmp_path) -> None:
+def test_data_may_be_a_list(write, tmp_path) -> None:
     config = load_config(write(MINIMAL), ["data.train=[a.tar, b-*.tar]"])
     assert config.data.train == ("a.tar", "b-*.tar")
     save_config(config, tmp_path / "saved.yaml")
@@ -158,7 +158,7 @@ def test_several_places_of_data(write, tmp_path) -> None:
         load_config(write(MINIMAL), ["data.train={a: b}"])
 
 
-def test_what_is_given_twice_is_refused(write, tmp_path) -> None:
+def test_duplicate_keys_are_refused(write, tmp_path) -> None:
     with pytest.raises(ConfigError, match="'train' is given twice.* line 3"):
         load_config(write(MINIMAL + "train: {steps: 20}\n"))
     (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 1, "stage": 2}}')
@@ -168,7 +168,7 @@ def test_what_is_given_twice_is_refused(write, tmp_path) -> None:
         load_config(write(MINIMAL), ["data.train=a0.tar", "data.train=a1.tar"])
 
 
-def test_home_is_expanded(write, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_home_directory_is_expanded(write, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/of/me")
     paths = ["output=~/run", "init=~/first", "data.tokenizer=~/words", "data.image_root=~/images"]
     config = load_config(write(MINIMAL), [*paths, "model.text.checkpoint=~/bert", "model.vision.checkpoint=~/vit"])
@@ -177,12 +177,12 @@ def test_home_is_expanded(write, monkeypatch: pytest.MonkeyPatch) -> None:
     assert config.data.image_root == "/of/me/images"
 
 
-def test_a_pointer_of_git_lfs_is_named(write) -> None:
+def test_git_lfs_pointer_is_refused(write) -> None:
     with pytest.raises(ConfigError, match=r"config.yaml is a pointer of git-lfs, not the file: run git lfs pull"):
         load_config(write("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"))
 
 
-def test_saved_configuration_reads_equal(tmp_path) -> None:
+def test_saved_configuration_loads_equal(tmp_path) -> None:
     config = make_config(
         tmp_path, "deepspeed.zero_optimization.stage=1", "optimizer.eps=1e-10", "optimizer.lr_scales={a.b: 2}"
     )
@@ -194,7 +194,7 @@ def test_saved_configuration_reads_equal(tmp_path) -> None:
     assert load_config(tmp_path / "saved.yaml") == config
 
 
-def test_json_is_read_too(tmp_path) -> None:
+def test_json_files_are_read(tmp_path) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"output": "x", "train": {"epochs": 2}}))
     assert load_config(path).train.epochs == 2.0

@@ -27,7 +27,7 @@ EARLIER = {
 
 
 def renamed(node: Any, method: str) -> Any:
-    """Names of parameters in a file of DeepSpeed's as an earlier release wrote them."""
+    """A DeepSpeed file with the parameter names of an earlier release."""
     earlier = find_task(method).earlier_name
     if isinstance(node, dict):
         return type(node)((earlier(k) if isinstance(k, str) else k, renamed(v, method)) for k, v in node.items())
@@ -75,7 +75,7 @@ def stop_at_two(monkeypatch: pytest.MonkeyPatch) -> None:
         (3, "sycoca"),
     ],
 )
-def test_a_run_of_an_earlier_release_resumes(
+def test_run_of_an_earlier_release_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, stage: int
 ) -> None:
     options = (f"deepspeed.zero_optimization.stage={stage}",)
@@ -97,7 +97,7 @@ def test_a_run_of_an_earlier_release_resumes(
     assert [name for name in expected if not torch.equal(got[name], expected[name])] == []
 
 
-def test_earlier_names_in_a_configuration(tmp_path: Path) -> None:
+def test_earlier_parameter_names_in_a_configuration_are_converted(tmp_path: Path) -> None:
     config = make_sycoca_config(tmp_path, "run", SCALES)
     assert config.optimizer.lr_scales == {"backbone.vision.vit": 2, "backbone.text_projection": 3, "caption_head": 4}
     save_config(config, tmp_path / "saved.yaml")
@@ -111,16 +111,16 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Config:
     return config
 
 
-def begin(first: Config, folder: Path, *options: str) -> tuple[Trainer, dict[str, torch.Tensor]]:
+def start_from_first(first: Config, folder: Path, *options: str) -> tuple[Trainer, dict[str, torch.Tensor]]:
     """A trainer that starts from the first run, and that run's weights."""
     data = Path(first.output).parent / "train.tar"
     trainer = make_trainer(make_config(folder, f"init={first.output}", *options, data=data))
     return trainer, load_model(first.output)[0].state_dict()
 
 
-def test_heads_may_be_new(first: Config, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+def test_heads_named_by_init_heads_start_afresh(first: Config, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     wider = ("model.embed_dim=24", "init_heads=[backbone.image_projection, backbone.text_projection]")
-    trainer, given = begin(first, tmp_path, *wider)
+    trainer, given = start_from_first(first, tmp_path, *wider)
     line = next(line for line in capfd.readouterr().err.splitlines() if line.startswith("weights"))
     for name in ("backbone.image_projection.weight", "momentum_encoder.text_projection.bias", "contrast.image_queue"):
         assert f"{name} new" in line
@@ -144,11 +144,13 @@ def test_heads_may_be_new(first: Config, tmp_path: Path, capfd: pytest.CaptureFi
         (["init_heads=[itm_haed]"], "init_heads: no parameter's name starts with 'itm_haed', but with backbone.fusion"),
     ],
 )
-def test_other_heads_are_refused(first: Config, tmp_path: Path, options: list[str], message: str) -> None:
+def test_mismatched_and_misspelt_heads_are_refused(
+    first: Config, tmp_path: Path, options: list[str], message: str
+) -> None:
     with pytest.raises(CheckpointError, match=message):
-        begin(first, tmp_path, *options)
+        start_from_first(first, tmp_path, *options)
 
 
-def test_heads_need_a_run_to_start_from(tmp_path: Path) -> None:
+def test_init_heads_needs_init(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="init_heads: expected nothing without init, got"):
         make_config(tmp_path, "init_heads=[itm_head]")

@@ -1,4 +1,4 @@
-"""Failures of the machine are one line: memory, ports, killed workers, ranks that end."""
+"""Failures of the machine end in one line: memory, ports, killed workers, lost ranks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.support.train_fixtures import ROOT, make_config
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has ... of which ...")
 
 
-class Killed(Dataset):
+class KilledWorker(Dataset):
     def __len__(self) -> int:
         return 2
 
@@ -35,7 +35,7 @@ class Killed(Dataset):
 
 
 def raised(call) -> Exception:
-    with pytest.raises(Exception) as caught:  # the text is tested
+    with pytest.raises(Exception) as caught:  # the caller tests the message
         call()
     return caught.value
 
@@ -43,7 +43,7 @@ def raised(call) -> Exception:
 def test_real_failures_are_explained() -> None:
     cases = {
         "out of memory: less (": lambda: torch.empty(1 << 46),
-        "data.workers: a worker died": lambda: list(DataLoader(Killed(), num_workers=1)),
+        "data.workers: a worker died": lambda: list(DataLoader(KilledWorker(), num_workers=1)),
     }
     for expected, call in cases.items():
         line = explain(raised(call), smaller="less")
@@ -64,9 +64,9 @@ except Exception as error:
 
 
 @pytest.mark.parametrize(
-    ("rank", "said"), [("0", "MASTER_PORT: port {} is taken on this machine"), ("1", "cannot reach rank 0 there")]
+    ("rank", "message"), [("0", "MASTER_PORT: port {} is taken on this machine"), ("1", "cannot reach rank 0 there")]
 )
-def test_a_port_that_is_taken_and_a_rank_0_that_is_not_there(rank: str, said: str) -> None:
+def test_taken_port_and_unreachable_rank_0_are_explained(rank: str, message: str) -> None:
     with socket.socket() as taken:
         taken.bind(("", 0))
         port = str(taken.getsockname()[1])
@@ -75,7 +75,7 @@ def test_a_port_that_is_taken_and_a_rank_0_that_is_not_there(rank: str, said: st
         world = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         command = [sys.executable, "-c", JOIN]
         output = subprocess.run(command, env=os.environ | world, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert said.format(port) in output.stdout and len(output.stdout.splitlines()) == 1, output
+    assert message.format(port) in output.stdout and len(output.stdout.splitlines()) == 1, output
 
 
 RANK = """
@@ -94,7 +94,7 @@ except Exception as error:
 
 
 @pytest.mark.parametrize("leaves", [0, 1])
-def test_a_rank_that_ends_is_the_others_line(leaves: int, tmp_path: Path) -> None:
+def test_lost_rank_is_explained_on_the_other_rank(leaves: int, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("", 0))
         port = str(free.getsockname()[1])
@@ -104,19 +104,19 @@ def test_a_rank_that_ends_is_the_others_line(leaves: int, tmp_path: Path) -> Non
                          stdout=subprocess.PIPE, text=True)
         for rank in range(2)
     ]  # fmt: skip
-    said = [process.communicate(timeout=120)[0] for process in ranks]
-    assert said[leaves] == ""
-    assert said[1 - leaves].startswith("lost the connection to another rank; the rank that ended first says why (")
+    outputs = [process.communicate(timeout=120)[0] for process in ranks]
+    assert outputs[leaves] == ""
+    assert outputs[1 - leaves].startswith("lost the connection to another rank; the rank that ended first says why (")
 
 
-def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     check_device(1, 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     with pytest.raises(ConfigError, match=r"below 1 \(CUDA_VISIBLE_DEVICES=3\), got 1; start as many ranks as GPUs"):
         check_device(1, 1)
 
 
-def test_commands_end_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_out_of_memory_ends_commands_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     def fail(*_arguments: object, **_options: object) -> None:
         raise OUT_OF_MEMORY
 
@@ -139,6 +139,6 @@ def test_commands_end_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         output = capsys.readouterr()
         (line,) = (output.out + output.err).splitlines()
         assert line.startswith(advice)
-    monkeypatch.setattr(pretrain, "train", lambda *_, **__: 1 / 0)  # a bug stays a traceback
+    monkeypatch.setattr(pretrain, "train", lambda *_, **__: 1 / 0)  # a bug must keep its traceback
     with pytest.raises(ZeroDivisionError):
         pretrain.main(["--config", str(config)])

@@ -1,4 +1,4 @@
-"""Ranks from the variables of torchrun, srun and mpirun; incomplete ones are refused."""
+"""Ranks from the variables of torchrun, srun and mpirun; incomplete variables are refused."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1234"}
 
 
-def test_a_process_that_nobody_launched_is_rank_0_of_1() -> None:
+def test_process_without_a_launcher_is_rank_0_of_1() -> None:
     batch_script = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
     for given in ({}, batch_script, batch_script | {"SLURM_STEP_NUM_TASKS": "1"}):
         found = rank_variables(given)
@@ -37,14 +37,14 @@ def test_a_process_that_nobody_launched_is_rank_0_of_1() -> None:
         ({"RANK": "1", "WORLD_SIZE": "2", "SLURM_LOCALID": "0", "MASTER_ADDR": "d"}, ("1", "2", "0", "d", "29500")),
     ],
 )
-def test_ranks(given: dict[str, str], expected: tuple[str, ...]) -> None:
+def test_ranks_are_read_from_the_launchers_variables(given: dict[str, str], expected: tuple[str, ...]) -> None:
     found = rank_variables(given)
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     assert tuple(found[name] for name in names) == expected
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "message"),
     [
         ({"RANK": "0"}, "RANK is set without WORLD_SIZE"),
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2 without RANK"),
@@ -65,15 +65,15 @@ def test_ranks(given: dict[str, str], expected: tuple[str, ...]) -> None:
         (OPEN_MPI, "OMPI_COMM_WORLD_RANK is set without MASTER_ADDR"),
     ],
 )
-def test_what_is_half_set_is_refused(given: dict[str, str], said: str) -> None:
+def test_incomplete_or_invalid_variables_are_refused(given: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         rank_variables(given)
-    assert said in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("nodes", "first"),
     [("a", "a"), ("a,b", "a"), ("gpu[03-06,09],cpu1", "gpu03"), ("n[7]-ib", "n7-ib"), ("x-y[1,4-5],z", "x-y1")],
 )
-def test_the_first_node_of_a_list(nodes: str, first: str) -> None:
+def test_first_node_of_a_slurm_node_list(nodes: str, first: str) -> None:
     assert first_node(nodes) == first

@@ -18,7 +18,7 @@ ZERO = [0, 1, 2, 3]
 pytestmark = pytest.mark.usefixtures("plain_linear")
 
 
-def test_learning_rate() -> None:
+def test_learning_rate_warms_up_and_follows_a_cosine() -> None:
     config = OptimizerConfig(lr=2.0, min_lr=0.5, warmup_steps=4)
     factors = [lr_factor(step, config, steps=14) for step in range(14)]
     assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
@@ -27,12 +27,12 @@ def test_learning_rate() -> None:
     torch.testing.assert_close(torch.tensor(factors[4:], dtype=torch.float64), cosine)
 
 
-def test_alpha_ramp() -> None:
+def test_alpha_at_ramps_up_linearly() -> None:
     assert [alpha_at(step, alpha=0.4, warmup_steps=4) for step in (0, 1, 2, 4, 9)] == [0.0, 0.1, 0.2, 0.4, 0.4]
     assert alpha_at(0, alpha=0.4, warmup_steps=0) == 0.4
 
 
-def test_random_state_follows_from_its_arguments() -> None:
+def test_seed_everything_depends_on_all_its_arguments() -> None:
     def draw(*arguments: int) -> float:
         seed_everything(*arguments)
         return torch.rand(()).item()
@@ -70,8 +70,8 @@ def test_weight_decay_spares_vectors_positions_and_class_tokens(tmp_path) -> Non
     assert any(names[id(p)] == "temperature" for p in plain["params"])
 
 
-def test_learning_rates_of_parts(tmp_path) -> None:
-    """The longest prefix of a parameter's name counts, by whole parts ("text" is not a prefix of "text_x")."""
+def test_lr_scales_apply_to_the_longest_matching_prefix(tmp_path) -> None:
+    """Prefixes are of whole parts of a name: "text" is not one of "text_x"."""
     model = make_trainer(make_config(tmp_path)).model
     scales = {"backbone.text": 0.5, "backbone.text.embeddings": 4.0, "itm_head.weight": 2.0}
     config = OptimizerConfig(lr=1e-2, weight_decay=0.1, lr_scales=scales)
@@ -89,6 +89,6 @@ def test_learning_rates_of_parts(tmp_path) -> None:
     assert found["backbone.text_projection.weight"] == found["backbone.fusion.layers.0.feed_forward.up.weight"] == 1.0
 
 
-def test_a_learning_rate_for_no_parameter_is_refused(tmp_path) -> None:
+def test_lr_scale_that_matches_no_parameter_is_refused(tmp_path) -> None:
     with pytest.raises(ConfigError, match=r"optimizer.lr_scales: no trained parameter's .* starts with 'backbone.txt'"):
         make_trainer(make_config(tmp_path, "optimizer.lr_scales={backbone.txt: 2}"))

@@ -23,7 +23,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 
 def recorded(config: Config) -> list[str]:
-    """Names of the events of the trace, one for each of its calls."""
+    """Names of the events in the trace, once per call."""
     trace = json.loads((Path(config.output) / "profile" / "trace.json").read_text())
     return [event["name"] for event in trace["traceEvents"] if event.get("ph") == "X"]
 
@@ -32,11 +32,11 @@ def losses(config: Config) -> list[dict]:
     return [{key: row[key] for key in row.keys() - {"seconds", "samples_per_second"}} for row in rows(config.output)]
 
 
-def test_nothing_is_recorded_unless_asked_for(plain: Config) -> None:
+def test_profiling_is_off_by_default(plain: Config) -> None:
     assert plain.train.profile.steps == 0 and not (Path(plain.output) / "profile").exists()
 
 
-def test_a_window_of_steps_is_recorded_and_changes_no_bit(
+def test_profiling_records_a_window_and_changes_no_bit(
     plain: Config, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     options = ["train.steps=5", "train.checkpoint_every=2", "train.profile={start: 1, steps: 2}"]
@@ -52,15 +52,15 @@ def test_a_window_of_steps_is_recorded_and_changes_no_bit(
     assert different(saved_state(config.output), saved_state(plain.output)) == []
 
 
-def test_a_window_of_accumulated_steps_from_the_first_step_on(plain: Config, tmp_path: Path) -> None:
+def test_window_counts_optimizer_steps_under_accumulation(plain: Config, tmp_path: Path) -> None:
     options = ["train.steps=2", "train.accumulation=2", "train.profile={start: 0, steps: 1}"]
     config = make_config(tmp_path, *options, data=Path(plain.data.train))
     run_here(config)
     assert recorded(config).count("softmask/forward") == 2 and recorded(config).count("softmask/momentum") == 1
 
 
-def test_steps_are_counted_from_the_resumed_one(plain: Config, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
-    """Also: the window may be given or changed when a run is resumed."""
+def test_window_is_counted_from_the_resumed_step(plain: Config, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    """The window may be set or changed when a run is resumed."""
     checkpoint = find_checkpoint(Path(plain.output) / "checkpoints" / "step_00000004")
     config = make_config(tmp_path, "train.steps=7", "train.profile={start: 1, steps: 9}", data=Path(plain.data.train))
     run_here(config, checkpoint=checkpoint)
@@ -68,7 +68,7 @@ def test_steps_are_counted_from_the_resumed_one(plain: Config, tmp_path: Path, c
     assert "2 optimizer steps from step 6 on" in capfd.readouterr().err
 
 
-def test_a_run_that_ends_before_the_window_says_so(plain: Config, tmp_path: Path, capfd) -> None:
+def test_run_that_ends_before_the_window_reports_it(plain: Config, tmp_path: Path, capfd) -> None:
     config = make_config(tmp_path, "train.steps=1", "train.profile={steps: 1}", data=Path(plain.data.train))
     run_here(config)
     assert "profile  nothing recorded: the run ended before optimizer step 11" in capfd.readouterr().err
@@ -76,7 +76,7 @@ def test_a_run_that_ends_before_the_window_says_so(plain: Config, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("value", "said"),
+    ("value", "message"),
     [
         ("{start: -1}", "train.profile.start: expected an integer >= 0, got -1"),
         ("{steps: -1}", "train.profile.steps: expected an integer >= 0 .*, got -1"),
@@ -85,7 +85,7 @@ def test_a_run_that_ends_before_the_window_says_so(plain: Config, tmp_path: Path
         ("true", "train.profile: expected a mapping, got bool True"),
     ],
 )
-def test_wrong_values_are_refused(tmp_path: Path, value: str, said: str) -> None:
+def test_wrong_values_are_refused(tmp_path: Path, value: str, message: str) -> None:
     (tmp_path / "config.yaml").write_text("output: here\ntrain: {steps: 1}\n")
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         load_config(tmp_path / "config.yaml", [f"train.profile={value}"])

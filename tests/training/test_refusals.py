@@ -33,7 +33,7 @@ def _loaded(text: str, overrides: list[str]):
 
 
 @pytest.mark.parametrize("method", TEMPLATES)
-def test_every_key_set_wrong_is_read_or_refused_by_name(method: str) -> None:
+def test_wrong_values_of_every_key_are_accepted_or_refused_by_name(method: str) -> None:
     text, refused = TEMPLATES[method].format(output="o", data="d"), 0
     for key in keys(method):
         for value in WRONG:
@@ -41,16 +41,18 @@ def test_every_key_set_wrong_is_read_or_refused_by_name(method: str) -> None:
                 _loaded(text, [f"{key}={value}"])
             except ConfigError as error:
                 refused += 1
-                said, section = str(error), key.rpartition(".")[0]
-                assert "\n" not in said and (key in said or (section and section in said) or "model" in said), (
+                message, section = str(error), key.rpartition(".")[0]
+                assert "\n" not in message and (
+                    key in message or (section and section in message) or "model" in message
+                ), (
                     key,
-                    said,
+                    message,
                 )
     assert refused > 5 * len(keys(method))
 
 
 @pytest.mark.parametrize("method", TEMPLATES)
-def test_a_section_that_is_none_is_refused_by_name(method: str) -> None:
+def test_section_that_is_not_a_mapping_is_refused_by_name(method: str) -> None:
     tree = yaml.safe_load(TEMPLATES[method].format(output="o", data="d"))
     for key in {name.partition(".")[0] for name in keys(method)} | {"model.vision", "model.text"}:
         for value in ("3", "x", "[1]"):
@@ -66,7 +68,7 @@ PATHS = ("output", "init", "data.train", "data.tokenizer", "data.image_root", "m
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What a path may lead to: nothing, a folder, files of other kinds."""
+    """Places a path may lead to: nothing, a folder, files of other kinds."""
     folder = tmp_path_factory.mktemp("places")
     (folder / "folder").mkdir()
     (folder / "empty").touch()
@@ -79,7 +81,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("key", PATHS)
-def test_every_path_that_leads_elsewhere_is_one_line(
+def test_wrong_paths_are_refused_in_one_line(
     key: str, places: dict[str, str], tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     options = ["train.steps=1"]
@@ -106,7 +108,9 @@ def test_every_path_that_leads_elsewhere_is_one_line(
     assert config.output == str(tmp_path / "run")
 
 
-def test_a_configuration_that_is_no_file_is_one_line(places: dict[str, str], capfd: pytest.CaptureFixture) -> None:
+def test_unusable_configuration_file_is_refused_in_one_line(
+    places: dict[str, str], capfd: pytest.CaptureFixture
+) -> None:
     for name, place in places.items():
         capfd.readouterr()
         assert pretrain.main(["--config", place]) == 2, name
@@ -115,7 +119,7 @@ def test_a_configuration_that_is_no_file_is_one_line(places: dict[str, str], cap
 
 
 @pytest.mark.parametrize("resume", ["nowhere", "folder", "a.json", "loop"])
-def test_a_checkpoint_that_is_none_is_one_line(
+def test_path_without_a_checkpoint_is_refused_in_one_line(
     resume: str, places: dict[str, str], tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     make_sycoca_config(tmp_path, "run")
@@ -125,7 +129,7 @@ def test_a_checkpoint_that_is_none_is_one_line(
     assert line.startswith(f"error: {place}: expected a step_... checkpoint")
 
 
-def test_every_variable_of_a_launcher_set_wrong_is_refused_by_name() -> None:
+def test_wrong_values_of_every_launcher_variable_are_refused_by_name() -> None:
     for launcher in LAUNCHERS:
         good = {launcher.rank[0]: "1", launcher.world_size[0]: "2", launcher.local_rank[0]: "1"}
         good |= {"MASTER_ADDR": "a", "MASTER_PORT": "1"}
@@ -138,7 +142,7 @@ def test_every_variable_of_a_launcher_set_wrong_is_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("variable", "value", "said"),
+    ("variable", "value", "message"),
     [
         pytest.param(
             "SOFTMASK_BACKEND", "fast", "environment: SOFTMASK_BACKEND: expected one of 'auto'", marks=pytest.mark.slow
@@ -147,7 +151,9 @@ def test_every_variable_of_a_launcher_set_wrong_is_refused_by_name() -> None:
         ("DS_ACCELERATOR", "tpu", "environment: DS_ACCELERATOR: expected cpu"),
     ],
 )
-def test_a_variable_set_wrong_is_one_line(tmp_path: Path, variable: str, value: str, said: str) -> None:
+def test_wrong_environment_variable_is_refused_in_one_line(
+    tmp_path: Path, variable: str, value: str, message: str
+) -> None:
     """From the command line, in a fresh process."""
     make_config(tmp_path, "train.steps=1")
     environment = {name: text for name, text in os.environ.items() if name not in DISTRIBUTED} | {variable: value}
@@ -156,19 +162,19 @@ def test_a_variable_set_wrong_is_one_line(tmp_path: Path, variable: str, value: 
     command = [sys.executable, str(PRETRAIN), "--config", str(tmp_path / "base.yaml"), "train.steps=1"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert done.stderr.splitlines()[-1].startswith(f"error: {said}"), done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"error: {message}"), done.stderr
 
 
 @pytest.mark.parametrize(
-    ("variable", "value", "said"),
+    ("variable", "value", "message"),
     [
         ("WORLD_SIZE", "two", "WORLD_SIZE: expected a number"),
         ("RANK", "0", "RANK is set without WORLD_SIZE"),
         ("SLURM_PROCID", "3", "SLURM_PROCID is set without SLURM_STEP_NUM_TASKS"),
     ],
 )
-def test_a_launchers_variable_set_wrong_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd, variable: str, value: str, said: str
+def test_wrong_launcher_variable_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd, variable: str, value: str, message: str
 ) -> None:
     make_config(tmp_path, "train.steps=1")
     for name in DISTRIBUTED:
@@ -176,11 +182,11 @@ def test_a_launchers_variable_set_wrong_is_one_line(
     monkeypatch.setenv(variable, value)
     assert pretrain.main(["--config", str(tmp_path / "base.yaml"), "train.steps=1"]) == 2
     (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith(f"error: environment: {said}")
+    assert line.startswith(f"error: environment: {message}")
 
 
 @pytest.mark.parametrize(
-    ("section", "said"),
+    ("section", "message"),
     [
         ("{stge: 1}", "deepspeed.zero_optimization.stge: "),
         ("{stage: 1, reduce_bucket_size: many}", "deepspeed.zero_optimization.reduce_bucket_size: "),
@@ -189,8 +195,8 @@ def test_a_launchers_variable_set_wrong_is_one_line(
         ("{stage: 1, offload_optimizer: {device: disk}}", "deepspeed.zero_optimization.offload_optimizer.device: "),
     ],
 )
-def test_what_deepspeed_refuses_is_one_line(tmp_path: Path, capfd, section: str, said: str) -> None:
+def test_errors_of_deepspeed_are_one_line(tmp_path: Path, capfd, section: str, message: str) -> None:
     make_config(tmp_path, "train.steps=1")
     arguments = ["--config", str(tmp_path / "base.yaml"), "train.steps=1", f"deepspeed.zero_optimization={section}"]
     assert pretrain.main(arguments) == 2
-    assert capfd.readouterr().err.splitlines()[-1].startswith(f"error: {said}")
+    assert capfd.readouterr().err.splitlines()[-1].startswith(f"error: {message}")

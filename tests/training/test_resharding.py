@@ -1,5 +1,5 @@
-"""A checkpoint of one ZeRO stage and number of ranks goes on in another: its state to the bit, its losses as well as
-rounding allows."""
+"""A checkpoint resumes at another ZeRO stage and number of ranks: with the same bits of state, and losses that differ
+only by rounding."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from softmask.training.run_folder import prepare_run
 from softmask.training.trainer import Trainer
 from tests.support.train_fixtures import ROOT, assert_rows_close, make_config, rows, run_on_two_ranks
 
-# The terms that no rank's random numbers enter: two ranks of 4 do as one of 8.
+# Only terms without random numbers of a rank, so that two ranks with batches of 4 train as one with 8.
 OVERRIDES = ["train.steps=4", "train.accumulation=2", "train.clip_grad=1", "model.contrast_steps=100"]
 OVERRIDES += ["model.mask_text=mlm", "model.text.dropout=0", "model.text.attention_dropout=0"]
-# Well above rounding: by 1e-8 Adam makes whole steps of gradients that are nothing else.
+# Well above rounding: with 1e-8, Adam turns gradients that are only rounding into full steps.
 OVERRIDES += ["optimizer.eps=1e-5"]
-# Small parameters stay whole at stage 3, if they are smaller than this.
+# Stage 3 does not partition parameters smaller than this.
 THRESHOLD = {"stage3_param_persistence_threshold": 50}
 WORKER = """
 import sys
@@ -60,7 +60,7 @@ def run(config: Config, name: str, *, stage: int, source: str = "", stop_at: int
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Runs one-0 (to the end), one-1, two-1 and two-3 (to step 2), and those that go on with the other number."""
+    """Runs one-0 (to the end), one-1, two-1 and two-3 (to step 2), and those that resume on the other world size."""
     folder = tmp_path_factory.mktemp("resharding")
     config = make_config(folder, *OVERRIDES)
     save_config(config, folder / "config.yaml")
@@ -84,7 +84,7 @@ def contents(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("before", "after"), [("two-1", "one"), ("two-3", "one"), ("one-1", "two")])
-def test_another_stage_on_another_number_of_ranks(folder, before: str, after: str) -> None:
+def test_checkpoint_resumes_at_another_stage_and_number_of_ranks(folder, before: str, after: str) -> None:
     run = folder / f"{before}-on-{after}"
     old, new = find_checkpoint(folder / before), find_checkpoint(run / "checkpoints" / "step_00000002")
     expected, loaded = contents(old), contents(new)
@@ -97,15 +97,15 @@ def test_another_stage_on_another_number_of_ranks(folder, before: str, after: st
     assert_rows_close(rows(run), rows(folder / "one-0")[2:])
 
 
-def test_evaluation_reads_stage_3(folder) -> None:
-    """The same training, on one rank at stage 1 and on two at stage 3."""
+def test_evaluation_loads_stage_3_checkpoints(folder) -> None:
+    """The weights of one rank at stage 1 and of two ranks at stage 3, after the same training."""
     one, two = (load_model(folder / name)[0].state_dict() for name in ("one-1", "two-3"))
     assert one.keys() == two.keys()
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)
 
 
-def test_the_batch_of_all_ranks_stays(folder) -> None:
+def test_resuming_must_keep_the_global_batch_size(folder) -> None:
     checkpoint = find_checkpoint(folder / "two-3")
     config = load_config(checkpoint / "config.yaml")
     check_resumable(checkpoint, config, world_size=2)
@@ -117,7 +117,7 @@ def test_the_batch_of_all_ranks_stays(folder) -> None:
         check_resumable(checkpoint, config, world_size=2)
 
 
-def test_a_file_that_lacks_is_named(folder, tmp_path) -> None:
+def test_missing_file_of_a_checkpoint_is_named(folder, tmp_path) -> None:
     checkpoint = tmp_path / "step_00000002"
     checkpoint.mkdir()
     for path in find_checkpoint(folder / "two-3").iterdir():

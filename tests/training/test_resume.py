@@ -1,4 +1,4 @@
-"""Interrupted runs: killed at any moment or asked to stop, resumed, they end with the bits of an undisturbed run."""
+"""Runs that are killed or asked to stop, and then resumed, end with the bits of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ LONG = ["train.steps=14", "train.checkpoint_every=4", "data.workers=1", "train.a
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> Config:
-    config = make_config(tmp_path_factory.mktemp("undisturbed"), *LONG)
+def uninterrupted(tmp_path_factory) -> Config:
+    config = make_config(tmp_path_factory.mktemp("uninterrupted"), *LONG)
     run_here(config)
     return config
 
 
-def same_but_elsewhere(config: Config, folder: Path) -> Config:
+def in_another_folder(config: Config, folder: Path) -> Config:
     return make_config(folder, *LONG, data=Path(config.data.train))
 
 
@@ -48,7 +48,7 @@ def wait_for_step(process: subprocess.Popen, config: Config, step: int) -> None:
 
 
 class Killed(BaseException):
-    """Stands for a kill -9: nothing in the trainer catches it."""
+    """Stands in for kill -9: nothing in the trainer catches it."""
 
 
 def kill_after(monkeypatch, step: int) -> None:
@@ -63,9 +63,9 @@ def kill_after(monkeypatch, step: int) -> None:
     monkeypatch.setattr(RunLog, "row", fatal)
 
 
-def test_kill_and_resume(undisturbed, tmp_path) -> None:
+def test_killed_run_resumes_to_the_same_bits(uninterrupted, tmp_path) -> None:
     """kill -9 of the real process at a random step, loader worker included; resumed by `--resume auto`."""
-    config = same_but_elsewhere(undisturbed, tmp_path)
+    config = in_another_folder(uninterrupted, tmp_path)
     process = start_cli(config)
     wait_for_step(process, config, random.Random().randint(4, 12))
     process.send_signal(signal.SIGKILL)
@@ -74,15 +74,15 @@ def test_kill_and_resume(undisturbed, tmp_path) -> None:
     resumed = start_cli(config, "--resume", "auto")
     output, _ = resumed.communicate(timeout=240)
     assert resumed.returncode == 0, output
-    assert different(saved_state(undisturbed.output), saved_state(config.output)) == []
+    assert different(saved_state(uninterrupted.output), saved_state(config.output)) == []
     assert logged_steps(config) == list(range(1, 15))
 
     again = run_cli("--config", str(Path(config.output).with_suffix(".yaml")), "--resume", "auto")
     assert again.returncode == 0 and again.stderr == f"done: {config.output} is finished, 14 steps\n"
 
 
-def test_sigterm_writes_a_checkpoint(undisturbed, tmp_path) -> None:
-    config = same_but_elsewhere(undisturbed, tmp_path)
+def test_sigterm_writes_a_checkpoint(uninterrupted, tmp_path) -> None:
+    config = in_another_folder(uninterrupted, tmp_path)
     process = start_cli(config)
     wait_for_step(process, config, 5)
     process.send_signal(signal.SIGTERM)
@@ -92,7 +92,7 @@ def test_sigterm_writes_a_checkpoint(undisturbed, tmp_path) -> None:
     last = logged_steps(config)[-1]
     assert json.loads((checkpoint / "trainer.json").read_text())["step"] == last and 5 <= last < 14
     run_here(config, checkpoint=checkpoint)
-    assert different(saved_state(undisturbed.output), saved_state(config.output)) == []
+    assert different(saved_state(uninterrupted.output), saved_state(config.output)) == []
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_sigterm_writes_a_checkpoint(undisturbed, tmp_path) -> None:
     ids=lambda overrides: " ".join(override.rpartition(".")[2] for override in overrides),
 )
 @pytest.mark.usefixtures("plain_linear")
-def test_resumed_at_every_stage_and_precision(tmp_path, monkeypatch, overrides: list[str]) -> None:
+def test_resumes_exactly_at_every_stage_and_precision(tmp_path, monkeypatch, overrides: list[str]) -> None:
     overrides = [*overrides, "train.steps=7", "train.checkpoint_every=2"]
     whole = make_config(tmp_path, *overrides, f"output={tmp_path / 'whole'}")
     run_here(whole)
@@ -121,8 +121,8 @@ def test_resumed_at_every_stage_and_precision(tmp_path, monkeypatch, overrides: 
     assert logged_steps(config) == list(range(1, 8))
 
 
-def test_killed_while_writing_a_checkpoint(tmp_path, monkeypatch) -> None:
-    """What was not renamed yet is not read, and gone after the next checkpoint."""
+def test_run_killed_while_writing_a_checkpoint_resumes_from_the_one_before(tmp_path, monkeypatch) -> None:
+    """The incomplete folder is not read, and the next checkpoint removes it."""
     config = make_config(tmp_path, "train.steps=4", "train.checkpoint_every=2")
     rename = Path.rename
 
@@ -142,7 +142,7 @@ def test_killed_while_writing_a_checkpoint(tmp_path, monkeypatch) -> None:
     assert {path.name for path in folder.iterdir()} == {"step_00000002", "step_00000004"}
 
 
-def test_killed_before_the_first_checkpoint_starts_afresh(tmp_path, monkeypatch) -> None:
+def test_run_killed_before_the_first_checkpoint_starts_afresh(tmp_path, monkeypatch) -> None:
     whole = make_config(tmp_path, "train.steps=3", f"output={tmp_path / 'whole'}")
     run_here(whole)
     config = make_config(tmp_path, "train.steps=3")
@@ -157,8 +157,8 @@ def test_killed_before_the_first_checkpoint_starts_afresh(tmp_path, monkeypatch)
     assert logged_steps(config) == [1, 2, 3]
 
 
-def test_killed_while_pruning(tmp_path, monkeypatch) -> None:
-    """A half-deleted checkpoint does not look complete."""
+def test_half_deleted_checkpoint_is_not_complete(tmp_path, monkeypatch) -> None:
+    """As after a kill while old checkpoints are removed."""
     config = make_config(tmp_path, "train.steps=3", "train.checkpoint_every=1", "train.keep_checkpoints=1")
 
     def fatal(path, *_arguments, **_options):
@@ -172,7 +172,7 @@ def test_killed_while_pruning(tmp_path, monkeypatch) -> None:
     assert [path.name for path in complete_checkpoints(Path(config.output))] == ["step_00000002"]
 
 
-def test_a_longer_run_goes_on_with_new_hyperparameters(tmp_path) -> None:
+def test_longer_run_resumes_with_new_hyperparameters(tmp_path) -> None:
     scales = "optimizer.lr_scales={itm_head: 2}"
     run_here(make_config(tmp_path, "train.steps=2", scales))
     longer = make_config(tmp_path, "train.steps=4", "optimizer.lr=5e-4", "optimizer.weight_decay=0.5", scales)
@@ -186,8 +186,8 @@ def test_a_longer_run_goes_on_with_new_hyperparameters(tmp_path) -> None:
     assert (trainer.finished, trainer.engine.lr_scheduler.last_epoch) == (True, 4)
 
 
-def test_what_the_data_is_decides_not_where_it_lies(tmp_path) -> None:
-    """The shards moved: the run goes on. Others in their place: it does not, by whatever name."""
+def test_resuming_checks_the_data_and_not_its_path(tmp_path) -> None:
+    """Moved shards are accepted; other shards are refused whatever their name."""
     config = make_config(tmp_path, "train.steps=2", "train.checkpoint_every=1", "data.max_bad_share=1")
     run_here(config)
     first = find_checkpoint(config.output).with_name("step_00000001")
@@ -195,30 +195,30 @@ def test_what_the_data_is_decides_not_where_it_lies(tmp_path) -> None:
     (tmp_path / "train.tar").rename(tmp_path / "moved" / "t.tar")
     write_shard(tmp_path / "train.tar", count=63)
     write_shard(tmp_path / "other.tar", broken=(3,))
-    for train, said in (
+    for train, message in (
         ("train.tar", "was 64 captions of 64 images, now 63 captions of 63 images"),
         ("other.tar", "was 64 captions of 64 images, now 64 captions of 64 images with other bytes"),
     ):
         other = make_config(tmp_path, "train.steps=3", "data.max_bad_share=1", data=tmp_path / train)
-        with pytest.raises(CheckpointError, match=f"made with other data .{said}"):
+        with pytest.raises(CheckpointError, match=f"made with other data .{message}"):
             run_here(other, checkpoint=first)
     moved = make_config(tmp_path, "train.steps=3", "data.max_bad_share=1", data=tmp_path / "moved" / "t.tar")
     assert run_here(moved, checkpoint=find_checkpoint(config.output)).finished
 
 
-def test_a_folder_that_another_process_writes_is_refused(tmp_path) -> None:
+def test_folder_that_another_process_writes_is_refused(tmp_path) -> None:
     config = make_config(tmp_path, "train.steps=10000", "data.workers=1")
     process = start_cli(config)
     wait_for_step(process, config, 1)
     second = run_cli("--config", str(Path(config.output).with_suffix(".yaml")), "--resume", "auto")
-    said = f"error: output: {config.output} is written by another process (process {process.pid} of "
-    assert second.returncode == 2 and second.stderr.startswith(said) and len(second.stderr.splitlines()) == 1
+    message = f"error: output: {config.output} is written by another process (process {process.pid} of "
+    assert second.returncode == 2 and second.stderr.startswith(message) and len(second.stderr.splitlines()) == 1
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=120) == 0
 
 
-def test_a_disk_that_refuses_is_one_line(tmp_path, monkeypatch) -> None:
-    """Where torch's writer says: unexpected pos 128 vs 0."""
+def test_failed_write_of_a_checkpoint_is_one_line(tmp_path, monkeypatch) -> None:
+    """torch's own message would be "unexpected pos 128 vs 0"."""
     config = make_config(tmp_path, "train.steps=1")
 
     def fails(*_, **__):
@@ -231,8 +231,8 @@ def test_a_disk_that_refuses_is_one_line(tmp_path, monkeypatch) -> None:
         run_here(config)
 
 
-def test_a_line_of_zeros_in_the_log_stops_no_resume(tmp_path) -> None:
-    """As a file system leaves it after the power went."""
+def test_resumes_with_a_line_of_zeros_in_the_log(tmp_path) -> None:
+    """As a file system may leave it after a power failure."""
     config = make_config(tmp_path, "train.steps=2")
     run_here(config)
     log = Path(config.output) / "log.jsonl"
@@ -267,8 +267,8 @@ def finished_run(tmp_path_factory) -> Config:
     return config
 
 
-def test_nothing_is_overwritten(finished_run, tmp_path) -> None:
-    """Without --resume, and with a configuration that does not fit, a run's folder keeps every byte."""
+def test_existing_run_is_not_overwritten(finished_run, tmp_path) -> None:
+    """Without --resume, or with another configuration, a run's folder keeps every byte."""
     run = Path(finished_run.output)
     before = {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
     save_config(finished_run, tmp_path / "config.yaml")
@@ -281,8 +281,8 @@ def test_nothing_is_overwritten(finished_run, tmp_path) -> None:
     assert before == {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
 
 
-def test_kill_leaves_no_worker_behind(tmp_path) -> None:
-    """The loader's worker, deaf to SIGTERM, ends with the process that started it."""
+def test_sigterm_ends_the_loader_workers(tmp_path) -> None:
+    """The loader's worker ignores SIGTERM, but must end with the process that started it."""
     config = make_config(tmp_path, "train.steps=10000", "data.workers=1")
     process = start_cli(config)
     wait_for_step(process, config, 1)

@@ -1,4 +1,4 @@
-"""Damaged and exchanged files of a run: one line that names the file and what is wrong with it."""
+"""Damaged or swapped files of a run are refused in one line that names the file and the problem."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from softmask.training.trainer import train
 from tests.support.train_fixtures import make_config, run_here
 
 STATE = {"step": 2, "micro_batches": 2, "seconds": 1.5, "skipped_samples": 0, "nonfinite": 0, "world_size": 1}
-GONE = object()
+MISSING = object()
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "said"),
+    ("key", "value", "message"),
     [
         ("seconds", "long", "seconds: expected a number that is not negative, got 'long'"),
         ("step", "2", "step: expected a number that is not negative, got '2'"),
@@ -39,30 +39,30 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Config:
         ("micro_batches", -1, "micro_batches: expected a number that is not negative, got -1"),
         ("world_size", "1", "world_size: expected a number that is not negative, got '1'"),
         ("world_size", 0, "world_size: expected a number that is not negative, got 0"),
-        ("skipped_samples", GONE, "lacks skipped_samples"),
+        ("skipped_samples", MISSING, "lacks skipped_samples"),
         ("loss_scale", {}, "loss_scale: expected value, good_steps, got {}"),
         ("data", 3, "data: expected captions, pictures, digest, got 3"),
         ("data", {}, "data: expected captions, pictures, digest, got {}"),
     ],
 )
-def test_a_damaged_trainer_json_is_named(tmp_path: Path, key: str, value: object, said: str) -> None:
+def test_error_names_the_damaged_key_of_trainer_json(tmp_path: Path, key: str, value: object, message: str) -> None:
     folder = tmp_path / "step_00000002"
     folder.mkdir()
-    state = {name: old for name, old in (STATE | {key: value}).items() if old is not GONE}
+    state = {name: old for name, old in (STATE | {key: value}).items() if old is not MISSING}
     (folder / "trainer.json").write_text(json.dumps(state))
     with pytest.raises(CheckpointError) as error:
         read_state(folder)
-    assert str(error.value).startswith(f"{folder / 'trainer.json'}: {said}")
+    assert str(error.value).startswith(f"{folder / 'trainer.json'}: {message}")
 
 
-def test_json_nested_beyond_all_reason(tmp_path: Path) -> None:
+def test_deeply_nested_trainer_json_is_refused(tmp_path: Path) -> None:
     (tmp_path / "trainer.json").write_text("[" * 200_000)
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_state(tmp_path)
 
 
-def test_words_that_the_weights_do_not_know(finished: Config, tmp_path: Path) -> None:
-    """With vocabularies of equal size: nothing else would notice."""
+def test_tokenizer_other_than_that_of_the_weights_is_refused(finished: Config, tmp_path: Path) -> None:
+    """With vocabularies of equal size, no shape would differ."""
     checkpoint = find_checkpoint(finished.output)
     own = CaptionTokenizer.load(checkpoint / "tokenizer")
     check_same_words(own, checkpoint, finished)
@@ -82,8 +82,8 @@ def test_words_that_the_weights_do_not_know(finished: Config, tmp_path: Path) ->
         prepare_run(config, open_source(config.data.train), find_checkpoint(config.output))
 
 
-def test_an_optimizer_of_other_groups_is_refused(finished: Config, tmp_path: Path) -> None:
-    """A checkpoint of a version that decayed other parameters: sizes may fit, their meaning does not."""
+def test_checkpoint_with_other_optimizer_groups_is_refused(finished: Config, tmp_path: Path) -> None:
+    """As from a version that decayed other parameters: sizes may match while the parameters do not."""
     shutil.copytree(finished.output, tmp_path / "copy")
     path = find_checkpoint(tmp_path / "copy") / "trainer.json"
     state = json.loads(path.read_text())
@@ -94,7 +94,7 @@ def test_an_optimizer_of_other_groups_is_refused(finished: Config, tmp_path: Pat
             train(config, checkpoint=find_checkpoint(config.output))
 
 
-def test_half_a_checkpoint_in_the_way(tmp_path: Path) -> None:
+def test_incomplete_checkpoint_in_the_way_is_refused(tmp_path: Path) -> None:
     for step in (2, 4):
         (tmp_path / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
     (tmp_path / "checkpoints" / "step_00000002" / "trainer.json").write_text("{}")
@@ -104,7 +104,7 @@ def test_half_a_checkpoint_in_the_way(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("output=a\0b", "output: the value"),
         ('output="\\uD800"', "output: expected a path"),
@@ -112,14 +112,16 @@ def test_half_a_checkpoint_in_the_way(tmp_path: Path) -> None:
         ("data.flip=!!bool abc", "data.flip: the value"),
     ],
 )
-def test_overrides_that_are_nothing(tmp_path: Path, override: str, said: str, capfd: pytest.CaptureFixture) -> None:
+def test_malformed_override_values_are_refused(
+    tmp_path: Path, override: str, message: str, capfd: pytest.CaptureFixture
+) -> None:
     (tmp_path / "config.yaml").write_text(f"output: {tmp_path}/run\ntrain: {{steps: 1}}\n")
     assert main(["--config", str(tmp_path / "config.yaml"), override]) == 2
     (line,) = "".join(capfd.readouterr()).strip().splitlines()
-    assert line.startswith(f"error: {said}")
+    assert line.startswith(f"error: {message}")
 
 
-def test_a_file_where_the_run_should_be(finished: Config, tmp_path: Path) -> None:
+def test_output_that_is_a_file_is_refused(finished: Config, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     config = make_config(tmp_path, f"output={tmp_path / 'file'}", data=Path(finished.data.train))
     with pytest.raises(ConfigError, match="output: expected the folder of the run, got the file"):

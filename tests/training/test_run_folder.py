@@ -29,7 +29,7 @@ ZERO = [0, 1, 2, 3]
 pytestmark = pytest.mark.usefixtures("plain_linear")
 
 
-def test_files_of_a_run(tmp_path, capfd) -> None:
+def test_run_writes_its_files(tmp_path, capfd) -> None:
     config = make_config(tmp_path, "train.log_every=2", "train.checkpoint_every=2", "train.accumulation=2")
     trainer = run_here(config)
     run = Path(config.output)
@@ -61,7 +61,7 @@ def test_files_of_a_run(tmp_path, capfd) -> None:
     assert_equal(weights(trainer), model.state_dict())
 
 
-def test_checkpoints_that_cannot_be_used(tmp_path) -> None:
+def test_unusable_checkpoints_are_refused(tmp_path) -> None:
     with pytest.raises(CheckpointError, match="no such folder"):
         find_checkpoint(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
@@ -80,7 +80,7 @@ def test_checkpoints_that_cannot_be_used(tmp_path) -> None:
         load_model(checkpoint)
 
 
-def test_a_folder_that_holds_a_run_is_left_alone(tmp_path) -> None:
+def test_existing_run_is_resumed_or_refused(tmp_path) -> None:
     config = make_config(tmp_path, "train.steps=1")
     run = Path(config.output)
     assert choose_checkpoint(config, "none") is None and choose_checkpoint(config, "auto") is None
@@ -100,7 +100,7 @@ def test_a_folder_that_holds_a_run_is_left_alone(tmp_path) -> None:
     assert choose_checkpoint(elsewhere, str(run)).name == "step_00000008"
 
 
-def test_logs_are_cut_back(tmp_path) -> None:
+def test_log_is_cut_back_to_the_step(tmp_path) -> None:
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
     cut_back(path, 2)
@@ -118,7 +118,7 @@ def test_logs_are_cut_back(tmp_path) -> None:
         (["data.tokenizer=nowhere"], "data.tokenizer: nowhere is not a folder"),
     ],
 )
-def test_a_failure_is_one_line(tmp_path, monkeypatch, capfd, arguments: list[str], message: str) -> None:
+def test_command_line_errors_are_one_line(tmp_path, monkeypatch, capfd, arguments: list[str], message: str) -> None:
     config = make_config(tmp_path)
     save_config(config, tmp_path / "config.yaml")
     monkeypatch.setattr("sys.argv", ["pretrain.py", "--config", str(tmp_path / "config.yaml"), *arguments])
@@ -129,13 +129,13 @@ def test_a_failure_is_one_line(tmp_path, monkeypatch, capfd, arguments: list[str
 
 
 @pytest.mark.parametrize("parameters", [7, 8])
-def test_buckets_hold_the_model_and_are_even(parameters: int, tmp_path) -> None:
+def test_bucket_sizes_hold_the_model_and_are_even(parameters: int, tmp_path) -> None:
     section = deepspeed_config(make_config(tmp_path, "deepspeed.zero_optimization.stage=1"), parameters=parameters)
     assert section["zero_optimization"]["allgather_bucket_size"] == 8
     assert section["zero_optimization"]["reduce_bucket_size"] == 8
 
 
-def test_a_longer_run_that_is_stopped_is_not_taken_for_finished(tmp_path) -> None:
+def test_preparing_a_longer_run_removes_done_json(tmp_path) -> None:
     run_here(make_config(tmp_path, "train.steps=2"))
     config = make_config(tmp_path, "train.steps=4")
     done = Path(config.output) / "done.json"
@@ -144,6 +144,6 @@ def test_a_longer_run_that_is_stopped_is_not_taken_for_finished(tmp_path) -> Non
     assert not done.exists()
 
 
-def test_a_queue_smaller_than_the_batch_is_refused_before_the_first_step(tmp_path) -> None:
+def test_queue_smaller_than_the_batch_is_refused_before_the_first_step(tmp_path) -> None:
     with pytest.raises(ConfigError, match="model.queue_size: expected 0 or at least the batch of all ranks, 8, got 4"):
         make_trainer(make_config(tmp_path, "model.queue_size=4"))

@@ -1,4 +1,4 @@
-"""The trainer in this process: what a step does and what it skips."""
+"""The trainer in this process: what a step computes and what it skips."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def poison_gradients(monkeypatch, broken) -> None:
 
 
 def plain_training(config: Config, model: SoftMaskPP, tokenizer) -> SoftMaskPP:
-    """The documented loop without DeepSpeed: mean of the micro-batches' gradients, clipped; one EMA update a step."""
+    """The documented loop without DeepSpeed: mean of the micro-batches' gradients, clipped; one EMA update per step."""
     options = config.optimizer
     batches = iter(Loader(open_source(config.data.train), config.data, tokenizer, batch_size=8, seed=config.seed))
     optimizer = torch.optim.AdamW(parameter_groups(model, options), betas=options.betas, eps=options.eps, fused=True)
@@ -104,7 +104,7 @@ def plain_training(config: Config, model: SoftMaskPP, tokenizer) -> SoftMaskPP:
 
 @pytest.mark.parametrize("clip", [0.0, 1.0])
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_training_is_the_documented_loop(tmp_path, accumulation: int, clip: float) -> None:
+def test_training_equals_the_documented_loop(tmp_path, accumulation: int, clip: float) -> None:
     overrides = ["train.steps=4", f"train.accumulation={accumulation}", f"train.clip_grad={clip}"]
     overrides += ["optimizer.lr_scales={backbone.text.embeddings: 3, backbone.vision: 0.5}", "model.contrast_steps=1"]
     trained = run_here(make_config(tmp_path, *overrides))
@@ -123,8 +123,8 @@ def test_activation_checkpointing_changes_nothing(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("stage", ZERO)
-def test_loss_scale_drops_out(tmp_path, monkeypatch, stage: int) -> None:
-    """A power of two as loss scale, clipping included, must not change one bit of an fp32 run."""
+def test_loss_scale_changes_no_bit(tmp_path, monkeypatch, stage: int) -> None:
+    """A power of two as loss scale must not change one bit of an fp32 run, clipping included."""
     overrides = ["train.steps=3", "train.clip_grad=0.5", f"deepspeed.zero_optimization.stage={stage}"]
     expected = weights(run_here(make_config(tmp_path, *overrides)))
     create = GradientGuard.__init__
@@ -135,8 +135,8 @@ def test_loss_scale_drops_out(tmp_path, monkeypatch, stage: int) -> None:
 
 
 @pytest.mark.parametrize(("precision", "stage"), [("bf16", 0), ("bf16", 2), ("fp16", 1), ("bf16", 3)])
-def test_low_precision(tmp_path, precision: str, stage: int) -> None:
-    """Products are cast; weights, momentum encoder, queue and optimizer state are not."""
+def test_low_precision_casts_only_products(tmp_path, precision: str, stage: int) -> None:
+    """Weights, momentum encoder, queue and optimizer state stay fp32."""
     overrides = [f"train.precision={precision}", "train.clip_grad=1", f"deepspeed.zero_optimization.stage={stage}"]
     config = make_config(tmp_path, *overrides, "train.steps=4")
     dtypes = set()
@@ -153,7 +153,7 @@ def test_low_precision(tmp_path, precision: str, stage: int) -> None:
     assert trainer.progress.step == 4 and all(row["loss"] == row["loss"] for row in rows(config.output))
 
 
-# -- what is skipped --------------------------------------------------------------------------------------------------
+# -- skipped steps and samples ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
@@ -193,7 +193,7 @@ def test_too_many_nonfinite_steps_stop_with_the_weights_unchanged(tmp_path, monk
     assert trainer.progress.step == 2
 
 
-def test_a_skipped_batch_in_an_accumulated_step_is_replaced(tmp_path, monkeypatch) -> None:
+def test_skipped_batch_of_an_accumulated_step_is_replaced(tmp_path, monkeypatch) -> None:
     config = make_config(tmp_path, "train.steps=2", "train.accumulation=2")
     poison_loss(monkeypatch, lambda forward: forward == 1)
     trainer = run_here(config)
@@ -211,7 +211,7 @@ def test_fp16_overflow_halves_the_loss_scale(tmp_path, monkeypatch, stage: int) 
     assert state["loss_scale"] == trainer.guard.state_dict()
 
 
-def test_the_loss_scale_grows(tmp_path) -> None:
+def test_loss_scale_doubles_after_the_growth_interval(tmp_path) -> None:
     trainer = make_trainer(make_config(tmp_path))
     guard = GradientGuard(dynamic=True, growth_interval=2)
     guard.attach(trainer.engine)
@@ -229,8 +229,8 @@ def test_unreadable_samples_are_named(tmp_path) -> None:
     assert "000005" in text and "000009" in text and "broken.tar" in text
 
 
-def test_too_many_unreadable_samples_end_the_run_over_resumes(tmp_path, monkeypatch) -> None:
-    """A tenth is bad and 3 % are allowed: ten steps show it, whether in one run or in two."""
+def test_too_many_unreadable_samples_end_the_run_also_across_resumes(tmp_path, monkeypatch) -> None:
+    """A tenth is bad and 3 % are allowed: the run ends at the same step, whether or not it was resumed."""
     data = write_shard(tmp_path / "broken.tar", broken=tuple(range(0, 64, 10)))
     options = ["train.steps=40", "train.checkpoint_every=4", "data.max_bad_share=0.03"]
     with pytest.raises(DataError, match=r"samples are unreadable, more than data.max_bad_share=0.03; .*broken.tar"):

@@ -1,4 +1,4 @@
-"""ZeRO 0 to 3 on two ranks: equal training, exact resumption, a common stop under the `deepspeed` launcher."""
+"""ZeRO 0 to 3 on two ranks train alike and resume exactly; a common stop under the `deepspeed` launcher."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from tests.support.train_fixtures import (
 )
 
 STAGES = (0, 1, 2, 3)
-NOTHING_KEPT = (  # of the parameters that a module has fetched
+NOTHING_KEPT = (  # no parameter stays gathered after its module
     "{stage: 3, stage3_param_persistence_threshold: 0, stage3_max_live_parameters: 0, stage3_max_reuse_distance: 0, "
     "stage3_prefetch_bucket_size: 0}"
 )
-CROSSED = {0: 3, 3: 1, 2: 0}  # from stage to stage; 1 and 2 are alike
-# Both ranks run this: every stage to the end, and from its checkpoint of step 2 in the same and in another stage.
+CROSSED = {0: 3, 3: 1, 2: 0}  # stage: the stage it resumes in; 1 and 2 are alike
+# Both ranks run every stage to the end, and resume its checkpoint of step 2 in the same and in another stage.
 WORKER = """
 import dataclasses, sys
 from softmask.training.checkpoint.store import find_checkpoint
@@ -89,7 +89,7 @@ def test_all_stages_train_alike_and_resume_exactly(tmp_path) -> None:
         ["deepspeed.zero_optimization={stage: 3}"],
         [f"deepspeed.zero_optimization={NOTHING_KEPT}", "train.activation_checkpointing=true"],
     ],
-    ids=["small parameters stay", "none stays, checkpointing"],
+    ids=["small parameters kept", "nothing kept, checkpointing"],
 )
 def test_stage_3_trains_as_stage_0(tmp_path, overrides: list[str]) -> None:
     common = ["train.steps=4", "train.clip_grad=1", "model.alpha_warmup_steps=0"]  # every step uses all modules
@@ -99,8 +99,8 @@ def test_stage_3_trains_as_stage_0(tmp_path, overrides: list[str]) -> None:
 
 
 @pytest.mark.usefixtures("plain_linear")
-def test_stage_3_gives_every_parameter_back_after_its_use(tmp_path, monkeypatch) -> None:
-    """Those of the fusion layers too, which have two backward passes and a third one for the word map."""
+def test_stage_3_releases_every_parameter_after_use(tmp_path, monkeypatch) -> None:
+    """Including the fusion layers, which have two backward passes and a third one for the word map."""
     gathered, fetch = [], PartitionedParameterCoordinator.fetch_sub_module
 
     def watched(self, module, forward):
@@ -116,7 +116,7 @@ def test_stage_3_gives_every_parameter_back_after_its_use(tmp_path, monkeypatch)
 
 
 @pytest.mark.slow  # beside test_resume.py::test_sigterm_writes_a_checkpoint
-def test_launcher_passes_the_stop_signal_on(tmp_path) -> None:
+def test_launcher_forwards_the_stop_signal(tmp_path) -> None:
     """SIGTERM to the launcher's process group, as from a batch system: both ranks save at the same step."""
     overrides = ["train.steps=100000", "data.workers=1", "deepspeed.zero_optimization.stage=2"]
     config = make_config(tmp_path, *overrides)

@@ -1,4 +1,4 @@
-"""The plan of docs/architecture.md: imports go one way, rooms and files stay small."""
+"""The rules of docs/architecture.md: imports go one way; folders, files and functions stay small."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-# A room may import from the rooms after it; rooms of one place never import each other.
+# A package may import from those after it; packages in one set never import each other.
 ORDER = [{"cli"}, {"report"}, {"evaluation"}, {"training"}, {"tasks"}, {"models", "data"}]
 ORDER += [{"batch", "lfs", "files", "ranges", "arguments"}, {"ops"}, {"reference", "kernels", "_C"}]
-PLACE = {room: place for place, rooms in enumerate(ORDER) for room in rooms}
-FREE = {"_version", "env", ""}  # env looks at everything; "" is the package itself, which loads nothing
-MOST_FILES, MOST_LINES, MOST_LINES_OF_FUNCTION = 14, 400, 60
+PLACE = {package: place for place, packages in enumerate(ORDER) for package in packages}
+FREE = {"_version", "env", ""}  # env may import everything; "" is the package itself, which imports nothing
+MAX_FILES, MAX_LINES, MAX_FUNCTION_LINES = 14, 400, 60
 
 
 def modules(folder: str) -> list[Path]:
@@ -38,7 +38,7 @@ def _is_type_checking(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
-def room_of(dotted: str) -> str | None:
+def package_of(dotted: str) -> str | None:
     """ "models" for "softmask.models.config", None for other packages."""
     parts = dotted.split(".")
     return parts[1] if parts[0] == "softmask" and len(parts) > 1 else None
@@ -50,11 +50,11 @@ def test_imports_go_one_way(path: Path) -> None:
     if own in FREE:
         return
     for name, runs in imported(path):
-        room = room_of(name)
-        if room is None or room == own or room in FREE or room in ("backend", "BackendError") or not runs:
+        package = package_of(name)
+        if package is None or package == own or package in FREE or package in ("backend", "BackendError") or not runs:
             continue
-        assert room in PLACE, f"{name}: no room of docs/architecture.md"
-        assert PLACE[room] > PLACE[own], f"{path.name} of {own} imports {name}"
+        assert package in PLACE, f"{name}: not in docs/architecture.md"
+        assert PLACE[package] > PLACE[own], f"{path.name} of {own} imports {name}"
 
 
 @pytest.mark.parametrize("path", [p for p in modules("softmask/models") if p.name == "config.py"], ids=str)
@@ -63,7 +63,7 @@ def test_configurations_import_no_layers(path: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", ["softmask", "train", "benchmarks", "tests"])
-def test_imports_are_by_path(folder: str) -> None:
+def test_imports_are_absolute_and_name_a_module(folder: str) -> None:
     """Editors, type checkers and grep find every module under its name."""
     for path in modules(folder):
         for name, _ in imported(path):
@@ -73,23 +73,23 @@ def test_imports_are_by_path(folder: str) -> None:
                 continue
             places = [ROOT.joinpath(*name.split(".")[:count]) for count in range(1, len(name.split(".")) + 1)]
             deepest = [place for place in places if place.is_dir() or place.with_suffix(".py").is_file()][-1]
-            assert deepest.relative_to(ROOT).parts[1:] or first == "softmask", f"{path}: {name} is nowhere"
+            assert deepest.relative_to(ROOT).parts[1:] or first == "softmask", f"{path}: {name} does not exist"
 
 
-def test_rooms_files_and_functions_are_small() -> None:
+def test_folders_files_and_functions_are_small() -> None:
     for folder in ("softmask", "tests"):
-        rooms = {path.parent for path in modules(folder)}
-        crowded = {room: len([p for p in room.glob("*.py") if p.name != "__init__.py"]) for room in rooms}
-        assert {room: count for room, count in crowded.items() if count > MOST_FILES} == {}
+        folders = {path.parent for path in modules(folder)}
+        counts = {one: len([p for p in one.glob("*.py") if p.name != "__init__.py"]) for one in folders}
+        assert {one: count for one, count in counts.items() if count > MAX_FILES} == {}
     sources = [path for folder in ("softmask", "kernels", "train", "benchmarks", "tests") for path in modules(folder)]
     sources += [path for kind in ("*.cpp", "*.h") for path in (ROOT / "csrc").rglob(kind)]
     lengths = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in sources}
-    assert {name: length for name, length in lengths.items() if length > MOST_LINES} == {}
+    assert {name: length for name, length in lengths.items() if length > MAX_LINES} == {}
     trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sources if path.suffix == ".py"}
     functions = [(path, node) for path, tree in trees.items() for node in ast.walk(tree)]
     long = [
         f"{path.name}:{node.name}"
         for path, node in functions
-        if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= MOST_LINES_OF_FUNCTION
+        if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= MAX_FUNCTION_LINES
     ]
     assert long == []

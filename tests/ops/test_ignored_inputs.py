@@ -1,4 +1,4 @@
-"""What an argument says does not count is not read, by any backend: NaN there changes no bit, and its gradient is 0."""
+"""No backend reads ignored inputs: NaN there changes no bit of the result, and its gradient is 0."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.kernel_cases import Case, needs_cpp, outcome
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "fast_interpreter")
 BACKENDS = ["reference", pytest.param("cpp", marks=needs_cpp), pytest.param("triton", marks=cases.needs_triton)]
-by_each_backend = pytest.mark.parametrize("backend", BACKENDS)
+for_each_backend = pytest.mark.parametrize("backend", BACKENDS)
 JUNK = [float("nan"), float("inf"), float("-inf")]
 CASES = {
     "word_attention": cases.word_attention(63, masked=True),
@@ -23,14 +23,14 @@ CASES = {
     "word_attention without Grad-CAM": cases.word_attention(63, masked=True, gradcam=False),
     "soft_mask_attention": cases.soft_mask_attention(63, masked=True),
     "soft_mask_attention without weights": cases.soft_mask_attention(63, masked=True, weighted=False),
-    "soft_mask_attention of each its own image": cases.soft_mask_attention(63, masked=True, shared=False),
+    "soft_mask_attention without kv_index": cases.soft_mask_attention(63, masked=True, shared=False),
     "masked_patch_loss": cases.masked_patch_loss(4),
-    "masked_patch_loss of plain pixels": cases.masked_patch_loss(4, normalize=False),
+    "masked_patch_loss without normalization": cases.masked_patch_loss(4, normalize=False),
 }
 
 
 def unread(case: Case) -> dict[str, Tensor]:
-    """By tensor: where nothing counts."""
+    """Where each tensor is ignored."""
     if "mask" in case.fixed:
         seen = ~case.fixed["mask"]  # [2, 15] patches of 4 pixels a side
         pixels = seen.reshape(2, 1, 3, 1, 5, 1).expand(2, 3, 3, 4, 5, 4).reshape(2, 3, 12, 20)
@@ -60,10 +60,10 @@ def filled(case: Case, value: float) -> Case:
     return replace(case, leaves=leaves, fixed=fixed)
 
 
-@by_each_backend
+@for_each_backend
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_what_is_ignored_is_not_read(name: str, dtype: torch.dtype, backend: str) -> None:
+def test_ignored_inputs_are_not_read(name: str, dtype: torch.dtype, backend: str) -> None:
     case = CASES[name].cast(dtype)
     expected = outcome(backend, filled(case, 0.0))
     for value in JUNK if dtype == torch.float32 else JUNK[:1]:
@@ -74,8 +74,8 @@ def test_what_is_ignored_is_not_read(name: str, dtype: torch.dtype, backend: str
             assert key not in got or not got[key].masked_select(where).any(), (key, value)
 
 
-@by_each_backend
-def test_ignored_tokens_are_no_patchs_relevance(backend: str) -> None:
+@for_each_backend
+def test_padded_tokens_do_not_change_the_attentive_mask(backend: str) -> None:
     patches, tokens = cases.normal(3, 63, 33, seed=0).float(), cases.normal(3, 9, 33, seed=1).float()
     padding = cases.normal(3, 9, seed=2) < 0.3
     padding[2] = True
