@@ -85,6 +85,12 @@ def test_attentive_mask(select: str, dtype: torch.dtype) -> None:
             assert torch.equal(*marked)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", cases.ALL)
+def test_errors_of_every_op(name: str, dtype: torch.dtype) -> None:
+    check_errors("cpp", dtype, cases.ALL[name])
+
+
 @pytest.mark.parametrize("deviation", [0.0, 1e-4, 1e-2])
 @pytest.mark.parametrize("level", [254.9, 0.1, 1e4])
 def test_masked_patch_loss_of_flat_patches(level: float, deviation: float) -> None:
@@ -333,8 +339,9 @@ def test_bits_repeat_across_runs_and_threads(name: str) -> None:
 def test_errors_with_other_instruction_sets(capability: str) -> None:
     """Instruction sets that this CPU would not choose keep the same error bounds, in a process of their own."""
     selection = "test_word_attention or test_contrastive or test_soft_mask_attention or test_masked or test_attentive"
+    selection = f"({selection} or test_momentum) and (130 or patch or attentive) or test_errors_of_every_op"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
-    command += ["-k", f"({selection} or test_momentum) and (130 or patch or attentive) and not opcheck and not bits"]
+    command += ["-k", f"({selection}) and not opcheck and not bits"]
     environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stdout[-3000:]
