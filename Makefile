@@ -17,7 +17,7 @@ RUN_DIR := runs/$(DEMO)
 DATA := $(if $(filter %artists,$(DEMO)),artists,scenes)
 SCENES := data/$(DATA)
 comma := ,
-OPTIONS_artists := --artists openmoji$(comma)noto
+OPTIONS_artists := --artists openmoji$(comma)noto --singles 50
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 IN_VENV := PATH="$(BIN):$$PATH"

@@ -89,6 +89,23 @@ def test_seen_and_test_splits_differ_only_in_the_artist(icon_sets: Path) -> None
         assert {p.drawn_by for p in test.placements} == {"blue"} and {p.drawn_by for p in seen.placements} == {"red"}
 
 
+def test_share_of_scenes_with_a_single_drawing(icon_sets: Path) -> None:
+    """Only training's scenes change, and those that keep their number of drawings stay as they are."""
+
+    def drawings(split: layout.Split, singles: int) -> list[int]:
+        hands = (("red", "blue"), ("green",))
+        scenes = [layout.sample_scene(split, number, hands=hands, singles=singles) for number in range(200)]
+        return [len(scene.placements) for scene in scenes]
+
+    mixed, half, whole = (drawings("train", singles) for singles in (0, 50, 100))
+    assert set(whole) == {1} and mixed.count(1) < 60
+    changed = [after for before, after in zip(mixed, half, strict=True) if before != after]
+    assert set(changed) == {1} and 50 < len(changed) < 110
+    assert drawings("val", 100) == drawings("val", 0) and drawings("test", 100) == drawings("test", 0)
+    with pytest.raises(ValueError, match="singles: expected 0 to 100 percent, got 101"):
+        write.Options(singles=101)
+
+
 def test_splits_with_unseen_artists(icon_sets: Path, capsys: pytest.CaptureFixture) -> None:
     command = ["--out", str(icon_sets / "set"), "--train", "4", "--val", "2", "--test", "3", "--size", "32"]
     command += ["--test-size", "32", "--processes", "1"]

@@ -47,8 +47,12 @@ def held_out(one: Concept, other: Concept) -> bool:
     return int.from_bytes(digest, "big") < HELD_OUT_SHARE * 2**64
 
 
-def sample_scene(split: Split, index: int, *, seed: int = 0, hands: Hands = (("openmoji",),)) -> Scene:
+def sample_scene(
+    split: Split, index: int, *, seed: int = 0, hands: Hands = (("openmoji",),), singles: int = 0
+) -> Scene:
     """Scene ``index`` of a split, drawn by ``hands``. A scene of "seen" is the one of "test" by other hands.
+
+    ``singles`` percent of training's scenes have one drawing, the others as many as those of the other splits.
 
     Raises:
         ValueError: an unknown split.
@@ -58,6 +62,8 @@ def sample_scene(split: Split, index: int, *, seed: int = 0, hands: Hands = (("o
     split = "test" if split == "seen" else split
     rng, draw = Random(f"{seed}/{split}/{index}"), Random(f"{seed}/{split}/{index}/hands")
     counts = rng.choice(_COUNTS)
+    if split == "train" and Random(f"{seed}/{split}/{index}/singles").random() * 100 < singles:
+        counts = (1,)
     chosen = _choose_concepts(counts, split, rng, hands)
     drawn = rng.sample([i for i, count in enumerate(counts) for _ in range(count)], sum(counts))
     by_whom = [(chosen[i], _drawn_by(chosen[i], hands, draw)) for i in drawn]

@@ -10,7 +10,8 @@ occurs only in test, in about half of its scenes.
     python -m softmask.data.scenes --out DIR --artists openmoji,noto [--val-artists emojione --test-artists twemoji]
 
 draws training's scenes with several hands, and validation's and test's with hands that training never sees. It adds
-``seen-%06d.tar``: the scenes of test, drawn by training's hands.
+``seen-%06d.tar``: the scenes of test, drawn by training's hands. ``--singles 50`` gives half of training's scenes a
+single drawing, from which a concept is learned more easily than from a scene of several.
 
 The .json of a sample is ``{"caption", "objects": [{"phrase", "span": [start, end], "mask": {"size": [h, w], "counts"},
 "concept", "count"}], "split"}``. Spans count characters of the caption. Masks are `softmask.data.rle` codes of the
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,7 @@ from softmask.data.scenes.captions import name_one
 from softmask.data.scenes.concepts import concepts
 from softmask.data.scenes.draw import encode_sample
 from softmask.data.scenes.folder import Scenes, add_arguments, is_current, run, write_folder
-from softmask.data.scenes.layout import SPLITS, Hands, Split, drawn_concepts, sample_scene
+from softmask.data.scenes.layout import SPLITS, Hands, Scene, Split, drawn_concepts, sample_scene
 
 VERSION = 6
 """Incremented when the same options give different files, so that old folders are rewritten."""
@@ -41,12 +42,13 @@ FEWEST_CONCEPTS = 10
 
 @dataclass(frozen=True)
 class Options:
-    """Everything the files depend on: scenes per split, sides in pixels (``size`` is that of train and val), seed and
-    artists. With OpenMoji alone there is one hand for all splits; with others, emojione draws validation and twemoji
-    test by default.
+    """Everything the files depend on: scenes per split, sides in pixels (``size`` is that of train and val), seed,
+    artists, and the percentage of training's scenes that have a single drawing beside those that have one anyway. With
+    OpenMoji alone there is one hand for all splits; with others, emojione draws validation and twemoji test by default.
 
     Raises:
-        ValueError: a count is negative, a side is less than 16, or a hand of training draws validation or test.
+        ValueError: a count is negative, a side is less than 16, a share is no percentage, or a hand of training draws
+            validation or test.
     """
 
     train: int = 40000
@@ -58,11 +60,14 @@ class Options:
     artists: tuple[str, ...] = ("openmoji",)
     val_artists: tuple[str, ...] = ()
     test_artists: tuple[str, ...] = ()
+    singles: int = 0
 
     def __post_init__(self) -> None:
         for name, least in (("train", 0), ("val", 0), ("test", 0), ("size", 16), ("test_size", 16)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not 0 <= self.singles <= 100:
+            raise ValueError(f"singles: expected 0 to 100 percent, got {self.singles}")
         for split in ("val", "test"):
             trained = {name for hand in self.hands("train") for name in hand}
             again = sorted(name for hand in self.hands(split) for name in hand if name in trained and self.unseen)
@@ -128,12 +133,13 @@ def attribution(options: Options) -> str:
 
 def _scenes(split: Split, options: Options) -> Scenes:
     size = options.test_size if split in ("test", "seen") else options.size
-    make = partial(_sample, split, size, options.seed, options.hands(split))
+    sample = partial(sample_scene, split, seed=options.seed, hands=options.hands(split), singles=options.singles)
+    make = partial(_encode, sample, split, size)
     return Scenes(split, options.count(split), size, make)
 
 
-def _sample(split: Split, size: int, seed: int, hands: Hands, index: int) -> dict[str, bytes]:
-    return encode_sample(sample_scene(split, index, seed=seed, hands=hands), split, size)
+def _encode(sample: Callable[[int], Scene], split: Split, size: int, index: int) -> dict[str, bytes]:
+    return encode_sample(sample(index), split, size)
 
 
 def _names(text: str) -> tuple[str, ...]:
