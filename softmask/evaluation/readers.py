@@ -158,6 +158,11 @@ class Sample:
         return middle_box(self.image.size) if self.crop else (0, 0, *self.image.size)
 
     @property
+    def unseen(self) -> bool:
+        """Whether an object is marked `"unseen": true`: it occurs in test alone."""
+        return any(isinstance(entry, dict) and entry.get("unseen") is True for entry in self.objects or ())
+
+    @property
     def seen(self) -> Image.Image:
         """The part of the image that the model sees."""
         return self.image.crop(self.box) if self.crop else self.image

@@ -32,6 +32,8 @@ class Gallery:
     text_tokens: Tensor | None  # [C, T, D]
     text_features: Tensor  # [C, d]
     attention_mask: Tensor  # [C, T] bool
+    unseen_images: Tensor  # [I] bool: some sample of the image has an unseen object
+    unseen_captions: Tensor  # [C] bool
 
     @property
     def relevant(self) -> Tensor:
@@ -88,10 +90,12 @@ def build_gallery(scorer: Scorer, samples: Iterable[Sample]) -> Gallery:
     captions: list[str] = []
     caption_ids: list[int] = []
     first_samples: dict[int, int] = {}
+    unseen: list[bool] = []
     images = EncodedBatches(matches(scorer))
     for batch in tqdm(batches(samples, scorer.batch_size), desc="encoding", disable=None, leave=False):
         captions += [sample.caption for sample in batch]
         caption_ids += [sample.image_id for sample in batch]
+        unseen += [sample.unseen for sample in batch]
         new = []
         for sample in batch:
             if first_samples.setdefault(sample.image_id, sample.index) == sample.index:
@@ -102,6 +106,7 @@ def build_gallery(scorer: Scorer, samples: Iterable[Sample]) -> Gallery:
         raise DataError("no readable sample for the retrieval gallery")
     image_tokens, image_features = images.cat()
     text_tokens, text_features, read = encode_captions(scorer, captions)
+    unseen_ids = {number for number, is_unseen in zip(caption_ids, unseen, strict=True) if is_unseen}
     return Gallery(
         captions=captions,
         images=list(first_samples.values()),
@@ -112,6 +117,8 @@ def build_gallery(scorer: Scorer, samples: Iterable[Sample]) -> Gallery:
         text_tokens=text_tokens,
         text_features=text_features,
         attention_mask=read.attention_mask.to(scorer.device),
+        unseen_images=torch.tensor([number in unseen_ids for number in first_samples]),
+        unseen_captions=torch.tensor(unseen),
         cut=int(read.cut.sum()),
     )
 
@@ -157,6 +164,10 @@ class Ranking:
     itm: Tensor | None
     relevant: Tensor
 
+    def of(self, queries: Tensor) -> Ranking:
+        """The rows of some queries, over the same gallery. queries: [Q] bool."""
+        return Ranking(self.itc[queries], None if self.itm is None else self.itm[queries], self.relevant[queries])
+
 
 def rank_both_ways(scorer: Scorer, gallery: Gallery, *, rerank: int, by: RerankBy = "match") -> dict[str, Ranking]:
     """Rankings i2t [I, C] and t2i [C, I]: ITM re-ranks the `rerank` best of every row by ITC. Fuses each pair once."""
@@ -172,18 +183,29 @@ def rank_both_ways(scorer: Scorer, gallery: Gallery, *, rerank: int, by: RerankB
     }
 
 
-def retrieval(scorer: Scorer, samples: Iterable[Sample], *, rerank: int, by: RerankBy = "match") -> dict:
-    """The metrics.json section: R@1/5/10 in both directions by ITC and by ITM, chance, and the gallery's size."""
-    gallery = build_gallery(scorer, samples)
-    ranking = rank_both_ways(scorer, gallery, rerank=rerank, by=by)
-    result = {
-        "samples": len(gallery.captions),
-        "images": len(gallery.images),
-        "cut": gallery.cut,
+def _recalls(ranking: dict[str, Ranking]) -> dict[str, dict]:
+    """R@1/5/10 by stage and direction: "itc", "chance", and "itm" if the model has ITM."""
+    found = {
         "itc": {way: metrics.recall(rank.itc, rank.relevant) for way, rank in ranking.items()},
         "chance": {way: metrics.chance_recall(rank.relevant) for way, rank in ranking.items()},
     }
     itm = {way: metrics.recall(rank.itm, rank.relevant) for way, rank in ranking.items() if rank.itm is not None}
-    if itm:
-        result |= {"rerank": rerank, "rerank_by": by, "itm": itm}
+    return found | {"itm": itm} if itm else found
+
+
+def retrieval(scorer: Scorer, samples: Iterable[Sample], *, rerank: int, by: RerankBy = "match") -> dict:
+    """The metrics.json section: R@1/5/10 in both directions by ITC and by ITM, chance, and the gallery's size.
+
+    If the gallery has unseen objects, "unseen" holds the same figures of the queries with one, among all answers.
+    """
+    gallery = build_gallery(scorer, samples)
+    ranking = rank_both_ways(scorer, gallery, rerank=rerank, by=by)
+    found = _recalls(ranking)
+    itm = {"rerank": rerank, "rerank_by": by, "itm": found.pop("itm")} if "itm" in found else {}
+    sizes = {"samples": len(gallery.captions), "images": len(gallery.images), "cut": gallery.cut}
+    result = sizes | found | itm
+    if gallery.unseen_captions.any():
+        queries = {"i2t": gallery.unseen_images, "t2i": gallery.unseen_captions}
+        apart = _recalls({way: rank.of(queries[way]) for way, rank in ranking.items()})
+        result["unseen"] = {"samples": int(queries["t2i"].sum()), "images": int(queries["i2t"].sum()), **apart}
     return result

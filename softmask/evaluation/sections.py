@@ -84,7 +84,19 @@ class Retrieval(Section):
             for way in ("i2t", "t2i"):
                 shares = " / ".join(f"{100 * value:5.1f}" for value in result[stage][way].values())
                 lines.append(f"  {stage:6s} {way}  {shares} %")
+        if "unseen" in result:
+            lines.append(self._unseen_line(result["unseen"]))
         return lines
+
+    @staticmethod
+    def _unseen_line(unseen: dict) -> str:
+        stages = [
+            f"{stage} {100 * unseen[stage]['i2t']['r1']:.1f} / {100 * unseen[stage]['t2i']['r1']:.1f} %"
+            for stage in ("itc", "itm", "chance")
+            if stage in unseen
+        ]
+        queries = f"{unseen['images']} images and {unseen['samples']} captions with unseen objects"
+        return f"  {queries} alone, R@1 i2t / t2i: {', '.join(stages)}"
 
 
 class Grounding(Section):

@@ -43,6 +43,9 @@ def read_metrics(path: Path) -> dict[str, Any]:
         if retrieval.get("rerank_by") not in get_args(RerankBy):
             known = ", ".join(get_args(RerankBy))
             raise _wrong(path, "retrieval.rerank_by", f"one of {known}", retrieval.get("rerank_by"))
+    if "unseen" in retrieval:
+        stages = {stage: BOTH_WAYS for stage in ("itc", "itm", "chance") if stage in retrieval}
+        _check(path, "retrieval.unseen", retrieval["unseen"], stages | {"samples": int, "images": int})
     for name in ("beams_alone", "nearest", "random"):
         if name in (captioning := result.get("captioning", {})):
             _check(path, f"captioning.{name}", captioning[name], SCORES)

@@ -212,13 +212,16 @@ def metrics_section(metrics: dict) -> str:
 def retrieval_table(retrieval: dict) -> str:
     stages = [("itc", "ITC"), ("itm", "ITC, re-ranked by ITM"), ("chance", "Chance")]
     stages = [(stage, name) for stage, name in stages if stage in retrieval]
-    ways = [("i2t", "Image → caption"), ("t2i", "Caption → image")]
+    ways = [("i2t", "Image → caption", retrieval), ("t2i", "Caption → image", retrieval)]
+    if unseen := retrieval.get("unseen"):
+        ways.append(("i2t", f"{unseen['images']:,} images with unseen objects → caption", unseen))
+        ways.append(("t2i", f"{unseen['samples']:,} captions of unseen objects → image", unseen))
     groups = "".join(f'<th scope="colgroup" colspan="3">{name}</th>' for _, name in stages)
     columns = "".join(f'<th scope="col"{edge(k)}>R@{k}</th>' for _ in stages for k in (1, 5, 10))
     rows = []
-    for way, name in ways:
+    for way, name, shares in ways:
         cells = "".join(
-            f'<td class="{stage}{" edge" if k == 1 else ""}">{percent(retrieval[stage][way][f"r{k}"])}</td>'
+            f'<td class="{stage}{" edge" if k == 1 else ""}">{percent(shares[stage][way][f"r{k}"])}</td>'
             for stage, _ in stages
             for k in (1, 5, 10)
         )

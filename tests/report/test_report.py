@@ -18,7 +18,7 @@ from PIL import Image
 from softmask.evaluation import evaluate
 from softmask.report import build as report
 from softmask.report.images import HEAT, data_uri, heat_colours, heat_overlay, limited, soft_masked
-from softmask.report.page import marked_caption
+from softmask.report.page import marked_caption, retrieval_table
 from softmask.report.svg import Series, line_chart, outline_path, smooth, ticks
 from tests.support.evaluation_files import Words, write_plain, write_run, write_scenes
 
@@ -177,6 +177,7 @@ def test_metrics_of_another_evaluation_are_refused(run, tmp_path, capsys):
         ("retrieval", 3), ("retrieval.samples", "many"), ("retrieval.samples", -1), ("retrieval.itc.i2t.r1", None),
         ("retrieval.rerank", "16"), ("retrieval.rerank_by", "foo"), ("training", {}), ("training.seconds", "long"),
         ("evaluation", None), ("grounding", {}), ("zero_shot", {}), ("captioning", {}), ("reconstruction", []),
+        ("retrieval.unseen", {}),
     ],
 )  # fmt: skip
 def test_damaged_metrics_are_named(run, tmp_path, capsys, key, value):
@@ -193,6 +194,23 @@ def test_damaged_metrics_are_named(run, tmp_path, capsys, key, value):
     (line,) = capsys.readouterr().err.splitlines()
     assert f"metrics.json: {key}" in line and "run train/evaluate.py again" in line
     assert not (tmp_path / "run" / "report.html").exists()
+
+
+def test_table_has_rows_of_unseen_queries():
+    """Their figures stand in the columns of the whole gallery's stages; without such queries the table has two rows."""
+
+    def both(share: float) -> dict:
+        return {way: {f"r{k}": share + k / 1000 + (way == "t2i") / 10 for k in (1, 5, 10)} for way in ("i2t", "t2i")}
+
+    whole = {"itc": both(0.5), "chance": both(0.1), "itm": both(0.7)}
+    unseen = {"samples": 1040, "images": 20, "itc": both(0.2), "chance": both(0.1), "itm": both(0.3)}
+    rows = Page(retrieval_table(whole)).text
+    assert not any("unseen" in text for text in rows) and "50.1" in rows
+    found = [text for text in Page(retrieval_table(whole | {"unseen": unseen})).text if text.strip()]
+    start = found.index("20 images with unseen objects → caption")
+    assert " ".join(found[start + 1 : start + 10]) == "20.1 20.5 21.0 30.1 30.5 31.0 10.1 10.5 11.0"
+    start = found.index("1,040 captions of unseen objects → image")
+    assert " ".join(found[start + 1 : start + 10]) == "30.1 30.5 31.0 40.1 40.5 41.0 20.1 20.5 21.0"
 
 
 def test_unusable_log_values_are_left_out():
