@@ -39,6 +39,8 @@ def _isolate_cache(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Trainings take longest. In several processes short tests then fill the end of a run.
+    items.sort(key=lambda item: "training" not in item.path.parts)
     import torch
 
     if torch.cuda.is_available():
