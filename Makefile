@@ -93,13 +93,11 @@ $(RUN_DIR)/done.json: train/configs/$(DEMO).yaml | $(READY) $(if $(filter photos
 	@test -f $@ || { echo "pretrain: stopped before the end; run make pretrain again to continue from the last checkpoint" >&2; exit 1; }
 	@touch $@
 
-$(RUN_DIR)/metrics.json: $(RUN_DIR)/done.json
-	@$(IN_VENV) python train/evaluate.py $(RUN_DIR) --data '$(SCENES)/test-*.tar' --training '$(SCENES)/train-*.tar' \
-	  --output $@
-
-# The same scenes by the hands of training, beside which the other hand's figures show what was learned of words.
-$(RUN_DIR)/seen.json: $(RUN_DIR)/done.json
-	@$(IN_VENV) python train/evaluate.py $(RUN_DIR) --data '$(SCENES)/seen-*.tar' --training '$(SCENES)/train-*.tar' \
+# seen: the scenes of test by the artists of training, beside which test's figures show what was learned of words.
+$(RUN_DIR)/metrics.json: SPLIT := test
+$(RUN_DIR)/seen.json: SPLIT := seen
+$(RUN_DIR)/metrics.json $(RUN_DIR)/seen.json: $(RUN_DIR)/done.json
+	@$(IN_VENV) python train/evaluate.py $(RUN_DIR) --data '$(SCENES)/$(SPLIT)-*.tar' --training '$(SCENES)/train-*.tar' \
 	  --output $@
 
 $(RUN_DIR)/report.html: $(RUN_DIR)/metrics.json $(if $(filter artists,$(DATA)),$(RUN_DIR)/seen.json)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -18,6 +17,7 @@ from softmask.data.photos import packages, scene, stamps, write
 from softmask.data.photos.backgrounds import LEAST_AREA, paint, sample_crop
 from softmask.data.scenes import folder as folders
 from softmask.data.scenes.captions import name_one
+from tests.support.data_files import read_samples
 
 THINGS = (
     "apple", "ball", "cat", "dog", "egg", "fan", "goat", "hat", "iron", "jar", "kite", "lamp", "mug", "nut", "owl",
@@ -59,14 +59,9 @@ def generate(root: Path, out: str, *options: str) -> int:
 
 
 def records(folder: Path, split: str) -> list[tuple[dict, Image.Image]]:
-    members: dict[str, dict[str, bytes]] = {}
-    for shard in sorted(folder.glob(f"{split}-*.tar")):
-        with tarfile.open(shard) as archive:
-            for member in archive:
-                key, _, extension = member.name.partition(".")
-                members.setdefault(key, {})[extension] = archive.extractfile(member).read()
-    assert all(json.loads(one["json"])["caption"] == one["txt"].decode() for one in members.values())
-    return [(json.loads(one["json"]), Image.open(io.BytesIO(one["png"]))) for one in members.values()]
+    samples = read_samples(folder, split)
+    assert all(json.loads(one["json"])["caption"] == one["txt"].decode() for one in samples)
+    return [(json.loads(one["json"]), Image.open(io.BytesIO(one["png"]))) for one in samples]
 
 
 @pytest.mark.parametrize(

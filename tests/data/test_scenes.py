@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import re
-import tarfile
 from collections import Counter
 from dataclasses import replace
 from itertools import combinations, pairwise
@@ -24,6 +23,7 @@ from softmask.data.scenes.captions import MAX_WORDS, Box, Group, write_caption
 from softmask.data.scenes.concepts import Concept, concepts
 from softmask.data.scenes.drawings import OPAQUE
 from softmask.data.scenes.layout import Scene
+from tests.support.data_files import read_samples
 
 BY_NAME = {concept.name: concept for concept in concepts()}
 NUMBERS = {1: "a", 2: "two", 3: "three", 4: "four"}
@@ -44,16 +44,6 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def sampled() -> dict[str, list[Scene]]:
     return {split: [layout.sample_scene(split, i) for i in range(400)] for split in SPLITS}
-
-
-def read(folder: Path, split: str) -> list[dict[str, bytes]]:
-    samples: dict[str, dict[str, bytes]] = {}
-    for path in sorted(folder.glob(f"{split}-*.tar")):
-        with tarfile.open(path) as archive:
-            for member in archive:
-                key, _, extension = member.name.partition(".")
-                samples.setdefault(key, {})[extension] = archive.extractfile(member).read()
-    return list(samples.values())
 
 
 def names(scene: Scene) -> list[str]:
@@ -94,7 +84,7 @@ def test_folder_is_complete_and_attributed(folder):
     listed = json.loads((folder / "concepts.json").read_text(encoding="utf-8"))
     assert [entry["name"] for entry in listed] == [concept.name for concept in concepts()]
     for split in SPLITS:
-        samples = read(folder, split)
+        samples = read_samples(folder, split)
         assert len(samples) == SMALL.count(split)
         for sample in samples:
             record = json.loads(sample["json"])
@@ -144,7 +134,7 @@ def test_command_line(tmp_path, capsys):
 
 
 def test_splits_are_disjoint(folder, sampled):
-    images = [hashlib.sha256(s["png"]).digest() for split in SPLITS for s in read(folder, split)]
+    images = [hashlib.sha256(s["png"]).digest() for split in SPLITS for s in read_samples(folder, split)]
     assert len(set(images)) == len(images)
     layouts = [scene.placements for split in SPLITS for scene in sampled[split]]
     assert len(set(layouts)) == len(layouts)

@@ -34,6 +34,17 @@ def write_tar(
     return path
 
 
+def read_samples(folder: Path, split: str) -> list[dict[str, bytes]]:
+    """The members of every sample of a split, by extension."""
+    samples: dict[str, dict[str, bytes]] = {}
+    for shard in sorted(folder.glob(f"{split}-*.tar")):
+        with tarfile.open(shard) as archive:
+            for member in archive:
+                key, _, extension = member.name.partition(".")
+                samples.setdefault(key, {})[extension] = archive.extractfile(member).read()
+    return list(samples.values())
+
+
 def sample(number: int, caption: str | bytes = CAPTION, **options) -> list[tuple[str, bytes]]:
     """Members of a sample, named as by img2dataset."""
     text = caption if isinstance(caption, bytes) else caption.encode()

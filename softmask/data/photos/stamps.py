@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from typing import cast
 
@@ -106,7 +107,7 @@ class Stamp:
     picture: Drawing
     digest: str
 
-    @property
+    @cached_property
     def unseen(self) -> bool:
         """Whether it occurs in test alone; depends on its file's name."""
         digest = hashlib.blake2b(f"{self.name}.png".encode(), digest_size=8).digest()

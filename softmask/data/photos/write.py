@@ -27,7 +27,7 @@ from typing import Any
 from softmask.data.photos.packages import STAMPS
 from softmask.data.photos.scene import SPLITS, Pictures, Split, encode_scene, read_pictures, sample_scene
 from softmask.data.scenes.captions import name_one
-from softmask.data.scenes.folder import Scenes, add_arguments, is_current, run, write_folder
+from softmask.data.scenes.folder import Scenes, add_arguments, check_sizes, is_current, run, write_folder
 
 VERSION = 1
 """Incremented when the same options give different files, so that old folders are rewritten."""
@@ -49,9 +49,7 @@ class Options:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("train", 0), ("val", 0), ("test", 0), ("size", 16), ("test_size", 16)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        check_sizes(self)
 
 
 def write_photos(out: Path, options: Options, roots: tuple[Path, ...], *, processes: int) -> bool:

@@ -100,6 +100,13 @@ def _write_shard(shard: _Shard) -> None:
         writer.close()
 
 
+def check_sizes(options: Any) -> None:
+    """ValueError if a count of scenes (train, val, test) is negative or a side (size, test_size) less than 16."""
+    for name, least in (("train", 0), ("val", 0), ("test", 0), ("size", 16), ("test_size", 16)):
+        if getattr(options, name) < least:
+            raise ValueError(f"{name} must be at least {least}, got {getattr(options, name)}")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """--out and --processes."""
     parser.add_argument("--out", type=Path, required=True, help="folder to write")

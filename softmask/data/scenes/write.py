@@ -31,7 +31,7 @@ from softmask.data.scenes.artists import drawing_set, sets_of
 from softmask.data.scenes.captions import name_one
 from softmask.data.scenes.concepts import concepts
 from softmask.data.scenes.draw import encode_sample
-from softmask.data.scenes.folder import Scenes, add_arguments, is_current, run, write_folder
+from softmask.data.scenes.folder import Scenes, add_arguments, check_sizes, is_current, run, write_folder
 from softmask.data.scenes.layout import SPLITS, Hands, Scene, Split, drawn_concepts, sample_scene
 
 VERSION = 6
@@ -63,9 +63,7 @@ class Options:
     singles: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("train", 0), ("val", 0), ("test", 0), ("size", 16), ("test_size", 16)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        check_sizes(self)
         if not 0 <= self.singles <= 100:
             raise ValueError(f"singles: expected 0 to 100 percent, got {self.singles}")
         for split in ("val", "test"):
