@@ -45,6 +45,7 @@ def check_heads(width: int, heads: int) -> None:
 
 
 Pool = Literal["cls", "mean"]
+TextPool = Literal["cls", "mean", "words"]
 AttentionLibrary = Literal["sdpa", "flash_attn", "xformers", "eager"]
 
 
@@ -115,7 +116,7 @@ class TextConfig:
     attention: AttentionLibrary = "sdpa"  # for attention without soft masks
     layer_norm_eps: float = 1e-12
     initializer_range: float = 0.02  # standard deviation of initial weights; small widths need more
-    pool: Pool = "cls"  # for the contrastive loss: "cls", or "mean" over the caption's tokens, CLS and SEP included
+    pool: TextPool = "cls"  # for the contrastive loss: "cls", "mean" over all tokens, or "words": without CLS and SEP
     checkpoint: str = ""  # a folder with a Hugging Face BERT, such as bert-base-uncased
 
     def __post_init__(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from softmask.models.config import SpecialIds
 from softmask.models.sycoca.config import SyCoCaConfig
@@ -37,6 +37,9 @@ class SyCoCaTask(Task):
 
     def check_batch(self, config: SyCoCaConfig, batch: int) -> None:
         check_queue(config.queue_size, batch)
+
+    def step_options(self, config: SyCoCaConfig, step: int, *, steps_per_epoch: float) -> dict[str, Any]:
+        return {"whole": config.sees_whole(step)}
 
     def sections(self, config: SyCoCaConfig) -> tuple[str, ...]:
         generated = ("captioning",) * config.has_caption_loss + ("reconstruction",) * config.has_reconstruction

@@ -102,6 +102,8 @@ def test_share_of_scenes_with_a_single_drawing(icon_sets: Path) -> None:
     changed = [after for before, after in zip(mixed, half, strict=True) if before != after]
     assert set(changed) == {1} and 50 < len(changed) < 110
     assert drawings("val", 100) == drawings("val", 0) and drawings("test", 100) == drawings("test", 0)
+    alone = [layout.sample_scene("train", n, hands=(("red", "blue"),), singles=100).caption.text for n in range(60)]
+    assert not any("background" in text for text in alone)
     with pytest.raises(ValueError, match="singles: expected 0 to 100 percent, got 101"):
         write.Options(singles=101)
 
@@ -140,6 +142,8 @@ def test_too_few_drawings_are_refused(icon_sets: Path, capsys: pytest.CaptureFix
 def test_versions_of_one_vendor_count_as_one_artist() -> None:
     with pytest.raises(ValueError, match="test_artists: expected hands that do not draw train, got noto-v1"):
         write.Options(artists=("openmoji", "noto"), test_artists=("noto-v1",))
+    with pytest.raises(ValueError, match="val_artists: expected hands that do not draw train, got emojione$"):
+        write.Options(artists=("openmoji", "emojione-v1"), test_artists=("noto-v1",))
     options = write.Options(artists=("openmoji", "noto"))
     assert options.hands("train") == options.hands("seen") == (("openmoji",), ("noto", "noto-v1"))
     assert options.hands("val") == (("emojione",),) and options.hands("test") == (("twemoji",),)

@@ -218,10 +218,12 @@ def test_training_lowers_the_loss_and_every_parameter_has_a_gradient():
     assert student == set(gradients(model))
 
 
-def test_without_fusion_the_loss_is_the_contrastive_term():
-    model = small_model()
+@pytest.mark.parametrize("mask_text", ["all", "mlm"])
+def test_without_fusion_the_loss_is_the_contrastive_term_of_whole_captions(mask_text):
+    model = small_model(mask_text="mlm")
     torch.manual_seed(2)
     whole = model(small_batch(), alpha=0.4).terms["itc"]
+    model = small_model(mask_text=mask_text)
     torch.manual_seed(2)
     output = model(small_batch(), alpha=0.4, fuse=False)
     output.loss.backward()
@@ -236,7 +238,7 @@ def test_negatives_are_drawn_at_their_own_temperature():
     for temperature in (0.0, 0.5):
         model = small_model(negative_temperature=temperature, temperature=0.1).eval()
         batch = small_batch()
-        logits.append(model.negative_logits(model._encode(batch, 0.4, small_draws(batch), masked=False)))
+        logits.append(model.negative_logits(model._encode(batch, 0.4, small_draws(batch), fuse=True)))
     for itc, own in zip(*logits, strict=True):
         torch.testing.assert_close(itc * 0.1, own * 0.5)
         assert (own.abs() <= 2.0 + 1e-5).all()
@@ -252,17 +254,23 @@ def test_clamped_temperature_keeps_a_gradient():
     assert model.temperature.grad.abs() > 0
 
 
-def test_mean_pooling_and_a_fixed_temperature():
-    model, batch = small_model(text={"pool": "mean"}, learn_temperature=False), small_batch()
+@pytest.mark.parametrize("pool", ["mean", "words"])
+def test_mean_pooling_and_a_fixed_temperature(pool):
+    """ "words" leaves out CLS and SEP, where a caption has other tokens."""
+    model, batch = small_model(text={"pool": pool}, learn_temperature=False), small_batch()
+    batch.attention_mask[1] = torch.arange(batch.attention_mask.shape[1]) < 2
+    batch.num_tokens = int(batch.attention_mask.sum())
     model.eval()
     with torch.no_grad():
         tokens, feature = model.encode_text(batch.input_ids, batch.attention_mask)
-    mean = torch.stack([row[mask].mean(0) for row, mask in zip(tokens, batch.attention_mask, strict=True)])
+    rows = [row[mask] for row, mask in zip(tokens, batch.attention_mask, strict=True)]
+    rows = [row[1:-1] if pool == "words" and len(row) > 2 else row for row in rows]
+    mean = torch.stack([row.mean(0) for row in rows])
     expected = torch.nn.functional.normalize(model.backbone.text_projection(mean), dim=-1)
     torch.testing.assert_close(feature, expected)
     model(batch).loss.backward()
     assert model.temperature.grad is None
-    with pytest.raises(ValueError, match="pool: expected 'cls' or 'mean', got 'max'"):
+    with pytest.raises(ValueError, match="pool: expected 'cls', 'mean' or 'words', got 'max'"):
         small_config(text={"pool": "max"})
 
 

@@ -14,7 +14,9 @@ from torch import Tensor
 from softmask import ops
 from softmask.models import SyCoCa
 from softmask.models.sycoca.backbone import Texts
+from softmask.models.sycoca.config import SyCoCaConfig
 from softmask.models.sycoca.masks import PatchMasks, attentive_masks, patch_positions, random_masks
+from softmask.tasks.sycoca import SyCoCaTask
 from tests.support.model_fixtures import COCA, POOLED, small_batch, small_sycoca
 
 # -- ratios -----------------------------------------------------------------------------------------------------------
@@ -137,6 +139,32 @@ def test_pixel_masks_run_a_second_encoder_pass_for_both_heads() -> None:
     texts = model.encode_texts(batch)
     decoder_context = plain_encoding(model, batch.images, ~masks.kept)
     torch.testing.assert_close(output.terms["caption"], model.caption_loss(batch, texts, decoder_context).detach())
+
+
+@pytest.mark.parametrize("caption_masking", ["tokens", "pixels"])
+def test_a_whole_step_is_one_without_caption_masks(caption_masking: str) -> None:
+    """Reconstruction keeps its masks."""
+    torch.manual_seed(0)
+    batch, terms = small_batch(dtype=torch.float64), []
+    for masking, whole in ((caption_masking, True), ("none", False), (caption_masking, False)):
+        model = small_sycoca(caption_masking=masking, vit="vit_tiny_patch16_224", image_decoder_heads=3)
+        terms.append(model(batch, whole=whole).terms)
+    assert all(torch.equal(terms[0][name], terms[1][name]) for name in ("itc", "caption", "tgmim"))
+    assert torch.equal(terms[0]["tgmim"], terms[2]["tgmim"]) and not torch.equal(
+        terms[0]["caption"], terms[2]["caption"]
+    )
+
+
+def test_steps_in_which_the_caption_decoder_sees_whole_images() -> None:
+    def steps(**options: int) -> list[int]:
+        config = SyCoCaConfig(**options)
+        return [step for step in range(8) if SyCoCaTask().step_options(config, step, steps_per_epoch=1.0)["whole"]]
+
+    assert steps() == []
+    assert steps(caption_whole_steps=3) == [0, 1, 2]
+    assert steps(caption_whole_steps=2, caption_whole_every=3) == [0, 1, 3, 6]
+    with pytest.raises(ValueError, match="caption_whole_every: expected at least 0, got -1"):
+        SyCoCaConfig(caption_whole_every=-1)
 
 
 @pytest.mark.parametrize(("caption_masking", "leaks"), [("tokens", True), ("pixels", False)])

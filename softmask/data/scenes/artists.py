@@ -27,10 +27,17 @@ from softmask.files import cache_folder
 SOURCE_SIDE = 160
 """Side in pixels at which a drawing is rasterized, before it is cropped to its opaque box."""
 
-SETS = {"openmoji": ("openmoji",), "noto": ("noto", "noto-v1")}
+SETS = {
+    "openmoji": ("openmoji",),
+    "noto": ("noto", "noto-v1"),
+    "fluent": ("fluent-emoji-flat", "fluent-emoji"),
+}
 """Artist -> the sets that count as this hand; any other name is a set of its own."""
 
-VERSIONS = {"noto": "1.2.9", "noto-v1": "1.2.5", "twemoji": "1.2.5", "emojione": "1.2.3"}
+VERSIONS = {
+    "noto": "1.2.9", "noto-v1": "1.2.5", "fluent-emoji": "1.2.7", "fluent-emoji-flat": "1.2.6", "fxemoji": "1.2.2",
+    "streamline-emojis": "1.2.4", "twemoji": "1.2.5", "emojione": "1.2.3", "emojione-v1": "1.2.3",
+}  # fmt: skip
 """Versions of npm's packages that `npm pack` fetches; of other names the newest."""
 
 
@@ -134,6 +141,11 @@ def rasterize(svg: str) -> Image.Image:
     data = resvg_py.svg_to_bytes(svg_string=svg, width=SOURCE_SIDE, skip_system_fonts=True)
     drawing = Image.open(io.BytesIO(data)).convert("RGBA")
     return drawing.crop(drawing.getchannel("A").getbbox())
+
+
+def vendor_of(name: str) -> str:
+    """Who made a set: the first part of its name, so that noto-v1 is Noto's and emojione-v1 EmojiOne's."""
+    return name.partition("-")[0]
 
 
 def sets_of(artists: Sequence[str]) -> tuple[tuple[str, ...], ...]:

@@ -11,7 +11,7 @@ from random import Random
 from typing import Literal, get_args
 
 from softmask.data.scenes.background import Background, sample_background
-from softmask.data.scenes.captions import Caption, Group, write_caption
+from softmask.data.scenes.captions import Caption, Group, write_caption, write_caption_at
 from softmask.data.scenes.concepts import Concept, concepts
 from softmask.data.scenes.drawings import Placement, drawing_of, has_drawing
 from softmask.data.scenes.place import place
@@ -52,7 +52,8 @@ def sample_scene(
 ) -> Scene:
     """Scene ``index`` of a split, drawn by ``hands``. A scene of "seen" is the one of "test" by other hands.
 
-    ``singles`` percent of training's scenes have one drawing, the others as many as those of the other splits.
+    ``singles`` percent of training's scenes have one drawing, and captions that do not name the background; the others
+    have as many drawings as those of the other splits.
 
     Raises:
         ValueError: an unknown split.
@@ -62,7 +63,8 @@ def sample_scene(
     split = "test" if split == "seen" else split
     rng, draw = Random(f"{seed}/{split}/{index}"), Random(f"{seed}/{split}/{index}/hands")
     counts = rng.choice(_COUNTS)
-    if split == "train" and Random(f"{seed}/{split}/{index}/singles").random() * 100 < singles:
+    alone = split == "train" and Random(f"{seed}/{split}/{index}/singles").random() * 100 < singles
+    if alone:
         counts = (1,)
     chosen = _choose_concepts(counts, split, rng, hands)
     drawn = rng.sample([i for i, count in enumerate(counts) for _ in range(count)], sum(counts))
@@ -72,7 +74,8 @@ def sample_scene(
     groups = tuple(tuple(k for k, i in enumerate(drawn) if i == group) for group in range(len(counts)))
     named = [Group(concepts()[chosen[i]], tuple(boxes[k] for k in group)) for i, group in enumerate(groups)]
     background = sample_background(rng)
-    return Scene(placements, groups, background, write_caption(named, background.name, rng))
+    caption = write_caption_at(named, "", rng) if alone else write_caption(named, background.name, rng)
+    return Scene(placements, groups, background, caption)
 
 
 @lru_cache

@@ -11,7 +11,8 @@ occurs only in test, in about half of its scenes.
 
 draws training's scenes with several hands, and validation's and test's with hands that training never sees. It adds
 ``seen-%06d.tar``: the scenes of test, drawn by training's hands. ``--singles 50`` gives half of training's scenes a
-single drawing, from which a concept is learned more easily than from a scene of several.
+single drawing and a caption that names it without its background: a concept is learned more easily from them than from
+scenes of several.
 
 The .json of a sample is ``{"caption", "objects": [{"phrase", "span": [start, end], "mask": {"size": [h, w], "counts"},
 "concept", "count"}], "split"}``. Spans count characters of the caption. Masks are `softmask.data.rle` codes of the
@@ -27,14 +28,14 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from softmask.data.scenes.artists import drawing_set, sets_of
+from softmask.data.scenes.artists import drawing_set, sets_of, vendor_of
 from softmask.data.scenes.captions import name_one
 from softmask.data.scenes.concepts import concepts
 from softmask.data.scenes.draw import encode_sample
 from softmask.data.scenes.folder import Scenes, add_arguments, check_sizes, is_current, run, write_folder
 from softmask.data.scenes.layout import SPLITS, Hands, Scene, Split, drawn_concepts, sample_scene
 
-VERSION = 6
+VERSION = 7
 """Incremented when the same options give different files, so that old folders are rewritten."""
 
 FEWEST_CONCEPTS = 10
@@ -67,8 +68,9 @@ class Options:
         if not 0 <= self.singles <= 100:
             raise ValueError(f"singles: expected 0 to 100 percent, got {self.singles}")
         for split in ("val", "test"):
-            trained = {name for hand in self.hands("train") for name in hand}
-            again = sorted(name for hand in self.hands(split) for name in hand if name in trained and self.unseen)
+            trained = {vendor_of(name) for hand in self.hands("train") for name in hand}
+            drawing = [name for hand in self.hands(split) for name in hand]
+            again = sorted(name for name in drawing if vendor_of(name) in trained and self.unseen)
             if again:
                 raise ValueError(f"{split}_artists: expected hands that do not draw train, got {', '.join(again)}")
 

@@ -47,7 +47,8 @@ class Backbone(nn.Module):
         if self.text_pooling == "cls":
             pooled = tokens[packing.cu_seqlens[:-1]]
         else:
-            pooled = packing.pad(tokens).sum(dim=1) / packing.mask.sum(dim=1, keepdim=True)
+            taken = packing.mask if self.text_pooling == "mean" else packing.inner
+            pooled = (packing.pad(tokens) * taken[..., None]).sum(dim=1) / taken.sum(dim=1, keepdim=True)
         return F.normalize(at_least_fp32(self.text_projection(pooled)), dim=-1)
 
     def predict_tokens(self, states: Tensor) -> Tensor:

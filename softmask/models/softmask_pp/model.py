@@ -105,7 +105,7 @@ class SoftMaskPP(nn.Module):
         if len(batch.images) < 2:
             raise ValueError(f"batch: expected at least 2 pairs (hard negatives), got {len(batch.images)}")
         alpha = self.config.alpha if alpha is None else alpha
-        step = self._encode(batch, alpha, draws or Draws(), masked=fuse and self._masked_pass)
+        step = self._encode(batch, alpha, draws or Draws(), fuse=fuse)
         losses, image_weight = {"itc": self._contrastive(step)}, None
         if fuse:
             fused, image_weight = self._fused_losses(step)
@@ -140,8 +140,8 @@ class SoftMaskPP(nn.Module):
         """Whether MLM reads masked captions in a pass of its own."""
         return self.config.mask_text == "mlm" and self.config.weights.mlm > 0
 
-    def _encode(self, batch: Batch, alpha: float, draws: Draws, *, masked: bool) -> Step:
-        """`masked`: encode the masked captions, too."""
+    def _encode(self, batch: Batch, alpha: float, draws: Draws, *, fuse: bool) -> Step:
+        """Without `fuse` captions are whole: masks are for steps that learn to fill them."""
         text = draws.masked or mask_tokens(
             batch.input_ids,
             self.special_ids,
@@ -149,9 +149,9 @@ class SoftMaskPP(nn.Module):
             probability=self.config.mask_probability,
         )
         chosen = (text.labels != IGNORE).sum(1)
-        ids = text.input_ids if self.config.mask_text == "all" else batch.input_ids
+        ids = text.input_ids if fuse and self.config.mask_text == "all" else batch.input_ids
         packing = captions = Packing.of(batch.attention_mask, batch.num_tokens)
-        if masked:
+        if fuse and self._masked_pass:
             ids, captions = torch.cat([ids, text.input_ids]), Packing.cat([packing, packing])
         image, student = self._encode_pairs(self.backbone, batch.images, ids, captions, packing)
         with torch.no_grad():

@@ -84,6 +84,8 @@ class SyCoCaConfig:
     # image encoder gets no pixels of them either, in a pass of its own; "none": it sees them
     caption_masking: Literal["tokens", "pixels", "none"] = "tokens"
     caption_ratio: float = 0.5  # share of the patches, the most relevant ones, that the caption decoder sees
+    caption_whole_steps: int = 0  # first steps, in which the caption decoder sees whole images, and
+    caption_whole_every: int = 0  # every so many steps it sees them again; 0: never
     reconstruct: bool = True  # text-guided reconstruction of masked patches
     # "pixels": the image encoder does not see the masked patches, in a pass of its own; "tokens": their tokens are
     # replaced after the encoder, whose self-attention has already mixed them into others
@@ -105,6 +107,8 @@ class SyCoCaConfig:
             "queue_size": (self.queue_size >= 0, "at least 0"),
             "momentum": (0 <= self.momentum <= 1, "a number in [0, 1]"),
             "alpha": (0 <= self.alpha <= 1, "a number in [0, 1]"),
+            "caption_whole_steps": (self.caption_whole_steps >= 0, "at least 0"),
+            "caption_whole_every": (self.caption_whole_every >= 0, "at least 0"),
             "caption_ratio": (0 < self.caption_ratio < 1, "a number in (0, 1)"),
             "reconstruct_ratio": (0 < self.reconstruct_ratio < 1, "a number in (0, 1)"),
             "image_decoder_layers": (self.image_decoder_layers >= 1, "at least 1"),
@@ -112,6 +116,10 @@ class SyCoCaConfig:
         check(self, expected)
         if self.pooler_queries:
             self._check_pooler()
+
+    def sees_whole(self, step: int) -> bool:
+        """Whether the caption decoder sees whole images in an optimizer step, from 0."""
+        return step < self.caption_whole_steps or self.caption_whole_every > 0 and step % self.caption_whole_every == 0
 
     @property
     def has_caption_loss(self) -> bool:

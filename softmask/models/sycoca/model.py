@@ -146,9 +146,11 @@ class SyCoCa(nn.Module):
 
     # -- training -----------------------------------------------------------------------------------------------------
 
-    def forward(self, batch: Batch, *, draws: Draws | None = None) -> SyCoCaOutput:
-        """The loss of one batch. Call `update_momentum` before it and `enqueue` after it. `draws` replaces random draws
-        of the step."""
+    def forward(self, batch: Batch, *, whole: bool = False, draws: Draws | None = None) -> SyCoCaOutput:
+        """The loss of one batch; with `whole` the caption decoder sees all patches.
+
+        Call `update_momentum` before it and `enqueue` after it. `draws` replaces random draws of the step.
+        """
         config, backbone = self.config, self.backbone
         image = backbone.vision(batch.images)
         texts = self.encode_texts(batch)
@@ -156,7 +158,7 @@ class SyCoCa(nn.Module):
         scale = self.scale()
         teachers = self._teachers(batch, texts.packing)
         losses = {"itc": self._contrastive(backbone.image_feature(pooled), texts.feature, scale, teachers)}
-        masks = self.masks(image, texts, draws)
+        masks = self.masks(image, texts, draws, whole=whole)
         encoded = self._encode_masked(batch.images, masks)
         if config.has_caption_loss:
             context = self.decoder_context(image, context, masks.kept, encoded.get("caption"))
@@ -218,10 +220,12 @@ class SyCoCa(nn.Module):
 
     @torch.no_grad()
     @named_range("masks")
-    def masks(self, image: Tensor, texts: Texts, draws: Draws | None = None) -> PatchMasks:
-        """The patches most relevant to the caption or, with `masks: random`, any."""
+    def masks(self, image: Tensor, texts: Texts, draws: Draws | None = None, *, whole: bool = False) -> PatchMasks:
+        """The patches most relevant to the caption or, with `masks: random`, any. `whole`: none for the caption
+        decoder."""
         config = self.config
-        keep = config.caption_ratio if config.has_caption_loss and config.caption_masking != "none" else None
+        masked = config.has_caption_loss and config.caption_masking != "none" and not whole
+        keep = config.caption_ratio if masked else None
         hide = config.reconstruct_ratio if config.has_reconstruction else None
         ratios = {ratio for ratio in (keep, hide) if ratio is not None}
         if not ratios:
