@@ -174,10 +174,10 @@ STUDIES = (
             "Each of the three middle rows adds one thing to ALBEF, the last adds all three. Multi-modal "
             "augmentation means masked captions for every loss and distorted images, as strong as at full size, which "
             "at this size halves the speed of learning; the demo's distortions are milder "
-            "([demo.md](../../docs/demo.md)). All rows, including ALBEF, use the demo's other settings of that day: no queue, no soft "
-            "targets, ITC at weight 2 and MLM at 0.25, only the contrastive loss for the first steps, easy negatives, "
-            "no RandAugment. No figures are published for single additions, so the expected order is our reading of "
-            "the paper: no addition lowers a figure."
+            "([demo.md](../../docs/demo.md)). All rows, including ALBEF, use the demo's other settings of that day: no "
+            "queue, no soft targets, ITC at weight 2 and MLM at 0.25, only the contrastive loss for the first steps, "
+            "easy negatives, no RandAugment. No figures are published for single additions, so the expected order is "
+            "our reading of the paper: no addition lowers a figure."
         ),
         config=Path(__file__).with_name("softmask_pp.yaml"),
         rows=SOFTMASK_PP_ROWS,

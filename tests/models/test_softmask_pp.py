@@ -258,13 +258,18 @@ def test_clamped_temperature_keeps_a_gradient():
 def test_mean_pooling_and_a_fixed_temperature(pool):
     """ "words" leaves out CLS and SEP, where a caption has other tokens."""
     model, batch = small_model(text={"pool": pool}, learn_temperature=False), small_batch()
-    batch.attention_mask[1] = torch.arange(batch.attention_mask.shape[1]) < 2
+    length = torch.arange(batch.attention_mask.shape[1])
+    batch.attention_mask[1] = length < 2  # CLS and SEP alone
+    last = int(batch.attention_mask[2].sum()) - 1
+    batch.attention_mask[2, last] = False  # no SEP, as with data.append_sep=false
+    batch.input_ids[1, 1] = model.special_ids.sep
     batch.num_tokens = int(batch.attention_mask.sum())
     model.eval()
     with torch.no_grad():
         tokens, feature = model.encode_text(batch.input_ids, batch.attention_mask)
     rows = [row[mask] for row, mask in zip(tokens, batch.attention_mask, strict=True)]
-    rows = [row[1:-1] if pool == "words" and len(row) > 2 else row for row in rows]
+    if pool == "words":
+        rows = [row if i == 1 else row[1:] if i == 2 else row[1:-1] for i, row in enumerate(rows)]
     mean = torch.stack([row.mean(0) for row in rows])
     expected = torch.nn.functional.normalize(model.backbone.text_projection(mean), dim=-1)
     torch.testing.assert_close(feature, expected)

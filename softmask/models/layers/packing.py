@@ -51,12 +51,6 @@ class Packing:
         """[N + 1] int32: the first token of every caption, then S."""
         return F.pad(self.mask.sum(1).cumsum(0), (1, 0)).to(torch.int32)
 
-    @cached_property
-    def inner(self) -> Tensor:
-        """[N, T] bool: a caption's tokens without the first and the last, CLS and SEP; all, if it has no others."""
-        rank, count = self.mask.cumsum(1), self.mask.sum(1, keepdim=True)
-        return self.mask & ((rank > 1) & (rank < count) | (count < 3))
-
     @property
     def length(self) -> int:
         return self.mask.shape[1]

@@ -42,14 +42,14 @@ class Backbone(nn.Module):
         tokens = self.vision(images)
         return Encoded(tokens, F.normalize(at_least_fp32(self.image_projection(self.vision.pool(tokens))), dim=-1))
 
-    def text_feature(self, tokens: Tensor, packing: Packing) -> Tensor:
-        """tokens [S, D] of B captions -> normalized features [B, embed_dim] of their CLS tokens, or of their means."""
+    def text_feature(self, tokens: Tensor, packing: Packing, pooled: Tensor) -> Tensor:
+        """tokens [S, D] of B captions -> normalized features [B, embed_dim] of their CLS tokens, or of the means of the
+        tokens `pooled`, [B, T] bool."""
         if self.text_pooling == "cls":
-            pooled = tokens[packing.cu_seqlens[:-1]]
+            states = tokens[packing.cu_seqlens[:-1]]
         else:
-            taken = packing.mask if self.text_pooling == "mean" else packing.inner
-            pooled = (packing.pad(tokens) * taken[..., None]).sum(dim=1) / taken.sum(dim=1, keepdim=True)
-        return F.normalize(at_least_fp32(self.text_projection(pooled)), dim=-1)
+            states = (packing.pad(tokens) * pooled[..., None]).sum(dim=1) / pooled.sum(dim=1, keepdim=True)
+        return F.normalize(at_least_fp32(self.text_projection(states)), dim=-1)
 
     def predict_tokens(self, states: Tensor) -> Tensor:
         """Fused states of any leading shape [..., D] -> logits [..., vocabulary]."""
