@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from softmask.models.config import SpecialIds, TextPool
 from softmask.models.layers.bert import MLMHead, TextEncoder
 from softmask.models.layers.bert_weights import load_bert
 from softmask.models.layers.numerics import at_least_fp32, initialize
@@ -22,6 +24,15 @@ class Encoded:
 
     tokens: Tensor
     feature: Tensor
+
+
+def pooled_tokens(input_ids: Tensor, mask: Tensor, special: SpecialIds, *, pool: TextPool) -> Tensor:
+    """bool [B, T]: the tokens whose mean is a caption's feature, of those in `mask` [B, T]. With "words" CLS and SEP
+    are not among them, unless a caption has no others."""
+    if pool != "words":
+        return mask
+    words = mask & (input_ids != special.cls) & (input_ids != special.sep)
+    return torch.where(words.any(1, keepdim=True), words, mask)
 
 
 class Backbone(nn.Module):

@@ -20,7 +20,7 @@ from softmask.models.layers.numerics import at_least_fp32, clamp_value, initiali
 from softmask.models.layers.packing import HostInts, Packing
 from softmask.models.layers.recomputation import all_ranks
 from softmask.models.layers.token_loss import masked_token_loss
-from softmask.models.softmask_pp.backbone import Backbone, Encoded
+from softmask.models.softmask_pp.backbone import Backbone, Encoded, pooled_tokens
 from softmask.models.softmask_pp.config import SoftMaskPPConfig
 from softmask.models.softmask_pp.fusion import CrossRecord
 from softmask.models.softmask_pp.maps import MapSource
@@ -153,7 +153,7 @@ class SoftMaskPP(nn.Module):
         packing = captions = Packing.of(batch.attention_mask, batch.num_tokens)
         if fuse and self._masked_pass:
             ids, captions = torch.cat([ids, text.input_ids]), Packing.cat([packing, packing])
-        pooled = self._pooled_tokens(batch.input_ids, packing)
+        pooled = pooled_tokens(batch.input_ids, packing.mask, self.special_ids, pool=self.config.text.pool)
         image, student = self._encode_pairs(self.backbone, batch.images, ids, captions, packing, pooled)
         with torch.no_grad():
             image_teacher, text_teacher = self._encode_pairs(
@@ -182,14 +182,6 @@ class SoftMaskPP(nn.Module):
         """Encodes images and all captions; the captions of `packing`, which come first, get features."""
         image, tokens = backbone.encode_image(images), backbone.text(ids, captions)
         return image, Encoded(tokens, backbone.text_feature(tokens[: packing.size], packing, pooled))
-
-    def _pooled_tokens(self, input_ids: Tensor, packing: Packing) -> Tensor:
-        """bool [B, T]: the tokens whose mean is a caption's feature; with `pool: words` CLS and SEP are not among them,
-        unless the caption has no others."""
-        if self.config.text.pool != "words":
-            return packing.mask
-        words = packing.mask & (input_ids != self.special_ids.cls) & (input_ids != self.special_ids.sep)
-        return torch.where(words.any(1, keepdim=True), words, packing.mask)
 
     @named_range("contrastive loss")
     def _contrastive(self, step: Step) -> Tensor:
@@ -350,8 +342,8 @@ class SoftMaskPP(nn.Module):
         """input_ids, attention_mask [B, T] -> tokens [B, T, D], normalized feature [B, embed_dim]."""
         packing = Packing.of(attention_mask)
         tokens = self.backbone.text(input_ids, packing)
-        feature = self.backbone.text_feature(tokens, packing, self._pooled_tokens(input_ids, packing))
-        return packing.pad(tokens), feature
+        pooled = pooled_tokens(input_ids, packing.mask, self.special_ids, pool=self.config.text.pool)
+        return packing.pad(tokens), self.backbone.text_feature(tokens, packing, pooled)
 
     def match(
         self, image_tokens: Tensor, text_tokens: Tensor, attention_mask: Tensor, *, kv_index: Tensor | None = None
