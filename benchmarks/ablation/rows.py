@@ -1,7 +1,7 @@
 """The rows of both ablations: their overrides of a demo's configuration, what is measured, and the expected order.
 
-A row sets every key in which the rows of its study differ, even to the demo's value, so that a change of the demo
-cannot make two rows equal. All other settings are the demo's.
+A row sets every key in which the rows of its study differ, even to its configuration's value, so that a change of
+the configuration cannot make two rows equal. All other settings are those of the study's configuration.
 """
 
 from __future__ import annotations

@@ -17,8 +17,9 @@ INTRODUCTION = """# Ablation
 
 What each part of the two methods changes, on the demo's scenes and at its size. `make ablation` trains and evaluates
 the rows, keeps the configuration and metrics of every run in [record/](record), and generates this file from them; do
-not edit it by hand. The recorded runs, of 22 and 23 November 2026, come from a revision that masked [SEP], applied
-weight decay to position embeddings, and re-ranked by the difference of ITM's logits.
+not edit it by hand. The recorded runs, of 22 and 23 November 2026, come from a revision that masked [SEP] and, with
+masked captions, those of the first steps too, applied weight decay to position embeddings, and re-ranked by the
+difference of ITM's logits.
 [results.md](../../docs/results.md) has the demos' figures of a later revision.
 
 Figures are percentages on test scenes never seen in training: mean ± sample standard deviation over the seeds. mTR and

@@ -256,7 +256,7 @@ def test_clamped_temperature_keeps_a_gradient():
 
 @pytest.mark.parametrize("pool", ["mean", "words"])
 def test_mean_pooling_and_a_fixed_temperature(pool):
-    """ "words" leaves out CLS and SEP, where a caption has other tokens."""
+    """Pooling over words leaves out CLS and SEP, where a caption has other tokens."""
     model, batch = small_model(text={"pool": pool}, learn_temperature=False), small_batch()
     length = torch.arange(batch.attention_mask.shape[1])
     batch.attention_mask[1] = length < 2  # CLS and SEP alone

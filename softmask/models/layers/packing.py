@@ -13,6 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from softmask.models.config import SpecialIds
+
+
+def is_cls_or_sep(input_ids: Tensor, special: SpecialIds) -> Tensor:
+    """bool like input_ids: the tokens around a caption's words."""
+    return (input_ids == special.cls) | (input_ids == special.sep)
+
 
 @dataclass(frozen=True)
 class Packing:

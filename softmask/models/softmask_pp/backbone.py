@@ -12,7 +12,7 @@ from softmask.models.config import SpecialIds, TextPool
 from softmask.models.layers.bert import MLMHead, TextEncoder
 from softmask.models.layers.bert_weights import load_bert
 from softmask.models.layers.numerics import at_least_fp32, initialize
-from softmask.models.layers.packing import Packing
+from softmask.models.layers.packing import Packing, is_cls_or_sep
 from softmask.models.layers.vision import VisionEncoder
 from softmask.models.softmask_pp.config import SoftMaskPPConfig
 from softmask.models.softmask_pp.fusion import FusionEncoder
@@ -31,7 +31,7 @@ def pooled_tokens(input_ids: Tensor, mask: Tensor, special: SpecialIds, *, pool:
     are not among them, unless a caption has no others."""
     if pool != "words":
         return mask
-    words = mask & (input_ids != special.cls) & (input_ids != special.sep)
+    words = mask & ~is_cls_or_sep(input_ids, special)
     return torch.where(words.any(1, keepdim=True), words, mask)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from softmask.models.config import SpecialIds
+from softmask.models.layers.packing import is_cls_or_sep
 
 IGNORE = -100
 
@@ -35,8 +36,7 @@ def mask_tokens(input_ids: Tensor, special: SpecialIds, *, vocab_size: int, prob
     PAD, CLS and SEP are never chosen. input_ids [B, T] int64.
     """
     chosen = torch.rand(input_ids.shape, device=input_ids.device) < probability
-    for token in (special.pad, special.cls, special.sep):
-        chosen &= input_ids != token
+    chosen &= (input_ids != special.pad) & ~is_cls_or_sep(input_ids, special)
     labels = input_ids.masked_fill(~chosen, IGNORE)
     how = torch.rand(input_ids.shape, device=input_ids.device)
     masked = input_ids.masked_fill(chosen & (how < 0.8), special.mask)

@@ -18,7 +18,7 @@ from softmask.batch import Batch
 from softmask.models.config import SpecialIds, check
 from softmask.models.layers.momentum import momentum_encoder_of, update_momentum_encoder
 from softmask.models.layers.numerics import clamp_value, initialize, weighted_sum
-from softmask.models.layers.packing import OutputPositions, Packed, Packing
+from softmask.models.layers.packing import OutputPositions, Packed, Packing, is_cls_or_sep
 from softmask.models.layers.recomputation import all_ranks
 from softmask.models.layers.transformer import CrossDecoder
 from softmask.models.sycoca.backbone import Backbone, Texts
@@ -251,7 +251,7 @@ class SyCoCa(nn.Module):
         padding = ~texts.packing.mask
         if self.config.relevance_tokens == "all":
             return padding
-        return padding | (texts.input_ids == self.special_ids.cls) | (texts.input_ids == self.special_ids.sep)
+        return padding | is_cls_or_sep(texts.input_ids, self.special_ids)
 
     def _encode_masked(self, images: Tensor, masks: PatchMasks) -> dict[str, Tensor]:
         """The image tokens [B, P, D] of each loss, by its name, that masks pixels; one pass for both."""
