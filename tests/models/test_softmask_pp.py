@@ -184,6 +184,27 @@ def test_activation_checkpointing_changes_nothing(cam_source):
         torch.testing.assert_close(results[1][1][name], value, rtol=1e-5, atol=1e-7, msg=name)
 
 
+@pytest.mark.parametrize("mask_text", ["all", "mlm"])
+def test_without_momentum_the_model_is_its_own_teacher_and_the_momentum_encoder_encodes_nothing(mask_text):
+    """Loss, features and gradients are those of a momentum encoder with equal weights."""
+    results = []
+    for momentum in (0.5, 0.0):
+        model = small_model(momentum=momentum, mask_text=mask_text, alpha=0.4, cam_source="momentum").double()
+        model.momentum_encoder.load_state_dict(model.backbone.state_dict())
+        calls = []
+        for part in (model.momentum_encoder.vision, model.momentum_encoder.text):
+            part.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        batch = small_batch(dtype=torch.float64)
+        output = model(batch, draws=small_draws(batch))
+        output.loss.backward()
+        assert len(calls) == (2 if momentum else 0) and not output.image_teacher.requires_grad
+        found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        results.append(found | {"loss": output.loss, "image": output.image_teacher, "text": output.text_teacher})
+    assert results[0].keys() == results[1].keys()
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, msg=name)
+
+
 def test_momentum_encoder_and_queue_updates():
     model, batch = small_model(), small_batch()
     before = {name: p.clone() for name, p in model.momentum_encoder.named_parameters()}

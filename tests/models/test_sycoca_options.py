@@ -270,6 +270,20 @@ def test_queue_loss_equals_albef(alpha: float) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"caption_masking": "none"} | POOLED], ids=["plain", "pooler"])
+def test_without_momentum_the_model_is_its_own_teacher(options: dict) -> None:
+    """Loss and features are those of a momentum encoder with equal weights, which encodes nothing."""
+    outputs = []
+    for momentum in (0.5, 0.0):
+        model = small_sycoca(queue_size=12, alpha=0.4, momentum=momentum, **options)
+        calls: list[int] = []
+        model.momentum_encoder.vision.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        outputs.append(model(small_batch(dtype=torch.float64)))
+        assert len(calls) == (momentum > 0) and not outputs[-1].text_teacher.requires_grad
+    for name in ("loss", "image_teacher", "text_teacher"):
+        torch.testing.assert_close(getattr(outputs[1], name), getattr(outputs[0], name), msg=name)
+
+
+@pytest.mark.parametrize("options", [{}, {"caption_masking": "none"} | POOLED], ids=["plain", "pooler"])
 def test_momentum_encoder_follows_the_encoders(options: dict) -> None:
     model, batch = small_sycoca(queue_size=12, momentum=0.9, **options), small_batch(dtype=torch.float64)
     encoders = model.backbone.state_dict()

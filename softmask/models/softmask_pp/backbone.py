@@ -25,6 +25,9 @@ class Encoded:
     tokens: Tensor
     feature: Tensor
 
+    def detach(self) -> Encoded:
+        return Encoded(self.tokens.detach(), self.feature.detach())
+
 
 def pooled_tokens(input_ids: Tensor, mask: Tensor, special: SpecialIds, *, pool: TextPool) -> Tensor:
     """bool [B, T]: the tokens whose mean is a caption's feature, of those in `mask` [B, T]. With "words" CLS and SEP

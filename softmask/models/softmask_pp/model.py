@@ -154,11 +154,12 @@ class SoftMaskPP(nn.Module):
         if fuse and self._masked_pass:
             ids, captions = torch.cat([ids, text.input_ids]), Packing.cat([packing, packing])
         pooled = pooled_tokens(batch.input_ids, packing.mask, self.special_ids, pool=self.config.text.pool)
-        image, student = self._encode_pairs(self.backbone, batch.images, ids, captions, packing, pooled)
-        with torch.no_grad():
-            image_teacher, text_teacher = self._encode_pairs(
-                self.momentum_encoder, batch.images, ids, captions, packing, pooled
-            )
+        inputs = batch.images, ids, captions, packing, pooled
+        image, student = self._encode_pairs(self.backbone, *inputs)
+        image_teacher, text_teacher = image.detach(), student.detach()
+        if self.config.momentum > 0:  # else the momentum encoder is the model, and needs no pass
+            with torch.no_grad():
+                image_teacher, text_teacher = self._encode_pairs(self.momentum_encoder, *inputs)
         return Step(
             batch=batch,
             draws=draws,

@@ -156,8 +156,9 @@ class SyCoCa(nn.Module):
         texts = self.encode_texts(batch)
         pooled, context = backbone.pool(image)
         scale = self.scale()
-        teachers = self._teachers(batch, texts.packing)
-        losses = {"itc": self._contrastive(backbone.image_feature(pooled), texts.feature, scale, teachers)}
+        features = backbone.image_feature(pooled), texts.feature
+        teachers = self._teachers(batch, texts.packing, *features)
+        losses = {"itc": self._contrastive(*features, scale, teachers)}
         masks = self.masks(image, texts, draws, whole=whole)
         encoded = self._encode_masked(batch.images, masks)
         if config.has_caption_loss:
@@ -201,13 +202,16 @@ class SyCoCa(nn.Module):
         return self.backbone.encode_texts(batch.input_ids, Packing.of(batch.attention_mask, batch.num_tokens))
 
     @torch.no_grad()
-    def _teachers(self, batch: Batch, packing: Packing) -> dict[str, Tensor]:
-        """The momentum encoder's features image_teacher and text_teacher [B, embed_dim], if there is one."""
+    def _teachers(self, batch: Batch, packing: Packing, image: Tensor, text: Tensor) -> dict[str, Tensor]:
+        """The momentum encoder's features image_teacher and text_teacher [B, embed_dim], if there is one. With
+        `momentum: 0` they are the model's own, `image` and `text`."""
         teacher = self.momentum_encoder
         if teacher is None:
             return {}
-        image = teacher.image_feature(teacher.pool(teacher.vision(batch.images))[0])
-        return {"image_teacher": image, "text_teacher": teacher.encode_texts(batch.input_ids, packing).feature}
+        if self.config.momentum > 0:
+            image = teacher.image_feature(teacher.pool(teacher.vision(batch.images))[0])
+            text = teacher.encode_texts(batch.input_ids, packing).feature
+        return {"image_teacher": image.detach(), "text_teacher": text.detach()}
 
     @named_range("contrastive loss")
     def _contrastive(self, image: Tensor, text: Tensor, scale: Tensor, teachers: dict[str, Tensor]) -> Tensor:
