@@ -102,7 +102,8 @@ $(RUN_DIR)/metrics.json $(RUN_DIR)/seen.json: $(RUN_DIR)/done.json
 $(RUN_DIR)/report.html: $(RUN_DIR)/metrics.json $(if $(filter artists,$(DATA)),$(RUN_DIR)/seen.json)
 	@$(IN_VENV) python train/report.py $(RUN_DIR) --data '$(SCENES)/test-*.tar'
 
-ablation: $(READY) $(SCENES)/scenes.json  ## both methods with and without their parts (days); ARGS="--rows coca --steps 20"
+ablation: $(READY)  ## both methods with and without their parts (hours); ARGS="--jobs 2 --rows coca"
+	@$(MAKE) -s DEMO=artists data/artists/scenes.json
 	@$(IN_VENV) python -m benchmarks.ablation.run $(ARGS)
 
 test: $(READY)  ## all tests but the slow ones, in JOBS processes

@@ -1,26 +1,30 @@
 """Train and evaluate the rows of both ablations with several seeds, and write benchmarks/ablation/README.md.
 
-    python -m benchmarks.ablation.run [--seeds 3] [--rows coca sycoca] [--steps 20] [--table-only]
+    python -m benchmarks.ablation.run [--seeds 5] [--jobs 2] [--rows coca sycoca] [--steps 20] [--table-only]
 
 A run is a row with a seed, in runs/ablation/<method>/<row>/seed_<n>: `deepspeed train/pretrain.py --resume auto` on one
-rank, then `train/evaluate.py`. Its configuration and metrics are copied to benchmarks/ablation/record, which is under
-version control. The table is built from this record, and recorded runs are skipped. Unfinished runs continue from their
-checkpoint; runs of another configuration are an error. All rows run with the first seed before the next one, and the
-table is rewritten after every run. `--steps` is for trials: their runs, record and table go to
-runs/ablation_<steps>_steps, and warm-up and contrast_steps are shortened in proportion.
+rank, then `train/evaluate.py` on an artist that training never sees and on those of training. Its configuration and
+metrics are copied to benchmarks/ablation/record, which is under version control. The table is built from this record,
+and recorded runs are skipped. Unfinished runs continue from their checkpoint; runs of another configuration are an
+error. All rows run with the first seed before the next one, and the table is rewritten after every run. `--jobs` runs
+go side by side and share the cores. `--steps` is for trials: their runs, record and table go to
+runs/ablation_<steps>_steps, and warm-up and the steps of a first phase are shortened in proportion.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from benchmarks.ablation import table as ablation_table
-from benchmarks.ablation.rows import STUDIES, AblationError, Row, Study
+from benchmarks.ablation.rows import SEEN, STUDIES, UNSEEN, AblationError, Measured, Row, Study
 from softmask.arguments import positive
 from softmask.evaluation.captioning import CaptionOptions
 from softmask.files import write_atomically
@@ -30,9 +34,10 @@ from softmask.training.launchers import free_port
 from softmask.training.logs import say
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "train"
-TEST_DATA = "data/scenes/test-*.tar"
+TEST_DATA = {UNSEEN: "data/artists/test-*.tar", SEEN: "data/artists/seen-*.tar"}
 GALLERY = 256  # images in the retrieval gallery
-SEEDS = 3  # per row, before rows are compared
+SEEDS = 5  # per row
+PHASES = ("contrast_steps", "caption_whole_steps")  # options of the models: first steps that differ from the others
 # Keys that do not affect the result of a run.
 NEUTRAL_KEYS = (
     "output",
@@ -53,12 +58,13 @@ class Plan:
 
     rows: tuple[str, ...]  # names of the rows to run; the table has all rows
     seeds: int = SEEDS
+    jobs: int = 1  # runs side by side
     steps: int = 0  # steps per run; 0: those of the configuration
     runs: Path = Path("runs/ablation")
     record: Path = Path("benchmarks/ablation/record")
     table: Path = Path("benchmarks/ablation/README.md")
     studies: tuple[Study, ...] = STUDIES
-    test_data: str = TEST_DATA
+    test_data: Mapping[str, str] = field(default_factory=lambda: TEST_DATA)
 
 
 @dataclass(frozen=True)
@@ -87,12 +93,11 @@ def make_run(plan: Plan, study: Study, row: Row, seed: int) -> Run:
 
 
 def shortened(config: Config, *, steps: int) -> list[str]:
-    """Overrides for fewer steps, with warm-up and contrast_steps shortened in proportion."""
+    """Overrides for fewer steps, with warm-up and phases shortened in proportion."""
     share = steps / config.train.steps
     overrides = [f"train.steps={steps}", f"optimizer.warmup_steps={round(share * config.optimizer.warmup_steps)}"]
-    if hasattr(config.model, "contrast_steps"):
-        overrides.append(f"model.contrast_steps={round(share * config.model.contrast_steps)}")
-    return overrides
+    phases = {name: getattr(config.model, name) for name in PHASES if hasattr(config.model, name)}
+    return overrides + [f"model.{name}={round(share * length)}" for name, length in phases.items()]
 
 
 def planned_runs(plan: Plan) -> Iterator[Run]:
@@ -127,21 +132,26 @@ def check_configuration(run: Run, folder: Path) -> None:
         raise AblationError(f"{folder}: run with another configuration: {listed}; {way_out}")
 
 
-def finished_metrics(run: Run, folder: Path, *, test_data: str) -> dict | None:
-    """metrics.json of a folder, if it is of the last step, these test data and the default beams; else None.
+def finished_metrics(run: Run, folder: Path, *, test_data: Mapping[str, str]) -> Measured | None:
+    """The metrics in a folder, if all are of the last step, these test data and the default beams; else None.
 
     Raises:
         AblationError: the run has another configuration.
-        CheckpointError: unreadable metrics.json.
+        CheckpointError: an unreadable file of metrics.
     """
     check_configuration(run, folder)
-    path = folder / "metrics.json"
+    found = {hand: metrics for hand in test_data if (metrics := hand_metrics(run, folder, hand, test_data[hand]))}
+    return found if len(found) == len(test_data) else None
+
+
+def hand_metrics(run: Run, folder: Path, hand: str, data: str) -> dict | None:
+    path = folder / f"{hand}.json"
     if not path.is_file():
         return None
     metrics = read_json(path)
     beams = metrics.get("captioning", {}).get("beams", CaptionOptions.beams)
     measured = metrics["training"]["steps"], metrics["evaluation"]["data"], beams
-    return metrics if measured == (run.config.train.steps, test_data, CaptionOptions.beams) else None
+    return metrics if measured == (run.config.train.steps, data, CaptionOptions.beams) else None
 
 
 def launcher() -> list[str]:
@@ -153,7 +163,7 @@ def launcher() -> list[str]:
     return [str(program), "--num_accelerators", "1", "--master_port", str(free_port())]
 
 
-def carry_out(run: Run, *, test_data: str, start: Start) -> bool:
+def carry_out(run: Run, *, test_data: Mapping[str, str], start: Start) -> bool:
     """Trains, evaluates and records a run, skipping completed steps. False: the run was already recorded.
 
     Raises:
@@ -163,9 +173,10 @@ def carry_out(run: Run, *, test_data: str, start: Start) -> bool:
         return False
     if not finished_metrics(run, run.folder, test_data=test_data):
         train(run, start=start)
-        evaluate(run, test_data=test_data, start=start)
+        for hand, data in test_data.items():
+            evaluate(run, hand=hand, data=data, start=start)
     run.record.mkdir(parents=True, exist_ok=True)
-    for name in ("config.yaml", "metrics.json"):
+    for name in ("config.yaml", *(f"{hand}.json" for hand in test_data)):
         write_atomically(run.record / name, (run.folder / name).read_text(encoding="utf-8"))
     return True
 
@@ -180,17 +191,21 @@ def train(run: Run, *, start: Start) -> None:
         raise AblationError(f"{run.folder}: training stopped before the end; run the command again to continue")
 
 
-def evaluate(run: Run, *, test_data: str, start: Start) -> None:
+def evaluate(run: Run, *, hand: str, data: str, start: Start) -> None:
+    if hand_metrics(run, run.folder, hand, data):
+        return
+    output = run.folder / f"{hand}.json"
     command = [sys.executable, str(SCRIPTS / "evaluate.py"), str(run.folder)]
-    start([*command, "--data", test_data, "--pairs", str(GALLERY)])
-    if not finished_metrics(run, run.folder, test_data=test_data):
-        expected = f"metrics.json of step {run.config.train.steps} on {test_data}"
-        raise AblationError(f"{run.folder}: evaluation wrote no {expected}")
+    start([*command, "--data", data, "--pairs", str(GALLERY), "--output", str(output)])
+    if not hand_metrics(run, run.folder, hand, data):
+        raise AblationError(f"{output}: evaluation wrote no metrics of step {run.config.train.steps} on {data}")
 
 
-def start_process(command: Sequence[str]) -> None:
+def start_process(command: Sequence[str], *, jobs: int) -> None:
     """Runs a command to its end. Success is judged by its files, because ranks exit with 0 after a stop signal."""
-    with subprocess.Popen(command) as process:
+    threads = max((os.cpu_count() or 1) // jobs, 1)
+    environment = os.environ if jobs == 1 else os.environ | {"OMP_NUM_THREADS": str(threads)}
+    with subprocess.Popen(command, env=environment) as process:
         try:
             process.wait()
         except KeyboardInterrupt:  # the command got the signal too and writes its checkpoint
@@ -203,17 +218,19 @@ def start_process(command: Sequence[str]) -> None:
 
 def collect(plan: Plan, study: Study) -> ablation_table.Results:
     """The metrics of all recorded runs of a study, independent of the plan's rows and seeds."""
-    found = {row.name: list(recorded_metrics(plan, study, row)) for row in study.rows}
+    found = {row.name: dict(recorded_metrics(plan, study, row)) for row in study.rows}
     steps = make_run(plan, study, study.rows[0], 0).config.train.steps
     seeds = max(SEEDS, *map(len, found.values()))
-    return ablation_table.Results(study, steps=steps, seeds=seeds, metrics=found)
+    return ablation_table.Results(study, steps=steps, seeds=seeds, measured=found)
 
 
-def recorded_metrics(plan: Plan, study: Study, row: Row) -> Iterator[dict]:
+def recorded_metrics(plan: Plan, study: Study, row: Row) -> Iterator[tuple[int, Measured]]:
+    """Seeds and their metrics."""
     for folder in sorted((plan.record / study.method / row.name).glob("seed_*")):
-        run = make_run(plan, study, row, int(folder.name.removeprefix("seed_")))
-        if metrics := finished_metrics(run, folder, test_data=plan.test_data):
-            yield metrics
+        seed = int(folder.name.removeprefix("seed_"))
+        run = make_run(plan, study, row, seed)
+        if measured := finished_metrics(run, folder, test_data=plan.test_data):
+            yield seed, measured
 
 
 def write_table(plan: Plan) -> None:
@@ -222,16 +239,32 @@ def write_table(plan: Plan) -> None:
     write_atomically(plan.table, text)
 
 
-def run_all(plan: Plan, *, start: Start = start_process) -> None:
-    """Carries out every planned run. Writing the table first finds other configurations before hours of work."""
+def run_all(plan: Plan, *, start: Start | None = None) -> None:
+    """Carries out every planned run. Writing the table first finds other configurations before hours of work.
+
+    After a failed run no other one starts; those that run are finished and recorded.
+    """
     write_table(plan)
     runs = list(planned_runs(plan))
-    for number, run in enumerate(runs, 1):
-        say(f"ablation: run {number} of {len(runs)}: {run.folder}")
-        if carry_out(run, test_data=plan.test_data, start=start):
+    with ThreadPoolExecutor(plan.jobs) as pool:
+        started = [pool.submit(one_of, plan, runs, number, start=start) for number in range(len(runs))]
+        try:
+            for finished in as_completed(started):
+                if finished.result():
+                    write_table(plan)
+        finally:
+            pool.shutdown(cancel_futures=True)
             write_table(plan)
-        else:
-            say("ablation: already recorded")
+
+
+def one_of(plan: Plan, runs: list[Run], number: int, *, start: Start | None) -> bool:
+    """Carries out one run. False: it was already recorded."""
+    say(f"ablation: run {number + 1} of {len(runs)}: {runs[number].folder}")
+    start = start or partial(start_process, jobs=plan.jobs)
+    new = carry_out(runs[number], test_data=plan.test_data, start=start)
+    if not new:
+        say(f"ablation: already recorded: {runs[number].folder}")
+    return new
 
 
 def parse(argv: list[str] | None) -> tuple[Plan, bool]:
@@ -241,11 +274,12 @@ def parse(argv: list[str] | None) -> tuple[Plan, bool]:
         description="Train and evaluate the rows of both ablations, and write their table."
     )
     parser.add_argument("--seeds", type=positive, default=SEEDS, help=f"seeds per row, from 0 (default {SEEDS})")
+    parser.add_argument("--jobs", type=positive, default=1, help="runs side by side, which share the cores (default 1)")
     parser.add_argument("--steps", type=positive, default=0, help="shorter trial runs, in a folder of their own")
     parser.add_argument("--rows", nargs="+", choices=names, default=names, metavar="ROW", help=", ".join(names))
     parser.add_argument("--table-only", action="store_true", help="only write the table from the record")
     options = parser.parse_args(argv)
-    plan = {"rows": tuple(options.rows), "seeds": options.seeds}
+    plan = {"rows": tuple(options.rows), "seeds": options.seeds, "jobs": options.jobs}
     if options.steps:
         folder = Path(f"runs/ablation_{options.steps}_steps")
         plan |= {"steps": options.steps, "runs": folder, "record": folder / "record", "table": folder / "ablation.md"}

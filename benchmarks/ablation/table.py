@@ -1,6 +1,6 @@
-"""The ablations as Markdown: mean and spread of every row, and deviations from the expected order.
+"""The ablations as Markdown: the mean of every row, and its paired difference to the row without its part.
 
-Pure functions of the contents of metrics.json.
+Pure functions of the recorded metrics.
 """
 
 from __future__ import annotations
@@ -8,26 +8,26 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from math import sqrt
 from statistics import fmean, stdev
 
-from benchmarks.ablation.rows import AblationError, Row, Study
+from benchmarks.ablation.rows import AblationError, Figure, Measured, Row, Study
 
 INTRODUCTION = """# Ablation
 
-What each part of the two methods changes, on the demo's scenes and at its size. `make ablation` trains and evaluates
-the rows, keeps the configuration and metrics of every run in [record/](record), and generates this file from them; do
-not edit it by hand. The recorded runs, of 22 and 23 November 2026, come from a revision that masked [SEP] and, with
-masked captions, those of the first steps too, applied weight decay to position embeddings, and re-ranked by the
-difference of ITM's logits.
-[results.md](../../docs/results.md) has the demos' figures of a later revision.
+What each part of the two methods changes where something has to generalize: scenes drawn by five artists in training,
+tested on an artist that training never sees and, as "trained", on other scenes by the artists of training. `make
+ablation` trains and evaluates the rows, keeps the configuration and metrics of every run in `record/`, and generates
+this file from them; do not edit it by hand.
 
-Figures are percentages on test scenes never seen in training: mean ± sample standard deviation over the seeds. mTR and
-mIR are the means of R@1, R@5 and R@10 by ITC, image to caption and caption to image. Two rows are compared once all
-seeds of both are finished; equal means agree with any order. A difference is compared with the larger of the two rows'
-standard deviations, its spread. The papers trained on millions of images, a run here trains for minutes on tens of
-thousands of drawn scenes: an effect that is missing here is not refuted.
+Figures are percentages, CIDEr times 100. mR is the mean of R@1, R@5 and R@10 by ITC, image to caption and caption to
+image; R@1 by ITM is the mean of both directions after re-ranking. All rows run with the seeds 0 to 4. Runs with the
+same seed start from the same weights and see the same batches, so a row is compared with the row without its part seed
+by seed: the mean difference in points, and its 95 % interval by Student's t. The papers trained on millions of images,
+a run here trains for minutes on tens of thousands of drawn scenes: an effect that is missing here is not refuted.
 """
+# Student's t, 97.5 %, by degrees of freedom from 1 on.
+T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 @dataclass(frozen=True)
@@ -37,25 +37,27 @@ class Results:
     study: Study
     steps: int  # per run
     seeds: int  # per row, once it is finished
-    metrics: dict[str, list[dict]]  # row name -> metrics.json of its recorded seeds
+    measured: dict[str, dict[int, Measured]]  # row name -> seed -> metrics
 
-    def shares(self, row: str, figure: str) -> list[float]:
-        read = (self.study.figures | self.study.beside)[figure]
-        return [share for metrics in self.metrics[row] if (share := read(metrics)) is not None]
+    def shares(self, row: str, read: Figure) -> dict[int, float]:
+        """seed -> value, of the seeds that have one."""
+        values = {seed: read(measured) for seed, measured in self.measured[row].items()}
+        return {seed: value for seed, value in values.items() if value is not None}
 
     def is_finished(self, row: str) -> bool:
-        return len(self.metrics[row]) == self.seeds
+        return len(self.measured[row]) == self.seeds
 
 
 @dataclass(frozen=True)
-class Reversal:
-    """A pair of rows in the opposite of the expected order; difference and spread are fractions."""
+class Difference:
+    """Mean of the paired differences and half the width of its interval, as fractions; None with a single pair."""
 
-    figure: str
-    above: str  # title of the row that was expected to be lower
-    below: str
-    difference: float
-    spread: float | None  # None with one seed
+    mean: float
+    half: float | None
+
+    @property
+    def is_beyond_interval(self) -> bool:
+        return self.half is not None and abs(self.mean) > self.half
 
 
 def render(results: Sequence[Results]) -> str:
@@ -67,12 +69,12 @@ def section(results: Results) -> str:
     study = results.study
     size = gallery(results)
     length = f"`{study.config.name}`, {results.steps} steps" + (f"; retrieval among {size} images" if size else "")
-    paragraphs = [
-        f"## {study.title}",
-        _wrapped(f"{length}. {study.note}"),
-        table(results),
-        order(results),
-    ]
+    paragraphs = [f"## {study.title}", _wrapped(f"{length}. {study.note}"), means(results)]
+    differences = list(difference_lines(results))
+    if differences:
+        heads = ["difference", "pairs", *study.figures]
+        beyond = "Differences beyond their interval are bold."
+        paragraphs += ["\n".join([_line(heads), "|" + "---|" * len(heads), *differences]), beyond]
     return "\n\n".join(paragraphs) + "\n"
 
 
@@ -82,84 +84,68 @@ def gallery(results: Results) -> int | None:
     Raises:
         AblationError: runs with galleries of different sizes.
     """
-    rows = results.metrics.values()
-    sizes = {metrics["retrieval"]["images"] for row in rows for metrics in row}
+    runs = [measured for row in results.measured.values() for measured in row.values()]
+    sizes = {metrics["retrieval"]["images"] for measured in runs for metrics in measured.values()}
     if len(sizes) > 1:
         raise AblationError(
-            f"{results.study.method}: expected retrieval among equally many images in every metrics.json, "
+            f"{results.study.method}: expected retrieval among equally many images in all recorded metrics, "
             f"got {sorted(sizes)}; remove the runs of one size to run them again"
         )
     return sizes.pop() if sizes else None
 
 
-def table(results: Results) -> str:
+def means(results: Results) -> str:
+    """A line per row: settings, number of seeds, means over the seeds, and the paper's figures."""
     study = results.study
-    has_published = any(row.published for row in study.rows)
-    heads = ["row", "settings", "seeds", *study.figures, *study.beside]
-    heads += ["paper: " + " / ".join(study.figures)] * has_published
+    heads = ["row", "settings", "seeds", *study.figures]
+    heads += ["paper: " + " / ".join(study.published)] * bool(study.published)
     lines = [_line(heads), "|" + "---|" * len(heads)]
     for row in study.rows:
         settings = " ".join(f"`{override}`" for override in row.overrides)
-        cells = [row.title, settings, seeds_cell(results, row), *figure_cells(results, row)]
+        shares = [results.shares(row.name, read).values() for read in study.figures.values()]
+        cells = [row.title, settings, seeds_cell(results, row)]
+        cells += [f"{100 * fmean(values):.1f}" if values else "" for values in shares]
         published = " / ".join(f"{value:.1f}" for value in row.published)
-        lines.append(_line([*cells, *([published] * has_published)]))
+        lines.append(_line([*cells, *([published] * bool(study.published))]))
     return "\n".join(lines)
 
 
 def seeds_cell(results: Results, row: Row) -> str:
-    there = len(results.metrics[row.name])
+    there = len(results.measured[row.name])
     return str(there) if results.is_finished(row.name) else f"{there} of {results.seeds}, not finished"
 
 
-def figure_cells(results: Results, row: Row) -> Iterator[str]:
-    for figure in (*results.study.figures, *results.study.beside):
-        shares = results.shares(row.name, figure)
-        spread = f" ± {100 * stdev(shares):.1f}" if len(shares) > 1 else ""
-        yield f"{100 * fmean(shares):.1f}{spread}" if shares else ""
-
-
-def order(results: Results) -> str:
-    """How many pairs of rows are in the expected order, and a list of the others with difference and spread."""
-    study = results.study
-    pairs = [(figure, *pair) for figure, pairs in study.order.items() for pair in pairs]
-    compared = [pair for pair in pairs if all(results.is_finished(row) for row in pair[1:])]
-    waiting = len(pairs) - len(compared)
-    missing = f"{waiting} of {len(pairs)} comparisons wait for unfinished rows."
-    if not compared:
-        return missing
-    found = [reversal for pair in compared if (reversal := reversed_pair(results, *pair))]
-    agreeing = len(compared) - len(found)
-    said = f"{agreeing} of {len(compared)} comparisons (of two rows by one figure) agree with {study.order_name}."
-    if waiting:
-        said += f" {missing}"
-    if not found:
-        return _wrapped(said)
-    return "\n".join([_wrapped(f"{said} The others:"), "", *_by_figure(found)])
-
-
-def reversed_pair(results: Results, figure: str, low: str, high: str) -> Reversal | None:
-    """The pair, if the row expected to be higher has the lower mean."""
-    below, above = results.shares(high, figure), results.shares(low, figure)
-    difference = fmean(above) - fmean(below)
-    if difference <= 0:
-        return None
+def difference_lines(results: Results) -> Iterator[str]:
+    """A line per row with a base, once both have runs with equal seeds."""
     titles = {row.name: row.title for row in results.study.rows}
-    spread = max(stdev(above), stdev(below)) if results.seeds > 1 else None
-    return Reversal(figure, titles[low], titles[high], difference, spread)
+    for row in results.study.rows:
+        if row.base and (pairs := results.measured[row.name].keys() & results.measured[row.base].keys()):
+            cells = [_cell(difference(results, row, read)) for read in results.study.figures.values()]
+            yield _line([f"{row.title} − {titles[row.base]}", str(len(pairs)), *cells])
 
 
-def _by_figure(reversals: list[Reversal]) -> Iterator[str]:
-    """A list item per figure, on one line each: wrapped, a title's "+" could start another item."""
-    for figure, group in groupby(reversals, key=lambda reversal: reversal.figure):
-        yield f"- {figure}: " + ", ".join(f"{one.above} above {one.below} by {_size(one)}" for one in group)
+def difference(results: Results, row: Row, read: Figure) -> Difference | None:
+    """The row minus its base over the seeds that both have; None without one."""
+    with_part, without = results.shares(row.name, read), results.shares(row.base, read)
+    pairs = [with_part[seed] - without[seed] for seed in with_part.keys() & without.keys()]
+    if not pairs:
+        return None
+    if len(pairs) == 1:
+        return Difference(pairs[0], None)
+    if len(pairs) > len(T_QUANTILES) + 1:
+        raise AblationError(f"{results.study.method}: expected at most {len(T_QUANTILES) + 1} seeds, got {len(pairs)}")
+    return Difference(fmean(pairs), T_QUANTILES[len(pairs) - 2] * stdev(pairs) / sqrt(len(pairs)))
 
 
-def _size(reversal: Reversal) -> str:
-    points = f"{100 * reversal.difference:.1f} points"
-    if reversal.spread is None:
-        return f"{points} (one seed has no spread)"
-    relation = "more than" if reversal.difference > reversal.spread else "within"
-    return f"{points} ({relation} the spread of {100 * reversal.spread:.1f})"
+def _cell(found: Difference | None) -> str:
+    if found is None:
+        return ""
+    mean = f"{100 * found.mean:+.1f}"
+    if found.half is None:
+        return mean
+    low, high = 100 * (found.mean - found.half), 100 * (found.mean + found.half)
+    mean = f"**{mean}**" if found.is_beyond_interval else mean
+    return f"{mean} ({low:+.1f} to {high:+.1f})"
 
 
 def _wrapped(text: str) -> str:
