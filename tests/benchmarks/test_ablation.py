@@ -272,11 +272,11 @@ def test_runs_side_by_side_share_the_cores(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_shorter_runs_keep_the_proportions_and_have_their_own_folder() -> None:
-    plan, table_only = ablation.parse(["--steps", "70", "--rows", "all", "--seeds", "1"])
+    plan, table_only = ablation.parse(["--steps", "78", "--rows", "all", "--seeds", "1"])
     (run,) = ablation.planned_runs(plan)
     config = run.config
-    assert (config.train.steps, config.optimizer.warmup_steps, config.model.contrast_steps) == (70, 5, 21)
-    assert plan.table == Path("runs/ablation_70_steps/ablation.md") and plan.table.parent in run.folder.parents
+    assert (config.train.steps, config.optimizer.warmup_steps, config.model.contrast_steps) == (78, 5, 52)
+    assert plan.table == Path("runs/ablation_78_steps/ablation.md") and plan.table.parent in run.folder.parents
     assert plan.table.parent in run.record.parents
     assert not table_only and ablation.parse(["--table-only"])[1]
     whole = ablation.parse([])[0]
