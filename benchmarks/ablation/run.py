@@ -202,15 +202,13 @@ def evaluate(run: Run, *, hand: str, data: str, start: Start) -> None:
 
 
 def start_process(command: Sequence[str], *, jobs: int) -> None:
-    """Runs a command to its end. Success is judged by its files, because ranks exit with 0 after a stop signal."""
+    """Runs a command to its end. Success is judged by its files, because ranks exit with 0 after a stop signal.
+
+    Ctrl-C reaches the command too, which then writes its checkpoint.
+    """
     threads = max((os.cpu_count() or 1) // jobs, 1)
     environment = os.environ if jobs == 1 else os.environ | {"OMP_NUM_THREADS": str(threads)}
-    with subprocess.Popen(command, env=environment) as process:
-        try:
-            process.wait()
-        except KeyboardInterrupt:  # the command got the signal too and writes its checkpoint
-            process.wait()
-            raise
+    subprocess.run(command, env=environment, check=False)
 
 
 # -- all runs, and the table ------------------------------------------------------------------------------------------
@@ -273,7 +271,11 @@ def parse(argv: list[str] | None) -> tuple[Plan, bool]:
     parser = argparse.ArgumentParser(
         description="Train and evaluate the rows of both ablations, and write their table."
     )
-    parser.add_argument("--seeds", type=positive, default=SEEDS, help=f"seeds per row, from 0 (default {SEEDS})")
+    seeds = range(1, ablation_table.MOST_SEEDS + 1)
+    parser.add_argument(
+        "--seeds", type=int, choices=seeds, default=SEEDS, metavar="N",
+        help=f"seeds per row, from 0, at most {seeds[-1]} (default {SEEDS})",
+    )  # fmt: skip
     parser.add_argument("--jobs", type=positive, default=1, help="runs side by side, which share the cores (default 1)")
     parser.add_argument("--steps", type=positive, default=0, help="shorter trial runs, in a folder of their own")
     parser.add_argument("--rows", nargs="+", choices=names, default=names, metavar="ROW", help=", ".join(names))

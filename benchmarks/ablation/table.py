@@ -28,6 +28,7 @@ a run here trains for minutes on tens of thousands of drawn scenes: an effect th
 """
 # Student's t, 97.5 %, by degrees of freedom from 1 on.
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+MOST_SEEDS = len(T_QUANTILES) + 1
 
 
 @dataclass(frozen=True)
@@ -132,8 +133,8 @@ def difference(results: Results, row: Row, read: Figure) -> Difference | None:
         return None
     if len(pairs) == 1:
         return Difference(pairs[0], None)
-    if len(pairs) > len(T_QUANTILES) + 1:
-        raise AblationError(f"{results.study.method}: expected at most {len(T_QUANTILES) + 1} seeds, got {len(pairs)}")
+    if len(pairs) > MOST_SEEDS:
+        raise AblationError(f"{results.study.method}: expected at most {MOST_SEEDS} seeds, got {len(pairs)}")
     return Difference(fmean(pairs), T_QUANTILES[len(pairs) - 2] * stdev(pairs) / sqrt(len(pairs)))
 
 
