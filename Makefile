@@ -17,7 +17,7 @@ RUN_DIR := runs/$(DEMO)
 DATA := $(if $(filter photos,$(DEMO)),photos,$(if $(filter %artists,$(DEMO)),artists,scenes))
 SCENES := data/$(DATA)
 GENERATOR := softmask.data.$(DATA:artists=scenes)
-OPTIONS_artists := --artists openmoji,noto,fluent,fxemoji,streamline-emojis --singles 50 --train 60000
+OPTIONS_artists := --artists openmoji,noto,fluent,fxemoji,streamline-emojis --singles 50 --varied 100 --train 60000
 # Where the pictures of DEMO=photos are: "/", or folders that Debian's packages are unpacked into, separated by commas.
 PHOTOS_ROOT ?= build/photos
 OPTIONS_photos := --root $(PHOTOS_ROOT)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from softmask.data.scenes.captions import Caption
 from softmask.data.scenes.concepts import concepts
 from softmask.data.scenes.drawings import OPAQUE, Pose, drawing_of, warp
 from softmask.data.scenes.layout import Scene, Split
+from softmask.data.scenes.looks import vary
 
 SUPERSAMPLING = 2
 
@@ -27,24 +29,28 @@ def render(scene: Scene, size: int) -> tuple[Image.Image, list[np.ndarray]]:
     """
     canvas = paint_background(scene.background, size * SUPERSAMPLING)
     pictures = [(drawing_of(one.drawn_by, one.concept).colors, one.pose) for one in scene.placements]
-    image, visible = compose(canvas, pictures)
+    image, visible = compose(canvas, pictures, looks=[one.look for one in scene.placements])
     return image, [np.logical_or.reduce([visible[k] for k in group]) for group in scene.groups]
 
 
 def compose(
-    canvas: Image.Image, pictures: Sequence[tuple[Sequence[Image.Image], Pose]]
+    canvas: Image.Image,
+    pictures: Sequence[tuple[Sequence[Image.Image], Pose]],
+    *,
+    looks: Sequence[int | None] = (),
 ) -> tuple[Image.Image, list[np.ndarray]]:
     """Paste pictures, given by the color levels of their pyramids, on a canvas of `SUPERSAMPLING` times the image's
-    side, from back to front, and average, so that a small image looks like a reduced large one.
+    side, from back to front, and average, so that a small image looks like a reduced large one. Without ``looks`` all
+    pictures look as they are.
 
     Returns:
         The image, and for each picture ``[size, size]`` bool of its visible pixels.
     """
     side, size = canvas.width, canvas.width // SUPERSAMPLING
     labels = np.zeros((side, side), dtype=np.uint8)
-    for number, (levels, pose) in enumerate(pictures, start=1):
+    for number, ((levels, pose), look) in enumerate(zip_longest(pictures, looks), start=1):
         patch, (x, y) = warp(levels, pose, side)
-        patch = patch.convert("RGBA")
+        patch = patch.convert("RGBA") if look is None else vary(patch.convert("RGBA"), look)
         canvas.paste(patch, (x, y), patch)
         window = labels[y : y + patch.height, x : x + patch.width]
         opaque = np.asarray(patch.getchannel("A"))[: window.shape[0], : window.shape[1]] >= OPAQUE

@@ -33,6 +33,7 @@ class Placement:
     concept: int
     drawn_by: str  # name of the set of drawings
     pose: Pose
+    look: int | None = None  # number of another look (looks.py); None: as drawn
 
 
 @dataclass(frozen=True)

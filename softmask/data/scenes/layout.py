@@ -48,12 +48,12 @@ def held_out(one: Concept, other: Concept) -> bool:
 
 
 def sample_scene(
-    split: Split, index: int, *, seed: int = 0, hands: Hands = (("openmoji",),), singles: int = 0
+    split: Split, index: int, *, seed: int = 0, hands: Hands = (("openmoji",),), singles: int = 0, varied: int = 0
 ) -> Scene:
     """Scene ``index`` of a split, drawn by ``hands``. A scene of "seen" is the one of "test" by other hands.
 
     ``singles`` percent of training's scenes have one drawing, and captions that do not name the background; the others
-    have as many drawings as those of the other splits.
+    have as many drawings as those of the other splits. ``varied`` percent of training's drawings get another look.
 
     Raises:
         ValueError: an unknown split.
@@ -70,12 +70,19 @@ def sample_scene(
     drawn = rng.sample([i for i, count in enumerate(counts) for _ in range(count)], sum(counts))
     by_whom = [(chosen[i], _drawn_by(chosen[i], hands, draw)) for i in drawn]
     poses, boxes = place([drawing_of(name, concept).alphas for concept, name in by_whom], rng)
-    placements = tuple(Placement(*who, pose) for who, pose in zip(by_whom, poses, strict=True))
+    looks = _looks(len(poses), varied if split == "train" else 0, Random(f"{seed}/{split}/{index}/looks"))
+    placements = tuple(Placement(*who, pose, look) for who, pose, look in zip(by_whom, poses, looks, strict=True))
     groups = tuple(tuple(k for k, i in enumerate(drawn) if i == group) for group in range(len(counts)))
     named = [Group(concepts()[chosen[i]], tuple(boxes[k] for k in group)) for i, group in enumerate(groups)]
     background = sample_background(rng)
     caption = write_caption_at(named, "", rng) if alone else write_caption(named, background.name, rng)
     return Scene(placements, groups, background, caption)
+
+
+def _looks(count: int, percent: int, rng: Random) -> list[int | None]:
+    """Numbers of other looks; None for a drawing as it is."""
+    numbers = [(rng.random() * 100, rng.getrandbits(32)) for _ in range(count)]
+    return [number if share < percent else None for share, number in numbers]
 
 
 @lru_cache

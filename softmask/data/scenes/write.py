@@ -12,7 +12,8 @@ occurs only in test, in about half of its scenes.
 draws training's scenes with several hands, and validation's and test's with hands that training never sees. It adds
 ``seen-%06d.tar``: the scenes of test, drawn by training's hands. ``--singles 50`` gives half of training's scenes a
 single drawing and a caption that names it without its background: a concept is learned more easily from them than from
-scenes of several.
+scenes of several. ``--varied 100`` bends, recolours, shades and outlines training's drawings at random (looks.py), so
+that fewer are learned by heart.
 
 The .json of a sample is ``{"caption", "objects": [{"phrase", "span": [start, end], "mask": {"size": [h, w], "counts"},
 "concept", "count"}], "split"}``. Spans count characters of the caption. Masks are `softmask.data.rle` codes of the
@@ -44,8 +45,9 @@ FEWEST_CONCEPTS = 10
 @dataclass(frozen=True)
 class Options:
     """Everything the files depend on: scenes per split, sides in pixels (``size`` is that of train and val), seed,
-    artists, and the percentage of training's scenes that have a single drawing beside those that have one anyway. With
-    OpenMoji alone there is one hand for all splits; with others, emojione draws validation and twemoji test by default.
+    artists, the percentage of training's scenes that have a single drawing beside those that have one anyway, and the
+    percentage of training's drawings that get another look. With OpenMoji alone there is one hand for all splits; with
+    others, emojione draws validation and twemoji test by default.
 
     Raises:
         ValueError: a count is negative, a side is less than 16, a share is no percentage, or a hand of training draws
@@ -62,11 +64,13 @@ class Options:
     val_artists: tuple[str, ...] = ()
     test_artists: tuple[str, ...] = ()
     singles: int = 0
+    varied: int = 0
 
     def __post_init__(self) -> None:
         check_sizes(self)
-        if not 0 <= self.singles <= 100:
-            raise ValueError(f"singles: expected 0 to 100 percent, got {self.singles}")
+        for name in ("singles", "varied"):
+            if not 0 <= getattr(self, name) <= 100:
+                raise ValueError(f"{name}: expected 0 to 100 percent, got {getattr(self, name)}")
         for split in ("val", "test"):
             trained = {vendor_of(name) for hand in self.hands("train") for name in hand}
             drawing = [name for hand in self.hands(split) for name in hand]
@@ -133,8 +137,10 @@ def attribution(options: Options) -> str:
 
 def _scenes(split: Split, options: Options) -> Scenes:
     size = options.test_size if split in ("test", "seen") else options.size
-    sample = partial(sample_scene, split, seed=options.seed, hands=options.hands(split), singles=options.singles)
-    make = partial(_encode, sample, split, size)
+    shares = {"singles": options.singles, "varied": options.varied}
+    make = partial(
+        _encode, partial(sample_scene, split, seed=options.seed, hands=options.hands(split), **shares), split, size
+    )
     return Scenes(split, options.count(split), size, make)
 
 
