@@ -145,6 +145,7 @@ def finished_metrics(run: Run, folder: Path, *, test_data: Mapping[str, str]) ->
 
 
 def hand_metrics(run: Run, folder: Path, hand: str, data: str) -> dict | None:
+    """The metrics on one hand's data; None if there are none of this run's last step."""
     path = folder / f"{hand}.json"
     if not path.is_file():
         return None
@@ -171,10 +172,10 @@ def carry_out(run: Run, *, test_data: Mapping[str, str], start: Start) -> bool:
     """
     if finished_metrics(run, run.record, test_data=test_data):
         return False
-    if not finished_metrics(run, run.folder, test_data=test_data):
-        train(run, start=start)
-        for hand, data in test_data.items():
-            evaluate(run, hand=hand, data=data, start=start)
+    check_configuration(run, run.folder)
+    train(run, start=start)
+    for hand, data in test_data.items():
+        evaluate(run, hand=hand, data=data, start=start)
     run.record.mkdir(parents=True, exist_ok=True)
     for name in ("config.yaml", *(f"{hand}.json" for hand in test_data)):
         write_atomically(run.record / name, (run.folder / name).read_text(encoding="utf-8"))
@@ -245,7 +246,10 @@ def run_all(plan: Plan, *, start: Start | None = None) -> None:
     write_table(plan)
     runs = list(planned_runs(plan))
     with ThreadPoolExecutor(plan.jobs) as pool:
-        started = [pool.submit(one_of, plan, runs, number, start=start) for number in range(len(runs))]
+        started = [
+            pool.submit(carry_out_and_say, plan, run, f"{number} of {len(runs)}", start=start)
+            for number, run in enumerate(runs, 1)
+        ]
         try:
             for finished in as_completed(started):
                 if finished.result():
@@ -255,13 +259,11 @@ def run_all(plan: Plan, *, start: Start | None = None) -> None:
             write_table(plan)
 
 
-def one_of(plan: Plan, runs: list[Run], number: int, *, start: Start | None) -> bool:
-    """Carries out one run. False: it was already recorded."""
-    say(f"ablation: run {number + 1} of {len(runs)}: {runs[number].folder}")
-    start = start or partial(start_process, jobs=plan.jobs)
-    new = carry_out(runs[number], test_data=plan.test_data, start=start)
+def carry_out_and_say(plan: Plan, run: Run, number: str, *, start: Start | None) -> bool:
+    say(f"ablation: run {number}: {run.folder}")
+    new = carry_out(run, test_data=plan.test_data, start=start or partial(start_process, jobs=plan.jobs))
     if not new:
-        say(f"ablation: already recorded: {runs[number].folder}")
+        say(f"ablation: already recorded: {run.folder}")
     return new
 
 

@@ -216,7 +216,8 @@ def on(scene: Scene, value: int, monkeypatch) -> np.ndarray:
 def test_masks_cover_what_is_drawn(sampled, monkeypatch):
     """Coverage of a pixel = 1 - (its difference between white and black background) / 255."""
     singles = [scene for scene in sampled["val"] if len(scene.placements) == 1][:30]
-    for scene in singles:
+    other_looks = [layout.sample_scene("train", n, singles=100, varied=100) for n in range(30)]
+    for scene in singles + other_looks:
         mask = draw.render(scene, 64)[1][0]
         coverage = 1 - (on(scene, 255, monkeypatch) - on(scene, 0, monkeypatch)).mean(axis=2) / 255
         opaque, rounding = OPAQUE / 255, 3 / 255

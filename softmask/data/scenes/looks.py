@@ -1,6 +1,7 @@
 """Other looks of a drawing: bent, recoloured, shaded and outlined, as another artist might have drawn it.
 
-Pixels are changed by Pillow's integer operations and by tables alone, so that every processor gives the same bytes.
+Pillow and tables change the pixels: NumPy's powers differ between processors in the last bit, and a scene has the same
+bytes on all of them.
 """
 
 from __future__ import annotations

@@ -137,10 +137,9 @@ def attribution(options: Options) -> str:
 
 def _scenes(split: Split, options: Options) -> Scenes:
     size = options.test_size if split in ("test", "seen") else options.size
-    shares = {"singles": options.singles, "varied": options.varied}
-    make = partial(
-        _encode, partial(sample_scene, split, seed=options.seed, hands=options.hands(split), **shares), split, size
-    )
+    hands, shares = options.hands(split), {"singles": options.singles, "varied": options.varied}
+    sample = partial(sample_scene, split, seed=options.seed, hands=hands, **shares)
+    make = partial(_encode, sample, split, size)
     return Scenes(split, options.count(split), size, make)
 
 
