@@ -34,3 +34,21 @@ class Batch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         changed: dict[str, Any] = {n: function(value) for n, value in values.items() if isinstance(value, Tensor)}
         return replace(self, **changed)
+
+
+@dataclass
+class LabeledBatch(Batch):
+    """B examples with a class each."""
+
+    labels: Tensor | None = None  # [B] int64; None where there are none
+
+
+@dataclass
+class AnswerBatch(Batch):
+    """B questions with A answers, each of one question."""
+
+    answer_ids: Tensor | None = None  # [A, T] int64, from [CLS] to [SEP]
+    answer_mask: Tensor | None = None  # [A, T] bool, True = real token
+    answer_weight: Tensor | None = None  # [A] float32
+    question: Tensor | None = None  # [A] int64, row of the answer's question
+    num_answer_tokens: int | None = None

@@ -1,6 +1,6 @@
 """The command `softmask`: the scripts of train/ in any folder.
 
-softmask pretrain | evaluate | report | env [arguments of the command]
+softmask pretrain | finetune | evaluate | report | env [arguments of the command]
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import sys
 
 COMMANDS = {
     "pretrain": ("softmask.training.pretrain", "pre-train SoftMask++, ALBEF, SyCoCa or CoCa"),
+    "finetune": ("softmask.finetuning.finetune", "train a task after pre-training"),
     "evaluate": ("softmask.evaluation.evaluate", "retrieval, grounding, captions of a checkpoint"),
     "report": ("softmask.report.build", "a page about a run"),
     "env": ("softmask.env", "installed packages, and the backend of each op"),

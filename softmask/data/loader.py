@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -26,12 +26,15 @@ from softmask.data.transforms import TrainTransform, decode_image, normalize_ima
 ATTEMPTS = 32  # unreadable samples in a row that end a run
 DOUBT = 20.0  # see check_bad_share
 
+FinishBatch = Callable[[Batch, Sequence[Record], CaptionTokenizer], Batch]
+
 
 @dataclass
 class DataConfig:
     """The `data:` section of a run's configuration."""
 
     train: str | tuple[str, ...] = ""  # path, glob or brace pattern of shards, or a JSON list; or several of these
+    val: str | tuple[str, ...] = ""  # as train: what train.validate_every measures
     image_root: str = ""  # of the image paths in JSON lists; empty: the list's folder
     tokenizer: str = ""  # folder of a Hugging Face tokenizer; empty: a WordPiece is trained on the captions
     vocab_size: int = 4096  # of that WordPiece
@@ -85,8 +88,11 @@ class DataConfig:
 class _BatchReader(Dataset[Batch | DataError]):
     """The dataset of the DataLoader: plans to batches, in the workers."""
 
-    def __init__(self, source: Source, config: DataConfig, tokenizer: CaptionTokenizer, seed: int):
+    def __init__(
+        self, source: Source, config: DataConfig, tokenizer: CaptionTokenizer, seed: int, finish: FinishBatch | None
+    ):
         self.source, self.config, self.tokenizer, self.seed = source, config, tokenizer, seed
+        self.finish = finish
         self.transform = TrainTransform(config)
 
     def __getitem__(self, plan: BatchPlan) -> Batch | DataError:
@@ -101,18 +107,21 @@ class _BatchReader(Dataset[Batch | DataError]):
             self._sample(int(index), f"{self.seed}/{plan.epoch}/{plan.position + offset}", skipped)
             for offset, index in enumerate(plan.indices)
         ]
-        tokens = self.tokenizer([record.caption for record, _ in samples], **self.config.reading)
-        return Batch(
-            images=normalize_images([pixels for _, pixels in samples], self.config.mean, self.config.std),
+        records = [record for record, _ in samples]
+        tokens = self.tokenizer([record.caption for record in records], **self.config.reading)
+        images = [image for _, images in samples for image in images]
+        batch = Batch(
+            images=normalize_images(images, self.config.mean, self.config.std),
             input_ids=tokens.input_ids,
             attention_mask=tokens.attention_mask,
             word_ids=tokens.word_ids,
-            image_id=torch.tensor([record.image_id for record, _ in samples], dtype=torch.int64),
+            image_id=torch.tensor([record.image_id for record in records], dtype=torch.int64),
             skipped=skipped,
             num_tokens=int(tokens.attention_mask.sum()),
         )
+        return batch if self.finish is None else self.finish(batch, records, self.tokenizer)
 
-    def _sample(self, index: int, seed: str, skipped: list[str]) -> tuple[Record, np.ndarray]:
+    def _sample(self, index: int, seed: str, skipped: list[str]) -> tuple[Record, list[np.ndarray]]:
         """The sample, or if it is unreadable, another one drawn from `seed`."""
         replacements = random.Random(seed + "/replacement")
         for _ in range(ATTEMPTS):
@@ -123,21 +132,23 @@ class _BatchReader(Dataset[Batch | DataError]):
                 index = replacements.randrange(len(self.source))
         raise DataError(f"{ATTEMPTS} samples in a row are unreadable, the last: {skipped[-1]}")
 
-    def _read(self, index: int, rng: random.Random) -> tuple[Record, np.ndarray]:
+    def _read(self, index: int, rng: random.Random) -> tuple[Record, list[np.ndarray]]:
+        """The record and its transformed pictures."""
         record = self.source.read(index)
-        if self.config.clean_captions:
+        if self.config.clean_captions and record.caption:
             require_words(record)
         try:
-            image = decode_image(record.image_bytes)
+            images = [decode_image(encoded) for encoded in (record.image_bytes, *record.more_images)]
         except ValueError as error:
             raise SampleError(record.name, str(error)) from None
-        return record, self.transform(image, rng, record.caption)
+        return record, [self.transform(image, rng, record.caption) for image in images]
 
 
 class Loader:
     """Endless micro-batches of one rank, starting at micro-batch `start_batch` in every `iter`.
 
-    The global random generators are not touched.
+    The global random generators are not touched. `finish` adds to a batch, from its records, what a task reads beside
+    images and captions; it runs in the workers.
 
     Raises:
         DataError: fewer samples than one batch of all ranks; while iterating, ATTEMPTS unreadable samples in a row.
@@ -154,6 +165,7 @@ class Loader:
         world_size: int = 1,
         seed: int = 0,
         start_batch: int = 0,
+        finish: FinishBatch | None = None,
     ):
         if batch_size < 1 or not 0 <= rank < world_size or seed < 0 or start_batch < 0:
             given = f"batch_size={batch_size}, rank={rank}, world_size={world_size}, {seed=}, {start_batch=}"
@@ -166,7 +178,7 @@ class Loader:
         if not self._plans.batches_per_epoch:
             samples = f"{self._plans.per_epoch} {'samples' if config.captions == 'all' else 'images'}"
             raise DataError(f"{samples} are fewer than one batch of {world_size} x {batch_size}")
-        self._reader = _BatchReader(source, config, tokenizer, seed)
+        self._reader = _BatchReader(source, config, tokenizer, seed, finish)
         self.batches_per_epoch = self._plans.batches_per_epoch
 
     def __iter__(self) -> Iterator[Batch]:

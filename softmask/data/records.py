@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -32,6 +32,9 @@ class LeftOut:
     count: int = 0
     first: str = ""
 
+    def __bool__(self) -> bool:
+        return self.count > 0
+
     def add(self, name: bytes | str, count: int = 1) -> None:
         if not self.count:
             self.first = name if isinstance(name, str) else name.decode("utf-8", "replace")
@@ -46,7 +49,7 @@ class Record:
     """One caption and its image, still encoded.
 
     All captions of an image share `image_id`. `extra` is the parsed .json of the sample, or the entry of a JSON list,
-    if requested.
+    if requested. The other fields are those of examples of downstream tasks (formats/examples.py).
     """
 
     image_bytes: bytes
@@ -54,6 +57,10 @@ class Record:
     image_id: int
     name: str
     extra: dict | None = None
+    more_images: tuple[bytes, ...] = ()
+    target: Any = None
+    key: Any = None
+    unseen: bool = False
 
 
 class Source(Protocol):
@@ -75,6 +82,17 @@ class Source(Protocol):
     def captions(self) -> Iterator[str]:
         """All readable captions in order."""
         ...
+
+
+def read_picture(path: str) -> bytes:
+    """The bytes of a picture's file. Raises SampleError if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise SampleError(path, f"cannot be read ({error.strerror})") from None
+    except ValueError as error:  # a zero byte in the path
+        raise SampleError(path, f"cannot be read ({error})") from None
 
 
 def clean_caption(raw: bytes | str, name: str) -> str:

@@ -13,6 +13,7 @@ import io
 import json
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -163,9 +164,9 @@ class _Scan:
         return int.from_bytes(digest.digest(), "little")
 
 
-def _cache_file(path: str) -> Path:
+def _cache_file(path: str, kind: str) -> Path:
     stat = os.stat(path)
-    identity = f"{CACHE_VERSION}|{os.path.abspath(path)}|{stat.st_size}|{stat.st_mtime_ns}"
+    identity = f"{CACHE_VERSION}|{os.path.abspath(path)}|{stat.st_size}|{stat.st_mtime_ns}{kind and '|' + kind}"
     digest = hashlib.sha256(identity.encode("utf-8", "surrogateescape")).hexdigest()
     return cache_folder("shard-index") / f"{digest[:40]}.npz"
 
@@ -216,13 +217,18 @@ def _warn_once(message: str) -> None:
     logger.warning("%s", message)
 
 
-def index_shard(path: str) -> ShardIndex:
-    """`scan_shard` with the cache. Raises DataError if the shard cannot be opened."""
+def index_shard(path: str, *, kind: str = "", scan: Callable[[str], ShardIndex] | None = None) -> ShardIndex:
+    """`scan_shard` with the cache. Raises DataError if the shard cannot be opened.
+
+    Args:
+        kind: name of another kind of samples.
+        scan: what indexes them.
+    """
     try:
-        file = _cache_file(path)
+        file = _cache_file(path, kind)
         found = _load_cache(file)
         if found is None:
-            found = scan_shard(path)
+            found = (scan or scan_shard)(path)
             _store_cache(file, found)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None

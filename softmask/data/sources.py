@@ -1,4 +1,4 @@
-"""Open the shards or JSON lists that `data.train` names."""
+"""Open the shards or lists that `data.train` names."""
 
 from __future__ import annotations
 
@@ -13,20 +13,37 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from braceexpand import braceexpand
 
-from softmask.data.records import DataError, LeftOut, Record, SampleError, Source, clean_caption
+from softmask.data.formats.karpathy import is_karpathy, karpathy_entries
+from softmask.data.formats.tables import table_entries
+from softmask.data.json_files import read_json
+from softmask.data.records import DataError, LeftOut, Record, SampleError, Source, clean_caption, read_picture
 from softmask.data.shards import ShardSource
-from softmask.lfs import NOT_THE_FILE, is_pointer
+from softmask.data.texts import Texts
 
 logger = logging.getLogger("softmask.data")
 
+LISTS = (".json", ".csv", ".tsv")
+IMAGE_COLUMN, CAPTION_COLUMN = "filepath", "title"  # open_clip's
 
-def open_source(data: str | Sequence[str], *, image_root: str = "") -> Source:
-    """Open tar shards or JSON lists.
+
+def open_source(
+    data: str | Sequence[str],
+    *,
+    image_root: str = "",
+    split: str = "train",
+    image_column: str = IMAGE_COLUMN,
+    caption_column: str = CAPTION_COLUMN,
+) -> Source:
+    """Open tar shards or lists of captioned images.
 
     Args:
         data: a path, a glob, a brace pattern ("cc3m-{000000..000331}.tar") or a sequence of these. Names that end in
-            .json are ALBEF's lists `[{"image": path, "caption": str or [str, ...]}, ...]`.
+            .json are ALBEF's lists `[{"image": path, "caption": str or [str, ...]}, ...]` or Karpathy's splits, those
+            in .csv and .tsv tables.
         image_root: folder of the image paths in lists; empty: the folder of each list.
+        split: of Karpathy's splits; "train" includes "restval".
+        image_column: name of a table's column of image paths.
+        caption_column: name of a table's column of captions.
 
     Raises:
         DataError: one line that names the pattern, file or entry that is wrong.
@@ -41,17 +58,19 @@ def open_source(data: str | Sequence[str], *, image_root: str = "") -> Source:
         logger.warning(
             "%d files are named more than once and are read as often, such as %s", len(repeated), repeated[0]
         )
-    lists = [path for path in paths if path.endswith(".json")]
+    lists = [path for path in paths if path.lower().endswith(LISTS)]
     if lists and len(lists) != len(paths):
-        raise DataError(f"shards and JSON lists cannot be mixed: got {lists[0]} and {len(paths) - len(lists)} others")
-    return JsonSource(lists, image_root=image_root) if lists else ShardSource(paths)
+        raise DataError(f"shards and lists cannot be mixed: got {lists[0]} and {len(paths) - len(lists)} others")
+    if not lists:
+        return ShardSource(paths)
+    return ListSource(
+        lists, image_root=image_root, split=split, image_column=image_column, caption_column=caption_column
+    )
 
 
 OTHER_KINDS = {
     ".jsonl": "put all entries into one list: jq -s . FILE.jsonl > FILE.json",
     ".ndjson": "put all entries into one list: jq -s . FILE.ndjson > FILE.json",
-    ".csv": "write a JSON list of {image, caption}, or shards (img2dataset reads CSV)",
-    ".tsv": "write a JSON list of {image, caption}, or shards (img2dataset reads TSV)",
     ".txt": "write a JSON list of {image, caption}, or shards",
     ".parquet": "convert it to shards with img2dataset",
     ".json.gz": "unpack it first: gunzip",
@@ -65,7 +84,7 @@ OTHER_KINDS = {
 def _refuse_other_kinds(path: str) -> None:
     for ending, advice in OTHER_KINDS.items():
         if path.lower().endswith(ending):
-            raise DataError(f"{path}: expected a tar shard or a .json list, got {ending}; {advice}")
+            raise DataError(f"{path}: expected a tar shard or a list ({', '.join(LISTS)}), got {ending}; {advice}")
 
 
 def expand_pattern(pattern: str) -> list[str]:
@@ -93,22 +112,21 @@ def _existing(name: str) -> list[str]:
     return found
 
 
-class _Texts:
-    """Many strings in two buffers, which forked workers share without copying."""
+class ListSource:
+    """Lists and tables. Every caption is a sample; captions of the same image share `image_id`.
 
-    def __init__(self, texts: Sequence[str]):
-        encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
-        self._bytes = b"".join(encoded)
-        self._ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+    The arguments are `open_source`'s.
+    """
 
-    def __getitem__(self, index: int) -> str:
-        return self._bytes[self._ends[index] : self._ends[index + 1]].decode("utf-8", "surrogatepass")
-
-
-class JsonSource:
-    """ALBEF's JSON lists. Every caption is a sample; captions of the same image share `image_id`."""
-
-    def __init__(self, paths: Sequence[str], *, image_root: str = ""):
+    def __init__(
+        self,
+        paths: Sequence[str],
+        *,
+        image_root: str = "",
+        split: str = "train",
+        image_column: str = IMAGE_COLUMN,
+        caption_column: str = CAPTION_COLUMN,
+    ):
         images: dict[str, int] = {}
         content = hashlib.sha256()
         captions: list[str] = []
@@ -117,7 +135,13 @@ class JsonSource:
         for path in paths:
             folder = os.path.expanduser(image_root) or os.path.dirname(os.path.abspath(path))
             left_out = LeftOut()
-            for image, texts in _entries(path, left_out):
+            if path.lower().endswith(".json"):
+                entries = _json_entries(path, folder, split, left_out)
+            else:
+                entries = table_entries(
+                    path, image_column=image_column, caption_column=caption_column, left_out=left_out
+                )
+            for image, texts in entries:
                 image_id = images.setdefault(os.path.normpath(os.path.join(folder, image)), len(images))
                 content.update(json.dumps([os.path.normpath(image), texts]).encode())
                 captions += texts
@@ -132,7 +156,7 @@ class JsonSource:
         self.paths, self.images = list(paths), len(images)
         self.digest = content.hexdigest()
         self.group_sizes = np.array([len(captions)], np.int64)
-        self._captions, self._images = _Texts(captions), _Texts(list(images))
+        self._captions, self._images = Texts(captions), Texts(list(images))
         self.image_ids = np.array(ids, np.int64)
 
     def __len__(self) -> int:
@@ -145,13 +169,7 @@ class JsonSource:
         image_id = int(self.image_ids[index])
         path = self._images[image_id]
         caption = clean_caption(self._captions[index], path)
-        try:
-            with open(path, "rb") as file:
-                image = file.read()
-        except OSError as error:
-            raise SampleError(path, f"cannot be read ({error.strerror})") from None
-        except ValueError as error:  # a zero byte in the path
-            raise SampleError(path, f"cannot be read ({error})") from None
+        image = read_picture(path)
         return Record(image, caption, image_id, path, {"image": path, "caption": caption} if extra else None)
 
     def captions(self) -> Iterator[str]:
@@ -163,20 +181,17 @@ class JsonSource:
                 continue  # reported when the sample itself is read
 
 
-def _entries(path: str, left_out: LeftOut) -> Iterator[tuple[str, list[str]]]:
-    """Image path and captions of every usable entry; others are counted. Raises DataError if the file is not a list."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            text = file.read()
-        if is_pointer(text[:100].encode("utf-8", "surrogatepass")):
-            raise DataError(f"{path} {NOT_THE_FILE}")
-        entries = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON: {' '.join(str(error).split())}") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from None
-    if not isinstance(entries, list):
-        raise DataError(f"{path}: expected a list of entries, got {type(entries).__name__}{_layout(entries)}")
+def _json_entries(path: str, folder: str, split: str, left_out: LeftOut) -> Iterator[tuple[str, list[str]]]:
+    """Image path and captions of every usable entry; others are counted. Raises DataError for other JSON."""
+    tree = read_json(path)
+    if is_karpathy(tree):
+        return karpathy_entries(path, tree, folder=folder, split=split, left_out=left_out)
+    if isinstance(tree, list):
+        return _listed_entries(tree, left_out)
+    raise DataError(f"{path}: expected a list of entries, got {type(tree).__name__}{_layout(tree)}")
+
+
+def _listed_entries(entries: list, left_out: LeftOut) -> Iterator[tuple[str, list[str]]]:
     for number, entry in enumerate(entries):
         try:
             image, captions = _entry(entry)
@@ -204,15 +219,10 @@ def _entry(entry: object) -> tuple[str, list]:
 
 
 def _layout(tree: object) -> str:
-    """Advice for known formats that are not lists."""
-    if not isinstance(tree, dict) or not isinstance(tree.get("images"), list):
+    """Advice for COCO's own format."""
+    if not isinstance(tree, dict) or not {"images", "annotations"} <= tree.keys():
         return ""
-    if isinstance(tree.get("annotations"), list):
-        return (
-            ' with "images" and "annotations", as COCO\'s: write one entry {"image": file_name, "caption": caption} '
-            "for every annotation, with the file_name of its image_id"
-        )
     return (
-        ' with "images", as Karpathy\'s splits: write one entry {"image": filepath/filename, "caption": [raw, ...]} '
-        "for every image of the split, from its sentences"
+        ' with "images" and "annotations", as COCO\'s: write one entry {"image": file_name, "caption": caption} '
+        "for every annotation, with the file_name of its image_id"
     )

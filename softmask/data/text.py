@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import string
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,6 +32,11 @@ NEEDED = ("pad", "cls", "sep", "mask")  # every tokenizer must have these
 NO_WORD = -1  # word number of special tokens, padding and punctuation
 NO_SPAN = (0, 0)  # character span of special tokens and padding
 _PRIVATE_USE = 0xF0000
+BASIC = tuple(f"{start}{one}" for start in ("", "##") for one in string.digits + string.ascii_lowercase) + tuple(
+    ",.?!'-&"
+)
+"""Pieces that a trained WordPiece has even if its captions lack them, while there is room: captions are not all that a
+model will read."""
 LONGEST_TOKEN = 400  # characters, white space around it included
 LONGEST_WORD = 100  # characters; a WordPiece reads longer words as [UNK]
 
@@ -192,7 +198,8 @@ def _is_punctuation(text: str) -> bool:
 
 
 def train_wordpiece(captions: Iterable[str], path: str | os.PathLike, *, vocab_size: int = 4096) -> CaptionTokenizer:
-    """Train a lower-case BERT-style WordPiece on `captions` and save it as a Hugging Face folder.
+    """Train a lower-case BERT-style WordPiece on `captions` and save it as a Hugging Face folder. Where there is room,
+    it has all letters and digits of ASCII, too.
 
     The same captions give the same vocabulary, byte for byte.
 
@@ -209,7 +216,14 @@ def train_wordpiece(captions: Iterable[str], path: str | os.PathLike, *, vocab_s
         raise ValueError("train: its captions have no words to train a WordPiece on")
     if vocab_size < len(SPECIAL_TOKENS) + 2:
         raise ValueError(f"vocab_size: expected at least {len(SPECIAL_TOKENS) + 2}, got {vocab_size}")
-    tokens = [*SPECIAL_TOKENS.values(), *_learn_pieces(counts, vocab_size - len(SPECIAL_TOKENS))]
+    room = vocab_size - len(SPECIAL_TOKENS)
+    learned = _learn_pieces(counts, room)
+    # Questions and answers have letters and digits that captions may lack.
+    tokens = [
+        *SPECIAL_TOKENS.values(),
+        *learned,
+        *[piece for piece in BASIC if piece not in learned][: room - len(learned)],
+    ]
     vocabulary = {token: number for number, token in enumerate(tokens)}
 
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=LONGEST_WORD))

@@ -7,18 +7,21 @@ import hashlib
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
 from softmask import BackendError
 from softmask.arguments import count, positive
-from softmask.data import DataError, open_source
+from softmask.data import DataError
+from softmask.evaluation import ranks
 from softmask.evaluation.readers import Reader, Scorer, is_model
+from softmask.tasks.base import Split
 from softmask.training.checkpoint.state import CheckpointError
 from softmask.training.checkpoint.store import load_model
-from softmask.training.config import ConfigError
+from softmask.training.config import PRETRAIN, ConfigError
 from softmask.training.failures import explain
 from softmask.training.launchers import check_environment
 from softmask.training.run_folder import check_vocabulary, first_captions
@@ -32,8 +35,9 @@ def load_scorer(
 ) -> Scorer:
     """The checkpoint's model, on the GPU if present. 0 and "" keep the values of training."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model: Any
     model, tokenizer, config = load_model(checkpoint, device=device, image_size=image_size)
-    if not is_model(model):
+    if config.task == PRETRAIN and not is_model(model):
         needed = "encode_image, encode_text and patch_grid"
         raise ConfigError(f"{config.method}: {type(model).__name__} lacks one of {needed}, which evaluation needs")
     longest = config.model.text.max_positions
@@ -50,10 +54,12 @@ def sizes(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in ("batch_size", "text_length", "image_size", "resize")}
 
 
-def open_reader(scorer: Scorer, data: str, image_root: str | None = None) -> Reader:
-    """Opens shards or a JSON list; `image_root` is the folder of the list's images, None the one of training."""
+def open_reader(scorer: Scorer, data: str, image_root: str | None = None, *, split: Split = "test") -> Reader:
+    """Opens shards or a list; `image_root` is the folder of the list's images, None the one of training. `split`: of a
+    file that holds several."""
     root = scorer.config.data.image_root if image_root is None else image_root
-    source = open_source(data, image_root=root)
+    read = replace(scorer.config.data, image_root=root)
+    source = scorer.config.find_task().open(data, read, split=split)
     try:
         check_vocabulary(scorer.tokenizer, first_captions(scorer.config, source))
     except ValueError as error:
@@ -66,6 +72,12 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, help="glob or brace pattern of shards, or a JSON list")
     parser.add_argument(
         "--image-root", help="folder of a JSON list's images; '': the list's own (default: as in training)"
+    )
+    parser.add_argument(
+        "--split",
+        choices=get_args(Split),
+        default="test",
+        help="of a file that holds several, as Karpathy's (default test)",
     )
     parser.add_argument("--text-length", type=count, default=0, help="tokens per caption; 0: as in training (default)")
     parser.add_argument("--image-size", type=count, default=0, help="side of images, px; 0: as in training (default)")
@@ -88,24 +100,26 @@ def evaluation_facts(scorer: Scorer, reader: Reader, checkpoint: Path) -> dict:
     return {"checkpoint": checkpoint.name, "trainer": state, "digest": reader.source.digest, **read}
 
 
-def check_output(path: Path, ending: str) -> None:
+def check_output(path: Path, ending: str, *, option: str = "--output") -> None:
     """Checks, before any work, that the file can be written and that an existing one may be replaced.
 
     Raises:
         OSError: the folder is missing or not writable, or the path is a folder or a file of another kind.
     """
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"--output: no folder {str(path.parent)!r}")
+        raise FileNotFoundError(f"{option}: no folder {str(path.parent)!r}")
     if not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"--output: cannot write into {str(path.parent)!r}")
+        raise PermissionError(f"{option}: cannot write into {str(path.parent)!r}")
     if path.is_dir():
-        raise IsADirectoryError(f"--output: expected a file, got the folder {str(path)!r}")
+        raise IsADirectoryError(f"{option}: expected a file, got the folder {str(path)!r}")
     if path.exists() and not (path.is_file() and path.name.endswith(ending)):
-        raise FileExistsError(f"--output: {str(path)!r} exists and is not a {ending} file; choose another name")
+        raise FileExistsError(f"{option}: {str(path)!r} exists and is not a {ending} file; choose another name")
 
 
 def name_skipped(reader: Reader) -> None:
-    """Names unreadable samples and the first unusable object on stderr."""
+    """Names unreadable samples and the first unusable object on stderr, once for all ranks."""
+    if ranks.rank():
+        return
     for line in reader.skipped.values():
         print(f"left out: {line}", file=sys.stderr)
     for where, reason in list(reader.bad_objects.items())[:1]:
@@ -117,6 +131,7 @@ def finish(name: str, work: Callable[[], str], *, smaller: str) -> int:
     """Runs a command's work and prints its result, or one line for a known error. Returns the exit status."""
     try:
         check_environment()
+        ranks.start()
         said = work()
     except (DataError, CheckpointError, ConfigError, BackendError, OSError) as error:
         print(f"{name}: {error}", file=sys.stderr)
@@ -126,7 +141,8 @@ def finish(name: str, work: Callable[[], str], *, smaller: str) -> int:
             raise
         print(f"{name}: {line}", file=sys.stderr)
         return 1
-    show(said)
+    if ranks.rank() == 0:
+        show(said)
     return 0
 
 

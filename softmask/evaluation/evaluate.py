@@ -24,7 +24,10 @@ SyCoCa generates a caption for each image of the first `--pairs` samples, which 
 
 Zero-shot classification uses `--classes`, by default the concepts.json beside the data (zero_shot.py).
 
-Unreadable samples are skipped and named on stderr. If the command fails, it writes nothing.
+Tasks after pre-training (docs/finetuning.md) have a section of their own, and their own files as `--data`.
+
+Under torchrun, deepspeed, srun or mpirun every process takes its share of a task's examples; the figures are the same
+to the last digit. Unreadable samples are skipped and named on stderr. If the command fails, it writes nothing.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ from typing import get_args
 
 from softmask.arguments import count, positive
 from softmask.data.sources import expand_pattern
+from softmask.evaluation import ranks
 from softmask.evaluation.captioning import CaptionOptions
 from softmask.evaluation.command import (
     add_data_options,
@@ -49,17 +53,19 @@ from softmask.evaluation.command import (
     open_reader,
     sizes,
 )
+from softmask.evaluation.readers import Reader, Scorer
 from softmask.evaluation.retrieval import RerankBy
 from softmask.evaluation.sections import Evaluation, Section, evaluate, sections_of
 from softmask.evaluation.zero_shot import Class, read_classes
 from softmask.files import write_atomically
 from softmask.training.checkpoint.state import read_state
-from softmask.training.checkpoint.store import find_checkpoint
+from softmask.training.checkpoint.store import best_checkpoint
 
 
 def known_classes(data: str, file: Path | None) -> list[Class]:
     """The classes of the file; by default those of the concepts.json beside the data, if present."""
-    beside = [Path(path).parent / "concepts.json" for path in expand_pattern(data)[:1]]
+    first = [] if Path(data).is_dir() else expand_pattern(data)[:1]
+    beside = [Path(path).parent / "concepts.json" for path in first]
     files = [file] if file is not None else [path for path in beside if path.is_file()]
     return read_classes(files[0]) if files else []
 
@@ -76,13 +82,15 @@ def summary(result: dict, sections: list[Section], given: Evaluation) -> str:
     return "\n".join(line for section in shown for line in section.lines(result[section.name], given))
 
 
-def unused(options: argparse.Namespace, result: dict) -> list[str]:
+def unused(options: argparse.Namespace, result: dict, given: Evaluation) -> list[str]:
     """Messages for options that had no effect."""
     lines = []
     if options.rerank_by != "match" and "itm" not in result.get("retrieval", {}):
         lines.append(f"--rerank-by {options.rerank_by}: the model has no ITM")
     if options.training and "captioning" not in result:
         lines.append("--training: the model generates no captions")
+    if options.predictions and not given.predictions:
+        lines.append(f"--predictions: {', '.join(result)} makes none")
     if options.classes and "zero_shot" not in result:
         lines.append(f"--classes: no image of {options.data} shows a single object of a class")
     return lines
@@ -120,41 +128,63 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         type=Path,
         help="JSON list of classes for zero-shot classification (default: concepts.json beside the data)",
     )
+    parser.add_argument(
+        "--predictions", type=Path, help="write a downstream task's predictions, as its server reads them"
+    )
+    parser.add_argument(
+        "--blank", action="store_true", help="grey pictures: what a downstream task's texts tell by themselves"
+    )
+    # Passed by deepspeed; the environment has it too, with every launcher.
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
+
+
+def _training(scorer: Scorer, options: argparse.Namespace) -> Reader | None:
+    root = options.training_image_root
+    return open_reader(scorer, options.training, root, split="train") if options.training else None
 
 
 def run(options: argparse.Namespace) -> str:
     """Writes metrics.json. Returns its numbers as text."""
     start = time.perf_counter()
     output = options.output or options.checkpoint / "metrics.json"
-    checkpoint = find_checkpoint(options.checkpoint)
+    checkpoint = best_checkpoint(options.checkpoint)
     check_output(output, ".json")
+    if options.predictions:
+        check_output(options.predictions, ".json", option="--predictions")
     classes = known_classes(options.data, options.classes)
     scorer = load_scorer(checkpoint, **sizes(options))
     sections = sections_of(scorer)
     given = Evaluation(
         scorer=scorer,
-        reader=open_reader(scorer, options.data, options.image_root),
-        training=open_reader(scorer, options.training, options.training_image_root) if options.training else None,
+        reader=open_reader(scorer, options.data, options.image_root, split=options.split),
+        training=_training(scorer, options),
         pairs=options.pairs,
         rerank=options.rerank,
         rerank_by=options.rerank_by,
         captions=CaptionOptions(beams=options.beams, neighbours=options.neighbours),
         classes=classes,
+        blank=options.blank,
+        predictions=[] if options.predictions else None,
     )
     try:
-        result = evaluate(given, sections)
+        result = evaluate(given, sections)  # on all ranks, which find the same
     finally:
         for one in filter(None, (given.reader, given.training)):
             name_skipped(one)
-    for line in unused(options, result):
+    if ranks.rank():
+        return ""
+    for line in unused(options, result, given):
         print(f"not used: {line}", file=sys.stderr)
     result["training"] = training_facts(checkpoint)
     seconds = round(time.perf_counter() - start, 1)
     facts = evaluation_facts(scorer, given.reader, checkpoint)
     result["evaluation"] = {"seconds": seconds, "data": options.data} | facts
+    written = [output, *([options.predictions] if given.predictions else [])]
+    if given.predictions:
+        write_atomically(options.predictions, json.dumps(given.predictions) + "\n")
     write_atomically(output, json.dumps(result, indent=2) + "\n")
-    return f"{summary(result, sections, given)}\nwritten: {output}"
+    return f"{summary(result, sections, given)}\nwritten: {', '.join(map(str, written))}"
 
 
 def main(argv: list[str] | None = None) -> int:

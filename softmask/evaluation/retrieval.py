@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from softmask.data import DataError, TokenBatch
-from softmask.evaluation import metrics
+from softmask.evaluation import metrics, ranks
 from softmask.evaluation.readers import Sample, Scorer, batches, pixels
 
 
@@ -65,7 +65,7 @@ class EncodedBatches:
 
 def matches(scorer: Scorer) -> bool:
     """Whether the model has ITM."""
-    return scorer.config.task.matches_pairs
+    return scorer.config.find_task().matches_pairs
 
 
 @torch.no_grad()
@@ -141,19 +141,37 @@ def match_scores(scorer: Scorer, gallery: Gallery, wanted: Tensor, *, by: Rerank
             "gallery: expected tokens of images and captions, got features only; the task must set matches_pairs"
         )
     model, scores = scorer.matcher, torch.full(wanted.shape, torch.nan)
-    chunks = wanted.nonzero().split(scorer.batch_size)
-    for pairs in tqdm(chunks, desc="matching", disable=None, leave=False):
-        images, kv_index = pairs[:, 0].unique(return_inverse=True)
-        images, texts = images.to(scorer.device), pairs[:, 1].to(scorer.device)
+
+    def match(rows: range) -> Tensor:
+        """Scores of the wanted pairs of some images, whose keys and values are projected once."""
+        pairs = wanted[rows.start : rows.stop].nonzero().to(scorer.device)
+        texts = pairs[:, 1]
         logits = model.match(
-            image_tokens[images],
+            image_tokens[rows.start : rows.stop],
             text_tokens[texts],
             gallery.attention_mask[texts],
-            kv_index=kv_index.to(scorer.device),
+            kv_index=pairs[:, 0],
         )
         value = logits[:, 1] - logits[:, 0] if by == "difference" else logits[:, 1]
-        scores[pairs[:, 0], pairs[:, 1]] = value.float().cpu()
+        return value.float().cpu()
+
+    pieces = _in_image_order(wanted.sum(1).tolist(), scorer.batch_size)
+    shown = tqdm(pieces, desc="matching", disable=True if ranks.rank() else None, leave=False)
+    for rows, values in zip(pieces, ranks.share_out(shown, match), strict=True):
+        scores[rows.start : rows.stop][wanted[rows.start : rows.stop]] = values
     return scores + gallery.similarity if by == "match+itc" else scores
+
+
+def _in_image_order(pairs: Sequence[int], most: int) -> list[range]:
+    """Consecutive images that are matched together: as many as have at most `most` pairs, or a single one."""
+    found: list[range] = []
+    first, total = 0, 0
+    for number, count in enumerate(pairs):
+        if total and total + count > most:
+            found.append(range(first, number))
+            first, total = number, 0
+        total += count
+    return [*found, range(first, len(pairs))] if total else found
 
 
 @dataclass

@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any
 
 from softmask.evaluation import captioning, grounding, reconstruction, retrieval, zero_shot
 from softmask.evaluation.captioning import CaptionOptions
@@ -28,6 +29,8 @@ class Evaluation:
         rerank_by: the score that re-ranks them.
         captions: options of caption generation.
         classes: classes of zero-shot classification; without classes the section is left out.
+        blank: downstream tasks see grey pictures, which shows what texts alone tell.
+        predictions: sections of downstream tasks add the rows of the file of predictions; None: none is wanted.
     """
 
     scorer: Scorer
@@ -38,6 +41,8 @@ class Evaluation:
     rerank_by: RerankBy = "match"
     captions: CaptionOptions = field(default_factory=CaptionOptions)
     classes: list[Class] = field(default_factory=list)
+    blank: bool = False
+    predictions: list[dict[str, Any]] | None = None
 
     @property
     def text_length(self) -> int:
@@ -186,7 +191,7 @@ def sections_of(scorer: Scorer) -> list[Section]:
         ConfigError: the task names an unknown section.
     """
     try:
-        return [find_section(name) for name in scorer.config.task.sections(scorer.config.model)]
+        return [find_section(name) for name in scorer.config.find_task().sections(scorer.config.model)]
     except ValueError as error:
         raise ConfigError(f"{scorer.config.method}: {error}") from error
 

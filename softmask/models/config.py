@@ -132,3 +132,38 @@ class TextConfig:
         check(self, at_least_one(self, *sizes) | expected)
         check_library(self.attention)
         check_heads(self.width, self.heads)
+
+
+@dataclass
+class Distillation:
+    """Soft targets of a momentum copy; alpha 0 needs none and keeps none."""
+
+    alpha: float = 0.4
+    alpha_warmup_epochs: float = 0.0  # alpha rises linearly over these epochs
+    momentum: float = 0.995
+
+    def __post_init__(self) -> None:
+        expected = {
+            "alpha": (0 <= self.alpha <= 1, "a number in [0, 1]"),
+            "alpha_warmup_epochs": (self.alpha_warmup_epochs >= 0, "at least 0"),
+            "momentum": (0 <= self.momentum <= 1, "a number in [0, 1]"),
+        }
+        check(self, expected)
+
+
+@dataclass
+class ClassificationHead:
+    """Fine-tuned classification: the `head:` section of a configuration."""
+
+    names: list[str] = field(default_factory=list)  # of the classes; empty: those of data.train
+    smoothing: float = 0.1  # of labels
+    mixup: float = 0.8  # Beta parameter of mixed images; 0: none
+    cutmix: float = 1.0  # Beta parameter of images with a pasted part of others; 0: none
+
+    def __post_init__(self) -> None:
+        expected = {
+            "smoothing": (0 <= self.smoothing < 1, "a number in [0, 1)"),
+            "mixup": (self.mixup >= 0, "at least 0"),
+            "cutmix": (self.cutmix >= 0, "at least 0"),
+        }
+        check(self, expected)

@@ -245,23 +245,23 @@ def build_page(options: argparse.Namespace) -> Page:
     result = read_metrics(run / "metrics.json")
     rows = read_log(run / "log.jsonl")
     scorer = load_scorer(checkpoint, **sizes(options))
-    reader = open_reader(scorer, data, options.image_root)
+    reader = open_reader(scorer, data, options.image_root, split=options.split)
     check_evaluation(run / "metrics.json", result["evaluation"], evaluation_facts(scorer, reader, checkpoint))
     try:
         examples = result["retrieval"]
         rerank = Rerank(examples["rerank"], examples["rerank_by"]) if "itm" in examples else None
         captions, images = retrieval_examples(scorer, reader, samples=examples["samples"], rerank=rerank)
         shown = list(reader.read(spread(len(reader.source), scenes)))
-        drawn = scene_views(scorer, shown) if scorer.config.task.shows_word_maps(scorer.config.model) else []
+        drawn = scene_views(scorer, shown) if scorer.config.find_task().shows_word_maps(scorer.config.model) else []
         written = generated(scorer, shown, result)
     finally:
         name_skipped(reader)
     return Page(
-        method=scorer.config.task.title(scorer.config.model),
+        method=scorer.config.find_task().title(scorer.config.model),
         run=run.resolve().name,
         lead=lead(scorer),
         facts=facts(scorer, read_state(checkpoint), rows),
-        curves=curves(rows, scorer.config.task.curves),
+        curves=curves(rows, scorer.config.find_task().curves),
         metrics=result,
         captions=captions,
         images=images,

@@ -23,7 +23,7 @@ def facts(scorer: Scorer, state: dict, rows: list[dict]) -> list[tuple[str, str]
         ("Batch", f"{train.batch_size * train.accumulation * ranks:,} on {ranks} {'rank' if ranks == 1 else 'ranks'}"),
         ("Parameters", f"{learned / 1e6:.1f} M trained"),
         ("Image encoder", f"{model.vision.name}, {config.data.image_size} px"),
-        *config.task.facts(model),
+        *config.find_task().facts(model),
         ("Distortions", "on" if config.data.distort else "off"),
         ("Precision", f"{train.precision}, ZeRO {config.zero_stage}"),
         ("Peak learning rate", f"{config.optimizer.lr:g}"),
@@ -34,7 +34,7 @@ def facts(scorer: Scorer, state: dict, rows: list[dict]) -> list[tuple[str, str]
 
 def lead(scorer: Scorer) -> str:
     """The sentence under the title."""
-    task, model = scorer.config.task, scorer.config.model
+    task, model = scorer.config.find_task(), scorer.config.model
     parts = task.additions(model)
     additions = f", with {' and '.join(parts)}" if parts else ""
     return (

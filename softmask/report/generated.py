@@ -58,7 +58,7 @@ def generated(scorer: Scorer, samples: list[Sample], metrics: dict) -> Generated
             found.captions.append(CaptionView(data_uri(limited(sample.seen, SHOWN)), text, sample.caption))
     if "reconstruction" in metrics:
         found.reconstructions = reconstruction_views(scorer, samples)
-        found.hidden = scorer.config.task.hidden_patches(scorer.config.model)
+        found.hidden = scorer.config.find_task().hidden_patches(scorer.config.model)
     return found
 
 

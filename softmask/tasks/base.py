@@ -1,14 +1,21 @@
-"""The interface between a method and the trainer, the evaluation and the report: one class per method."""
+"""The interface between a method and the trainer, the evaluation and the report: one class per method. What is trained
+after pre-training is a `DownstreamTask` (downstream.py)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
+    from softmask.batch import Batch
+    from softmask.data import CaptionTokenizer, DataConfig, Record, Source
     from softmask.models.config import SpecialIds
+
+Split = Literal["train", "val", "test"]
+"""What data is for: a file that holds several splits gives this one."""
 
 
 @dataclass(frozen=True)
@@ -54,18 +61,38 @@ class Task:
         matches_pairs: whether the model has `match`, for re-ranking.
         curves: how the report shows its terms, by their names in the log.
         renamed: starts of parameter names in older checkpoints -> today's.
+        new_parts: starts of parameter names that `init` need not have.
     """
 
-    Config: ClassVar[type]
-    eval_resize: ClassVar[Literal["squash", "crop"]] = "squash"
-    ends_captions: ClassVar[bool] = False
-    matches_pairs: ClassVar[bool] = False
-    curves: ClassVar[dict[str, Curve]] = {}
-    renamed: ClassVar[dict[str, str]] = {}
+    Config: type
+    eval_resize: Literal["squash", "crop"] = "squash"
+    ends_captions: bool = False
+    matches_pairs: bool = False
+    curves: dict[str, Curve] = {}
+    renamed: dict[str, str] = {}
+    new_parts: tuple[str, ...] = ()
 
     def build(self, config: Any, special_ids: SpecialIds) -> nn.Module:
         """The model for a `model:` section."""
         raise NotImplementedError
+
+    def open(self, paths: str | Sequence[str], data: DataConfig, *, split: Split) -> Source:
+        """The samples of `paths` (`data.train`, `data.val` or evaluate.py's `--data`).
+
+        Raises:
+            DataError: one line that names the file or entry that is wrong.
+        """
+        from softmask.data import open_source
+
+        return open_source(paths, image_root=data.image_root, split=split)
+
+    def finish_batch(self, batch: Batch, records: Sequence[Record], tokenizer: CaptionTokenizer) -> Batch:
+        """The batch with everything that the model reads beside images and captions."""
+        return batch
+
+    def initial_weights(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of `init`, another run, by this model's names for them. Those left out are named in the log."""
+        return given
 
     def weight_origins(self, model: Any) -> dict[str, str]:
         """Part of a new model -> the origin of its weights in words, such as "random"; a run prints it at its start."""

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 
 
 ENCODERS = ("vision", "text", "pooler", "image_projection", "text_projection")
+RECONSTRUCTION = ("image_decoder", "pixel_head", "mask_token")
+"""Parts that only TG-MIM has."""
+MOMENTUM = ("momentum_encoder", "contrast")
+"""Parts that only a queue has."""
 
 
 class SyCoCaTask(Task):

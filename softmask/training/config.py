@@ -21,11 +21,13 @@ from typing import Any, Literal
 import softmask
 from softmask.data import DataConfig
 from softmask.tasks.base import Task
-from softmask.tasks.registry import find_task
+from softmask.tasks.registry import find_downstream, find_task
 from softmask.training.config_files import ConfigError, describe, dump, override, read_mapping
 from softmask.training.deepspeed_section import check_deepspeed
+from softmask.training.inheritance import inherit
 
 ZERO_STAGES = (0, 1, 2, 3)
+PRETRAIN = "pretrain"
 
 
 @dataclass
@@ -77,6 +79,8 @@ class TrainConfig:
     activation_checkpointing: bool = False
     checkpoint_every: int = 1000  # steps; 0: only at the end
     keep_checkpoints: int = 2
+    validate_every: int = 0  # steps between measurements on data.val; 0: every epoch
+    patience: int = 0  # measurements in a row without a better score after which the run ends; 0: it never ends early
     log_every: int = 20
     max_nonfinite: int = 20  # consecutive micro-batches with nonfinite loss or gradients, after which the run ends
     profile: ProfileConfig = field(default_factory=ProfileConfig)
@@ -89,7 +93,8 @@ class TrainConfig:
         _require(self.batch_size >= 2, "batch_size", "an integer >= 2 (negatives come from the batch)", self.batch_size)
         for name in ("accumulation", "keep_checkpoints", "log_every", "max_nonfinite"):
             _require(getattr(self, name) >= 1, name, "an integer >= 1", getattr(self, name))
-        _require(self.checkpoint_every >= 0, "checkpoint_every", "an integer >= 0", self.checkpoint_every)
+        for name in ("checkpoint_every", "validate_every", "patience"):
+            _require(getattr(self, name) >= 0, name, "an integer >= 0", getattr(self, name))
         _require(self.clip_grad >= 0, "clip_grad", "a number >= 0", self.clip_grad)
 
 
@@ -100,11 +105,13 @@ class Config:
     output: str
     train: TrainConfig
     seed: int = 0
-    method: str = "softmask_pp"  # softmask_pp, sycoca, another task, or module:Class; it defines the keys of `model`
+    method: str = "softmask_pp"  # softmask_pp, sycoca, another method, or module:Class; it defines the keys of `model`
+    task: str = "pretrain"  # or a task after pre-training, or module:Class of one; it defines the keys of `head`
     init: str = ""  # run or checkpoint to take weights (and tokenizer, unless data.tokenizer is set) from
     # starts of parameter names, such as itm_head: parts that `init` may lack or have beyond this model
     init_heads: list[str] = field(default_factory=list)
     model: Any = None  # None: the method's defaults
+    head: Any = None  # None: the task's defaults
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     deepspeed: dict[str, Any] = field(default_factory=dict)
@@ -115,7 +122,9 @@ class Config:
         for key, path in (("output", self.output), ("init", self.init)):
             _require(_is_path(path), key, "a path", path)
         _require(0 <= self.seed < 1 << 63, "seed", "an integer >= 0, below 2^63", self.seed)
-        task = self.task
+        if self.head is None and self.task != PRETRAIN:
+            self.head = find_downstream(self.task).Head()
+        task = self.find_task()
         self.model = task.Config() if self.model is None else self.model
         scales = self.optimizer.lr_scales
         self.optimizer.lr_scales = {task.current_name(part): scale for part, scale in scales.items()}
@@ -128,14 +137,20 @@ class Config:
                 f"got {self.data.image_size}"
             )
 
+        for key in ("validate_every", "patience"):
+            value = getattr(self.train, key)
+            _require(not value or bool(self.data.val), f"train.{key}", "0 without data.val", value)
+        if self.task == PRETRAIN and self.data.val:
+            raise ValueError(f"data.val: expected nothing with task: {PRETRAIN}, got {self.data.val!r}")
         if self.data.eval_resize == "auto":
             self.data.eval_resize = task.eval_resize
         expected = f"true with method: {self.method}, whose captions end with [SEP]"
         _require(self.data.append_sep or not task.ends_captions, "data.append_sep", expected, self.data.append_sep)
 
-    @property
-    def task(self) -> Task:
-        return find_task(self.method)
+    def find_task(self) -> Task:
+        """The interface of the method, or of the task after pre-training that is trained with it."""
+        method = find_task(self.method)
+        return method if self.task == PRETRAIN else find_downstream(self.task)(method, self.method, self.head)
 
     @property
     def zero_stage(self) -> int:
@@ -160,13 +175,20 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
     override(tree, list(overrides))
     if isinstance(tree.get("deepspeed"), str):
         tree["deepspeed"] = read_mapping(_beside(path, tree["deepspeed"]), "deepspeed")
+    if tree.get("task", PRETRAIN) != PRETRAIN:
+        inherit(tree)
+        tree["head"] = tree.get("head") or {}
     tree["model"] = tree.get("model") or {}
-    method = tree.get("method", "softmask_pp")
+    method, task = (tree.get(key, default) for key, default in (("method", "softmask_pp"), ("task", PRETRAIN)))
     try:
-        task = find_task(method if isinstance(method, str) else "")
+        kinds = {"model": find_task(method if isinstance(method, str) else "").Config}
+        if task != PRETRAIN:
+            kinds["head"] = find_downstream(task if isinstance(task, str) else "").Head
+        elif tree.pop("head", None):
+            raise ValueError(f"head: expected nothing with task: {PRETRAIN}")
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    return _build(Config, tree, "", types={"model": task.Config})
+    return _build(Config, tree, "", types=kinds)
 
 
 def save_config(config: Config, path: str | Path) -> None:
@@ -186,10 +208,11 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 def chosen(config: Config) -> dict[str, Any]:
     """Dotted key -> value of all keys that differ from the method's defaults, except output, length and data."""
-    plain = Config(output=config.output, train=TrainConfig(steps=1), method=config.method, model=type(config.model)())
+    shortest = TrainConfig(steps=1)
+    plain = Config(config.output, shortest, method=config.method, task=config.task, model=type(config.model)())
     defaults, aside = (
         flatten(plain),
-        ("output", "method", "train.steps", "train.epochs", "data.train", "data.image_size"),
+        ("output", "method", "task", "train.steps", "train.epochs", "data.train", "data.image_size"),
     )
     return {key: value for key, value in flatten(config).items() if key not in aside and value != defaults[key]}
 

@@ -17,6 +17,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from typing import Protocol
 
 import torch.distributed as dist
 
@@ -24,18 +25,23 @@ from softmask import BackendError
 from softmask.data import DataError
 from softmask.training.checkpoint.state import CheckpointError, read_json
 from softmask.training.checkpoint.store import complete_checkpoints, config_differences, find_checkpoint, step_of
-from softmask.training.config import Config, ConfigError, load_config
+from softmask.training.config import PRETRAIN, Config, ConfigError, load_config
 from softmask.training.failures import explain
 from softmask.training.launchers import check_environment, complete_environment
 from softmask.training.logs import say
 from softmask.training.run_folder import FirstRankError
 from softmask.training.trainer import TrainingError, train
 
+DESCRIPTION = "Pre-train SoftMask++, ALBEF, SyCoCa or CoCa with DeepSpeed."
 SMALLER = "lower train.batch_size and raise train.accumulation, or set train.activation_checkpointing"
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Pre-train SoftMask++, ALBEF, SyCoCa or CoCa with DeepSpeed.")
+class TrainFunction(Protocol):
+    def __call__(self, config: Config, *, checkpoint: Path | None = None) -> object: ...
+
+
+def parse_arguments(arguments: list[str] | None = None, *, description: str = DESCRIPTION) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", required=True, help="YAML or JSON file")
     parser.add_argument(
         "--resume",
@@ -89,8 +95,15 @@ def already_done(config: Config) -> str | None:
     return f"done: {run} is finished, {done['steps']} steps" if same_length else None
 
 
-def run(arguments: list[str] | None = None) -> None:
-    options = parse_arguments(arguments)
+def pretrain(config: Config, *, checkpoint: Path | None = None) -> None:
+    """As `trainer.train`. Raises ConfigError for a task after pre-training."""
+    if config.task != PRETRAIN:
+        raise ConfigError(f"task: expected {PRETRAIN}, got {config.task}: use train/finetune.py")
+    train(config, checkpoint=checkpoint)
+
+
+def run(arguments: list[str] | None, *, train: TrainFunction, description: str) -> None:
+    options = parse_arguments(arguments, description=description)
     check_environment()
     complete_environment()
     if not is_first_rank():
@@ -109,10 +122,11 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, *, train: TrainFunction = pretrain, description: str = DESCRIPTION) -> int:
+    """The command line of a program that trains. Returns the exit status."""
     warnings.filterwarnings("ignore", category=FutureWarning)  # from libraries; users cannot act on them
     try:
-        run(arguments)
+        run(arguments, train=train, description=description)
     except (ConfigError, DataError, CheckpointError, TrainingError, BackendError) as error:
         say(f"error{_where()}: {error}")
         return 2

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from softmask.data import Batch, CaptionTokenizer, Loader, Source, open_source
+from softmask.data import Batch, CaptionTokenizer, Loader, Source
 from softmask.data.loader import check_bad_share
 from softmask.ranges import named_range
 from softmask.training.checkpoint.initial import text_facts, weights_from, words_from
@@ -41,6 +41,7 @@ from softmask.training.logs import RunLog, clock, say
 from softmask.training.optim import groups_digest, lr_factor, seed_everything
 from softmask.training.profiling import StepProfiler
 from softmask.training.run_folder import prepare_run
+from softmask.training.validation import Validate, Validation
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -49,18 +50,19 @@ class TrainingError(RuntimeError):
     """Training cannot continue."""
 
 
-def train(config: Config, *, checkpoint: Path | None = None) -> Trainer:
-    """Train from scratch or from `checkpoint`, to the end or until a stop signal.
+def train(config: Config, *, checkpoint: Path | None = None, validate: Validate | None = None) -> Trainer:
+    """Train from scratch or from `checkpoint`, to the end or until a stop signal. `validate` is for tasks after
+    pre-training, whose best checkpoint is kept.
 
     Every rank calls it with the same arguments. `finished` of the returned trainer says whether it reached the end.
     """
-    source = open_source(config.data.train, image_root=config.data.image_root)
+    source = config.find_task().open(config.data.train, config.data, split="train")
     start_distributed()
     if checkpoint is not None:
         check_resumable(checkpoint, config, world_size=dist.get_world_size())
         check_data(checkpoint, source)
     tokenizer = prepare_run(config, source, checkpoint)
-    trainer = Trainer(config, source, tokenizer, checkpoint=checkpoint)
+    trainer = Trainer(config, source, tokenizer, checkpoint=checkpoint, validate=validate)
     trainer.run()
     return trainer
 
@@ -69,7 +71,13 @@ class Trainer:
     """One rank's part of a run."""
 
     def __init__(
-        self, config: Config, source: Source, tokenizer: CaptionTokenizer, *, checkpoint: Path | None = None
+        self,
+        config: Config,
+        source: Source,
+        tokenizer: CaptionTokenizer,
+        *,
+        checkpoint: Path | None = None,
+        validate: Validate | None = None,
     ) -> None:
         self.config = config
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
@@ -85,9 +93,9 @@ class Trainer:
             "words": words_from(tokenizer, config, checkpoint),
         }
         self._source, self._tokenizer = source, tokenizer
+        self._task = config.find_task()
         self.batches_per_epoch = self._loader(0).batches_per_epoch
         self.steps = self._count_steps()
-        self._task = config.task
         try:
             self._task.check_batch(config.model, config.train.batch_size * self.world_size)
         except ValueError as error:
@@ -98,9 +106,11 @@ class Trainer:
         # BatchNorm's running statistics, which a skipped step must not change.
         self._statistics = self.model.statistics()
         self.progress = Progress()
+        self.validation = Validation(validate, config, batches_per_epoch=self.batches_per_epoch)
         if checkpoint is not None:
             self.progress, state = load_checkpoint(self.engine, checkpoint, config)
             self.guard.load_state_dict(state["loss_scale"])
+            self.validation.load_state_dict(state.get("validation"))
             apply_hyperparameters(self.engine, config)
         self.finished = False
         self._stop_requested = False
@@ -124,6 +134,7 @@ class Trainer:
             world_size=self.world_size,
             seed=self.config.seed,
             start_batch=start,
+            finish=self._task.finish_batch,
         )
 
     def _count_steps(self) -> int:
@@ -164,7 +175,7 @@ class Trainer:
         try:
             with self._signals(), self._profiler() as profiler:
                 self._loop(profiler)
-            self.finished = self.progress.step >= self.steps
+            self.finished = self.progress.step >= self.steps or self.validation.gave_up
             if self.finished and self.rank == 0:
                 write_json({"steps": self.progress.step, "seconds": self.progress.seconds}, run / "done.json")
         finally:
@@ -189,11 +200,27 @@ class Trainer:
                 consumed = (self.progress.micro_batches - logged_micro) * self.config.train.batch_size
                 self._log_row(outputs, samples_per_second=consumed * self.world_size / (now - logged_at))
                 logged_at, logged_micro = time.monotonic(), self.progress.micro_batches
+            last = step == self.steps
+            improved = self._validate(last=last) if last or self.validation.is_due(step) else False
+            last |= self.validation.gave_up
             every = self.config.train.checkpoint_every
-            if stop or step == self.steps or (every and step % every == 0):
+            if stop or last or improved or (every and step % every == 0):
                 self._save()
-            if stop:
+            if stop or last:
                 break
+
+    def _validate(self, *, last: bool) -> bool:
+        """Measure and log. Returns whether the metric is the best so far."""
+        begin = time.monotonic()
+        found = self.validation.measure(self.engine, self._tokenizer, step=self.progress.step)
+        if found is None:
+            return False
+        self.engine.train()
+        text = f"{found.metric} {found.score:.4g} on data.val{' (the best so far)' * found.is_best}"
+        if self._log is not None:
+            seconds = round(time.monotonic() - begin, 1)
+            self._log.event("validation", text, step=self.progress.step, score=found.score, seconds=seconds)
+        return found.is_best
 
     def _profiler(self) -> StepProfiler:
         options = self.config.train.profile if self.rank == 0 else ProfileConfig()
@@ -318,7 +345,8 @@ class Trainer:
         self._report_skipped()
         groups = groups_digest(self.engine.module, self.config.optimizer)
         extra = {"loss_scale": self.guard.state_dict(), "data": data_facts(self._source), "groups": groups}
-        save_checkpoint(self.engine, self.config, self.progress, extra)
+        extra |= self.validation.state_dict()
+        save_checkpoint(self.engine, self.config, self.progress, extra, best_step=self.validation.best_step)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

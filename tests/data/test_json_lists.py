@@ -87,7 +87,7 @@ def test_good_captions_of_an_entry_are_kept(tmp_path):
     ("content", "message"),
     [
         ({"image": "a"}, "expected a list of entries, got dict$"),
-        ({"images": [{"sentences": []}], "dataset": "coco"}, "as Karpathy's splits: write one entry"),
+        ({"images": [{"sentences": []}], "dataset": "coco"}, 'expected entries with "split", got none'),
         ({"images": [], "annotations": []}, "as COCO's: write one entry"),
         ([], "no captioned images"),
     ],
@@ -106,10 +106,10 @@ def test_list_may_have_a_byte_order_mark(tmp_path):
         open_source(str(tmp_path / "a.json"))
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.json.gz", "a.parquet", "a.tar.gz", "a.TSV"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.json.gz", "a.parquet", "a.tar.gz", "a.TXT"])
 def test_files_of_other_kinds_are_refused(tmp_path, name):
     (tmp_path / name).write_bytes(b"x")
-    with pytest.raises(DataError, match=rf"{name}: expected a tar shard or a .json list, got "):
+    with pytest.raises(DataError, match=rf"{name}: expected a tar shard or a list \(\.json, \.csv, \.tsv\), got "):
         open_source(str(tmp_path / name))
 
 

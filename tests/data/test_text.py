@@ -195,3 +195,11 @@ def test_unknown_is_the_share_of_unk_tokens(tmp_path) -> None:
     assert tokenizer.unknown(["red green"]) == 0.0
     assert tokenizer.unknown(["red \u4e00", "\u4e00 \u4e01"]) == 0.75
     assert tokenizer.unknown([]) == 0.0
+
+
+def test_trained_wordpiece_reads_letters_and_digits_that_its_captions_lack(tmp_path):
+    tokenizer = train_wordpiece(["red green red"], tmp_path)
+    texts = ["how many cats are there? 2", "0", "what's at 17:30?"]
+    assert tokenizer.unknown(texts[:2]) == 0 and tokenizer.unknown(texts[2:]) > 0
+    crowded = train_wordpiece(["red green red"], tmp_path / "crowded", vocab_size=20)
+    assert crowded.vocab_size == 20 and crowded.unknown(["red green"]) == 0

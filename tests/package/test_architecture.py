@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 # A package may import from those after it; packages in one set never import each other.
-ORDER = [{"cli"}, {"report"}, {"evaluation"}, {"training"}, {"tasks"}, {"models", "data"}]
+ORDER = [{"cli"}, {"report", "finetuning"}, {"evaluation"}, {"training"}, {"tasks"}, {"models", "data"}]
 ORDER += [{"batch", "lfs", "files", "ranges", "arguments"}, {"ops"}, {"reference", "kernels", "_C"}]
 PLACE = {package: place for place, packages in enumerate(ORDER) for package in packages}
 FREE = {"_version", "env", ""}  # env may import everything; "" is the package itself, which imports nothing

@@ -1,4 +1,4 @@
-"""docs/configuration.md has every key of both methods, with its default, and no other."""
+"""docs/configuration.md has every key of both methods and of all tasks, with its default, and no other."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from softmask.data import DataConfig
-from softmask.tasks.registry import find_task
+from softmask.tasks.downstream import DownstreamTask
+from softmask.tasks.registry import find_downstream, find_task, known
 from softmask.training.config import Config, TrainConfig, flatten
 from softmask.training.config_files import parse
 from softmask.training.deepspeed_section import OWNED_DEEPSPEED_KEYS
@@ -17,6 +18,7 @@ from softmask.training.deepspeed_section import OWNED_DEEPSPEED_KEYS
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
 METHODS = ("softmask_pp", "sycoca")
 SHARED = "model: both methods"
+HEAD = "head: "
 ROW = re.compile(r"\| `([^`]+)` \| (.+) \| (?:`(.*)`|(\*required\*)) \| (.+) \|")
 
 
@@ -44,7 +46,7 @@ def defaults(method: str) -> dict[str, Any]:
 
 def sections_of(method: str) -> list[str]:
     other = {f"model: {name}" for name in METHODS if name != method}
-    return [section for section in sections() if section not in other]
+    return [section for section in sections() if section not in other and not section.startswith(HEAD)]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -63,6 +65,14 @@ def test_defaults_are_those_of_the_code(method: str) -> None:
                 assert key == "output"
             else:
                 assert parse(text) == (list(default) if isinstance(default, tuple) else default), key
+
+
+def test_every_task_has_a_section_with_its_options_and_their_defaults() -> None:
+    found = {name: section for section in sections() if section.startswith(HEAD) for name in section[6:].split(", ")}
+    assert found.keys() == known(DownstreamTask).keys()
+    for name, section in found.items():
+        expected = flatten(find_downstream(name).Head(), "head.")
+        assert {key: parse(text or "") for key, text in documented(section).items()} == expected, name
 
 
 def test_shared_section_holds_keys_of_both_methods() -> None:

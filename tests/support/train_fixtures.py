@@ -156,10 +156,14 @@ def launch(script: Path, *arguments: str) -> subprocess.Popen:
 
 def run_on_two_ranks(script: Path, *arguments: str) -> None:
     """Run the script in two processes of one world, without the launcher, which is slow to start."""
-    world = {"WORLD_SIZE": 2, "LOCAL_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    run_on_ranks(2, script, *arguments)
+
+
+def run_on_ranks(count: int, script: Path, *arguments: str) -> None:
+    world = {"WORLD_SIZE": count, "LOCAL_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     world |= {"OMP_NUM_THREADS": 1, "DS_ACCELERATOR": "cpu"}
     ranks = []
-    for rank in range(2):
+    for rank in range(count):
         settings = world | {"RANK": rank, "LOCAL_RANK": rank}
         environment = child_environment() | {name: str(value) for name, value in settings.items()}
         command = [sys.executable, str(script), *arguments]

@@ -86,6 +86,6 @@ def test_bad_names_of_tasks_and_sections_are_refused(
         with pytest.raises(ValueError, match="evaluation section") as error:
             find_section(name)
         assert message in str(error.value)
-    monkeypatch.setattr(type(config.task), "sections", lambda *_: ("nothing",))
+    monkeypatch.setattr(type(config.find_task()), "sections", lambda *_: ("nothing",))
     with pytest.raises(ConfigError, match="own_task:TwoEncodersTask: evaluation section: expected retrieval"):
         sections_of(SimpleNamespace(config=config))

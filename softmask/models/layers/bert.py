@@ -40,11 +40,11 @@ class Embeddings(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """states [S, D] -> [S, D], or [M, D] with `outputs`."""
+    """states [S, D] -> [S, D], or [M, D] with `outputs`, which a causal one cannot have."""
 
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, config: TextConfig, *, causal: bool = False) -> None:
         super().__init__()
-        self.heads = config.heads
+        self.heads, self.causal = config.heads, causal
         self.query = nn.Linear(config.width, config.width)
         self.key = nn.Linear(config.width, config.width)
         self.value = nn.Linear(config.width, config.width)
@@ -62,7 +62,9 @@ class SelfAttention(nn.Module):
             for projection, x in ((self.query, own), (self.key, states), (self.value, states))
         )
         dropout = self.attention_dropout if self.training else 0.0
-        mixed = attend(query, key, value, library=self.library, queries=queries, keys=packing, dropout=dropout)
+        mixed = attend(
+            query, key, value, library=self.library, queries=queries, keys=packing, causal=self.causal, dropout=dropout
+        )
         return self.norm(own + self.dropout(self.output(mixed.flatten(1))))
 
 

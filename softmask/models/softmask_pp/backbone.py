@@ -1,4 +1,5 @@
-"""Both encoders, the fusion layers, the MLM head and the projections: the part that the momentum encoder copies."""
+"""Both encoders and the fusion layers; with the MLM head and the projections, the part that pre-training's momentum
+encoder copies."""
 
 from __future__ import annotations
 
@@ -38,13 +39,30 @@ def pooled_tokens(input_ids: Tensor, mask: Tensor, special: SpecialIds, *, pool:
     return torch.where(words.any(1, keepdim=True), words, mask)
 
 
-class Backbone(nn.Module):
-    def __init__(self, config: SoftMaskPPConfig) -> None:
+class FusedEncoder(nn.Module):
+    """Both encoders and the fusion layers, all that tasks after pre-training keep. Subclasses initialize them.
+
+    `pictures`: how many a text reads, each by fusion layers of its own.
+    """
+
+    def __init__(self, config: SoftMaskPPConfig, *, pictures: int = 1) -> None:
         super().__init__()
         self.vision = VisionEncoder(config.vision)
         self.text = TextEncoder(config.text)
+        self.fusion = FusionEncoder(config.text, image_width=self.vision.width, copies=pictures)
+
+    def set_activation_checkpointing(self, enable: bool) -> None:
+        self.vision.set_activation_checkpointing(enable)
+        self.text.activation_checkpointing = enable
+        self.fusion.activation_checkpointing = enable
+
+
+class Backbone(FusedEncoder):
+    """With the projections of the contrastive loss and the MLM head."""
+
+    def __init__(self, config: SoftMaskPPConfig) -> None:
+        super().__init__(config)
         self.text_pooling = config.text.pool
-        self.fusion = FusionEncoder(config.text, image_width=self.vision.width)
         self.mlm_head = MLMHead(config.text)
         self.image_projection = nn.Linear(self.vision.width, config.embed_dim)
         self.text_projection = nn.Linear(config.text.width, config.embed_dim)
@@ -68,8 +86,3 @@ class Backbone(nn.Module):
     def predict_tokens(self, states: Tensor) -> Tensor:
         """Fused states of any leading shape [..., D] -> logits [..., vocabulary]."""
         return self.mlm_head(states, self.text.embeddings.word)
-
-    def set_activation_checkpointing(self, enable: bool) -> None:
-        self.vision.set_activation_checkpointing(enable)
-        self.text.activation_checkpointing = enable
-        self.fusion.activation_checkpointing = enable

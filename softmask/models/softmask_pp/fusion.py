@@ -2,11 +2,13 @@
 
 An image's keys and values are projected once per layer for all the pairs that read it, soft-masked or not. They have no
 bias: the key's drops out of the softmax, and the op adds the value's. The first layer's self-attention is computed once
-per caption; the last layer computes only the states that are read.
+per caption; the last layer computes only the states that are read. Texts that read two pictures (NLVR2) have two layers
+for each of BERT's, one for either picture.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +41,7 @@ class PairIndex:
 
     kv_index: Tensor | None = None
     key_weight: Tensor | None = None
+    key_padding_mask: Tensor | None = None  # [B, P] bool, True: not a token; for keys of texts instead of images
 
 
 @dataclass
@@ -68,12 +71,15 @@ class FusionStart:
 
 
 class CrossAttention(nn.Module):
-    def __init__(self, config: TextConfig, *, image_width: int) -> None:
+    """With `projects` False it has no projections of its own and reads another layer's keys and values."""
+
+    def __init__(self, config: TextConfig, *, image_width: int, projects: bool = True) -> None:
         super().__init__()
         self.heads, self.library = config.heads, config.attention
         self.query = nn.Linear(config.width, config.width)
-        self.key = nn.Linear(image_width, config.width, bias=False)
-        self.value = nn.Linear(image_width, config.width, bias=False)
+        if projects:
+            self.key = nn.Linear(image_width, config.width, bias=False)
+            self.value = nn.Linear(image_width, config.width, bias=False)
         self.value_bias = nn.Parameter(torch.zeros(config.width))  # added by the op
         self.output = nn.Linear(config.width, config.width)
         self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
@@ -99,7 +105,7 @@ class CrossAttention(nn.Module):
         return self.norm(states + self.dropout(self.output(mixed))), record
 
     def _mix(self, query: Tensor, image: ImageKeys, pairs: PairIndex, bias: Tensor, packing: Packing) -> Tensor:
-        if self.library == "sdpa" or pairs.key_weight is not None:
+        if self.library == "sdpa" or pairs.key_weight is not None or pairs.key_padding_mask is not None:
             return ops.soft_mask_attention(
                 query,
                 image.key,
@@ -107,6 +113,7 @@ class CrossAttention(nn.Module):
                 key_weight=pairs.key_weight,
                 kv_index=pairs.kv_index,
                 value_bias=bias,
+                key_padding_mask=pairs.key_padding_mask,
             )
         key, value = (x.transpose(1, 2) for x in (image.key, image.value))
         if pairs.kv_index is not None:
@@ -124,12 +131,13 @@ class CrossAttention(nn.Module):
 
 
 class FusionLayer(nn.Module):
-    """Self-attention over the text, cross-attention to the image, feed-forward; post-norm, as in BERT."""
+    """Self-attention over the text, cross-attention to the image, feed-forward; post-norm, as in BERT. `causal`: no
+    token sees a later one."""
 
-    def __init__(self, config: TextConfig, *, image_width: int) -> None:
+    def __init__(self, config: TextConfig, *, image_width: int, projects: bool = True, causal: bool = False) -> None:
         super().__init__()
-        self.self_attention = SelfAttention(config)
-        self.cross_attention = CrossAttention(config, image_width=image_width)
+        self.self_attention = SelfAttention(config, causal=causal)
+        self.cross_attention = CrossAttention(config, image_width=image_width, projects=projects)
         self.feed_forward = FeedForward(config)
 
     def start(self, states: Tensor, packing: Packing, outputs: OutputPositions | None = None) -> FusionStart:
@@ -148,19 +156,25 @@ class FusionLayer(nn.Module):
 
 
 class FusionEncoder(nn.Module):
-    """Captions with the images that `pairs` names: FusionStart -> states [S, D] or [M, D]."""
+    """Captions with the images that `pairs` names: FusionStart -> states [S, D] or [M, D].
 
-    def __init__(self, config: TextConfig, *, image_width: int) -> None:
+    With `copies` above 1 there are as many layers for each of BERT's, which read the images of several `pairs` in turn
+    and share their projections of keys and values.
+    """
+
+    def __init__(self, config: TextConfig, *, image_width: int, copies: int = 1, causal: bool = False) -> None:
         super().__init__()
+        self.copies = copies
         self.layers = Modules[FusionLayer](
-            FusionLayer(config, image_width=image_width) for _ in range(config.fusion_layers)
+            FusionLayer(config, image_width=image_width, projects=not number % copies, causal=causal)
+            for number in range(config.fusion_layers * copies)
         )
         self.activation_checkpointing = False
 
     @named_range("fusion")
     def project(self, image_tokens: Tensor) -> list[ImageKeys]:
-        """Keys and values of every layer, for all pairs of these images."""
-        return [layer.cross_attention.project(image_tokens) for layer in self.layers]
+        """Keys and values of every layer that has projections, for all pairs of these images."""
+        return [layer.cross_attention.project(image_tokens) for layer in list(self.layers)[:: self.copies]]
 
     @named_range("fusion")
     def start(self, states: Tensor, packing: Packing) -> FusionStart:
@@ -172,7 +186,7 @@ class FusionEncoder(nn.Module):
         self,
         start: FusionStart,
         images: list[ImageKeys],
-        pairs: PairIndex | None = None,
+        pairs: PairIndex | Sequence[PairIndex] | None = None,
         *,
         outputs: OutputPositions | None = None,
         record_layer: int | None = None,
@@ -180,22 +194,24 @@ class FusionEncoder(nn.Module):
     ) -> tuple[Tensor, CrossRecord | None]:
         """States of all tokens, or of those of `outputs`.
 
+        `pairs`: one, or `copies` of them, for the layers in turn.
         `record_layer`: the layer whose query and attention output are returned, for `ops.word_attention`.
         `grad_from`: the first layer with a graph. The layers below it have none; those above it keep their activations
         even where activation checkpointing is on, since the graph is used at once.
         """
-        pairs = pairs or PairIndex()
+        turns = [pairs or PairIndex()] if isinstance(pairs, PairIndex | None) else pairs
         packing, recorded = start.packing, None
         if outputs is not None and len(self.layers) == 1:
             states, query = (x.index_select(0, outputs.index) for x in (start.states, start.query))
             start = FusionStart(states, query, outputs.packing)
-        for number, (layer, image) in enumerate(zip(self.layers, images, strict=True)):
+        for number, layer in enumerate(self.layers):
+            image, own_pairs = images[number // self.copies], turns[number % len(turns)]
             recompute = self.activation_checkpointing and number != record_layer and grad_from == 0
             with torch.set_grad_enabled(torch.is_grad_enabled() and number >= grad_from):
                 if number == 0:
-                    states, record = checkpointed(layer.finish, start, image, pairs, recompute=recompute)
+                    states, record = checkpointed(layer.finish, start, image, own_pairs, recompute=recompute)
                 else:
                     last = outputs if number == len(self.layers) - 1 else None
-                    states, record = checkpointed(layer, states, packing, image, pairs, last, recompute=recompute)
+                    states, record = checkpointed(layer, states, packing, image, own_pairs, last, recompute=recompute)
             recorded = record if number == record_layer else recorded
         return states, recorded

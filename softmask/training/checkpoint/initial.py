@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from softmask.data import CaptionTokenizer, Source
+from softmask.tasks.base import Task
 from softmask.training.checkpoint.reshard import read_weights
 from softmask.training.checkpoint.state import CheckpointError
 from softmask.training.checkpoint.store import UNREADABLE, find_checkpoint, first_line, fit_positions
@@ -27,8 +28,8 @@ def weights_from(model: nn.Module, config: Config, checkpoint: Path | None) -> s
     if checkpoint is not None:
         return f"of {checkpoint}"
     if config.init:
-        return start_from(model, config.init, heads=config.init_heads)
-    origins = config.task.weight_origins(model)
+        return start_from(model, config.init, heads=config.init_heads, task=config.find_task())
+    origins = config.find_task().weight_origins(model)
     if set(origins.values()) <= {"random"}:
         return "random"
     return "; ".join([*(f"{part}: {origin}" for part, origin in origins.items()), "all others random"])
@@ -51,12 +52,13 @@ def text_facts(tokenizer: CaptionTokenizer, config: Config, source: Source) -> s
     return "; ".join(parts)
 
 
-def start_from(model: nn.Module, path: str | Path, *, heads: Sequence[str] = ()) -> str:
+def start_from(model: nn.Module, path: str | Path, *, heads: Sequence[str] = (), task: Task | None = None) -> str:
     """Copy the weights of a run or checkpoint, momentum encoder and queue included, into a new model.
 
     Position embeddings of another grid are interpolated; a queue of another length stays new. The queue's ids are
     dropped: they number the images of the other run's data. `heads`: starts of parameter names that the checkpoint may
-    lack, have in another shape, or have beyond this model; they keep their new values or are left out.
+    lack, have in another shape, or have beyond this model; they keep their new values or are left out. `task` says
+    which of the tensors its model takes, and which of its own parts are new.
     Returns what was done, in words.
 
     Raises:
@@ -64,19 +66,25 @@ def start_from(model: nn.Module, path: str | Path, *, heads: Sequence[str] = ())
     """
     checkpoint = find_checkpoint(path)
     try:
-        own, given = model.state_dict(), read_weights(checkpoint)
+        own, all_given = model.state_dict(), read_weights(checkpoint)
     except UNREADABLE as error:
         raise CheckpointError(f"init: {checkpoint} cannot be read: {first_line(error)}") from error
-    _check_heads(heads, own.keys() | given.keys())
-    done = [f"{name} interpolated" for name in fit_positions(model, given)]
+    _check_heads(heads, own.keys() | all_given.keys())
+    given = dict(all_given if task is None else task.initial_weights(all_given))
+    used = {id(tensor) for tensor in given.values()}
+    done = [f"{part} left out" for part in _parts(name for name in all_given if id(all_given[name]) not in used)]
+    done += [f"{name} interpolated" for name in fit_positions(model, given)]
+    new_parts = [*heads, *(task.new_parts if task else ())]
+    new: list[str] = []
     for name, tensor in own.items():
         differs = name not in given or given[name].shape != tensor.shape
-        if differs and _is_in(name, heads) or name.startswith(QUEUE) and (differs or name == QUEUE_IDS):
+        if differs and _is_in(name, new_parts) or name.startswith(QUEUE) and (differs or name == QUEUE_IDS):
             given[name] = tensor
-            done.append(f"{name} new")
-    for name in [name for name in given if name not in own and _is_in(name, heads)]:
+            new.append(name)
+    beyond = [name for name in given if name not in own and _is_in(name, new_parts)]
+    for name in beyond:
         del given[name]
-        done.append(f"{name} left out")
+    done += [f"{part} new" for part in _parts(new)] + [f"{part} left out" for part in _parts(beyond)]
     problems = [_difference(name, own.get(name), given.get(name)) for name in sorted(own.keys() | given.keys())]
     if found := [problem for problem in problems if problem]:
         hint = "; init_heads names parts that may differ"
@@ -84,7 +92,12 @@ def start_from(model: nn.Module, path: str | Path, *, heads: Sequence[str] = ())
             f"{checkpoint}: not the model of this configuration, {len(found)} differ: {found[0]}{hint}"
         )
     model.load_state_dict(given)
-    return ", ".join([f"{len(given)} tensors of {checkpoint}", *done])
+    return ", ".join([f"{len(given) - len(new)} tensors of {checkpoint}", *done])
+
+
+def _parts(names: Iterable[str]) -> list[str]:
+    """The parts of a model that parameters belong to, by the first two words of their names."""
+    return list(dict.fromkeys(".".join(name.split(".")[:2]) for name in sorted(names)))
 
 
 def _is_in(name: str, heads: Sequence[str]) -> bool:

@@ -64,6 +64,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     if checkpoint.name != f"step_{state['step']:08d}":
         raise CheckpointError(f"{path}: step: expected that of the folder's name, got {state['step']}")
     _check_section(path, state, "loss_scale", {"value": (int, float), "good_steps": (int,)})
+    validation: dict[str, tuple[type, ...]] = {"best_step": (int,), "best_score": (int, float), "without_gain": (int,)}
+    _check_section(path, state, "validation", validation)
     _check_section(path, state, "data", {"captions": (int,), "pictures": (int,), "digest": (str,)})
     return state
 

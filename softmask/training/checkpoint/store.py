@@ -42,6 +42,10 @@ FREE_KEYS = (
     "data.tokenizer",  # the run has its own copy
     "model.text.checkpoint",  # for new weights only
     "model.vision.checkpoint",
+    "head.answer_list",  # for evaluation only
+    "head.k",
+    "head.rerank",
+    "head.beams",
 )
 FIXED_KEYS = ("seed", "train.accumulation", "train.precision", "optimizer.lr_scales")
 
@@ -80,8 +84,19 @@ def find_checkpoint(path: str | Path) -> Path:
     return found[-1]
 
 
-def save_checkpoint(engine: Any, config: Config, progress: Progress, extra: dict[str, Any]) -> Path:
-    """Write a checkpoint into the run; call it on all ranks. `extra` goes into trainer.json next to the progress."""
+def best_checkpoint(path: str | Path) -> Path:
+    """As `find_checkpoint`, but of a run that measured itself on held-out data the best."""
+    found = find_checkpoint(path)
+    best = read_state(found).get("validation", {}).get("best_step")
+    kept = found.with_name(checkpoint_name(best)) if best else found
+    return kept if found != Path(path) and (kept / "trainer.json").is_file() else found
+
+
+def save_checkpoint(
+    engine: Any, config: Config, progress: Progress, extra: dict[str, Any], *, best_step: int = 0
+) -> Path:
+    """Write a checkpoint into the run; call it on all ranks. `extra` goes into trainer.json next to the progress.
+    Beside the last ones, that of `best_step` is kept."""
     run = Path(config.output)
     folder = run / "checkpoints"
     final = folder / checkpoint_name(progress.step)
@@ -103,13 +118,15 @@ def save_checkpoint(engine: Any, config: Config, progress: Progress, extra: dict
         state = dataclasses.asdict(progress) | {"world_size": dist.get_world_size()} | extra
         write_json(state, partial / "trainer.json")
         partial.rename(final)
-        _prune(folder, config.train.keep_checkpoints)
+        _prune(folder, config.train.keep_checkpoints, kept=best_step)
     dist.barrier()
     return final
 
 
-def _prune(folder: Path, keep: int) -> None:
+def _prune(folder: Path, keep: int, *, kept: int) -> None:
     for old in complete_checkpoints(folder.parent)[:-keep]:
+        if step_of(old) == kept:
+            continue
         doomed = old.with_name(f"{old.name}.tmp")  # a half-deleted checkpoint must not look complete
         old.rename(doomed)
         shutil.rmtree(doomed)
@@ -126,7 +143,9 @@ def load_checkpoint(engine: Any, checkpoint: Path, config: Config) -> tuple[Prog
     state = read_state(checkpoint)
     if "loss_scale" not in state:
         raise CheckpointError(f"{checkpoint / 'trainer.json'}: lacks loss_scale: not written by the trainer")
-    digests = [groups_digest(engine.module, config.optimizer, name_of=f) for f in (str, config.task.earlier_name)]
+    digests = [
+        groups_digest(engine.module, config.optimizer, name_of=f) for f in (str, config.find_task().earlier_name)
+    ]
     if state.get("groups") not in digests:
         reason = "its optimizer groups the parameters differently, as another release does"
         raise CheckpointError(f"{checkpoint}: cannot be resumed: {reason}; begin a new run with init={checkpoint}")
@@ -189,10 +208,14 @@ def check_resumable(checkpoint: Path, config: Config, *, world_size: int) -> Non
 
 def config_differences(saved: Config, config: Config) -> list[str]:
     """Keys that differ and that a resumed run may not change."""
-    if saved.method != config.method:
-        return [f"method (was {saved.method!r}, now {config.method!r})"]
+    for key in ("method", "task"):
+        if (was := getattr(saved, key)) != (now := getattr(config, key)):
+            return [f"{key} (was {was!r}, now {now!r})"]
     old, new = flatten(saved), flatten(config)
-    fixed = [key for key in new if key in FIXED_KEYS or (key.startswith(("model.", "data.")) and key not in FREE_KEYS)]
+    of_model = ("model.", "data.", "head.")
+    fixed = [key for key in new if key in FIXED_KEYS or (key.startswith(of_model) and key not in FREE_KEYS)]
+    if new.get("head.names") == []:  # the data's
+        fixed.remove("head.names")
     return [f"{key} (was {old[key]!r}, now {new[key]!r})" for key in fixed if old[key] != new[key]]
 
 
@@ -217,7 +240,7 @@ def build_model(config: Config, tokenizer: CaptionTokenizer) -> nn.Module:
         )
     ids = SpecialIds(pad=tokenizer.pad_id, cls=tokenizer.cls_id, sep=tokenizer.sep_id, mask=tokenizer.mask_id)
     try:
-        return config.task.build(model, ids)
+        return config.find_task().build(model, ids)
     except (ValueError, FileNotFoundError, RuntimeError, TypeError) as error:  # the last two: timm has no such ViT
         if explain(error, smaller=""):
             raise

@@ -1,0 +1,159 @@
+"""Tasks after pre-training at full size, beside the published way: re-ranking, ranking of answers, NLVR2's step.
+
+    python -m benchmarks.step.bench_tasks [--case rerank | answers | nlvr2] [--size 384] [--turns 5] [--threads 1]
+
+ViT-B/16, six text and six fusion layers, fp32, random weights, the same for both sides. The published way
+(plain_tasks.py) gives every pair its own copy of keys and values, pads texts to the longest and materializes attention.
+Values are compared first; then both sides run in turns, and ratios are medians of those within a turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks import harness
+from benchmarks.step.plain_tasks import PlainTasks
+from softmask.batch import LabeledBatch
+from softmask.models import SoftMaskPP, SoftMaskPPConfig, SpecialIds, TextConfig, VisionConfig
+from softmask.models.config import Distillation
+from softmask.models.softmask_pp.classifier import Nlvr2
+from softmask.models.softmask_pp.config import VqaHead
+from softmask.models.softmask_pp.distilled import distilled_cross_entropy
+from softmask.models.softmask_pp.vqa import Vqa
+
+SPECIAL = SpecialIds(pad=0, cls=101, sep=102, mask=103)
+VOCABULARY = 30522
+ANSWER_LENGTHS = {3: 0.75, 4: 0.15, 5: 0.06, 6: 0.03, 7: 0.01}  # tokens, [CLS] and [SEP] included, and their share
+AGREEMENT = 1e-5  # of scores, relative to the largest
+
+
+@dataclass
+class Comparison:
+    """Two ways to the same tensor."""
+
+    name: str
+    ours: Callable[[], Tensor]
+    published: Callable[[], Tensor]
+
+
+def config(size: int) -> SoftMaskPPConfig:
+    text = TextConfig(vocab_size=VOCABULARY, dropout=0.0, attention_dropout=0.0)
+    return SoftMaskPPConfig(
+        vision=VisionConfig(name="vit_base_patch16_224", image_size=size), text=text, queue_size=0, soft_mask=False
+    )
+
+
+def texts(count: int, *, longest: int, shares: dict[int, float] | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Token ids [N, T] from [CLS] to [SEP] and their mask, of 4 to `longest` tokens, or of lengths with `shares`."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(4, longest + 1, (count,), generator=generator)
+    if shares is not None:
+        drawn = torch.multinomial(torch.tensor(list(shares.values())), count, replacement=True, generator=generator)
+        lengths = torch.tensor(list(shares))[drawn]
+    lengths[0] = longest
+    ids = torch.randint(1000, VOCABULARY, (count, longest), generator=generator)
+    mask = torch.arange(longest) < lengths[:, None]
+    ids[:, 0] = SPECIAL.cls
+    return ids.scatter(1, lengths[:, None] - 1, SPECIAL.sep).where(mask, SPECIAL.pad), mask
+
+
+def rerank(size: int) -> Comparison:
+    """64 captions of one picture, from encoded tokens."""
+    model = SoftMaskPP(config(size), special_ids=SPECIAL).eval()
+    ids, mask = texts(64, longest=25)
+    with torch.no_grad():
+        image, _ = model.encode_image(torch.randn(1, 3, size, size))
+        text, _ = model.encode_text(ids, mask)
+    plain, first = PlainTasks(model), torch.zeros(len(ids), dtype=torch.int64)
+    return Comparison(
+        f"re-ranking of {len(ids)} captions of a picture",
+        lambda: model.match(image, text, mask, kv_index=first)[:, 1],
+        lambda: plain.match_all(image, text, mask)[0],
+    )
+
+
+def answers(size: int) -> Comparison:
+    """128 of 3,128 answers to one question, from its fused states. Most answers are one word of one token; the longest
+    of the list has 10 tokens."""
+    model = Vqa(config(size), VqaHead(alpha=0.0), special_ids=SPECIAL).eval()
+    ids, mask = texts(1, longest=14)
+    listed, listed_mask = texts(3128, longest=10, shares=ANSWER_LENGTHS, seed=1)
+    plain = PlainTasks(model)
+    with torch.no_grad():
+        read = torch.randn(1, 3, size, size), ids, mask
+        questions, states = model.read_questions(*read), plain.question(model.backbone, *read)
+        answer_list = model.list_answers(listed, listed_mask)
+    return Comparison(
+        "ranking of 128 of 3,128 answers",
+        lambda: model.rank(questions, answer_list, k=128)[1][0],
+        lambda: plain.rank_answers(states, mask, listed, listed_mask, k=128).topk(128).values[0],
+    )
+
+
+def nlvr2(size: int) -> Comparison:
+    """A fine-tuning step of two examples without the optimizer: forward passes of model and momentum copy, backward."""
+    model = Nlvr2(config(size), Distillation(), special_ids=SPECIAL)
+    ids, mask = texts(2, longest=20)
+    batch = LabeledBatch(
+        torch.randn(4, 3, size, size), ids, mask, torch.full_like(ids, -1), torch.arange(2), labels=torch.tensor([0, 1])
+    )
+    plain, teacher = PlainTasks(model), PlainTasks(model)
+
+    def published() -> Tensor:
+        model.zero_grad()
+        with torch.no_grad():
+            soft = teacher.classify(batch.images, ids, mask, network=model.momentum_encoder)
+        logits = plain.classify(batch.images, ids, mask)
+        loss = distilled_cross_entropy(logits, batch.labels, teacher=soft, alpha=0.4)
+        loss.backward()
+        return loss.detach()[None]
+
+    def ours() -> Tensor:
+        model.zero_grad()
+        loss = model(batch, alpha=0.4).loss
+        loss.backward()
+        return loss.detach()[None]
+
+    return Comparison("NLVR2's step, 2 examples", ours, published)
+
+
+CASES = {"rerank": rerank, "answers": answers, "nlvr2": nlvr2}
+
+
+def measure(case: Comparison, *, turns: int) -> str:
+    """A line with both times and their ratio.
+
+    Raises:
+        AssertionError: the values differ.
+    """
+    expected, got = case.published(), case.ours()
+    difference = ((got - expected).abs().max() / expected.abs().max()).item()
+    assert difference <= AGREEMENT, f"{case.name}: values differ by {difference:.2g}, relative to the largest"
+    taken = [(harness.seconds(case.ours), harness.seconds(case.published)) for _ in range(turns)]
+    ours, published = (statistics.median(turn[side] for turn in taken) for side in (0, 1))
+    faster = statistics.median(theirs / own for own, theirs in taken)
+    return f"{case.name}: {ours:.3f} s, published {published:.3f} s, {faster:.2f} x; values differ by {difference:.1g}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--case", choices=CASES, action="append", help="default: all")
+    parser.add_argument("--size", type=int, default=384, help="side of the pictures in pixels")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    print(f"{harness.processor()}, {options.threads} threads, torch {torch.__version__}")
+    for name in options.case or CASES:
+        torch.manual_seed(0)
+        print(measure(CASES[name](options.size), turns=options.turns), flush=True)
+
+
+if __name__ == "__main__":
+    main()

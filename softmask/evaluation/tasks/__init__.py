@@ -1,0 +1,1 @@
+"""Evaluation of tasks after pre-training: one section per task."""

@@ -1,0 +1,98 @@
+"""VQA: accuracy of chosen or generated answers, by the official formula."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from softmask.data.formats.vqa import read_answer_list
+from softmask.evaluation.readers import Scorer
+from softmask.evaluation.sections import Evaluation, Section
+from softmask.evaluation.tasks.examples import ExampleBatch, Prediction, predict_all
+from softmask.evaluation.tasks.vqa_accuracy import vqa_accuracy
+
+TYPES = ("answer_type", "question_type")
+
+
+class Vqa(Section):
+    """VQA accuracy, also by types of answers and questions.
+
+    With `head.answer_list` the model ranks its answers: `list_answers`, `read_questions` and `rank` -> (numbers,
+    log-probabilities), best first. Without it the model writes them: `generate` -> token ids.
+    """
+
+    name = "vqa"
+
+    def run(self, given: Evaluation) -> dict:
+        answer = _answerer(given.scorer)
+        predictions = predict_all(given.scorer, given.reader, answer, blank=given.blank)
+        if given.predictions is not None:
+            rows = {one.index: {"question_id": one.record.key, "answer": one.value["answer"]} for one in predictions}
+            for index in given.reader.skipped:  # the server refuses a file that lacks a question
+                rows[index] = {"question_id": given.reader.source.example(index).key, "answer": ""}
+            given.predictions.extend(row for _, row in sorted(rows.items()))
+        return scores(predictions)
+
+    def lines(self, result: dict, given: Evaluation) -> list[str]:
+        if "accuracy" not in result:
+            return [f"VQA: {result['samples']} answers, none to compare with"]
+        lines = [f"VQA, {result['samples']} questions: accuracy {100 * result['accuracy']:.2f} %"]
+        for kind in TYPES:
+            shares = [f"{name} {100 * one['accuracy']:.1f} %" for name, one in result.get(kind, {}).items()]
+            lines += [f"  {', '.join(shares)}"] if shares else []
+        if "unseen" in result:
+            unseen = result["unseen"]
+            lines.append(f"  {unseen['samples']} with something unseen: {100 * unseen['accuracy']:.2f} %")
+        return lines
+
+
+def _answerer(scorer: Scorer) -> Callable[[ExampleBatch], list[dict[str, Any]]]:
+    """What answers the questions of a batch: {"answer", "log_probability"}, the second one with a list of answers."""
+    model: Any = scorer.model
+    head, device = scorer.config.head, scorer.device
+    if not head.answer_list:
+        return lambda batch: [
+            {"answer": text}
+            for text in scorer.tokenizer.decode(
+                model.generate(
+                    batch.images, batch.text.input_ids, batch.text.attention_mask, max_length=head.answer_length
+                )
+            )
+        ]
+    answers = read_answer_list(head.answer_list)
+    tokens = scorer.tokenizer(answers, max_length=head.answer_length)
+    listed = model.list_answers(tokens.input_ids.to(device), tokens.attention_mask.to(device))
+
+    def rank(batch: ExampleBatch) -> list[dict[str, Any]]:
+        questions = model.read_questions(batch.images, batch.text.input_ids, batch.text.attention_mask)
+        numbers, log_probability = model.rank(questions, listed, k=head.k)
+        best = zip(numbers[:, 0].tolist(), log_probability[:, 0].tolist(), strict=True)
+        return [{"answer": answers[number], "log_probability": value} for number, value in best]
+
+    return rank
+
+
+def scores(predictions: Sequence[Prediction]) -> dict[str, Any]:
+    """The metrics.json section: "accuracy", the same by types, and of the questions with something unseen."""
+    result: dict[str, Any] = {"samples": len(predictions)}
+    answered = [one for one in predictions if one.record.target is not None]
+    if len(answered) < len(predictions):
+        result["unanswered"] = len(predictions) - len(answered)
+    if not answered:
+        return result
+    right = {one.index: vqa_accuracy(one.value["answer"], one.record.target["answers"]) for one in answered}
+    result["accuracy"] = _mean(right, answered)
+    for kind in TYPES:
+        groups: dict[str, list[Prediction]] = defaultdict(list)
+        for one in answered:
+            if kind in one.record.target:
+                groups[one.record.target[kind]].append(one)
+        shares = {name: {"samples": len(ones), "accuracy": _mean(right, ones)} for name, ones in sorted(groups.items())}
+        result |= {kind: shares} if shares else {}
+    unseen = [one for one in answered if one.record.unseen]
+    return result | ({"unseen": {"samples": len(unseen), "accuracy": _mean(right, unseen)}} if unseen else {})
+
+
+def _mean(right: dict[int, float], ones: Sequence[Prediction]) -> float:
+    return sum(right[one.index] for one in ones) / len(ones)

@@ -1,0 +1,1 @@
+"""Training after pre-training, measured on held-out data while it runs."""

@@ -1,0 +1,108 @@
+"""Image classification on the image encoder of either method: a linear layer on the pooled image token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from softmask.batch import LabeledBatch
+from softmask.models.config import ClassificationHead, SpecialIds
+from softmask.models.layers.numerics import at_least_fp32
+from softmask.models.layers.pooler import AttentionalPooler
+from softmask.models.layers.vision import VisionEncoder
+
+
+@dataclass
+class Loss:
+    """Output of a training step."""
+
+    loss: Tensor
+    terms: dict[str, Tensor]  # detached scalars
+
+
+class ImageNetwork(nn.Module):
+    """images [B, 3, S, S] -> logits [B, classes]. CoCa's pooler, if the method has it, pools the tokens."""
+
+    def __init__(self, config: Any, *, classes: int) -> None:
+        super().__init__()
+        self.vision = VisionEncoder(config.vision)
+        self.pooler: AttentionalPooler | None = None
+        if queries := getattr(config, "pooler_queries", 0):
+            self.pooler = AttentionalPooler(
+                self.vision.width, config.pooler_heads, queries=queries, library=config.text.attention
+            )
+        self.head = nn.Linear(self.vision.width, classes)
+        nn.init.normal_(self.head.weight, std=0.01)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.vision(images)
+        return self.head(self.vision.pool(tokens) if self.pooler is None else self.pooler(tokens)[:, 0])
+
+
+class ImageClassifier(nn.Module):
+    """The loss is the cross-entropy with smoothed labels and, in training, images mixed by mixup or cutmix.
+
+    Raises:
+        ValueError: fewer than two classes.
+    """
+
+    def __init__(self, config: Any, head: ClassificationHead, *, special_ids: SpecialIds) -> None:
+        super().__init__()
+        if len(head.names) < 2:
+            raise ValueError(f"head.names: expected the names of at least two classes, got {head.names}")
+        self.config, self.head_config = config, head
+        self.backbone = ImageNetwork(config, classes=len(head.names))
+        self._mix = _mixing(head) if head.mixup or head.cutmix else None
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        return self.backbone.vision.num_prefix_tokens
+
+    @property
+    def patch_grid(self) -> tuple[int, int]:
+        return self.backbone.vision.patch_grid
+
+    def forward(self, batch: LabeledBatch) -> Loss:
+        assert batch.labels is not None
+        images, labels = batch.images, batch.labels
+        if self._mix is not None and self.training:
+            images, targets = self._mix(images.clone(), labels)  # probabilities, of two classes
+        else:
+            targets = labels
+        logits = at_least_fp32(self.backbone(images))
+        smoothing = self.head_config.smoothing if targets is labels else 0.0  # the mixed ones are smoothed already
+        loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
+        right = (logits.detach().argmax(1) == labels).to(torch.float32).mean()
+        return Loss(loss, {"accuracy": right})
+
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> Tensor:
+        """Probabilities [B, classes] fp32."""
+        return at_least_fp32(self.backbone(images)).softmax(1)
+
+    def set_activation_checkpointing(self, enable: bool) -> None:
+        self.backbone.vision.set_activation_checkpointing(enable)
+
+    def update_momentum(self) -> None:
+        """There is no momentum encoder."""
+
+    def enqueue(self, output: Loss) -> None:
+        """There is no queue."""
+
+    def statistics(self) -> list[Tensor]:
+        """Buffers that a forward pass in training changes: BatchNorm's running statistics."""
+        return list(self.backbone.buffers())
+
+
+def _mixing(head: ClassificationHead) -> Any:
+    """timm's mixup and cutmix, drawn from NumPy's random state, which the trainer sets in every step."""
+    from timm.data import Mixup
+
+    return Mixup(
+        mixup_alpha=head.mixup, cutmix_alpha=head.cutmix, label_smoothing=head.smoothing, num_classes=len(head.names)
+    )

@@ -1,0 +1,73 @@
+"""Tasks whose answer is a class of the fused CLS: SNLI-VE of one picture and a sentence, NLVR2 of two."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from softmask.batch import LabeledBatch
+from softmask.models.config import Distillation, SpecialIds
+from softmask.models.layers.numerics import at_least_fp32, initialize
+from softmask.models.softmask_pp.backbone import FusedEncoder
+from softmask.models.softmask_pp.config import SoftMaskPPConfig
+from softmask.models.softmask_pp.distilled import (
+    Distilled,
+    Loss,
+    accuracy,
+    distilled_cross_entropy,
+    fused_first_tokens,
+)
+
+
+class ClassifierNetwork(FusedEncoder):
+    """The encoders, the fusion layers, and ALBEF's head of two layers."""
+
+    def __init__(self, config: SoftMaskPPConfig, *, classes: int, pictures: int) -> None:
+        super().__init__(config, pictures=pictures)
+        width = config.text.width
+        self.head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, classes))
+        for part in (self.text, self.fusion, self.head):
+            initialize(part, std=config.text.initializer_range)
+
+    def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits [B, classes]. images: all pictures of the first text, then those of the second, ..."""
+        return self.head(fused_first_tokens(self, images, input_ids, attention_mask))
+
+
+class Classifier(Distilled[ClassifierNetwork]):
+    """The loss is ``(1 - alpha) CE(logits, labels) + alpha CE(logits, softmax(momentum copy's logits))``."""
+
+    classes: int
+    pictures: int
+
+    def __init__(self, config: SoftMaskPPConfig, head: Distillation, *, special_ids: SpecialIds) -> None:
+        super().__init__(config, ClassifierNetwork(config, classes=self.classes, pictures=self.pictures), head)
+
+    def forward(self, batch: LabeledBatch, *, alpha: float) -> Loss:
+        assert batch.labels is not None
+        inputs = batch.images, batch.input_ids, batch.attention_mask
+        logits, teacher = self.backbone(*inputs), None
+        if alpha > 0 and self.momentum_encoder is not None:
+            with torch.no_grad():
+                teacher = self.momentum_encoder(*inputs)
+        loss = distilled_cross_entropy(logits, batch.labels, teacher=teacher, alpha=alpha)
+        return Loss(loss, {"accuracy": accuracy(logits, batch.labels)})
+
+    @torch.no_grad()
+    def predict(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Probabilities [B, classes] fp32."""
+        return at_least_fp32(self.backbone(images, input_ids, attention_mask)).softmax(1)
+
+
+class SnliVe(Classifier):
+    """SNLI-VE: entailment, neutral, contradiction."""
+
+    classes = 3
+    pictures = 1
+
+
+class Nlvr2(Classifier):
+    """NLVR2: a statement about a left and a right picture is false or true."""
+
+    classes = 2
+    pictures = 2

@@ -1,0 +1,54 @@
+"""Fine-tuned image classification, on the image encoder of either method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from softmask.models.config import ClassificationHead
+from softmask.tasks.base import Curve, Split
+from softmask.tasks.downstream import DownstreamTask, labeled
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from softmask.batch import Batch
+    from softmask.data import CaptionTokenizer, DataConfig, Record, Source
+
+NETWORK = ("backbone.vision.", "backbone.pooler.", "backbone.head.")
+
+
+class ClassificationTask(DownstreamTask):
+    """The names of the classes are those of the training data; other data may have some of them in another order."""
+
+    Head = ClassificationHead
+    models = {
+        "softmask_pp": "softmask.models.classification:ImageClassifier",
+        "sycoca": "softmask.models.classification:ImageClassifier",
+    }
+    section = "softmask.evaluation.tasks.classification:Classification"
+    metric = "top1"
+    name = "classification"
+    new_parts = ("backbone.head",)
+    curves = {"accuracy": Curve("Accuracy on training batches, mixed images included")}
+
+    def open(self, paths: str | Sequence[str], data: DataConfig, *, split: Split) -> Source:
+        from softmask.data.formats.classification import open_classification
+        from softmask.data.sources import expand_pattern
+
+        patterns = [paths] if isinstance(paths, str) else list(paths)
+        found = [p for one in patterns for p in (expand_pattern(one) if one.endswith(".tar") else [one])]
+        source = open_classification(found, image_root=data.image_root, names=self.head.names or None)
+        if split == "train" and not self.head.names:
+            self.head.names = source.classes
+        return source
+
+    def finish_batch(self, batch: Batch, records: Sequence[Record], tokenizer: CaptionTokenizer) -> Batch:
+        return labeled(batch, records)
+
+    def check_batch(self, config: Any, batch: int) -> None:
+        if (self.head.mixup or self.head.cutmix) and batch % 2:
+            raise ValueError(f"train.batch_size: expected an even number with mixup or cutmix, got {batch}")
+
+    def initial_weights(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in given.items() if name.startswith(NETWORK)}

@@ -1,0 +1,77 @@
+"""When a run measures itself on held-out data, which checkpoint was best, and when to stop early."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from softmask.data import CaptionTokenizer
+from softmask.tasks.downstream import DownstreamTask
+
+if TYPE_CHECKING:
+    from softmask.training.config import Config
+
+Validate = Callable[[nn.Module, CaptionTokenizer, torch.device], dict[str, Any]]
+"""Measures a model on held-out data: the task's section of metrics.json. All ranks call it together."""
+
+
+@dataclass
+class Measured:
+    """One validation."""
+
+    metric: str
+    score: float
+    is_best: bool
+
+
+class Validation:
+    """The validations of a run.
+
+    Attributes:
+        best_step: the step of the best score so far; 0: there is none.
+    """
+
+    def __init__(self, validate: Validate | None, config: Config, *, batches_per_epoch: int) -> None:
+        self._validate, options = validate, config.train
+        steps_per_epoch = max(1, round(batches_per_epoch / options.accumulation))
+        self._every, self._patience = options.validate_every or steps_per_epoch, options.patience
+        self._task = config.find_task()
+        self.best_step, self._best_score, self._without_gain = 0, 0.0, 0
+
+    def is_due(self, step: int) -> bool:
+        return self._validate is not None and step % self._every == 0
+
+    @property
+    def gave_up(self) -> bool:
+        """Whether as many validations in a row as `train.patience` brought no better score."""
+        return 0 < self._patience <= self._without_gain
+
+    def measure(self, engine: Any, tokenizer: CaptionTokenizer, *, step: int) -> Measured | None:
+        """Measure the engine's model, which is left in evaluation mode. None without held-out data."""
+        if self._validate is None:
+            return None
+        engine.eval()
+        assert isinstance(self._task, DownstreamTask)
+        score = self._task.score(self._validate(engine.module, tokenizer, engine.device))
+        is_best = not self.best_step or score > self._best_score
+        if is_best:
+            self.best_step, self._best_score, self._without_gain = step, score, 0
+        else:
+            self._without_gain += 1
+        return Measured(self._task.metric, score, is_best)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The entry of trainer.json, empty before the first validation."""
+        if not self.best_step:
+            return {}
+        state = {"best_step": self.best_step, "best_score": self._best_score, "without_gain": self._without_gain}
+        return {"validation": state}
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        if state is not None:
+            self.best_step, self._best_score = state["best_step"], state["best_score"]
+            self._without_gain = state["without_gain"]
