@@ -24,7 +24,8 @@ SyCoCa generates a caption for each image of the first `--pairs` samples, which 
 
 Zero-shot classification uses `--classes`, by default the concepts.json beside the data (zero_shot.py).
 
-Tasks after pre-training (docs/finetuning.md) have a section of their own, and their own files as `--data`.
+Tasks after pre-training (docs/finetuning.md) have a section of their own, and their own files as `--data`. `--task
+classification` measures a pre-trained run on folders of classes without training it.
 
 Under torchrun, deepspeed, srun or mpirun every process takes its share of a task's examples; the figures are the same
 to the last digit. Unreadable samples are skipped and named on stderr. If the command fails, it writes nothing.
@@ -55,7 +56,7 @@ from softmask.evaluation.command import (
 )
 from softmask.evaluation.readers import Reader, Scorer
 from softmask.evaluation.retrieval import RerankBy
-from softmask.evaluation.sections import Evaluation, Section, evaluate, sections_of
+from softmask.evaluation.sections import Evaluation, Section, evaluate, for_task, sections_of
 from softmask.evaluation.zero_shot import Class, read_classes
 from softmask.files import write_atomically
 from softmask.training.checkpoint.state import read_state
@@ -87,7 +88,7 @@ def unused(options: argparse.Namespace, result: dict, given: Evaluation) -> list
     lines = []
     if options.rerank_by != "match" and "itm" not in result.get("retrieval", {}):
         lines.append(f"--rerank-by {options.rerank_by}: the model has no ITM")
-    if options.training and "captioning" not in result:
+    if options.training and not {"captioning", "classification"} & result.keys():
         lines.append("--training: the model generates no captions")
     if options.predictions and not given.predictions:
         lines.append(f"--predictions: {', '.join(result)} makes none")
@@ -109,7 +110,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default="match",
         help="logit of a match, as ALBEF (default), minus that of no match, or plus the features' similarity, as BLIP",
     )
-    parser.add_argument("--training", help="training shards, whose captions are scored for comparison")
+    parser.add_argument("--training", help="training data, whose captions are scored for comparison")
     parser.add_argument("--training-image-root", help="--image-root of --training (default: as in training)")
     parser.add_argument(
         "--neighbours",
@@ -127,6 +128,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--classes",
         type=Path,
         help="JSON list of classes for zero-shot classification (default: concepts.json beside the data)",
+    )
+    parser.add_argument(
+        "--task",
+        default="",
+        help="measure a pre-trained run on this task without training it: classification, by names and, with "
+        "--training, by a linear probe",
     )
     parser.add_argument(
         "--predictions", type=Path, help="write a downstream task's predictions, as its server reads them"
@@ -152,9 +159,9 @@ def run(options: argparse.Namespace) -> str:
     check_output(output, ".json")
     if options.predictions:
         check_output(options.predictions, ".json", option="--predictions")
-    classes = known_classes(options.data, options.classes)
+    classes = [] if options.task else known_classes(options.data, options.classes)
     scorer = load_scorer(checkpoint, **sizes(options))
-    sections = sections_of(scorer)
+    sections = for_task(scorer, options.task) if options.task else sections_of(scorer)
     given = Evaluation(
         scorer=scorer,
         reader=open_reader(scorer, options.data, options.image_root, split=options.split),

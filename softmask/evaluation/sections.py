@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -13,7 +13,8 @@ from softmask.evaluation.captioning import CaptionOptions
 from softmask.evaluation.readers import Reader, Sample, Scorer
 from softmask.evaluation.retrieval import RerankBy
 from softmask.evaluation.zero_shot import Class
-from softmask.training.config import ConfigError
+from softmask.tasks.downstream import DownstreamTask
+from softmask.training.config import PRETRAIN, ConfigError
 
 
 @dataclass
@@ -194,6 +195,25 @@ def sections_of(scorer: Scorer) -> list[Section]:
         return [find_section(name) for name in scorer.config.find_task().sections(scorer.config.model)]
     except ValueError as error:
         raise ConfigError(f"{scorer.config.method}: {error}") from error
+
+
+def for_task(scorer: Scorer, name: str) -> list[Section]:
+    """The section that measures a pre-trained model on a task without training it; the scorer then reads its files.
+
+    Raises:
+        ConfigError: no such task, a task that has to be trained, or a model that is no pre-trained one.
+    """
+    if scorer.config.task != PRETRAIN:
+        raise ConfigError(f"--task: expected a pre-trained run, got one of task {scorer.config.task}")
+    try:
+        scorer.config = replace(scorer.config, task=name)
+        task = scorer.config.find_task()
+        assert isinstance(task, DownstreamTask)
+        if not task.frozen_section:
+            raise ValueError(f"{name} needs training: train/finetune.py")
+        return [find_section(task.frozen_section)]
+    except ValueError as error:
+        raise ConfigError(f"--task: {str(error).removeprefix('task: ')}") from error
 
 
 def evaluate(given: Evaluation, sections: list[Section]) -> dict[str, dict]:

@@ -27,6 +27,7 @@ class ClassificationTask(DownstreamTask):
         "sycoca": "softmask.models.classification:ImageClassifier",
     }
     section = "softmask.evaluation.tasks.classification:Classification"
+    frozen_section = "softmask.evaluation.tasks.frozen_classification:FrozenClassification"
     metric = "top1"
     name = "classification"
     new_parts = ("backbone.head",)

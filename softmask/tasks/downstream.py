@@ -39,6 +39,8 @@ class DownstreamTask(Task):
         models: method -> `module:Class` of the model, which takes (the `model:` section, the `head:` section,
             special_ids=).
         section: the evaluation section that measures the task, as `module:Class`.
+        frozen_section: the evaluation section that measures a pre-trained model on the task without training it, as
+            `module:Class`; empty: there is none.
         metric: the name of what a validation compares, a key of that section unless `score` says otherwise.
         name: in the report.
         method: the method's own task.
@@ -48,6 +50,7 @@ class DownstreamTask(Task):
     Head: type = NoOptions
     models: dict[str, str]
     section: str
+    frozen_section: str = ""
     metric: str
     name: str
 

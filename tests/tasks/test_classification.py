@@ -11,6 +11,7 @@ import torch
 
 from softmask.batch import LabeledBatch
 from softmask.evaluation import evaluate
+from softmask.evaluation.tasks.linear_probe import DECAYS, Labeled, fit
 from softmask.models.classification import ImageClassifier
 from softmask.models.config import ClassificationHead
 from softmask.training.checkpoint.store import load_model
@@ -84,3 +85,34 @@ def test_loss_is_of_smoothed_labels_and_of_mixed_images() -> None:
     assert (mixing(batch).loss - plain(batch).loss).abs() > 1e-4 and torch.equal(batch.images, images)
     mixing.load_state_dict(plain.state_dict())  # BatchNorm's statistics of unmixed images
     torch.testing.assert_close(mixing.eval()(batch).loss, plain.eval()(batch).loss)
+
+
+def test_pretrained_model_classifies_by_names_and_by_a_probe(tmp_path: Path, init: Path) -> None:
+    data, output = write_classification(tmp_path), tmp_path / "found.json"
+    (data.parent / "zeroshot_classification_templates.txt").write_text("a {c} box\na {c} box on white paper\n")
+    options = ["--data", str(data), "--task", "classification", "--training", str(data), "--output", str(output)]
+    assert evaluate.main([str(init), *options]) == 0
+    found = json.loads(output.read_text())["classification"]
+    assert (found["samples"], found["classes"], found["zero_shot"]["templates"]) == (24, 4, 2)
+    assert found["linear_probe"]["top1"] > 0.3 and found["linear_probe"]["top5"] == 1.0  # seen in its training
+    assert 0 <= found["zero_shot"]["top1"] <= found["zero_shot"]["top5"] == 1.0
+
+
+def test_task_that_needs_training_is_refused(init: Path, capfd: pytest.CaptureFixture) -> None:
+    assert evaluate.main([str(init), "--data", "x.json", "--task", "snli_ve"]) == 1
+    assert "evaluate: --task: snli_ve " in capfd.readouterr().err
+
+
+def test_probe_separates_what_is_separable_and_chooses_its_decay() -> None:
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.nn.functional.normalize(torch.randn(5, 16, generator=generator), dim=1)
+    labels = torch.arange(500) % 5
+    noisy = torch.nn.functional.normalize(centres[labels] + 0.1 * torch.randn(500, 16, generator=generator), dim=1)
+    train, val = Labeled(noisy, labels).split(0.2, seed=1)
+    assert len(train.labels) == 400 and len(val.labels) == 100
+    probe = fit(train, val, classes=5)
+    assert probe.accuracy > 0.97 and probe.decay in DECAYS
+    again = fit(train, val, classes=5)
+    assert torch.equal(probe.weight, again.weight) and probe.decay == again.decay
+    shuffled = Labeled(noisy, labels[torch.randperm(500, generator=generator)])
+    assert fit(*shuffled.split(0.2, seed=1), classes=5).accuracy < 0.4
