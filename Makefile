@@ -30,7 +30,7 @@ PIP := $(IN_VENV) python -m pip install -q --disable-pip-version-check -c constr
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null | sort)
 READY := $(VENV)/.extension
 
-.PHONY: help env pretrain ablation test test-slow bench gpu-report gpu-budgets gpu-matrix sanitize docs lint format clean
+.PHONY: help env pretrain finetune ablation test test-slow bench gpu-report gpu-budgets gpu-matrix sanitize docs lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -101,6 +101,41 @@ $(RUN_DIR)/metrics.json $(RUN_DIR)/seen.json: $(RUN_DIR)/done.json
 
 $(RUN_DIR)/report.html: $(RUN_DIR)/metrics.json $(if $(filter artists,$(DATA)),$(RUN_DIR)/seen.json)
 	@$(IN_VENV) python train/report.py $(RUN_DIR) --data '$(SCENES)/test-*.tar'
+
+# Tasks after pre-training, on scenes with questions and statements, from the run of a demo.
+TASKS := retrieval vqa nlvr2 snli_ve classification captioning
+TASK ?= $(TASKS)
+BASE_captioning := sycoca_demo
+FILES_captions := data.train=data/tasks/captions.json data.val=data/tasks/captions.json
+FILES_retrieval := $(FILES_captions) head.rerank=4
+FILES_captioning := $(FILES_captions)
+FILES_vqa := data.train='data/tasks/vqa_train_*.json' data.val='data/tasks/vqa_val_*.json' \
+  head.answer_list=data/tasks/answer_list.json head.alpha=0
+FILES_nlvr2 := data.train=data/tasks/nlvr2_train.json data.val=data/tasks/nlvr2_val.json head.alpha=0
+FILES_snli_ve := data.train=data/tasks/snli_ve_train.json data.val=data/tasks/snli_ve_val.json head.alpha=0
+FILES_classification := data.train=data/tasks/classification/train data.val=data/tasks/classification/val \
+  head.mixup=0 head.cutmix=0
+TEST_retrieval := --data data/tasks/captions.json --pairs 1280
+TEST_captioning := --data data/tasks/captions.json --pairs 1280 --beams 4
+TEST_vqa := --data 'data/tasks/vqa_test_*.json'
+TEST_nlvr2 := --data data/tasks/nlvr2_test.json
+TEST_snli_ve := --data data/tasks/snli_ve_test.json
+TEST_classification := --data data/tasks/classification/test
+
+finetune: $(patsubst %,runs/%/metrics.json,$(patsubst all,$(TASKS),$(TASK)))  ## tasks after pre-training on the demos' scenes (resumes); TASK=vqa
+
+data/tasks/tasks.json: | $(READY)
+	@$(IN_VENV) python -m softmask.data.scenes --tasks --out data/tasks
+
+$(TASKS:%=runs/%/done.json): runs/%/done.json: train/configs/demo_tasks.yaml | $(READY) data/tasks/tasks.json
+	@test -f runs/$(or $(BASE_$*),demo)/done.json || $(MAKE) pretrain DEMO=$(or $(BASE_$*),demo)
+	@$(IN_VENV) deepspeed train/finetune.py --config $< --resume auto output=runs/$* task=$* \
+	  init=runs/$(or $(BASE_$*),demo) $(FILES_$*)
+	@test -f $@ || { echo "finetune: stopped before the end; run make finetune again to continue" >&2; exit 1; }
+	@touch $@
+
+$(TASKS:%=runs/%/metrics.json): runs/%/metrics.json: runs/%/done.json
+	@$(IN_VENV) python train/evaluate.py runs/$* $(TEST_$*) --output $@
 
 ablation: $(READY)  ## both methods with and without their parts (hours); ARGS="--jobs 2 --rows coca"
 	@$(MAKE) -s DEMO=artists data/artists/scenes.json

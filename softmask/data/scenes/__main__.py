@@ -1,6 +1,11 @@
 import sys
 
-from softmask.data.scenes.write import main
+from softmask.data.scenes import write
+from softmask.data.scenes.tasks import write as tasks
 
 if __name__ == "__main__":
-    sys.exit(main())
+    arguments = sys.argv[1:]
+    if "--tasks" in arguments:
+        arguments.remove("--tasks")
+        sys.exit(tasks.main(arguments))
+    sys.exit(write.main(arguments))

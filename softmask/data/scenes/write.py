@@ -107,12 +107,7 @@ def write_scenes(out: Path, options: Options, *, processes: int) -> bool:
     for name in sets_used(options):
         drawing_set(name)  # fetched here, not in several processes at once
     _check_drawn(options)
-    known = [asdict(concept) | {"phrase": name_one(concept)} for concept in concepts()]
-    texts = {
-        "concepts.json": json.dumps(known, ensure_ascii=False, indent=1),
-        "ATTRIBUTION.txt": attribution(options) + "\n",
-    }
-    write_folder(out, stamp, [_scenes(split, options) for split in SPLITS], texts, processes=processes)
+    write_folder(out, stamp, [_scenes(split, options) for split in SPLITS], texts_beside(options), processes=processes)
     return True
 
 
@@ -123,6 +118,15 @@ def _check_drawn(options: Options) -> None:
         if options.count(split) and drawn < FEWEST_CONCEPTS:
             expected = f"drawings of at least {FEWEST_CONCEPTS} of the {len(concepts())} concepts"
             raise ValueError(f"artists of {split}: expected {expected}, got {drawn}; name other artists")
+
+
+def texts_beside(options: Options) -> dict[str, str]:
+    """Name -> content of the texts in a folder of scenes."""
+    known = [asdict(concept) | {"phrase": name_one(concept)} for concept in concepts()]
+    return {
+        "concepts.json": json.dumps(known, ensure_ascii=False, indent=1),
+        "ATTRIBUTION.txt": attribution(options) + "\n",
+    }
 
 
 def sets_used(options: Options) -> list[str]:
@@ -151,17 +155,31 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name for name in text.split(",") if name)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. Returns 0 on success, 1 after an error, which is printed as one line."""
-    parser = argparse.ArgumentParser(prog="python -m softmask.data.scenes", description="Write captioned scenes.")
-    for name, value in asdict(Options()).items():
+def options_parser(
+    prog: str, description: str, defaults: Options, *, left_out: Sequence[str] = ()
+) -> argparse.ArgumentParser:
+    """A parser of ``defaults``' fields, but those ``left_out``, and of the folder to write."""
+    parser = argparse.ArgumentParser(prog=prog, description=description)
+    for name, value in asdict(defaults).items():
         option = f"--{name.replace('_', '-')}"
+        if name in left_out:
+            continue
         if isinstance(value, int):
             parser.add_argument(option, type=int, default=value, help=f"default {value}")
         else:
             default = ",".join(value) or {"val_artists": "emojione", "test_artists": "twemoji"}[name] + " beside others"
             parser.add_argument(option, type=_names, default=value, help=f"names, comma-separated (default {default})")
     add_arguments(parser)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. Returns 0 on success, 1 after an error, which is printed as one line."""
+    parser = options_parser(
+        "python -m softmask.data.scenes",
+        "Write captioned scenes; with --tasks, which has its own --help, files of downstream tasks.",
+        Options(),
+    )
     parsed = vars(parser.parse_args(arguments))
     out, processes = parsed.pop("out").absolute(), parsed.pop("processes")
     return run(

@@ -1,0 +1,1 @@
+"""Files of downstream tasks about generated scenes: `python -m softmask.data.scenes --tasks --out DIR`."""
