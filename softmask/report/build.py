@@ -48,7 +48,8 @@ from softmask.report.page import Candidate, Page, Query, SceneView, WordView, re
 from softmask.report.svg import Series, outline_path
 from softmask.tasks.base import Curve
 from softmask.training.checkpoint.state import CheckpointError, read_state
-from softmask.training.checkpoint.store import find_checkpoint
+from softmask.training.checkpoint.store import best_checkpoint
+from softmask.training.config import PRETRAIN, ConfigError, load_config
 from softmask.training.logs import read_lines
 
 ANSWERS = 5
@@ -241,7 +242,10 @@ def check_evaluation(path: Path, was: dict, now: dict) -> None:
 def build_page(options: argparse.Namespace) -> Page:
     """Collects everything that the page shows."""
     run, data, scenes = options.run, options.data, options.scenes
-    checkpoint = find_checkpoint(run)
+    checkpoint = best_checkpoint(run)
+    task = load_config(checkpoint / "config.yaml").task
+    if task not in (PRETRAIN, "retrieval"):
+        raise ConfigError(f"{run}: a run of task {task} has no report; its figures are in metrics.json and log.jsonl")
     result = read_metrics(run / "metrics.json")
     rows = read_log(run / "log.jsonl")
     scorer = load_scorer(checkpoint, **sizes(options))

@@ -38,6 +38,7 @@ class OptimizerConfig:
     min_lr: float = 1e-5
     # Prefix of parameter names -> factor on both rates, such as {backbone.vision: 0.1}; the longest match counts.
     lr_scales: dict[str, float] = field(default_factory=dict)
+    vision_layer_decay: float = 1.0  # rates of the image encoder's layers, each this times the next one's
     warmup_steps: int = 2000
     weight_decay: float = 0.02  # of matrices and kernels, except position embeddings and class tokens
     betas: tuple[float, float] = (0.9, 0.999)
@@ -48,6 +49,7 @@ class OptimizerConfig:
         _require(0 <= self.min_lr <= self.lr, "min_lr", f"a number in [0, lr = {self.lr:g}]", self.min_lr)
         for part, scale in self.lr_scales.items():
             _require(scale > 0, f"lr_scales.{part}", "a number > 0", scale)
+        _require(0 < self.vision_layer_decay <= 1, "vision_layer_decay", "a number in (0, 1]", self.vision_layer_decay)
         _require(self.warmup_steps >= 0, "warmup_steps", "an integer >= 0", self.warmup_steps)
         _require(self.weight_decay >= 0, "weight_decay", "a number >= 0", self.weight_decay)
         _require(all(0 <= beta < 1 for beta in self.betas), "betas", "two numbers in [0, 1)", list(self.betas))

@@ -6,7 +6,8 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,10 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from softmask.training.config import ConfigError, OptimizerConfig
+
+VIT_PART = re.compile(
+    r"backbone\.vision\.vit\.(?:blocks\.(\d+)\.|patch_embed\.|pos_embed|cls_token|reg_token|norm_pre\.)"
+)
 
 
 def lr_factor(step: int, config: OptimizerConfig, *, steps: int) -> float:
@@ -36,7 +41,7 @@ def scheduler_factory(config: OptimizerConfig, *, steps: int) -> Callable[[torch
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Groups of the trainable parameters by `lr_scale` and weight decay.
+    """Groups of the trainable parameters by `lr_scale`, `vision_layer_decay` included, and weight decay.
 
     Matrices and kernels decay. Biases, norms and other vectors do not, nor do parameters that modules name in
     `no_weight_decay`, as timm's modules do: position embeddings and class tokens.
@@ -52,10 +57,11 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
                 f"optimizer.lr_scales: no trained parameter's name starts with {part!r}; known: {', '.join(known)}"
             )
     groups: dict[tuple[float, bool], dict[str, Any]] = {}
+    layers_above = vision_layers_above(trained) if config.vision_layer_decay < 1 else {}
     spared = _spared(model)
     for name, parameter in trained.items():
         shape = getattr(parameter, "ds_shape", parameter.shape)  # at ZeRO stage 3 the parameter itself is empty
-        scale = _lr_scale(name, config.lr_scales)
+        scale = _lr_scale(name, config.lr_scales) * config.vision_layer_decay ** layers_above.get(name, 0)
         decayed = len(shape) >= 2 and not name.endswith("bias") and name not in spared
         group: dict[str, Any] = {"params": [], **group_options(config, lr_scale=scale, decayed=decayed)}
         groups.setdefault((scale, decayed), group)["params"].append(parameter)
@@ -82,6 +88,15 @@ def group_options(config: OptimizerConfig, *, lr_scale: float, decayed: bool) ->
     """Options of a parameter group: its two characteristics, and the peak learning rate and weight decay they imply."""
     decay = config.weight_decay if decayed else 0.0
     return {"lr_scale": lr_scale, "decayed": decayed, "lr": config.lr * lr_scale, "weight_decay": decay}
+
+
+def vision_layers_above(names: Iterable[str]) -> dict[str, int]:
+    """Parameter of a ViT's blocks or of what comes before them -> the number of layers above it, the task's head
+    included. With L blocks the last has 1, the first L, and the embedding of patches, positions and CLS L + 1."""
+    found = {name: match for name in names if (match := VIT_PART.match(name))}
+    blocks = {name: int(match[1]) for name, match in found.items() if match[1]}
+    count = max(blocks.values(), default=-1) + 1
+    return {name: count - blocks[name] if name in blocks else count + 1 for name in found}
 
 
 def _lr_scale(name: str, scales: dict[str, float]) -> float:

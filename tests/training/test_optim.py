@@ -92,3 +92,19 @@ def test_lr_scales_apply_to_the_longest_matching_prefix(tmp_path) -> None:
 def test_lr_scale_that_matches_no_parameter_is_refused(tmp_path) -> None:
     with pytest.raises(ConfigError, match=r"optimizer.lr_scales: no trained parameter's .* starts with 'backbone.txt'"):
         make_trainer(make_config(tmp_path, "optimizer.lr_scales={backbone.txt: 2}"))
+
+
+def test_layers_of_the_image_encoder_learn_the_slower_the_lower_they_are(tmp_path) -> None:
+    trainer = make_trainer(make_config(tmp_path))
+    options = OptimizerConfig(lr=1.0, min_lr=0.0, vision_layer_decay=0.5, lr_scales={"backbone.vision": 0.1})
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    rates = {names[id(p)]: group["lr"] for group in parameter_groups(trainer.model, options) for p in group["params"]}
+    expected = {
+        "backbone.vision.vit.norm.weight": 0.1,
+        "backbone.vision.vit.blocks.1.mlp.fc1.weight": 0.05,
+        "backbone.vision.vit.blocks.0.norm1.bias": 0.025,
+        "backbone.vision.vit.pos_embed": 0.0125,
+        "backbone.vision.vit.patch_embed.layers.0.0.weight": 0.0125,
+        "backbone.text.embeddings.word.weight": 1.0,
+    }
+    assert {name: rates[name] for name in expected} == pytest.approx(expected)

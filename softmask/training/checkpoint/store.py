@@ -47,7 +47,9 @@ FREE_KEYS = (
     "head.rerank",
     "head.beams",
 )
-FIXED_KEYS = ("seed", "train.accumulation", "train.precision", "optimizer.lr_scales")
+FIXED_KEYS = (
+    "seed", "train.accumulation", "train.precision", "optimizer.lr_scales", "optimizer.vision_layer_decay",
+)  # fmt: skip
 
 
 def checkpoint_name(step: int) -> str:
