@@ -1,6 +1,6 @@
 """Evaluate a checkpoint on captioned shards and write metrics.json.
 
-    python train/evaluate.py CHECKPOINT --data 'data/test-*.tar' [--output metrics.json] [--pairs 256] [--rerank 16]
+    python train/evaluate.py CHECKPOINT --data 'data/test-*.tar' [--output metrics.json] [--pairs N] [--rerank K]
                              [--rerank-by match|difference|match+itc] [--resize squash|crop]
                              [--training 'data/train-*.tar'] [--neighbours 0] [--beams 24] [--classes FILE]
 
@@ -61,6 +61,7 @@ from softmask.evaluation.zero_shot import Class, read_classes
 from softmask.files import write_atomically
 from softmask.training.checkpoint.state import read_state
 from softmask.training.checkpoint.store import best_checkpoint
+from softmask.training.config import PRETRAIN, ConfigError
 
 
 def known_classes(data: str, file: Path | None) -> list[Class]:
@@ -88,7 +89,8 @@ def unused(options: argparse.Namespace, result: dict, given: Evaluation) -> list
     lines = []
     if options.rerank_by != "match" and "itm" not in result.get("retrieval", {}):
         lines.append(f"--rerank-by {options.rerank_by}: the model has no ITM")
-    if options.training and not {"captioning", "classification"} & result.keys():
+    frozen = "linear_probe" in result.get("classification", {})
+    if options.training and "captioning" not in result and not frozen:
         lines.append("--training: the model generates no captions")
     if options.predictions and not given.predictions:
         lines.append(f"--predictions: {', '.join(result)} makes none")
@@ -102,8 +104,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("checkpoint", type=Path, help="a run's folder, or one of its step_... folders")
     add_data_options(parser)
     parser.add_argument("--output", type=Path, help="default: metrics.json in CHECKPOINT")
-    parser.add_argument("--pairs", type=count, default=256, help="size of the retrieval gallery; 0: all (default 256)")
-    parser.add_argument("--rerank", type=positive, default=16, help="candidates that ITM re-ranks (default 16)")
+    parser.add_argument(
+        "--pairs",
+        type=count,
+        help="samples for retrieval and captions; 0: all (default 256; of a run of train/finetune.py all)",
+    )
+    parser.add_argument(
+        "--rerank", type=positive, help="candidates that ITM re-ranks (default 16; of fine-tuned retrieval head.rerank)"
+    )
+    parser.add_argument("--answer-list", type=Path, help="VQA's answers to choose from (default: as in training)")
     parser.add_argument(
         "--rerank-by",
         choices=get_args(RerankBy),
@@ -146,6 +155,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def _check_options(options: argparse.Namespace, scorer: Scorer, sections: list[Section]) -> None:
+    """ConfigError for options that would be ignored. Puts `--answer-list` into the configuration."""
+    if options.blank and not all(section.reads_blank for section in sections):
+        raise ConfigError("--blank: expected a run of snli_ve, nlvr2, vqa or classification")
+    if options.answer_list and scorer.config.task != "vqa":
+        raise ConfigError(f"--answer-list: expected a run of task vqa, got {scorer.config.task}")
+    if options.answer_list:
+        scorer.config.head.answer_list = str(options.answer_list)
+
+
 def _training(scorer: Scorer, options: argparse.Namespace) -> Reader | None:
     root = options.training_image_root
     return open_reader(scorer, options.training, root, split="train") if options.training else None
@@ -159,15 +178,19 @@ def run(options: argparse.Namespace) -> str:
     check_output(output, ".json")
     if options.predictions:
         check_output(options.predictions, ".json", option="--predictions")
+        if options.predictions.resolve() == output.resolve():
+            raise FileExistsError(f"--predictions: expected another file than --output, got {str(output)!r} for both")
     classes = [] if options.task else known_classes(options.data, options.classes)
     scorer = load_scorer(checkpoint, **sizes(options))
     sections = for_task(scorer, options.task) if options.task else sections_of(scorer)
+    _check_options(options, scorer, sections)
+    pretrained, head = scorer.config.task == PRETRAIN, scorer.config.head
     given = Evaluation(
         scorer=scorer,
         reader=open_reader(scorer, options.data, options.image_root, split=options.split),
         training=_training(scorer, options),
-        pairs=options.pairs,
-        rerank=options.rerank,
+        pairs=(256 if pretrained else 0) if options.pairs is None else options.pairs,
+        rerank=options.rerank or getattr(head, "rerank", 16),
         rerank_by=options.rerank_by,
         captions=CaptionOptions(beams=options.beams, neighbours=options.neighbours),
         classes=classes,
@@ -191,7 +214,7 @@ def run(options: argparse.Namespace) -> str:
     if given.predictions:
         write_atomically(options.predictions, json.dumps(given.predictions) + "\n")
     write_atomically(output, json.dumps(result, indent=2) + "\n")
-    return f"{summary(result, sections, given)}\nwritten: {', '.join(map(str, written))}"
+    return f"{checkpoint.name}\n{summary(result, sections, given)}\nwritten: {', '.join(map(str, written))}"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,6 +14,7 @@ from softmask.evaluation.readers import Reader, Sample, Scorer
 from softmask.evaluation.retrieval import RerankBy
 from softmask.evaluation.zero_shot import Class
 from softmask.tasks.downstream import DownstreamTask
+from softmask.tasks.registry import known
 from softmask.training.config import PRETRAIN, ConfigError
 
 
@@ -60,9 +61,11 @@ class Section:
 
     Attributes:
         name: key in metrics.json.
+        reads_blank: whether it follows `Evaluation.blank`.
     """
 
     name: str
+    reads_blank: bool = False
 
     def run(self, given: Evaluation) -> dict | None:
         """The object of metrics.json; None if the data has nothing to measure."""
@@ -203,6 +206,8 @@ def for_task(scorer: Scorer, name: str) -> list[Section]:
     Raises:
         ConfigError: no such task, a task that has to be trained, or a model that is no pre-trained one.
     """
+    if name == PRETRAIN:
+        raise ConfigError(f"--task: expected {', '.join(known(DownstreamTask))}, got {PRETRAIN}")
     if scorer.config.task != PRETRAIN:
         raise ConfigError(f"--task: expected a pre-trained run, got one of task {scorer.config.task}")
     try:

@@ -29,7 +29,7 @@ def train_and_validate(config: Config, *, checkpoint: Path | None = None) -> Non
     """
     if config.task == PRETRAIN:
         raise ConfigError(f"task: expected {', '.join(known(DownstreamTask))}, got {PRETRAIN}: use train/pretrain.py")
-    train(config, checkpoint=checkpoint, validate=validator(config))
+    train(config, checkpoint=checkpoint, validator=validator)
 
 
 def main(arguments: list[str] | None = None) -> int:

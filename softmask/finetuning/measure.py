@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from softmask.data import CaptionTokenizer
+from softmask.data import CaptionTokenizer, DataError
+from softmask.data.loader import check_bad_share
 from softmask.evaluation.captioning import CaptionOptions
+from softmask.evaluation.ranks import rank
 from softmask.evaluation.readers import Reader, Scorer
 from softmask.evaluation.sections import Evaluation, find_section
 from softmask.tasks.downstream import DownstreamTask
 from softmask.training.config import Config
+
+logger = logging.getLogger("softmask.data")
 
 
 def validator(config: Config) -> Callable[[nn.Module, CaptionTokenizer, torch.device], dict[str, Any]] | None:
@@ -32,8 +37,15 @@ def validator(config: Config) -> Callable[[nn.Module, CaptionTokenizer, torch.de
     options |= {} if beams is None else {"captions": CaptionOptions(beams=beams)}
 
     def measure(model: Any, tokenizer: CaptionTokenizer, device: torch.device) -> dict[str, Any]:
-        scorer = Scorer(model, tokenizer, config, device=device)
-        given = Evaluation(scorer=scorer, reader=Reader(source, config.data), pairs=0, **options)
-        return section.run(given) or {}
+        scorer = Scorer(model, tokenizer, config, device=device, batch_size=config.train.batch_size)
+        reader = Reader(source, config.data)
+        found = section.run(Evaluation(scorer=scorer, reader=reader, pairs=0, **options))
+        if found is None:
+            raise DataError(f"data.val: {', '.join(source.paths)} has nothing to measure {config.task} on")
+        if skipped := list(reader.skipped.values()):
+            check_bad_share(len(skipped), len(source), allowed=config.data.max_bad_share, names=skipped[-3:])
+            if rank() == 0:
+                logger.warning("data.val: %d of %d cannot be read, such as %s", len(skipped), len(source), skipped[0])
+        return found
 
     return measure

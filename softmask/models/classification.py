@@ -70,13 +70,17 @@ class ImageClassifier(nn.Module):
     def forward(self, batch: LabeledBatch) -> Loss:
         assert batch.labels is not None
         images, labels = batch.images, batch.labels
+        options = self.head_config
+        smoothed = (1 - options.smoothing) * F.one_hot(labels, len(options.names)) + options.smoothing / len(
+            options.names
+        )
+        targets = smoothed
         if self._mix is not None and self.training:
-            images, targets = self._mix(images.clone(), labels)  # probabilities, of two classes
-        else:
-            targets = labels
+            pairs = len(images) // 2 * 2  # timm mixes pairs
+            mixed, of_two = self._mix(images[:pairs].clone(), labels[:pairs])
+            images, targets = torch.cat([mixed, images[pairs:]]), torch.cat([of_two, smoothed[pairs:]])
         logits = at_least_fp32(self.backbone(images))
-        smoothing = self.head_config.smoothing if targets is labels else 0.0  # the mixed ones are smoothed already
-        loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
+        loss = F.cross_entropy(logits, targets.to(logits.dtype))
         right = (logits.detach().argmax(1) == labels).to(torch.float32).mean()
         return Loss(loss, {"accuracy": right})
 

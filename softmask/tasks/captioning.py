@@ -38,6 +38,15 @@ class CaptioningTask(DownstreamTask):
     def build(self, config: Any, special_ids: SpecialIds) -> nn.Module:
         return self.method.build(_terms(config), special_ids)
 
+    def weight_origins(self, model: Any) -> dict[str, str]:
+        return self.method.weight_origins(model)
+
+    def title(self, config: Any) -> str:
+        return super().title(_terms(config))
+
+    def facts(self, config: Any) -> list[tuple[str, str]]:
+        return super().facts(_terms(config))
+
     def step_options(self, config: Any, step: int, *, steps_per_epoch: float) -> dict[str, Any]:
         return {"whole": True}
 

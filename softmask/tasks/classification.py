@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from softmask.models.config import ClassificationHead
 from softmask.tasks.base import Curve, Split
@@ -46,10 +46,6 @@ class ClassificationTask(DownstreamTask):
 
     def finish_batch(self, batch: Batch, records: Sequence[Record], tokenizer: CaptionTokenizer) -> Batch:
         return labeled(batch, records)
-
-    def check_batch(self, config: Any, batch: int) -> None:
-        if (self.head.mixup or self.head.cutmix) and batch % 2:
-            raise ValueError(f"train.batch_size: expected an even number with mixup or cutmix, got {batch}")
 
     def initial_weights(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in given.items() if name.startswith(NETWORK)}

@@ -63,12 +63,19 @@ class DownstreamTask(Task):
         self.ends_captions, self.renamed = method.ends_captions, method.renamed
 
     def build(self, config: Any, special_ids: SpecialIds) -> nn.Module:
+        if getattr(config.text, "checkpoint", ""):
+            raise ValueError(
+                f"text.checkpoint: expected nothing without init: pre-train first, got {config.text.checkpoint}"
+            )
         module, _, name = self._model.partition(":")
         return getattr(importlib.import_module(module), name)(config, self.head, special_ids=special_ids)
 
     def score(self, result: dict[str, Any]) -> float:
         """What a validation compares, from the section of metrics.json; higher is better."""
         return float(result[self.metric])
+
+    def weight_origins(self, model: Any) -> dict[str, str]:
+        return {"vision": model.backbone.vision.weights_from}
 
     def sections(self, config: Any) -> tuple[str, ...]:
         return (self.section,)

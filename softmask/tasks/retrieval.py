@@ -50,6 +50,15 @@ class RetrievalTask(DownstreamTask):
     def check_batch(self, config: Any, batch: int) -> None:
         self.method.check_batch(config, batch)
 
+    def weight_origins(self, model: Any) -> dict[str, str]:
+        return self.method.weight_origins(model)
+
+    def title(self, config: Any) -> str:
+        return super().title(_terms(config))
+
+    def facts(self, config: Any) -> list[tuple[str, str]]:
+        return super().facts(_terms(config))
+
     def step_options(self, config: Any, step: int, *, steps_per_epoch: float) -> dict[str, Any]:
         return self.method.step_options(_terms(config), step, steps_per_epoch=steps_per_epoch)
 

@@ -38,8 +38,10 @@ class VqaTask(DownstreamTask):
     curves = {"tokens": Curve("Accuracy of the answers' next tokens on training batches")}
 
     def open(self, paths: str | Sequence[str], data: DataConfig, *, split: Split) -> Source:
-        from softmask.data.formats.vqa import open_vqa
+        from softmask.data.formats.vqa import open_vqa, read_answer_list
 
+        if self.head.answer_list:
+            read_answer_list(self.head.answer_list)  # what is wrong with it is said at the start
         return require_targets(open_vqa(paths_of(paths), image_root=data.image_root), split=split)
 
     def finish_batch(self, batch: Batch, records: Sequence[Record], tokenizer: CaptionTokenizer) -> Batch:

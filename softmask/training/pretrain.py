@@ -91,7 +91,8 @@ def already_done(config: Config) -> str | None:
     differences = config_differences(saved, config)
     if differences:
         raise CheckpointError(f"{run}: made with another configuration: {', '.join(differences)}")
-    same_length = (saved.train.steps, saved.train.epochs) == (config.train.steps, config.train.epochs)
+    lengths = [(one.train.steps, one.train.epochs, one.train.patience) for one in (saved, config)]
+    same_length = lengths[0] == lengths[1]
     return f"done: {run} is finished, {done['steps']} steps" if same_length else None
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from softmask.ranges import named_range
 from softmask.training.checkpoint.initial import text_facts, weights_from, words_from
 from softmask.training.checkpoint.state import Progress, write_json
 from softmask.training.checkpoint.store import (
+    add_to_state,
     build_model,
     check_data,
     check_resumable,
@@ -50,13 +51,16 @@ class TrainingError(RuntimeError):
     """Training cannot continue."""
 
 
-def train(config: Config, *, checkpoint: Path | None = None, validate: Validate | None = None) -> Trainer:
-    """Train from scratch or from `checkpoint`, to the end or until a stop signal. `validate` is for tasks after
-    pre-training, whose best checkpoint is kept.
+def train(
+    config: Config, *, checkpoint: Path | None = None, validator: Callable[[Config], Validate | None] | None = None
+) -> Trainer:
+    """Train from scratch or from `checkpoint`, to the end or until a stop signal. `validator` is for tasks after
+    pre-training: it opens the held-out data, once the training data are open.
 
     Every rank calls it with the same arguments. `finished` of the returned trainer says whether it reached the end.
     """
     source = config.find_task().open(config.data.train, config.data, split="train")
+    validate = validator(config) if validator else None
     start_distributed()
     if checkpoint is not None:
         check_resumable(checkpoint, config, world_size=dist.get_world_size())
@@ -183,6 +187,7 @@ class Trainer:
                 self._log.close()
         if self.rank == 0:
             state = "done" if self.finished else "stopped, go on with --resume auto"
+            state += " early, without a better score" * (self.finished and self.progress.step < self.steps)
             say(f"{state}: {self.progress.step} steps in {clock(self.progress.seconds)}")
 
     def _loop(self, profiler: StepProfiler) -> None:
@@ -200,27 +205,27 @@ class Trainer:
                 consumed = (self.progress.micro_batches - logged_micro) * self.config.train.batch_size
                 self._log_row(outputs, samples_per_second=consumed * self.world_size / (now - logged_at))
                 logged_at, logged_micro = time.monotonic(), self.progress.micro_batches
-            last = step == self.steps
-            improved = self._validate(last=last) if last or self.validation.is_due(step) else False
-            last |= self.validation.gave_up
+            due = self.validation.is_due(step, last=step == self.steps)
             every = self.config.train.checkpoint_every
-            if stop or last or improved or (every and step % every == 0):
+            if stop or due or step == self.steps or (every and step % every == 0):
                 self._save()
-            if stop or last:
+            if due:
+                logged_at += self._validate()
+            if stop or self.validation.gave_up:
                 break
 
-    def _validate(self, *, last: bool) -> bool:
-        """Measure and log. Returns whether the metric is the best so far."""
+    def _validate(self) -> float:
+        """Measure, log, and note the result in the checkpoint of this step. Returns the seconds that it took."""
         begin = time.monotonic()
         found = self.validation.measure(self.engine, self._tokenizer, step=self.progress.step)
-        if found is None:
-            return False
         self.engine.train()
-        text = f"{found.metric} {found.score:.4g} on data.val{' (the best so far)' * found.is_best}"
+        seconds = time.monotonic() - begin
         if self._log is not None:
-            seconds = round(time.monotonic() - begin, 1)
-            self._log.event("validation", text, step=self.progress.step, score=found.score, seconds=seconds)
-        return found.is_best
+            text = f"{found.metric} {found.score:.4g} on data.val{' (the best so far)' * found.is_best}"
+            rounded = round(seconds, 1)
+            self._log.event("validation", text, step=self.progress.step, score=found.score, seconds=rounded)
+            add_to_state(Path(self.config.output), self.progress.step, self.validation.state_dict())
+        return seconds
 
     def _profiler(self) -> StepProfiler:
         options = self.config.train.profile if self.rank == 0 else ProfileConfig()

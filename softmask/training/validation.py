@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from softmask.data import CaptionTokenizer
 from softmask.tasks.downstream import DownstreamTask
+from softmask.training.config_files import ConfigError
 
 if TYPE_CHECKING:
     from softmask.training.config import Config
@@ -37,26 +40,32 @@ class Validation:
 
     def __init__(self, validate: Validate | None, config: Config, *, batches_per_epoch: int) -> None:
         self._validate, options = validate, config.train
+        if validate and config.zero_stage == 3 and dist.get_world_size() > 1:
+            raise ConfigError(
+                "data.val: expected nothing with ZeRO stage 3 on several ranks, which would wait for each other; "
+                "measure the checkpoints with train/evaluate.py"
+            )
+        self._autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(options.precision)
         steps_per_epoch = max(1, round(batches_per_epoch / options.accumulation))
         self._every, self._patience = options.validate_every or steps_per_epoch, options.patience
         self._task = config.find_task()
         self.best_step, self._best_score, self._without_gain = 0, 0.0, 0
 
-    def is_due(self, step: int) -> bool:
-        return self._validate is not None and step % self._every == 0
+    def is_due(self, step: int, *, last: bool) -> bool:
+        return self._validate is not None and (last or step % self._every == 0)
 
     @property
     def gave_up(self) -> bool:
         """Whether as many validations in a row as `train.patience` brought no better score."""
         return 0 < self._patience <= self._without_gain
 
-    def measure(self, engine: Any, tokenizer: CaptionTokenizer, *, step: int) -> Measured | None:
-        """Measure the engine's model, which is left in evaluation mode. None without held-out data."""
-        if self._validate is None:
-            return None
+    def measure(self, engine: Any, tokenizer: CaptionTokenizer, *, step: int) -> Measured:
+        """Measure the engine's model, which is left in evaluation mode, in the precision of training."""
+        assert self._validate is not None and isinstance(self._task, DownstreamTask)
         engine.eval()
-        assert isinstance(self._task, DownstreamTask)
-        score = self._task.score(self._validate(engine.module, tokenizer, engine.device))
+        with torch.autocast(engine.device.type, self._autocast, enabled=self._autocast is not None):
+            score = self._task.score(self._validate(engine.module, tokenizer, engine.device))
+        score = _of_first_rank(-math.inf if math.isnan(score) else score)
         is_best = not self.best_step or score > self._best_score
         if is_best:
             self.best_step, self._best_score, self._without_gain = step, score, 0
@@ -75,3 +84,11 @@ class Validation:
         if state is not None:
             self.best_step, self._best_score = state["best_step"], state["best_score"]
             self._without_gain = state["without_gain"]
+
+
+def _of_first_rank(score: float) -> float:
+    """Rank 0's score: ranks must agree on which is the best."""
+    shared = [score]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(shared)
+    return shared[0]

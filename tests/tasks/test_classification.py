@@ -18,7 +18,7 @@ from softmask.training.checkpoint.store import load_model
 from softmask.training.config import load_config
 from tests.support.model_fixtures import SPECIAL, small_batch, small_config
 from tests.support.task_fixtures import finetune_here, pretrained, task_config, write_classification
-from tests.support.train_fixtures import COLOURS, different, saved_state
+from tests.support.train_fixtures import COLOURS, different, rows, saved_state
 
 METHODS = ("softmask_pp", "sycoca")
 
@@ -43,6 +43,18 @@ def test_classes_are_those_of_the_data_and_other_data_are_matched_by_name(tmp_pa
     assert evaluate.main([config.output, "--data", str(data)]) == 0
     again = json.loads((Path(config.output) / "metrics.json").read_text())["classification"]
     assert again["samples"] == left and again["classes"] == 4
+
+
+def test_validation_numbers_classes_as_training_does(tmp_path: Path, init: Path) -> None:
+    data, val = write_classification(tmp_path / "train"), write_classification(tmp_path / "val")
+    shutil.rmtree(val / "blue")  # the first class
+    (val / "mauve").mkdir()
+    config = task_config(tmp_path, "classification", data, f"data.val={val}", "train.steps=2", init=init)
+    finetune_here(config)
+    assert evaluate.main([config.output, "--data", str(val)]) == 0
+    found = json.loads((Path(config.output) / "metrics.json").read_text())["classification"]
+    (event,) = rows(config.output, "events.jsonl")
+    assert event["score"] == pytest.approx(found["top1"]) and found["samples"] < 24
 
 
 def test_network_is_the_pretrained_image_encoder(tmp_path: Path, init: Path) -> None:
@@ -82,6 +94,9 @@ def test_loss_is_of_smoothed_labels_and_of_mixed_images() -> None:
     mixing = ImageClassifier(small_config(), ClassificationHead(names, 0.1, 0.8, 1.0), special_ids=SPECIAL)
     mixing.load_state_dict(plain.state_dict())
     images = batch.images.clone()
+    odd = LabeledBatch(**vars(small_batch(5)), labels=torch.arange(5) % 3)
+    assert mixing(odd).loss.isfinite()
+    mixing.load_state_dict(plain.state_dict())
     assert (mixing(batch).loss - plain(batch).loss).abs() > 1e-4 and torch.equal(batch.images, images)
     mixing.load_state_dict(plain.state_dict())  # BatchNorm's statistics of unmixed images
     torch.testing.assert_close(mixing.eval()(batch).loss, plain.eval()(batch).loss)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from softmask.data import DataError
 from softmask.evaluation import evaluate
 from softmask.finetuning import finetune
 from softmask.report import build
@@ -122,6 +123,8 @@ def test_best_checkpoint_is_kept_and_evaluated(tmp_path: Path, init: Path, monke
     )
     monkeypatch.setattr(finetune, "validator", lambda _config: lambda *_: {"accuracy": next(scores)})
     finetune_here(config)
+    states = [json.loads((one / "trainer.json").read_text()) for one in complete_checkpoints(Path(config.output))]
+    assert [state["validation"]["best_step"] for state in states] == [2, 2]
     kept = [path.name for path in complete_checkpoints(Path(config.output))]
     assert kept == ["step_00000002", "step_00000004"]
     assert best_checkpoint(config.output).name == "step_00000002" and find_checkpoint(config.output).name == kept[1]
@@ -149,4 +152,49 @@ def test_programs_refuse_each_others_configurations(
     save_config(config, tmp_path / "own.yaml")
     overrides = [f"task={task}"] + (["head={}"] if task == "pretrain" else [])
     assert program.main(["--config", str(tmp_path / "own.yaml"), *overrides]) == 2
+    assert words in capfd.readouterr().err
+
+
+def test_pictures_that_validation_cannot_read_are_named_and_too_many_end_the_run(
+    tmp_path: Path, init: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    val = tmp_path / "val" / "val.json"
+    val.parent.mkdir()
+    WRITERS["snli_ve"](val, count=40)
+    (val.parent / "3.png").unlink()
+    config = make(tmp_path, "snli_ve", "train.steps=1", f"data.val={val}", "data.max_bad_share=0.2", init=init)
+    finetune_here(config)
+    assert "data.val: 1 of 40 cannot be read, such as" in caplog.text and "3.png" in caplog.text
+    for number in range(40):
+        (val.parent / f"{number}.png").unlink(missing_ok=True)
+    config.output = str(tmp_path / "none")
+    with pytest.raises(DataError, match="no example can be read; the first: .*0.png: cannot be read"):
+        finetune_here(config)
+    assert find_checkpoint(config.output).name == "step_00000001"  # what was trained is kept
+
+
+def test_answers_that_cannot_be_told_apart_are_refused(
+    tmp_path: Path, init: Path, capfd: pytest.CaptureFixture
+) -> None:
+    config = make(tmp_path, "vqa", "train.steps=1", init=init)
+    finetune_here(config)
+    listed = tmp_path / "answers.json"
+    for answers, words in (
+        (["red", "green", "red "], "reads 'red' and 'red ' as the same tokens"),
+        (["red", "green box on white paper " * 3], "1 answers have more than head.answer_length=10 tokens"),
+    ):
+        listed.write_text(json.dumps(answers))
+        assert evaluate.main([config.output, "--data", config.data.train, "--answer-list", str(listed)]) == 1
+        assert words in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--task", "pretrain"], "--task: expected captioning, classification, nlvr2, retrieval, snli_ve, vqa, got"),
+    (["--blank"], "--blank: expected a run of snli_ve, nlvr2, vqa or classification"),
+    (["--answer-list", "x.json"], "--answer-list: expected a run of task vqa, got pretrain"),
+])  # fmt: skip
+def test_options_that_would_be_ignored_are_refused(
+    options: list[str], words: str, init: Path, capfd: pytest.CaptureFixture
+) -> None:
+    assert evaluate.main([str(init), "--data", str(init.parent / "train.tar"), *options]) == 1
     assert words in capfd.readouterr().err

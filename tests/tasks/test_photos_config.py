@@ -67,7 +67,7 @@ def test_pretrained_layers_learn_slower_than_new_ones() -> None:
         for parameter in group["params"]
     }
     old = {f"backbone.{name}" for name in pretrained(config)}
-    assert {rates[name] for name in old} == {0.1}
+    assert {rates[name] for name in old} == {0.4}
     new = {name: rate for name, rate in rates.items() if name not in old}
     assert all(rate >= 1 for rate in new.values())
     assert any("cross_attention" in name for name in new) and any("mlm_head" in name for name in new)

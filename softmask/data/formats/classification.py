@@ -108,12 +108,12 @@ def _open_folder(folder: str, names: list[str] | None) -> ImageFolderSource:
 
 def _open_shards(paths: Sequence[str], names: list[str] | None) -> ClassShardSource:
     file = beside(os.path.dirname(os.path.abspath(paths[0])), CLASSNAMES)
-    if file is None and names is None:
+    if file is None:
         raise DataError(
             f"{paths[0]}: expected {CLASSNAMES} in the folder of the shards or in its parent, got none; "
             "write it, one name a line, in the order of the numbers in .cls"
         )
-    own = _class_names(file) if file else list(names or ())
+    own = _class_names(file)
     return ClassShardSource(paths, classes=own if names is None else names, numbers=_numbers(own, names))
 
 

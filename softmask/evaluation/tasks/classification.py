@@ -15,6 +15,7 @@ class Classification(Section):
     """Top-1 and top-5; the model has `predict(images)` -> probabilities [B, classes]."""
 
     name = "classification"
+    reads_blank = True
 
     def run(self, given: Evaluation) -> dict:
         model: Any = given.scorer.model

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from softmask.data import Record, SampleError, TokenBatch, decode_image, eval_transform
+from softmask.data import DataError, Record, SampleError, TokenBatch, decode_image, eval_transform
 from softmask.evaluation.ranks import rank, share_out
 from softmask.evaluation.readers import Reader, Scorer
 
@@ -37,6 +37,7 @@ def predict_all(
     scorer: Scorer, reader: Reader, predict: Callable[[ExampleBatch], Sequence[Any]], *, blank: bool = False
 ) -> list[Prediction]:
     """`predict`'s values for all readable examples, in order, on every rank. Others are counted in `reader.skipped`.
+    DataError if there are none.
 
     blank: pictures are grey, which shows what texts alone tell.
     """
@@ -56,7 +57,11 @@ def predict_all(
     found = share_out(shown, work)
     for _, skipped in found:
         reader.skipped |= skipped
-    return [prediction for predictions, _ in found for prediction in predictions]
+    predictions = [prediction for some, _ in found for prediction in some]
+    if not predictions:
+        first = next(iter(reader.skipped.values()), "it is empty")
+        raise DataError(f"{', '.join(reader.source.paths)}: no example can be read; the first: {first}")
+    return predictions
 
 
 def _read(

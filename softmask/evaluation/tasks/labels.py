@@ -20,6 +20,7 @@ class LabelSection(Section):
 
     labels: Sequence[str]
     title: str
+    reads_blank = True
 
     def run(self, given: Evaluation) -> dict:
         model: Any = given.scorer.model

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from softmask.data import DataError, TokenBatch
 from softmask.data.formats.vqa import read_answer_list
 from softmask.evaluation.readers import Scorer
 from softmask.evaluation.sections import Evaluation, Section
@@ -23,6 +24,7 @@ class Vqa(Section):
     """
 
     name = "vqa"
+    reads_blank = True
 
     def run(self, given: Evaluation) -> dict:
         answer = _answerer(given.scorer)
@@ -62,6 +64,7 @@ def _answerer(scorer: Scorer) -> Callable[[ExampleBatch], list[dict[str, Any]]]:
         ]
     answers = read_answer_list(head.answer_list)
     tokens = scorer.tokenizer(answers, max_length=head.answer_length)
+    _check_answers(answers, tokens, head.answer_list, head.answer_length)
     listed = model.list_answers(tokens.input_ids.to(device), tokens.attention_mask.to(device))
 
     def rank(batch: ExampleBatch) -> list[dict[str, Any]]:
@@ -71,6 +74,18 @@ def _answerer(scorer: Scorer) -> Callable[[ExampleBatch], list[dict[str, Any]]]:
         return [{"answer": answers[number], "log_probability": value} for number, value in best]
 
     return rank
+
+
+def _check_answers(answers: Sequence[str], tokens: TokenBatch, path: str, length: int) -> None:
+    """DataError for answers that are cut, or that the model cannot tell apart."""
+    if long := [answer for answer, cut in zip(answers, tokens.cut.tolist(), strict=True) if cut]:
+        raise DataError(
+            f"{path}: {len(long)} answers have more than head.answer_length={length} tokens, such as {long[0]!r}"
+        )
+    first: dict[tuple[int, ...], str] = {}
+    for answer, ids in zip(answers, tokens.input_ids.tolist(), strict=True):
+        if (other := first.setdefault(tuple(ids), answer)) != answer:
+            raise DataError(f"{path}: the tokenizer reads {other!r} and {answer!r} as the same tokens; remove one")
 
 
 def scores(predictions: Sequence[Prediction]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from softmask.data import CaptionTokenizer, Source
 from softmask.models import SpecialIds
 from softmask.training.checkpoint.reshard import SavedState, load_resharded, read_weights
-from softmask.training.checkpoint.state import CheckpointError, Progress, read_state, write_json
+from softmask.training.checkpoint.state import CheckpointError, Progress, read_json, read_state, write_json
 from softmask.training.config import Config, ConfigError, flatten, load_config, save_config
 from softmask.training.failures import explain
 from softmask.training.optim import groups_digest
@@ -123,6 +123,12 @@ def save_checkpoint(
         _prune(folder, config.train.keep_checkpoints, kept=best_step)
     dist.barrier()
     return final
+
+
+def add_to_state(run: Path, step: int, entries: dict[str, Any]) -> None:
+    """Add entries to trainer.json of a complete checkpoint."""
+    path = run / "checkpoints" / checkpoint_name(step) / "trainer.json"
+    write_json(read_json(path) | entries, path)
 
 
 def _prune(folder: Path, keep: int, *, kept: int) -> None:
