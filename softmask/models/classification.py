@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,21 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softmask.batch import LabeledBatch
-from softmask.models.config import ClassificationHead, SpecialIds
+from softmask.models.config import ClassificationHead, Distillation, SpecialIds
+from softmask.models.distilled import Distilled, Loss, Network, accuracy
 from softmask.models.layers.numerics import at_least_fp32
 from softmask.models.layers.pooler import AttentionalPooler
 from softmask.models.layers.vision import VisionEncoder
 
 
-@dataclass
-class Loss:
-    """Output of a training step."""
-
-    loss: Tensor
-    terms: dict[str, Tensor]  # detached scalars
-
-
-class ImageNetwork(nn.Module):
+class ImageNetwork(Network):
     """images [B, 3, S, S] -> logits [B, classes]. CoCa's pooler, if the method has it, pools the tokens."""
 
     def __init__(self, config: Any, *, classes: int) -> None:
@@ -44,28 +36,20 @@ class ImageNetwork(nn.Module):
         return self.head(self.vision.pool(tokens) if self.pooler is None else self.pooler(tokens)[:, 0])
 
 
-class ImageClassifier(nn.Module):
-    """The loss is the cross-entropy with smoothed labels and, in training, images mixed by mixup or cutmix.
+class ImageClassifier(Distilled[ImageNetwork]):
+    """The loss is the cross-entropy with smoothed labels and, in training, images mixed by mixup or cutmix. It has no
+    momentum copy.
 
     Raises:
         ValueError: fewer than two classes.
     """
 
     def __init__(self, config: Any, head: ClassificationHead, *, special_ids: SpecialIds) -> None:
-        super().__init__()
         if len(head.names) < 2:
             raise ValueError(f"head.names: expected the names of at least two classes, got {head.names}")
-        self.config, self.head_config = config, head
-        self.backbone = ImageNetwork(config, classes=len(head.names))
+        super().__init__(config, ImageNetwork(config, classes=len(head.names)), Distillation(alpha=0.0))
+        self.head_config = head
         self._mix = _mixing(head) if head.mixup or head.cutmix else None
-
-    @property
-    def num_prefix_tokens(self) -> int:
-        return self.backbone.vision.num_prefix_tokens
-
-    @property
-    def patch_grid(self) -> tuple[int, int]:
-        return self.backbone.vision.patch_grid
 
     def forward(self, batch: LabeledBatch) -> Loss:
         assert batch.labels is not None
@@ -81,26 +65,12 @@ class ImageClassifier(nn.Module):
             images, targets = torch.cat([mixed, images[pairs:]]), torch.cat([of_two, smoothed[pairs:]])
         logits = at_least_fp32(self.backbone(images))
         loss = F.cross_entropy(logits, targets.to(logits.dtype))
-        right = (logits.detach().argmax(1) == labels).to(torch.float32).mean()
-        return Loss(loss, {"accuracy": right})
+        return Loss(loss, {"accuracy": accuracy(logits, labels)})
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> Tensor:
         """Probabilities [B, classes] fp32."""
         return at_least_fp32(self.backbone(images)).softmax(1)
-
-    def set_activation_checkpointing(self, enable: bool) -> None:
-        self.backbone.vision.set_activation_checkpointing(enable)
-
-    def update_momentum(self) -> None:
-        """There is no momentum encoder."""
-
-    def enqueue(self, output: Loss) -> None:
-        """There is no queue."""
-
-    def statistics(self) -> list[Tensor]:
-        """Buffers that a forward pass in training changes: BatchNorm's running statistics."""
-        return list(self.backbone.buffers())
 
 
 def _mixing(head: ClassificationHead) -> Any:

@@ -88,6 +88,26 @@ class DownstreamTask(Task):
         return self.method.facts(config) + options
 
 
+class FewerTerms(DownstreamTask):
+    """A task that trains the method's own model with some of its terms."""
+
+    def terms(self, config: Any) -> Any:
+        """The `model:` section with the task's terms alone."""
+        raise NotImplementedError
+
+    def build(self, config: Any, special_ids: SpecialIds) -> nn.Module:
+        return self.method.build(self.terms(config), special_ids)
+
+    def weight_origins(self, model: Any) -> dict[str, str]:
+        return self.method.weight_origins(model)
+
+    def title(self, config: Any) -> str:
+        return super().title(self.terms(config))
+
+    def facts(self, config: Any) -> list[tuple[str, str]]:
+        return super().facts(self.terms(config))
+
+
 class FusedClassification(DownstreamTask):
     """A task of SoftMask++ whose answer is a class of the fused CLS (models/softmask_pp/classifier.py).
 

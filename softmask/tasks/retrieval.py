@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Any
 from softmask.models.config import check
 from softmask.models.softmask_pp.config import LossWeights, SoftMaskPPConfig
 from softmask.models.sycoca.config import SyCoCaConfig, SyCoCaWeights
-from softmask.tasks.downstream import DownstreamTask, without
+from softmask.tasks.downstream import FewerTerms, without
 from softmask.tasks.sycoca import RECONSTRUCTION
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from softmask.models.config import SpecialIds
+    from torch import Tensor
 
 
 @dataclass
@@ -28,7 +26,7 @@ class RetrievalHead:
         check(self, {"rerank": (self.rerank >= 1, "at least 1")})
 
 
-class RetrievalTask(DownstreamTask):
+class RetrievalTask(FewerTerms):
     """SoftMask++ and ALBEF: ITC and ITM. SyCoCa and CoCa: ITC alone."""
 
     Head = RetrievalHead
@@ -44,23 +42,11 @@ class RetrievalTask(DownstreamTask):
         super().__init__(method, method_name, head)
         self.matches_pairs, self.curves = method.matches_pairs, method.curves
 
-    def build(self, config: Any, special_ids: SpecialIds) -> nn.Module:
-        return self.method.build(_terms(config), special_ids)
-
     def check_batch(self, config: Any, batch: int) -> None:
         self.method.check_batch(config, batch)
 
-    def weight_origins(self, model: Any) -> dict[str, str]:
-        return self.method.weight_origins(model)
-
-    def title(self, config: Any) -> str:
-        return super().title(_terms(config))
-
-    def facts(self, config: Any) -> list[tuple[str, str]]:
-        return super().facts(_terms(config))
-
     def step_options(self, config: Any, step: int, *, steps_per_epoch: float) -> dict[str, Any]:
-        return self.method.step_options(_terms(config), step, steps_per_epoch=steps_per_epoch)
+        return self.method.step_options(self.terms(config), step, steps_per_epoch=steps_per_epoch)
 
     def initial_weights(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
         return without(given, RECONSTRUCTION)
@@ -70,14 +56,12 @@ class RetrievalTask(DownstreamTask):
         stage = result.get("itm", result["itc"])
         return fmean(share for way in ("i2t", "t2i") for share in stage[way].values())
 
-
-def _terms(config: Any) -> Any:
-    """The `model:` section with the terms of retrieval alone."""
-    if isinstance(config, SoftMaskPPConfig):
-        weights = LossWeights(itc=config.weights.itc, itm=config.weights.itm, itm_soft=0.0, mlm=0.0)
-        return replace(
-            config, weights=weights, share_positives=True, soft_mask=False, mask_text="mlm", contrast_steps=0
-        )
-    assert isinstance(config, SyCoCaConfig)
-    weights_of_itc = SyCoCaWeights(itc=1.0, caption=0.0, tgmim=0.0)
-    return replace(config, weights=weights_of_itc, reconstruct=False, caption_masking="none")
+    def terms(self, config: Any) -> Any:
+        if isinstance(config, SoftMaskPPConfig):
+            weights = LossWeights(itc=config.weights.itc, itm=config.weights.itm, itm_soft=0.0, mlm=0.0)
+            return replace(
+                config, weights=weights, share_positives=True, soft_mask=False, mask_text="mlm", contrast_steps=0
+            )
+        assert isinstance(config, SyCoCaConfig)
+        weights_of_itc = SyCoCaWeights(itc=1.0, caption=0.0, tgmim=0.0)
+        return replace(config, weights=weights_of_itc, reconstruct=False, caption_masking="none")

@@ -8,6 +8,7 @@ subfolder's own name, with `_` as space, is the class's.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from softmask.data.formats.examples import Example, ExampleSource
 from softmask.data.records import DataError, LeftOut
 from softmask.data.shard_index import COMPRESSED, PLAIN
 
+logger = logging.getLogger("softmask.data")
 CLASSNAMES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
 ENDINGS = tuple(f".{ending.decode()}" for ending in COMPRESSED + PLAIN)
 
@@ -108,12 +110,15 @@ def _open_folder(folder: str, names: list[str] | None) -> ImageFolderSource:
 
 def _open_shards(paths: Sequence[str], names: list[str] | None) -> ClassShardSource:
     file = beside(os.path.dirname(os.path.abspath(paths[0])), CLASSNAMES)
-    if file is None:
+    if file is None and names is None:
         raise DataError(
             f"{paths[0]}: expected {CLASSNAMES} in the folder of the shards or in its parent, got none; "
             "write it, one name a line, in the order of the numbers in .cls"
         )
-    own = _class_names(file)
+    if file is None:
+        text = "%s: without %s, the numbers in .cls are taken to be those of the %d known classes"
+        logger.warning(text, paths[0], CLASSNAMES, len(names or ()))
+    own = _class_names(file) if file else list(names or ())
     return ClassShardSource(paths, classes=own if names is None else names, numbers=_numbers(own, names))
 
 

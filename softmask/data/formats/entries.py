@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from softmask.data.formats.examples import Example, choose_layout
+from softmask.data.formats.examples import Example, ExampleSource, choose_layout, root_of
 from softmask.data.json_files import read_json, read_json_lines
 from softmask.data.records import DataError, LeftOut
 
@@ -62,6 +62,20 @@ def answered(
         if one.target is None:
             left_out.add(f"{one.key}: without an answer, which others of the file have")
     return [(one, starts) for one, starts in examples if one.target is not None]
+
+
+def open_lists(
+    paths: Sequence[str], make: Callable[[dict[str, Any], int], tuple[Example, Sequence[str]]], *, image_root: str
+) -> ExampleSource:
+    """The examples of JSON lists and of JSON lines. `make` gives an entry's example, and the possible starts of its
+    pictures' paths. Raises DataError."""
+    left_out = {path: LeftOut() for path in paths}
+    folder = root_of(paths, image_root)
+    examples: list[Example] = []
+    for path in paths:
+        made = usable(read_entries(path), make, left_out[path])
+        examples += placed(answered(made, left_out[path]), folder)
+    return ExampleSource(examples, paths=paths, image_root=image_root, left_out=left_out)
 
 
 def placed(examples: Sequence[tuple[Example, Sequence[str]]], folder: str) -> Iterator[Example]:

@@ -11,9 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from softmask.data.formats.entries import answered, placed, read_entries, text_of, usable
-from softmask.data.formats.examples import Example, ExampleSource, root_of
-from softmask.data.records import LeftOut
+from softmask.data.formats.entries import open_lists, text_of
+from softmask.data.formats.examples import Example, ExampleSource
 
 LABELS = {"False": 0, "True": 1}
 ALBEF_FOLDERS = ("", "nlvr2/", "images/")
@@ -25,13 +24,7 @@ def open_nlvr2(paths: Sequence[str], *, image_root: str = "") -> ExampleSource:
     Raises:
         DataError: a file that is none of the two formats, or no usable example.
     """
-    left_out = {path: LeftOut() for path in paths}
-    folder = root_of(paths, image_root)
-    examples: list[Example] = []
-    for path in paths:
-        made = usable(read_entries(path), _example, left_out[path])
-        examples += placed(answered(made, left_out[path]), folder)
-    return ExampleSource(examples, paths=paths, image_root=image_root, left_out=left_out)
+    return open_lists(paths, _example, image_root=image_root)
 
 
 def sentence_of(identifier: str) -> str:

@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from softmask.data.formats.entries import answered, placed, read_entries, text_of, usable
-from softmask.data.formats.examples import Example, ExampleSource, root_of
-from softmask.data.records import LeftOut
+from softmask.data.formats.entries import open_lists, text_of
+from softmask.data.formats.examples import Example, ExampleSource
 
 LABELS = ("entailment", "neutral", "contradiction")
 """Names of the classes; the target is the number of one. A file without labels has none."""
@@ -25,17 +24,11 @@ def open_snli_ve(paths: Sequence[str], *, image_root: str = "") -> ExampleSource
     Raises:
         DataError: a file that is none of the two formats, or no usable example.
     """
-    left_out = {path: LeftOut() for path in paths}
-    folder = root_of(paths, image_root)
-    examples: list[Example] = []
-    for path in paths:
-        made = [(one, FOLDERS) for one in usable(read_entries(path), _example, left_out[path])]
-        examples += placed(answered(made, left_out[path]), folder)
-    return ExampleSource(examples, paths=paths, image_root=image_root, left_out=left_out)
+    return open_lists(paths, _example, image_root=image_root)
 
 
-def _example(entry: dict[str, Any], number: int) -> Example:
-    """Raises ValueError for an unusable entry."""
+def _example(entry: dict[str, Any], number: int) -> tuple[Example, Sequence[str]]:
+    """The example, and the possible starts of its picture's path. Raises ValueError for an unusable entry."""
     official = next((key for key in PICTURE_KEYS if key in entry), None)
     picture = f"{entry[official]}.jpg" if official else entry.get("image")
     if not isinstance(picture, str) or not picture:
@@ -45,4 +38,4 @@ def _example(entry: dict[str, Any], number: int) -> Example:
     if label is not None and label not in LABELS:
         raise ValueError(f'"{label_key}" must be {", ".join(LABELS)}, got {label!r:.80}')
     target = None if label is None else LABELS.index(label)
-    return Example((picture,), text, target, entry.get("pairID", number), entry.get("unseen") is True)
+    return Example((picture,), text, target, entry.get("pairID", number), entry.get("unseen") is True), FOLDERS

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softmask.models.config import SpecialIds, TextPool
+from softmask.models.distilled import Network
 from softmask.models.layers.bert import MLMHead, TextEncoder
 from softmask.models.layers.bert_weights import load_bert
 from softmask.models.layers.numerics import at_least_fp32, initialize
@@ -39,7 +40,7 @@ def pooled_tokens(input_ids: Tensor, mask: Tensor, special: SpecialIds, *, pool:
     return torch.where(words.any(1, keepdim=True), words, mask)
 
 
-class FusedEncoder(nn.Module):
+class FusedEncoder(Network):
     """Both encoders and the fusion layers, all that tasks after pre-training keep. Subclasses initialize them.
 
     `pictures`: how many a text reads, each by fusion layers of its own.
@@ -52,7 +53,7 @@ class FusedEncoder(nn.Module):
         self.fusion = FusionEncoder(config.text, image_width=self.vision.width, copies=pictures)
 
     def set_activation_checkpointing(self, enable: bool) -> None:
-        self.vision.set_activation_checkpointing(enable)
+        super().set_activation_checkpointing(enable)
         self.text.activation_checkpointing = enable
         self.fusion.activation_checkpointing = enable
 

@@ -7,16 +7,27 @@ from torch import Tensor, nn
 
 from softmask.batch import LabeledBatch
 from softmask.models.config import Distillation, SpecialIds
+from softmask.models.distilled import Distilled, Loss, accuracy, distilled_cross_entropy
 from softmask.models.layers.numerics import at_least_fp32, initialize
+from softmask.models.layers.packing import OutputPositions, Packing
 from softmask.models.softmask_pp.backbone import FusedEncoder
 from softmask.models.softmask_pp.config import SoftMaskPPConfig
-from softmask.models.softmask_pp.distilled import (
-    Distilled,
-    Loss,
-    accuracy,
-    distilled_cross_entropy,
-    fused_first_tokens,
-)
+from softmask.models.softmask_pp.fusion import PairIndex
+from softmask.models.softmask_pp.pairs import first_tokens
+
+
+def fused_first_tokens(network: FusedEncoder, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """The last fused state [B, D] of every text's first token, CLS.
+
+    images: [n B, ...], the n pictures of the first text, then those of the second; n is the network's.
+    """
+    packing, fusion = Packing.of(attention_mask), network.fusion
+    start = fusion.start(network.text(input_ids, packing), packing)
+    first = torch.arange(0, len(images), fusion.copies, device=images.device)
+    turns = [PairIndex(kv_index=first + number) for number in range(fusion.copies)]
+    outputs = OutputPositions.of(packing, first_tokens(attention_mask), size=len(input_ids), longest=1)
+    cls, _ = fusion(start, fusion.project(network.vision(images)), turns, outputs=outputs)
+    return cls
 
 
 class ClassifierNetwork(FusedEncoder):

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from softmask.batch import AnswerBatch
 from softmask.models.config import SpecialIds, TextConfig
+from softmask.models.distilled import Distilled, Loss
 from softmask.models.layers.bert import Embeddings, MLMHead
 from softmask.models.layers.numerics import at_least_fp32, initialize
 from softmask.models.layers.packing import Packing
 from softmask.models.layers.token_loss import masked_token_loss
 from softmask.models.softmask_pp.backbone import FusedEncoder
 from softmask.models.softmask_pp.config import SoftMaskPPConfig, VqaHead
-from softmask.models.softmask_pp.distilled import Distilled, Loss
 from softmask.models.softmask_pp.fusion import FusionEncoder, FusionStart, ImageKeys, PairIndex
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +11,20 @@ from torch import Tensor, nn
 from softmask.models.config import Distillation
 from softmask.models.layers.momentum import momentum_encoder_of, update_momentum_encoder
 from softmask.models.layers.numerics import at_least_fp32
-from softmask.models.layers.packing import OutputPositions, Packing
 from softmask.models.layers.token_loss import masked_token_loss
-from softmask.models.softmask_pp.backbone import FusedEncoder
-from softmask.models.softmask_pp.config import SoftMaskPPConfig
-from softmask.models.softmask_pp.fusion import PairIndex
-from softmask.models.softmask_pp.pairs import first_tokens
+from softmask.models.layers.vision import VisionEncoder
 
-N = TypeVar("N", bound=FusedEncoder)
+
+class Network(nn.Module):
+    """An image encoder, `vision`, and whatever a task adds to it."""
+
+    vision: VisionEncoder
+
+    def set_activation_checkpointing(self, enable: bool) -> None:
+        self.vision.set_activation_checkpointing(enable)
+
+
+N = TypeVar("N", bound=Network)
 
 
 @dataclass
@@ -32,7 +38,7 @@ class Loss:
 class Distilled(nn.Module, Generic[N]):
     """A network, `backbone`, and where `alpha` is above 0 its `momentum_encoder`."""
 
-    def __init__(self, config: SoftMaskPPConfig, network: N, distillation: Distillation) -> None:
+    def __init__(self, config: Any, network: N, distillation: Distillation) -> None:
         super().__init__()
         self.config = config
         self.distillation = distillation
@@ -62,20 +68,6 @@ class Distilled(nn.Module, Generic[N]):
         """Buffers that a forward pass in training changes: BatchNorm's running statistics."""
         momentum_encoder = [] if self.momentum_encoder is None else self.momentum_encoder.buffers()
         return [*self.backbone.buffers(), *momentum_encoder]
-
-
-def fused_first_tokens(network: FusedEncoder, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """The last fused state [B, D] of every text's first token, CLS.
-
-    images: [n B, ...], the n pictures of the first text, then those of the second; n is the network's.
-    """
-    packing, fusion = Packing.of(attention_mask), network.fusion
-    start = fusion.start(network.text(input_ids, packing), packing)
-    first = torch.arange(0, len(images), fusion.copies, device=images.device)
-    turns = [PairIndex(kv_index=first + number) for number in range(fusion.copies)]
-    outputs = OutputPositions.of(packing, first_tokens(attention_mask), size=len(input_ids), longest=1)
-    cls, _ = fusion(start, fusion.project(network.vision(images)), turns, outputs=outputs)
-    return cls
 
 
 def distilled_cross_entropy(logits: Tensor, labels: Tensor, *, teacher: Tensor | None, alpha: float) -> Tensor:
