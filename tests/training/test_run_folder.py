@@ -48,7 +48,7 @@ def test_run_writes_its_files(tmp_path, capfd) -> None:
         "data     64 captions of 64 images in 1 files",
         "batch    16 = 8 x 2 accumulated x 1 ranks",
         "weights  random",
-        "words    45 tokens of a WordPiece trained on the captions",
+        "words    64 tokens of a WordPiece trained on the captions",
         "text     16 tokens at most, which cuts 0 of the first 64 captions",
     ):
         assert line in output.splitlines()

@@ -89,7 +89,7 @@ def find_checkpoint(path: str | Path) -> Path:
 def best_checkpoint(path: str | Path) -> Path:
     """As `find_checkpoint`, but of a run that measured itself on held-out data the best."""
     found = find_checkpoint(path)
-    best = read_state(found).get("validation", {}).get("best_step")
+    best = read_json(found / "trainer.json").get("validation", {}).get("best_step")
     kept = found.with_name(checkpoint_name(best)) if best else found
     return kept if found != Path(path) and (kept / "trainer.json").is_file() else found
 
