@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import itertools
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 import tarfile
@@ -17,10 +20,10 @@ from PIL import Image
 
 from softmask.training.checkpoint.store import find_checkpoint
 from softmask.training.config import Config, load_config, save_config
-from softmask.training.launchers import free_port
 from softmask.training.run_folder import prepare_run
 from softmask.training.trainer import Trainer, train
 
+_numbers = itertools.count(os.getpid() % 500)
 ROOT = Path(__file__).resolve().parents[2]
 PRETRAIN = ROOT / "train" / "pretrain.py"
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (30, 60, 220), "white": (250, 250, 250)}
@@ -160,7 +163,7 @@ def run_on_two_ranks(script: Path, *arguments: str) -> None:
 
 
 def run_on_ranks(count: int, script: Path, *arguments: str) -> None:
-    world = {"WORLD_SIZE": count, "LOCAL_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    world = {"WORLD_SIZE": count, "LOCAL_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": own_port()}
     world |= {"OMP_NUM_THREADS": 1, "DS_ACCELERATOR": "cpu"}
     ranks = []
     for rank in range(count):
@@ -178,6 +181,17 @@ def run_on_ranks(count: int, script: Path, *arguments: str) -> None:
         for process in ranks:
             process.kill()
             process.communicate()
+
+
+def own_port() -> int:
+    """A free port below those that the kernel gives out, and apart from other processes of pytest-xdist."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    for number in _numbers:
+        port = 20000 + 500 * (worker % 20) + number % 500
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("unreachable: the numbers never end")
 
 
 def rows(run: str | Path, name: str = "log.jsonl") -> list[dict]:
