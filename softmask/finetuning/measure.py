@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
 from softmask.data import CaptionTokenizer, DataError
 from softmask.data.loader import check_bad_share
@@ -17,11 +15,12 @@ from softmask.evaluation.readers import Reader, Scorer
 from softmask.evaluation.sections import Evaluation, find_section
 from softmask.tasks.downstream import DownstreamTask
 from softmask.training.config import Config
+from softmask.training.validation import Validate
 
 logger = logging.getLogger("softmask.data")
 
 
-def validator(config: Config) -> Callable[[nn.Module, CaptionTokenizer, torch.device], dict[str, Any]] | None:
+def validator(config: Config) -> Validate | None:
     """The measurement of `data.val` for the trainer, None without such data. All ranks call it together.
 
     Raises:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from softmask.models.config import ClassificationHead
 from softmask.tasks.base import Curve, Split
-from softmask.tasks.downstream import DownstreamTask, labeled
+from softmask.tasks.downstream import DownstreamTask, labeled, paths_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,10 +35,8 @@ class ClassificationTask(DownstreamTask):
 
     def open(self, paths: str | Sequence[str], data: DataConfig, *, split: Split) -> Source:
         from softmask.data.formats.classification import open_classification
-        from softmask.data.sources import expand_pattern
 
-        patterns = [paths] if isinstance(paths, str) else list(paths)
-        found = [p for one in patterns for p in (expand_pattern(one) if one.endswith(".tar") else [one])]
+        found = paths_of(paths, folders=True)
         source = open_classification(found, image_root=data.image_root, names=self.head.names or None)
         if split == "train" and not self.head.names:
             self.head.names = source.classes

@@ -108,14 +108,23 @@ class FewerTerms(DownstreamTask):
         return super().facts(self.terms(config))
 
 
-class FusedClassification(DownstreamTask):
+class DistilledTask(DownstreamTask):
+    """A task whose model learns from a momentum copy, too: `head` is a `Distillation`."""
+
+    Head = Distillation
+
+    def step_options(self, config: Any, step: int, *, steps_per_epoch: float) -> dict[str, Any]:
+        warmup_steps = self.head.alpha_warmup_epochs * steps_per_epoch
+        return {"alpha": alpha_at(step, alpha=self.head.alpha, warmup_steps=warmup_steps)}
+
+
+class FusedClassification(DistilledTask):
     """A task of SoftMask++ whose answer is a class of the fused CLS (models/softmask_pp/classifier.py).
 
     Attributes:
         reader: `module:function` that opens the task's files.
     """
 
-    Head = Distillation
     metric = "accuracy"
     new_parts = ("backbone.head",)
     curves = {"accuracy": Curve("Accuracy on training batches")}
@@ -132,20 +141,20 @@ class FusedClassification(DownstreamTask):
     def initial_weights(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
         return pretrained_encoders(given, distilled=self.head.alpha > 0)
 
-    def step_options(self, config: Any, step: int, *, steps_per_epoch: float) -> dict[str, Any]:
-        warmup_steps = self.head.alpha_warmup_epochs * steps_per_epoch
-        return {"alpha": alpha_at(step, alpha=self.head.alpha, warmup_steps=warmup_steps)}
 
-
-def paths_of(paths: str | Sequence[str]) -> list[str]:
-    """The files that paths, globs or brace patterns name. Raises DataError if one is missing."""
+def paths_of(paths: str | Sequence[str], *, folders: bool = False) -> list[str]:
+    """The files that paths, globs or brace patterns name; with `folders`, names that do not end in .tar are kept for
+    the reader. Raises DataError if a file is missing."""
     from softmask.data.records import DataError
     from softmask.data.sources import expand_pattern
 
     patterns = [paths] if isinstance(paths, str) else list(paths)
     if not patterns or not all(patterns):
         raise DataError("no data: expected the task's file or files, got nothing")
-    return [path for pattern in patterns for path in expand_pattern(pattern)]
+    found: list[str] = []
+    for pattern in patterns:
+        found += [pattern] if folders and not pattern.lower().endswith(".tar") else expand_pattern(pattern)
+    return found
 
 
 def require_targets(source: ExampleSource, *, split: Split) -> ExampleSource:
@@ -192,19 +201,3 @@ def pretrained_encoders(
 def without(given: dict[str, Tensor], parts: tuple[str, ...]) -> dict[str, Tensor]:
     """The tensors of all other parts."""
     return {name: tensor for name, tensor in given.items() if not f"{name}.".startswith(tuple(f"{p}." for p in parts))}
-
-
-def doubled_layers(given: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A pre-trained model's tensors with two copies of every fusion layer, 2 i and 2 i + 1, where the second has no
-    projections of keys and values."""
-    found = {}
-    for name, tensor in given.items():
-        start, layers, rest = name.partition("fusion.layers.")
-        if not layers:
-            found[name] = tensor
-            continue
-        number, _, part = rest.partition(".")
-        found[f"{start}{layers}{2 * int(number)}.{part}"] = tensor
-        if not part.startswith(("cross_attention.key.", "cross_attention.value.")):
-            found[f"{start}{layers}{2 * int(number) + 1}.{part}"] = tensor
-    return found

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from softmask.models.softmask_pp.config import VqaHead
 from softmask.tasks.base import Curve, Split
-from softmask.tasks.downstream import DownstreamTask, finished, paths_of, pretrained_encoders, require_targets
-from softmask.tasks.softmask_pp import alpha_at
+from softmask.tasks.downstream import DistilledTask, finished, paths_of, pretrained_encoders, require_targets
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +27,7 @@ DECODER = {
 """Parts of a pre-trained model that the decoder starts from."""
 
 
-class VqaTask(DownstreamTask):
+class VqaTask(DistilledTask):
     Head = VqaHead
     models = {"softmask_pp": "softmask.models.softmask_pp.vqa:Vqa"}
     section = "softmask.evaluation.tasks.vqa:Vqa"
@@ -73,10 +72,6 @@ class VqaTask(DownstreamTask):
             if name.startswith(start)
         }
         return pretrained_encoders(given, distilled=self.head.alpha > 0, more=decoder)
-
-    def step_options(self, config: Any, step: int, *, steps_per_epoch: float) -> dict[str, Any]:
-        warmup_steps = self.head.alpha_warmup_epochs * steps_per_epoch
-        return {"alpha": alpha_at(step, alpha=self.head.alpha, warmup_steps=warmup_steps)}
 
 
 def weighted_answers(target: dict[str, Any]) -> dict[str, float]:

@@ -14,6 +14,7 @@ from torch import nn
 from softmask.data import CaptionTokenizer
 from softmask.tasks.downstream import DownstreamTask
 from softmask.training.config_files import ConfigError
+from softmask.training.engine.zero import AUTOCAST
 
 if TYPE_CHECKING:
     from softmask.training.config import Config
@@ -45,7 +46,8 @@ class Validation:
                 "data.val: expected nothing with ZeRO stage 3 on several ranks, which would wait for each other; "
                 "measure the checkpoints with train/evaluate.py"
             )
-        self._autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(options.precision)
+        name = AUTOCAST.get(options.precision)
+        self._autocast: torch.dtype | None = getattr(torch, name) if name else None
         steps_per_epoch = max(1, round(batches_per_epoch / options.accumulation))
         self._every, self._patience = options.validate_every or steps_per_epoch, options.patience
         self._task = config.find_task()

@@ -57,7 +57,14 @@ class ExampleSource:
     def __init__(
         self, examples: Iterable[Example], *, paths: Sequence[str], image_root: str, left_out: dict[str, LeftOut]
     ) -> None:
-        rows = [json.dumps(astuple(example), ensure_ascii=False) for example in examples]
+        self.unanswered = 0
+        numbers: dict[str, int] = {}
+        rows: list[str] = []
+        ids: list[int] = []
+        for example in examples:
+            rows.append(json.dumps(astuple(example), ensure_ascii=False))
+            ids.append(numbers.setdefault(os.path.normpath(example.pictures[0]), len(numbers)))
+            self.unanswered += example.target is None
         self.problems = [
             f"{path} has {left.count} entries that cannot be used, {left}" for path, left in left_out.items() if left
         ]
@@ -70,13 +77,6 @@ class ExampleSource:
         self.digest = hashlib.sha256("\n".join(rows).encode("utf-8", "surrogatepass")).hexdigest()
         self.group_sizes = np.array([len(rows)], np.int64)
         self._rows, self._folder = Texts(rows), root_of(paths, image_root)
-        self.unanswered = 0
-        numbers: dict[str, int] = {}
-        ids: list[int] = []
-        for row in rows:
-            pictures, _, target, _, _ = json.loads(row)
-            ids.append(numbers.setdefault(os.path.normpath(pictures[0]), len(numbers)))
-            self.unanswered += target is None
         self.image_ids, self.images = np.array(ids, np.int64), len(numbers)
 
     def __len__(self) -> int:

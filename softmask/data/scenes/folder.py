@@ -13,7 +13,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import webdataset
 from softmask.arguments import positive
 
 SHARD_SAMPLES = 5000
+STAMP = "scenes.json"
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,12 @@ class _Shard:
         return (self.stop - self.start) * self.scenes.size
 
 
-def is_current(out: Path, stamp: Mapping[str, Any]) -> bool:
-    """Whether ``out`` was written with this stamp. Raises FileExistsError if it holds anything else."""
+def is_current(out: Path, stamp: Mapping[str, Any], *, name: str = STAMP) -> bool:
+    """Whether ``out`` was written with this stamp, in the file ``name``. Raises FileExistsError if it holds anything
+    else."""
     present = {path.name for path in out.iterdir()} if out.exists() else set()
-    old = json.loads((out / "scenes.json").read_text(encoding="utf-8")) if "scenes.json" in present else {"files": []}
-    foreign = present - {"scenes.json", *old["files"]}
+    old = json.loads((out / name).read_text(encoding="utf-8")) if name in present else {"files": []}
+    foreign = present - {name, *old["files"]}
     if foreign:
         raise FileExistsError(f"{out} holds files that are not scenes, such as {min(foreign)!r}: choose another --out")
     files = set(old.pop("files"))
@@ -63,22 +66,27 @@ def is_current(out: Path, stamp: Mapping[str, Any]) -> bool:
 def write_folder(
     out: Path, stamp: Mapping[str, Any], splits: Sequence[Scenes], texts: Mapping[str, str], *, processes: int
 ) -> None:
-    """Write shards, texts (name -> content) and the stamp. `is_current` has to be asked before.
+    """Write shards, texts (name -> content) and the stamp. `is_current` has to be asked before."""
+    with whole_folder(out, stamp) as partial:
+        shards = [shard for scenes in splits for shard in _shards(partial, scenes)]
+        with multiprocessing.Pool(max(1, min(processes, len(shards)))) as pool:
+            # Largest first, so that no process is left with a long job while the others idle.
+            for _ in pool.imap_unordered(_write_shard, sorted(shards, key=lambda shard: -shard.cost)):
+                pass
+        for name, text in texts.items():
+            (partial / name).write_text(text, encoding="utf-8")
 
-    Everything is written beside ``out`` and renamed at the end, so that a folder with a stamp is complete.
-    """
+
+@contextmanager
+def whole_folder(out: Path, stamp: Mapping[str, Any], *, name: str = STAMP) -> Iterator[Path]:
+    """A folder beside ``out`` to write into. At the end it gets the stamp, in the file ``name``, and takes the place of
+    ``out``, so that a folder with a stamp is complete."""
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    shards = [shard for scenes in splits for shard in _shards(partial, scenes)]
-    with multiprocessing.Pool(max(1, min(processes, len(shards)))) as pool:
-        # Largest first, so that no process is left with a long job while the others idle.
-        for _ in pool.imap_unordered(_write_shard, sorted(shards, key=lambda shard: -shard.cost)):
-            pass
-    for name, text in texts.items():
-        (partial / name).write_text(text, encoding="utf-8")
+    yield partial
     files = sorted(path.name for path in partial.iterdir())
-    (partial / "scenes.json").write_text(json.dumps({**stamp, "files": files}, indent=1), encoding="utf-8")
+    (partial / name).write_text(json.dumps({**stamp, "files": files}, indent=1), encoding="utf-8")
     if out.exists():
         shutil.rmtree(out)
     partial.rename(out)

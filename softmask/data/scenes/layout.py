@@ -68,7 +68,7 @@ def sample_scene(
         counts = (1,)
     chosen = _choose_concepts(counts, split, rng, hands)
     drawn = rng.sample([i for i, count in enumerate(counts) for _ in range(count)], sum(counts))
-    by_whom = [(chosen[i], _drawn_by(chosen[i], hands, draw)) for i in drawn]
+    by_whom = [(chosen[i], drawn_by(chosen[i], hands, draw)) for i in drawn]
     poses, boxes = place([drawing_of(name, concept).alphas for concept, name in by_whom], rng)
     looks = _looks(len(poses), varied if split == "train" else 0, Random(f"{seed}/{split}/{index}/looks"))
     placements = tuple(Placement(*who, pose, look) for who, pose, look in zip(by_whom, poses, looks, strict=True))
@@ -92,7 +92,7 @@ def drawn_concepts(hands: Hands) -> list[int]:
     return [number for number in range(len(concepts())) if any(has_drawing(name, number) for name in sets)]
 
 
-def _drawn_by(concept: int, hands: Hands, rng: Random) -> str:
+def drawn_by(concept: int, hands: Hands, rng: Random) -> str:
     """A set of drawings that has the concept: of a random artist, and of this artist's sets a random one."""
     able = [[name for name in hand if has_drawing(name, concept)] for hand in hands]
     return rng.choice(rng.choice([names for names in able if names]))

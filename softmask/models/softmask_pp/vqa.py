@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from softmask.batch import AnswerBatch
 from softmask.models.config import SpecialIds, TextConfig
-from softmask.models.distilled import Distilled, Loss
+from softmask.models.distilled import Distilled, Loss, accuracy
 from softmask.models.layers.bert import Embeddings, MLMHead
 from softmask.models.layers.numerics import at_least_fp32, initialize
 from softmask.models.layers.packing import Packing
@@ -42,11 +42,12 @@ class AnswerDecoder(nn.Module):
         return self.head(states.index_select(0, read), self.embeddings.word)
 
 
+@dataclass
 class Questions:
     """Questions as the decoder reads them: keys and values [B, H, T, E] of every layer, and which keys are padding."""
 
-    def __init__(self, keys: list[ImageKeys], padding: Tensor) -> None:
-        self.keys, self.padding = keys, padding
+    keys: list[ImageKeys]
+    padding: Tensor  # [B, T] bool
 
     def pairs(self, question: Tensor) -> PairIndex:
         """Answers to the questions at question [A]."""
@@ -108,8 +109,7 @@ class Vqa(Distilled[VqaNetwork]):
                 teacher = self.momentum_encoder(batch, packing, read)
         weight = batch.answer_weight[rows]
         loss = masked_token_loss(at_least_fp32(logits), label, teacher=teacher, alpha=alpha, weight=weight)
-        right = (logits.detach().argmax(1) == label).to(torch.float32).mean()
-        return Loss(loss / len(batch.images), {"tokens": right})
+        return Loss(loss / len(batch.images), {"tokens": accuracy(logits, label)})
 
     # -- evaluation -----------------------------------------------------------------------------------------------
 
@@ -148,10 +148,8 @@ class Vqa(Distilled[VqaNetwork]):
     def generate(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, *, max_length: int) -> Tensor:
         """Greedy answers [B, T <= max_length] of token ids from [CLS] to [SEP], then [PAD]."""
         network, special = self.backbone, self.special_ids
-        questions, own = (
-            network.read(images, input_ids, attention_mask),
-            torch.arange(len(images), device=images.device),
-        )
+        questions = network.read(images, input_ids, attention_mask)
+        own = torch.arange(len(images), device=images.device)
         ids = torch.full((len(images), 1), special.cls, device=images.device)
         ended = torch.zeros(len(images), dtype=torch.bool, device=images.device)
         while ids.shape[1] < max_length and not ended.all():

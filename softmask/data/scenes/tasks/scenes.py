@@ -8,8 +8,8 @@ from random import Random
 from softmask.data.scenes.background import Background, sample_background
 from softmask.data.scenes.captions import Caption, Group
 from softmask.data.scenes.concepts import Concept, concepts
-from softmask.data.scenes.drawings import Placement, drawing_of, has_drawing
-from softmask.data.scenes.layout import Hands, Scene, Split
+from softmask.data.scenes.drawings import Placement, drawing_of
+from softmask.data.scenes.layout import Hands, Scene, Split, drawn_by
 from softmask.data.scenes.place import place
 from softmask.data.scenes.tasks.families import MEMBERS, Family, Wanted, plan_family
 from softmask.data.scenes.tasks.relations import is_clearly
@@ -74,7 +74,7 @@ def arrange(wanted: Wanted, rng: Random, hands: Hands) -> tuple[Scene, tuple[Gro
     """A random scene that shows what is wanted; its groups are in the order of ``wanted.counts``."""
     drawn = [i for i, (_, count) in enumerate(wanted.counts) for _ in range(count)]
     rng.shuffle(drawn)
-    by_whom = [_drawn_by(wanted.counts[i][0], hands, rng) for i in drawn]
+    by_whom = [drawn_by(wanted.counts[i][0], hands, rng) for i in drawn]
     levels = [drawing_of(name, wanted.counts[i][0]).alphas for i, name in zip(drawn, by_whom, strict=True)]
     numbers = tuple(tuple(k for k, i in enumerate(drawn) if i == group) for group in range(len(wanted.counts)))
     while True:
@@ -92,9 +92,3 @@ def arrange(wanted: Wanted, rng: Random, hands: Hands) -> tuple[Scene, tuple[Gro
         Placement(wanted.counts[i][0], name, pose) for i, name, pose in zip(drawn, by_whom, poses, strict=True)
     )
     return Scene(placements, numbers, background, Caption("", ())), groups
-
-
-def _drawn_by(concept: int, hands: Hands, rng: Random) -> str:
-    """A set of drawings that has the concept, of a random artist."""
-    able = [[name for name in hand if has_drawing(name, concept)] for hand in hands]
-    return rng.choice(rng.choice([names for names in able if names]))

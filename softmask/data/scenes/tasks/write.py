@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,7 @@ from softmask.data import rle
 from softmask.data.scenes.artists import drawing_set
 from softmask.data.scenes.concepts import concepts
 from softmask.data.scenes.draw import render
-from softmask.data.scenes.folder import run
+from softmask.data.scenes.folder import is_current, run, whole_folder
 from softmask.data.scenes.layout import Split, drawn_concepts
 from softmask.data.scenes.tasks.captions import captions_file
 from softmask.data.scenes.tasks.classification import CLASSES, class_texts, classes, pictures_per_class, write_class
@@ -61,40 +60,22 @@ def write_tasks(out: Path, options: Options, *, processes: int) -> bool:
         ValueError: scenes that make no whole families, or artists who have drawn too few concepts.
     """
     stamp = json.loads(json.dumps({"version": VERSION, **asdict(options)}))
-    if is_current(out, stamp):
+    if is_current(out, stamp, name=_STAMP):
         return False
     for name in sets_used(options):
         drawing_set(name)  # fetched here, not in several processes at once
     _check(options)
-    # Written beside `out` and renamed at the end, so that a folder with a stamp is complete.
-    partial_out = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial_out, ignore_errors=True)
-    for folder in (IMAGES, CLASSES):
-        (partial_out / folder).mkdir(parents=True)
-    with multiprocessing.Pool(processes) as pool:
-        drawn = pool.map(_run, _jobs(partial_out, options), chunksize=1)
-    pictures = [picture for chunk in drawn for picture in chunk]
-    for name, content in _files(pictures, options.seed):
-        (partial_out / name).write_text(json.dumps(content), encoding="utf-8")
-    for name, text in (texts_beside(options) | class_texts(_classes(options))).items():
-        (partial_out / name).write_text(text, encoding="utf-8")
-    files = sorted(path.name for path in partial_out.iterdir())
-    (partial_out / _STAMP).write_text(json.dumps({**stamp, "files": files}, indent=1), encoding="utf-8")
-    if out.exists():
-        shutil.rmtree(out)
-    partial_out.rename(out)
+    with whole_folder(out, stamp, name=_STAMP) as partial_out:
+        for folder in (IMAGES, CLASSES):
+            (partial_out / folder).mkdir()
+        with multiprocessing.Pool(processes) as pool:
+            drawn = pool.map(_run, _jobs(partial_out, options), chunksize=1)
+        pictures = [picture for chunk in drawn for picture in chunk]
+        for name, content in _files(pictures, options.seed):
+            (partial_out / name).write_text(json.dumps(content), encoding="utf-8")
+        for name, text in (texts_beside(options) | class_texts(_classes(options))).items():
+            (partial_out / name).write_text(text, encoding="utf-8")
     return True
-
-
-def is_current(out: Path, stamp: Mapping[str, Any]) -> bool:
-    """Whether ``out`` was written with this stamp. Raises FileExistsError if it holds anything else."""
-    present = {path.name for path in out.iterdir()} if out.exists() else set()
-    old = json.loads((out / _STAMP).read_text(encoding="utf-8")) if _STAMP in present else {"files": []}
-    files = set(old.pop("files"))
-    foreign = present - files - {_STAMP}
-    if foreign:
-        raise FileExistsError(f"{out} holds files of others, such as {min(foreign)!r}: choose another --out")
-    return old == stamp and files <= present
 
 
 def _check(options: Options) -> None:
