@@ -1,4 +1,4 @@
-"""NLVR2: whether a sentence is true of a left and a right picture."""
+"""NLVR2: whether a sentence is true of a left and a right picture. ALBEF trains text assignment before it."""
 
 from __future__ import annotations
 

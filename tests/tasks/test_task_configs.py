@@ -18,6 +18,7 @@ BERT = SpecialIds(pad=0, cls=101, sep=102, mask=103)
 # Millions of trained weights: ViT-B/16 at 384 px 86.1, BERT's text layers 66.4, the fusion layers 56.7 ...
 SIZES = {
     "snli_ve": 209.8, "nlvr2": 259.3, "vqa": 290.3, "retrieval": 210.2, "captioning": 389.3, "classification": 86.1,
+    "text_assignment": 258.5,
 }  # fmt: skip
 
 
@@ -53,7 +54,7 @@ def test_own_keys_count_more_than_those_of_the_pretrained_run(tmp_path: Path) ->
 
 @pytest.mark.parametrize("override, words", [
     ("init=nowhere", "init: expected the folder of a run or checkpoint, with its config.yaml, got 'nowhere'"),
-    ("task=knitting", "task: expected captioning, classification, nlvr2, retrieval, snli_ve, vqa or module:Class"),
+    ("task=knitting", "task: expected captioning, classification, nlvr2, retrieval, snli_ve, text_assignment, vqa or "),
     ("head.gamma=1", "head.gamma: unknown key; known: alpha, alpha_warmup_epochs, momentum"),
     ("method=sycoca", "task: snli_ve is for softmask_pp, got sycoca"),
     ("head.alpha=2", "head.alpha: expected a number in [0, 1], got 2"),

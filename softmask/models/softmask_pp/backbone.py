@@ -58,22 +58,23 @@ class FusedEncoder(Network):
         self.fusion.activation_checkpointing = enable
 
 
-class Backbone(FusedEncoder):
-    """With the projections of the contrastive loss and the MLM head."""
+class ContrastiveEncoder(FusedEncoder):
+    """Features of the contrastive loss. Subclasses make the projections."""
 
-    def __init__(self, config: SoftMaskPPConfig) -> None:
-        super().__init__(config)
+    image_projection: nn.Linear
+    text_projection: nn.Linear
+
+    def __init__(self, config: SoftMaskPPConfig, *, pictures: int = 1) -> None:
+        super().__init__(config, pictures=pictures)
         self.text_pooling = config.text.pool
-        self.mlm_head = MLMHead(config.text)
-        self.image_projection = nn.Linear(self.vision.width, config.embed_dim)
-        self.text_projection = nn.Linear(config.text.width, config.embed_dim)
-        for part in (self.text, self.fusion, self.mlm_head, self.image_projection, self.text_projection):
-            initialize(part, std=config.text.initializer_range)
-        self.text_from = load_bert(self, config.text.checkpoint) if config.text.checkpoint else "random"
 
     def encode_image(self, images: Tensor) -> Encoded:
         tokens = self.vision(images)
-        return Encoded(tokens, F.normalize(at_least_fp32(self.image_projection(self.vision.pool(tokens))), dim=-1))
+        return Encoded(tokens, self.image_feature(tokens))
+
+    def image_feature(self, tokens: Tensor) -> Tensor:
+        """tokens [B, P, D] -> normalized features [B, embed_dim]."""
+        return F.normalize(at_least_fp32(self.image_projection(self.vision.pool(tokens))), dim=-1)
 
     def text_feature(self, tokens: Tensor, packing: Packing, pooled: Tensor) -> Tensor:
         """tokens [S, D] of B captions -> normalized features [B, embed_dim] of their CLS tokens, or of the means of the
@@ -83,6 +84,19 @@ class Backbone(FusedEncoder):
         else:
             states = (packing.pad(tokens) * pooled[..., None]).sum(dim=1) / pooled.sum(dim=1, keepdim=True)
         return F.normalize(at_least_fp32(self.text_projection(states)), dim=-1)
+
+
+class Backbone(ContrastiveEncoder):
+    """With the projections and the MLM head."""
+
+    def __init__(self, config: SoftMaskPPConfig) -> None:
+        super().__init__(config)
+        self.mlm_head = MLMHead(config.text)
+        self.image_projection = nn.Linear(self.vision.width, config.embed_dim)
+        self.text_projection = nn.Linear(config.text.width, config.embed_dim)
+        for part in (self.text, self.fusion, self.mlm_head, self.image_projection, self.text_projection):
+            initialize(part, std=config.text.initializer_range)
+        self.text_from = load_bert(self, config.text.checkpoint) if config.text.checkpoint else "random"
 
     def predict_tokens(self, states: Tensor) -> Tensor:
         """Fused states of any leading shape [..., D] -> logits [..., vocabulary]."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -12,21 +14,22 @@ from softmask.models.layers.numerics import at_least_fp32, initialize
 from softmask.models.layers.packing import OutputPositions, Packing
 from softmask.models.softmask_pp.backbone import FusedEncoder
 from softmask.models.softmask_pp.config import SoftMaskPPConfig
-from softmask.models.softmask_pp.fusion import PairIndex
+from softmask.models.softmask_pp.fusion import FusionEncoder, PairIndex
 from softmask.models.softmask_pp.pairs import first_tokens
 
 
-def fused_first_tokens(network: FusedEncoder, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+def fused_first_tokens(
+    fusion: FusionEncoder, image_tokens: Tensor, text_tokens: Tensor, packing: Packing, turns: Sequence[Tensor]
+) -> Tensor:
     """The last fused state [B, D] of every text's first token, CLS.
 
-    images: [n B, ...], the n pictures of the first text, then those of the second; n is the network's.
+    image_tokens [I, P, D_image], text_tokens [S, D] of B texts; `turns`: the picture [B] that each text reads in the
+    first copy of every layer, in the second, ...
     """
-    packing, fusion = Packing.of(attention_mask), network.fusion
-    start = fusion.start(network.text(input_ids, packing), packing)
-    first = torch.arange(0, len(images), fusion.copies, device=images.device)
-    turns = [PairIndex(kv_index=first + number) for number in range(fusion.copies)]
-    outputs = OutputPositions.of(packing, first_tokens(attention_mask), size=len(input_ids), longest=1)
-    cls, _ = fusion(start, fusion.project(network.vision(images)), turns, outputs=outputs)
+    mask = packing.mask
+    start, keys = fusion.start(text_tokens, packing), fusion.project(image_tokens)
+    outputs = OutputPositions.of(packing, first_tokens(mask), size=len(mask), longest=1)
+    cls, _ = fusion(start, keys, [PairIndex(kv_index=turn) for turn in turns], outputs=outputs)
     return cls
 
 
@@ -42,7 +45,10 @@ class ClassifierNetwork(FusedEncoder):
 
     def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits [B, classes]. images: all pictures of the first text, then those of the second, ..."""
-        return self.head(fused_first_tokens(self, images, input_ids, attention_mask))
+        packing, copies = Packing.of(attention_mask), self.fusion.copies
+        turns = torch.arange(len(images), device=images.device).unflatten(0, (-1, copies)).unbind(1)
+        texts = self.text(input_ids, packing)
+        return self.head(fused_first_tokens(self.fusion, self.vision(images), texts, packing, turns))
 
 
 class Classifier(Distilled[ClassifierNetwork]):

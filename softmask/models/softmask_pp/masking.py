@@ -79,10 +79,24 @@ def sample_negatives(similarity: Tensor, ids: Tensor) -> Tensor:
     Drawn from softmax(similarity) without the columns of the same image (equal ids) or, if that leaves none, without
     the row's own column alone.
     """
-    own = torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
+    return _without_own(_perturbed(similarity), ids).argmax(dim=1)
+
+
+def two_negatives(similarity: Tensor, ids: Tensor, *, draw: bool) -> tuple[Tensor, Tensor]:
+    """As `sample_negatives`, two different columns for every row; twice the same where there is no second one. Without
+    `draw` the two most similar ones."""
+    logits, columns = _without_own(_perturbed(similarity) if draw else similarity, ids).topk(2, dim=1)
+    first, second = columns.unbind(1)
+    return first, torch.where(logits[:, 1] == -torch.inf, first, second)
+
+
+def _perturbed(logits: Tensor) -> Tensor:
+    """With Gumbel noise: the largest of a row are draws from its softmax without replacement. Unlike torch.multinomial
+    it survives features that are not finite. The loss then tells the trainer to skip the step."""
+    return logits - torch.empty_like(logits).exponential_().clamp_min(1e-30).log()
+
+
+def _without_own(logits: Tensor, ids: Tensor) -> Tensor:
+    own = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
     same = ids[:, None] == ids[None, :]
-    same = torch.where(same.all(dim=1, keepdim=True), own, same)
-    # The largest logit plus Gumbel noise: unlike torch.multinomial it survives features that are not finite. The loss
-    # then tells the trainer to skip the step.
-    noise = -torch.empty_like(similarity).exponential_().clamp_min(1e-30).log()
-    return (similarity + noise).masked_fill(same, -torch.inf).argmax(dim=1)
+    return logits.masked_fill(torch.where(same.all(dim=1, keepdim=True), own, same), -torch.inf)
