@@ -30,7 +30,7 @@ PIP := $(IN_VENV) python -m pip install -q --disable-pip-version-check -c constr
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null | sort)
 READY := $(VENV)/.extension
 
-.PHONY: help env pretrain finetune ablation test test-slow bench gpu-report gpu-budgets gpu-matrix sanitize docs lint format clean
+.PHONY: help env pretrain finetune ablation downstream test test-slow bench gpu-report gpu-budgets gpu-matrix sanitize docs lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -106,15 +106,6 @@ $(RUN_DIR)/report.html: $(RUN_DIR)/metrics.json $(if $(filter artists,$(DATA)),$
 TASKS := retrieval vqa nlvr2 snli_ve classification captioning
 TASK ?= $(TASKS)
 BASE_captioning := sycoca_demo
-FILES_captions := data.train=data/tasks/captions.json data.val=data/tasks/captions.json
-FILES_retrieval := $(FILES_captions) head.rerank=4
-FILES_captioning := $(FILES_captions)
-FILES_vqa := data.train='data/tasks/vqa_train_*.json' data.val='data/tasks/vqa_val_*.json' \
-  head.answer_list=data/tasks/answer_list.json head.alpha=0
-FILES_nlvr2 := data.train=data/tasks/nlvr2_train.json data.val=data/tasks/nlvr2_val.json head.alpha=0
-FILES_snli_ve := data.train=data/tasks/snli_ve_train.json data.val=data/tasks/snli_ve_val.json head.alpha=0
-FILES_classification := data.train=data/tasks/classification/train data.val=data/tasks/classification/val \
-  head.mixup=0 head.cutmix=0
 TEST_retrieval := --data data/tasks/captions.json --pairs 1280
 TEST_captioning := --data data/tasks/captions.json --pairs 1280 --beams 4
 TEST_vqa := --data 'data/tasks/vqa_test_*.json'
@@ -127,10 +118,11 @@ finetune: $(patsubst %,runs/%/metrics.json,$(patsubst all,$(TASKS),$(TASK)))  ##
 data/tasks/tasks.json: | $(READY)
 	@$(IN_VENV) python -m softmask.data.scenes --tasks --out data/tasks
 
-$(TASKS:%=runs/%/done.json): runs/%/done.json: train/configs/demo_tasks.yaml | $(READY) data/tasks/tasks.json
-	@test -f runs/$(or $(BASE_$*),demo)/done.json || $(MAKE) pretrain DEMO=$(or $(BASE_$*),demo)
-	@$(IN_VENV) deepspeed train/finetune.py --config $< --resume auto output=runs/$* task=$* \
-	  init=runs/$(or $(BASE_$*),demo) $(FILES_$*)
+runs/nlvr2/done.json: runs/text_assignment/done.json
+FINETUNED := $(TASKS) text_assignment
+$(FINETUNED:%=runs/%/done.json): runs/%/done.json: train/configs/demo_tasks/%.yaml | $(READY) data/tasks/tasks.json
+	@$(if $(filter $*,nlvr2),,test -f runs/$(or $(BASE_$*),demo)/done.json || $(MAKE) pretrain DEMO=$(or $(BASE_$*),demo))
+	@$(IN_VENV) deepspeed train/finetune.py --config $< --resume auto
 	@test -f $@ || { echo "finetune: stopped before the end; run make finetune again to continue" >&2; exit 1; }
 	@touch $@
 
@@ -140,6 +132,10 @@ $(TASKS:%=runs/%/metrics.json): runs/%/metrics.json: runs/%/done.json
 ablation: $(READY)  ## both methods with and without their parts (hours); ARGS="--jobs 2 --rows coca"
 	@$(MAKE) -s DEMO=artists data/artists/scenes.json
 	@$(IN_VENV) python -m benchmarks.ablation.run $(ARGS)
+
+downstream: $(READY) data/tasks/tasks.json  ## all tasks after pre-training beside their baselines (hours); ARGS="--jobs 2 --rows vqa"
+	@$(MAKE) -s data/scenes/scenes.json
+	@$(IN_VENV) python -m benchmarks.downstream.run $(ARGS)
 
 test: $(READY)  ## all tests but the slow ones, in JOBS processes
 	@OMP_NUM_THREADS=1 $(IN_VENV) python -m pytest tests -q -n $(JOBS) --dist worksteal -m "not slow"

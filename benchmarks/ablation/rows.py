@@ -6,61 +6,17 @@ the configuration cannot make two rows equal. All other settings are those of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
+
+from benchmarks.studies.study import Row, Study, first_recall, mean_recall, section_figure
 
 CONFIGS = Path(__file__).parent
 UNSEEN, SEEN = "unseen", "seen"  # the artist that training never sees, and the artists of training
-Measured = Mapping[str, dict]  # UNSEEN or SEEN -> contents of metrics.json
-Figure = Callable[[Measured], float | None]  # a fraction; None: not measured
-
-
-class AblationError(RuntimeError):
-    """A run failed or is unusable; the message names it."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One configuration of a study."""
-
-    name: str  # folder name, and value of --rows
-    title: str
-    overrides: tuple[str, ...]  # key=value, of the study's configuration
-    base: str = ""  # name of the row without the part that this one adds
-    published: tuple[float, ...] = ()  # the paper's values in percent, one per title in the study's `published`
-
-
-@dataclass(frozen=True)
-class Study:
-    """The rows of one table."""
-
-    method: str
-    title: str
-    note: str
-    config: Path
-    rows: tuple[Row, ...]
-    figures: dict[str, Figure]  # title -> value, read from a run's metrics
-    published: tuple[str, ...] = ()  # the paper's figures
-
-
-def mean_recall(hand: str) -> Figure:
-    """The mean of R@1, R@5 and R@10 by ITC, image to caption and caption to image."""
-    return lambda measured: fmean(
-        share for way in measured[hand]["retrieval"]["itc"].values() for share in way.values()
-    )
-
-
-def first_recall(hand: str, stage: str) -> Figure:
-    """The mean of R@1 image to caption and caption to image; `stage` is itc, or itm for re-ranked results."""
-    return lambda measured: fmean(way["r1"] for way in measured[hand]["retrieval"][stage].values())
-
-
-def section_figure(hand: str, section: str, key: str) -> Figure:
-    """A value of a section that some rows lack."""
-    return lambda measured: measured[hand].get(section, {}).get(key)
-
+GALLERY = "256"  # images in the retrieval gallery
+TEST_DATA = {
+    UNSEEN: ("--data", "data/artists/test-*.tar", "--pairs", GALLERY),
+    SEEN: ("--data", "data/artists/seen-*.tar", "--pairs", GALLERY),
+}
 
 SYCOCA_ROWS = (
     Row(
@@ -129,7 +85,7 @@ SOFTMASK_PP_ROWS = (
 
 STUDIES = (
     Study(
-        method="sycoca",
+        name="sycoca",
         title="SyCoCa",
         note=(
             "CoCa is trained without a pooler. The paper's rows are interpreted as follows: with attentive masking on "
@@ -139,6 +95,7 @@ STUDIES = (
             "have weight 2 of ITC, where the paper has 1, and the focal factor gamma 1. The paper's figures are "
             "zero-shot retrieval on COCO after training on CC3M."
         ),
+        evaluations=TEST_DATA,
         config=CONFIGS / "sycoca.yaml",
         rows=SYCOCA_ROWS,
         figures={
@@ -150,7 +107,7 @@ STUDIES = (
         published=("mTR", "mIR"),
     ),
     Study(
-        method="softmask_pp",
+        name="softmask_pp",
         title="SoftMask++",
         note=(
             "Each of the three middle rows adds one part to ALBEF, the last adds all three. Multi-modal augmentation "
@@ -159,6 +116,7 @@ STUDIES = (
             "weight 2 and MLM at 0.25, the contrastive loss alone for the first steps, easy negatives, no RandAugment. "
             "No figures are published for single parts."
         ),
+        evaluations=TEST_DATA,
         config=CONFIGS / "softmask_pp.yaml",
         rows=SOFTMASK_PP_ROWS,
         figures={

@@ -56,6 +56,7 @@ class DataConfig:
     grayscale_probability: float = 0.2
     blur_probability: float = 0.5
     blur_radius: tuple[float, float] = (0.1, 2.0)  # standard deviation in pixels of a 224-pixel image
+    blank: bool = False  # grey pictures instead of the data's: what texts tell by themselves
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     workers: int = 0

@@ -101,10 +101,18 @@ def eval_transform(config: DataConfig) -> Callable[[bytes | Image.Image], Tensor
 
     def transform(image: bytes | Image.Image) -> Tensor:
         image = decode_image(image) if isinstance(image, bytes) else image.convert("RGB")
+        if config.blank:
+            return normalize_images([blank(config)], config.mean, config.std)[0]
         image = (middle if config.eval_resize == "crop" else square)(image, config.image_size)
         return normalize_images([np.asarray(image)], config.mean, config.std)[0]
 
     return transform
+
+
+def blank(config: DataConfig) -> np.ndarray:
+    """A picture of the mean colour, [H, W, 3] uint8."""
+    color = np.array([round(255 * value) for value in config.mean], np.uint8)
+    return np.broadcast_to(color, (config.image_size, config.image_size, 3))
 
 
 def square(image: Image.Image, side: int) -> Image.Image:
@@ -142,6 +150,8 @@ class TrainTransform:
 
     def __call__(self, image: Image.Image, rng: random.Random, caption: str = "") -> np.ndarray:
         config = self.config
+        if config.blank:
+            return blank(config)
         box = crop_box(image.size, config.crop_scale, rng)
         image = image.resize((config.image_size, config.image_size), Image.Resampling.BICUBIC, box=box)
         if config.flip and rng.random() < 0.5:

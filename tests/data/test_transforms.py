@@ -285,3 +285,13 @@ def test_timm_is_needed_for_rand_augment_only():
         "sys.exit('timm' in sys.modules or 'transformers' in sys.modules or 'torchvision' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_blank_pictures_are_grey_in_training_and_evaluation() -> None:
+    config = DataConfig(image_size=8, blank=True)
+    picture = Image.new("RGB", (20, 10), (255, 0, 0))
+    trained = T.normalize_images([T.TrainTransform(config)(picture, random.Random(0))], config.mean, config.std)[0]
+    evaluated = eval_transform(config)(picture)
+    assert trained.shape == (3, 8, 8) and trained.abs().max() < 0.01 and torch.equal(trained, evaluated)
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        eval_transform(config)(b"no picture")

@@ -1,4 +1,4 @@
-"""The ablations as Markdown: the mean of every row, and its paired difference to the row without its part.
+"""Studies as Markdown: the mean of every row, and its paired difference to the row that it is compared with.
 
 Pure functions of the recorded metrics.
 """
@@ -11,21 +11,8 @@ from dataclasses import dataclass
 from math import sqrt
 from statistics import fmean, stdev
 
-from benchmarks.ablation.rows import AblationError, Figure, Measured, Row, Study
+from benchmarks.studies.study import Figure, Measured, Row, Study, StudyError
 
-INTRODUCTION = """# Ablation
-
-What each part of the two methods changes where something has to generalize: scenes drawn by five artists in training,
-tested on an artist that training never sees and, as "trained", on other scenes by the artists of training. `make
-ablation` trains and evaluates the rows, keeps the configuration and metrics of every run in `record/`, and generates
-this file from them; do not edit it by hand.
-
-Figures are percentages, CIDEr times 100. mR is the mean of R@1, R@5 and R@10 by ITC, image to caption and caption to
-image; R@1 by ITM is the mean of both directions after re-ranking. All rows run with the seeds 0 to 4. Runs with the
-same seed start from the same weights and see the same batches, so a row is compared with the row without its part seed
-by seed: the mean difference in points, and its 95 % interval by Student's t. The papers trained on millions of images,
-a run here trains for minutes on tens of thousands of drawn scenes: an effect that is missing here is not refuted.
-"""
 # Student's t, 97.5 %, by degrees of freedom from 1 on.
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 MOST_SEEDS = len(T_QUANTILES) + 1
@@ -61,9 +48,9 @@ class Difference:
         return self.half is not None and abs(self.mean) > self.half
 
 
-def render(results: Sequence[Results]) -> str:
+def render(introduction: str, results: Sequence[Results]) -> str:
     """The README."""
-    return "\n".join([INTRODUCTION, *map(section, results)])
+    return "\n".join([introduction, *(section(one) for one in results if one.study.shown)])
 
 
 def section(results: Results) -> str:
@@ -83,13 +70,13 @@ def gallery(results: Results) -> int | None:
     """The number of images in the retrieval gallery; None without a recorded run.
 
     Raises:
-        AblationError: runs with galleries of different sizes.
+        StudyError: runs with galleries of different sizes.
     """
     runs = [measured for row in results.measured.values() for measured in row.values()]
-    sizes = {metrics["retrieval"]["images"] for measured in runs for metrics in measured.values()}
+    sizes = {metrics["retrieval"]["images"] for run in runs for metrics in run.values() if "retrieval" in metrics}
     if len(sizes) > 1:
-        raise AblationError(
-            f"{results.study.method}: expected retrieval among equally many images in all recorded metrics, "
+        raise StudyError(
+            f"{results.study.name}: expected retrieval among equally many images in all recorded metrics, "
             f"got {sorted(sizes)}; remove the runs of one size to run them again"
         )
     return sizes.pop() if sizes else None
@@ -134,7 +121,7 @@ def difference(results: Results, row: Row, read: Figure) -> Difference | None:
     if len(pairs) == 1:
         return Difference(pairs[0], None)
     if len(pairs) > MOST_SEEDS:
-        raise AblationError(f"{results.study.method}: expected at most {MOST_SEEDS} seeds, got {len(pairs)}")
+        raise StudyError(f"{results.study.name}: expected at most {MOST_SEEDS} seeds, got {len(pairs)}")
     return Difference(fmean(pairs), T_QUANTILES[len(pairs) - 2] * stdev(pairs) / sqrt(len(pairs)))
 
 

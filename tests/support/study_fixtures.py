@@ -1,0 +1,68 @@
+"""Studies whose commands are replaced, and their metrics and tables."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.ablation.rows import SEEN, STUDIES, UNSEEN
+from benchmarks.studies.runs import Plan
+from softmask.training.config import load_config, save_config
+
+STEPS = load_config(STUDIES[0].config).train.steps
+
+
+def made_metrics(*, itc: float = 0.5, itm: float = 0.5, pointing: float = 0.5, steps: int = STEPS, images: int = 256):
+    """metrics.json in which all recalls of a stage are equal, without its test data."""
+    stages = {name: {way: dict.fromkeys(("r1", "r5", "r10"), share) for way in ("i2t", "t2i")}
+              for name, share in (("itc", itc), ("itm", itm))}  # fmt: skip
+    return {
+        "retrieval": {"images": images, **stages},
+        "grounding": {"pointing": pointing},
+        "training": {"steps": steps},
+    }
+
+
+def measured_of(unseen: dict, seen: dict | None = None) -> dict[str, dict]:
+    return {UNSEEN: unseen, SEEN: seen or made_metrics()}
+
+
+class Fake:
+    """Replaces the two commands: writes the files they would write, and records the calls."""
+
+    def __init__(self, *, stops: int = 0, steps: int = STEPS) -> None:
+        self.calls: list[str] = []
+        self.stops = stops  # number of trainings that end early
+        self.metrics = made_metrics(steps=steps)
+
+    def __call__(self, command: Sequence[str]) -> None:
+        (script,) = [word for word in command if word.endswith(".py")]
+        self.calls.append(Path(script).stem)
+        if script.endswith("evaluate.py"):
+            run, data, output = (command[command.index(word) + 1] for word in (script, "--data", "--output"))
+            self.evaluate(Path(run), data, Path(output))
+        else:
+            self.train(command[command.index("--config") + 1], command[command.index("auto") + 1 :])
+
+    def evaluate(self, run: Path, data: str, output: Path) -> None:
+        output.write_text(json.dumps(self.metrics | {"evaluation": {"data": data}}))
+
+    def train(self, config: str, overrides: Sequence[str]) -> None:
+        (output,) = [word.removeprefix("output=") for word in overrides if word.startswith("output=")]
+        Path(output).mkdir(parents=True, exist_ok=True)
+        save_config(load_config(config, overrides), Path(output) / "config.yaml")
+        if self.stops:
+            self.stops -= 1
+        else:
+            (Path(output) / "done.json").write_text("{}")
+
+
+def make_plan(folder: Path, *rows: str, **options) -> Plan:
+    places = {"runs": folder / "runs", "record": folder / "record", "table": folder / "ablation.md"}
+    return Plan(**{"studies": STUDIES, "rows": rows, "seeds": 5, "expected": 5} | places | options)
+
+
+def line_of(text: str, title: str) -> list[str]:
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {title} |")]
+    return [cell.strip() for cell in line.strip("|").split("|")]
