@@ -54,8 +54,11 @@ def write_files(folder: Path, *, count: int = 12, detections: Any = None, masks:
     return ",".join(str(folder / f"{name}.json") for name in names)
 
 
-def measured(folder: Path, data: str, *, batch_size: int = 5, crop: bool = False, **options: Any) -> dict[str, Any]:
+def measured(
+    folder: Path, data: str, *, batch_size: int = 5, crop: bool = False, max_length: int = 16, **options: Any
+) -> dict[str, Any]:
     config = small_config(folder)
+    config.data.max_length = max_length
     config.data.eval_resize = "crop" if crop else "squash"
     scorer = Scorer(Oracle(config), Words(), config, batch_size=batch_size)
     reader = Reader(open_refcoco(paths_of(data), split="testA"), config.data)
@@ -68,7 +71,7 @@ def measured(folder: Path, data: str, *, batch_size: int = 5, crop: bool = False
 def test_oracle_finds_every_box_and_sees_a_picture_once_in_a_piece(tmp_path: Path, batch_size: int, shown: int) -> None:
     rows: list[dict[str, Any]] = []
     found = measured(tmp_path, write_files(tmp_path), batch_size=batch_size, predictions=rows)
-    counts = {"expressions": 48, "images": 12, "without_right_box": 0, "masks": 48}
+    counts = {"expressions": 48, "images": 12, "cut": 0, "without_right_box": 0, "masks": 48}
     shares = {"accuracy": 1.0, "chance": 0.5, "ceiling": 1.0, "pointing": 1.0, "random": 128 / 1024}
     unseen = counts | {"expressions": 16, "images": 4, "masks": 16} | shares
     assert found == counts | shares | {
@@ -126,6 +129,13 @@ def test_examples_that_cannot_be_measured_are_named_and_counted(tmp_path: Path) 
     size = [one for one in found["errors"] if "0.png: 32 x 32 pixels, expected 32 x 16 as in the instances" in one]
     gone = [one for one in found["errors"] if "5.png: cannot be read" in one]
     assert (len(size), len(gone)) == (4, 4)
+
+
+def test_expressions_that_were_cut_are_counted_and_those_without_a_word_left_out(tmp_path: Path) -> None:
+    data = write_files(tmp_path)
+    assert measured(tmp_path, data, max_length=4)["cut"] == 24
+    with pytest.raises(DataError, match=r"no expression can be measured; the first: .*no word is left of 'a red box'"):
+        measured(tmp_path, data, max_length=2)
 
 
 def test_cropped_pictures_keep_their_boxes(tmp_path: Path) -> None:
@@ -209,6 +219,12 @@ def test_what_cannot_be_measured_is_refused(
     assert evaluate.main([str(init), *options_of(data), *given, "--output", str(tmp_path / "found.json")]) == 1
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("evaluate")]
     assert words in line and not (tmp_path / "found.json").exists()
+
+
+def test_box_score_without_grounding_is_named_as_unused(tmp_path: Path) -> None:
+    options = evaluate.parse(["run", "--data", "x.tar", "--box-score", "root"])
+    given = Evaluation(Scorer(Oracle(small_config(tmp_path)), Words(), small_config(tmp_path)), Reader(None))
+    assert evaluate.unused(options, {}, given) == ["--box-score root: --task grounding is not measured"]
 
 
 def test_sycoca_has_no_maps(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:

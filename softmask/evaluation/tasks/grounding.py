@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softmask.data import Record, TokenBatch, rle
+from softmask.data import DataError, Record, TokenBatch, rle
 from softmask.data.transforms import middle_box
 from softmask.evaluation import metrics
 from softmask.evaluation.readers import Scorer
@@ -24,6 +24,7 @@ RIGHT = 0.5  # intersection over union of a right box, at least
 class Grounded:
     """What is known of one expression."""
 
+    cut: bool = False  # it was truncated
     box: list[float] | None = None  # the best proposal, the first of equals
     right: bool = False
     chance: float = 0.0  # share of the proposals that are right
@@ -49,6 +50,9 @@ class BoxGrounding(Section):
         found = predict_all(scorer, reader, predict, share_pictures=True)
         reader.skipped |= {one.index: one.value for one in found if isinstance(one.value, str)}
         found = [one for one in found if one.index not in reader.skipped]
+        if not found:
+            first = next(iter(reader.skipped.values()))
+            raise DataError(f"{', '.join(reader.source.paths)}: no expression can be measured; the first: {first}")
         if given.predictions is not None:
             given.predictions.extend({"id": one.record.key, "box": one.value.box} for one in found)
         result = {"box_score": given.box_score, "skipped": len(reader.skipped), **scores(found)}
@@ -57,6 +61,8 @@ class BoxGrounding(Section):
 
     def lines(self, result: dict, given: Evaluation) -> list[str]:
         lines = [f"grounding, {_line(result)}"]
+        if result["cut"]:
+            lines.append(f"  {result['cut']} expressions were truncated to {given.text_length} tokens")
         return lines + ([f"  with something unseen: {_line(result['unseen'])}"] if "unseen" in result else [])
 
 
@@ -84,7 +90,8 @@ def ground(scorer: Scorer, batch: ExampleBatch, *, by: BoxScore) -> list[Grounde
         else:
             window = middle_box(size) if crop else (0, 0, width, height)
             seen = (window[3] - window[1], window[2] - window[0])
-            found.append(_measured(metrics.upsample_maps(plane, scorer.model.patch_grid, seen)[0], record, window, by))
+            upsampled = metrics.upsample_maps(plane, scorer.model.patch_grid, seen)[0]
+            found.append(_measured(upsampled, record, window, by, cut=bool(batch.text.cut[row])))
     return found
 
 
@@ -93,10 +100,10 @@ def _words(text: TokenBatch, row: int) -> list[int]:
     return (text.offsets[row, :, 1] > text.offsets[row, :, 0]).nonzero().flatten().tolist()
 
 
-def _measured(plane: Tensor, record: Record, window: tuple[int, int, int, int], by: BoxScore) -> Grounded:
+def _measured(plane: Tensor, record: Record, window: tuple[int, int, int, int], by: BoxScore, *, cut: bool) -> Grounded:
     """The map `plane` is of the window (left, top, right, bottom) of the image."""
     target, (left, top, right, bottom) = record.target, window
-    one = Grounded()
+    one = Grounded(cut=cut)
     if target["proposals"]:
         boxes = torch.tensor(target["proposals"], dtype=torch.float64)
         are_right = iou(boxes, torch.tensor(target["box"])) >= RIGHT
@@ -113,11 +120,12 @@ def _measured(plane: Tensor, record: Record, window: tuple[int, int, int, int], 
 def scores(found: Sequence[Prediction]) -> dict[str, Any]:
     """Counts and shares of expressions. Those without a right proposal count as wrong."""
     values: list[Grounded] = [one.value for one in found]
-    total = max(len(values), 1)
+    total = len(values)
     unreachable = sum(not one.chance for one in values)
     result = {
-        "expressions": len(values),
+        "expressions": total,
         "images": len({one.record.image_id for one in found}),
+        "cut": sum(one.cut for one in values),
         "without_right_box": unreachable,
         "accuracy": sum(one.right for one in values) / total,
         "chance": sum(one.chance for one in values) / total,
