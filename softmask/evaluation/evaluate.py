@@ -25,7 +25,8 @@ SyCoCa generates a caption for each image of the first `--pairs` samples, which 
 Zero-shot classification uses `--classes`, by default the concepts.json beside the data (zero_shot.py).
 
 Tasks after pre-training (docs/finetuning.md) have a section of their own, and their own files as `--data`. `--task
-classification` measures a pre-trained run on folders of classes without training it.
+classification` measures a pre-trained run on folders of classes without training it, `--task grounding` on RefCOCO's
+files.
 
 Under torchrun, deepspeed, srun or mpirun every process takes its share of a task's examples; the figures are the same
 to the last digit. Unreadable samples are skipped and named on stderr. If the command fails, it writes nothing.
@@ -57,6 +58,7 @@ from softmask.evaluation.command import (
 from softmask.evaluation.readers import Reader, Scorer
 from softmask.evaluation.retrieval import RerankBy
 from softmask.evaluation.sections import Evaluation, Section, evaluate, for_task, sections_of
+from softmask.evaluation.tasks.boxes import BoxScore
 from softmask.evaluation.zero_shot import Class, read_classes
 from softmask.files import write_atomically
 from softmask.training.checkpoint.state import read_state
@@ -92,6 +94,8 @@ def unused(options: argparse.Namespace, result: dict, given: Evaluation) -> list
     frozen = "linear_probe" in result.get("classification", {})
     if options.training and "captioning" not in result and not frozen:
         lines.append("--training: the model generates no captions")
+    if options.box_score != "mean" and options.task != "grounding":
+        lines.append(f"--box-score {options.box_score}: --task grounding is not measured")
     if options.predictions and not given.predictions:
         lines.append(f"--predictions: {', '.join(result)} makes none")
     if options.classes and "zero_shot" not in result:
@@ -119,6 +123,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default="match",
         help="logit of a match, as ALBEF (default), minus that of no match, or plus the features' similarity, as BLIP",
     )
+    parser.add_argument(
+        "--box-score",
+        choices=get_args(BoxScore),
+        default="mean",
+        help="what grounding ranks boxes by: the map's mean (default), or its sum over the root of the area, as ALBEF",
+    )
     parser.add_argument("--training", help="training data, whose captions are scored for comparison")
     parser.add_argument("--training-image-root", help="--image-root of --training (default: as in training)")
     parser.add_argument(
@@ -142,7 +152,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--task",
         default="",
         help="measure a pre-trained run on this task without training it: classification, by names and, with "
-        "--training, by a linear probe",
+        "--training, by a linear probe; grounding, of SoftMask++",
     )
     parser.add_argument(
         "--predictions", type=Path, help="write a downstream task's predictions, as its server reads them"
@@ -192,6 +202,7 @@ def run(options: argparse.Namespace) -> str:
         pairs=(256 if pretrained else 0) if options.pairs is None else options.pairs,
         rerank=options.rerank or getattr(head, "rerank", 16),
         rerank_by=options.rerank_by,
+        box_score=options.box_score,
         captions=CaptionOptions(beams=options.beams, neighbours=options.neighbours),
         classes=classes,
         blank=options.blank,

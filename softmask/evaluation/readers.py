@@ -50,6 +50,7 @@ class WordMapper(Protocol):
         *,
         kind: str,
         normalize: str | None,
+        kv_index: Tensor | None = None,
     ) -> Tensor: ...
 
 

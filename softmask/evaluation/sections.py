@@ -12,8 +12,9 @@ from softmask.evaluation import captioning, grounding, reconstruction, retrieval
 from softmask.evaluation.captioning import CaptionOptions
 from softmask.evaluation.readers import Reader, Sample, Scorer
 from softmask.evaluation.retrieval import RerankBy
+from softmask.evaluation.tasks.boxes import BoxScore
 from softmask.evaluation.zero_shot import Class
-from softmask.tasks.downstream import DownstreamTask
+from softmask.tasks.downstream import DownstreamTask, FewerTerms
 from softmask.tasks.registry import known
 from softmask.training.config import PRETRAIN, ConfigError
 
@@ -30,6 +31,7 @@ class Evaluation:
         rerank: number of candidates that ITM re-ranks.
         rerank_by: the score that re-ranks them.
         captions: options of caption generation.
+        box_score: what grounding ranks boxes by.
         classes: classes of zero-shot classification; without classes the section is left out.
         blank: downstream tasks see grey pictures, which shows what texts alone tell.
         predictions: sections of downstream tasks add the rows of the file of predictions; None: none is wanted.
@@ -42,6 +44,7 @@ class Evaluation:
     rerank: int = 16
     rerank_by: RerankBy = "match"
     captions: CaptionOptions = field(default_factory=CaptionOptions)
+    box_score: BoxScore = "mean"
     classes: list[Class] = field(default_factory=list)
     blank: bool = False
     predictions: list[dict[str, Any]] | None = None
@@ -202,16 +205,17 @@ def sections_of(scorer: Scorer) -> list[Section]:
 
 def for_task(scorer: Scorer, name: str) -> list[Section]:
     """The section that measures a pre-trained model on a task without training it; the scorer then reads its files.
+    After fine-tuned retrieval the model is a pre-trained one, too.
 
     Raises:
         ConfigError: no such task, a task that has to be trained, or a model that is no pre-trained one.
     """
     if name == PRETRAIN:
         raise ConfigError(f"--task: expected {', '.join(known(DownstreamTask))}, got {PRETRAIN}")
-    if scorer.config.task != PRETRAIN:
+    if scorer.config.task != PRETRAIN and not isinstance(scorer.config.find_task(), FewerTerms):
         raise ConfigError(f"--task: expected a pre-trained run, got one of task {scorer.config.task}")
     try:
-        scorer.config = replace(scorer.config, task=name)
+        scorer.config = replace(scorer.config, task=name, head=None)
         task = scorer.config.find_task()
         assert isinstance(task, DownstreamTask)
         if not task.frozen_section:

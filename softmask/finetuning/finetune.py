@@ -25,10 +25,15 @@ def train_and_validate(config: Config, *, checkpoint: Path | None = None) -> Non
     """As `training.trainer.train`, for a task after pre-training.
 
     Raises:
-        ConfigError: the configuration names no such task.
+        ConfigError: the configuration names no such task, or one without training.
     """
     if config.task == PRETRAIN:
         raise ConfigError(f"task: expected {', '.join(known(DownstreamTask))}, got {PRETRAIN}: use train/pretrain.py")
+    task = config.find_task()
+    assert isinstance(task, DownstreamTask)
+    if not task.section:
+        measured = f"python train/evaluate.py {config.init or 'RUN'} --task {config.task}"
+        raise ConfigError(f"task: {config.task} has nothing to train: {measured} measures a pre-trained run")
     train(config, checkpoint=checkpoint, validator=validator)
 
 

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from softmask.data import CaptionTokenizer, DataConfig, Record, Source
     from softmask.models.config import SpecialIds
 
-Split = Literal["train", "val", "test"]
-"""What data is for: a file that holds several splits gives this one."""
+Split = Literal["train", "val", "test", "testA", "testB"]
+"""What data is for: a file that holds several splits gives this one. RefCOCO has two of test."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -40,7 +42,7 @@ class DownstreamTask(Task):
         Head: the dataclass of the `head:` section.
         models: method -> `module:Class` of the model, which takes (the `model:` section, the `head:` section,
             special_ids=).
-        section: the evaluation section that measures the task, as `module:Class`.
+        section: the evaluation section that measures the task, as `module:Class`; empty: the task is not trained.
         frozen_section: the evaluation section that measures a pre-trained model on the task without training it, as
             `module:Class`; empty: there is none.
         metric: the name of what a validation compares, a key of that section unless `score` says otherwise.
@@ -51,7 +53,7 @@ class DownstreamTask(Task):
 
     Head: type = NoOptions
     models: dict[str, str]
-    section: str
+    section: str = ""
     frozen_section: str = ""
     metric: str
     name: str
@@ -145,12 +147,12 @@ class FusedClassification(DistilledTask):
 
 
 def paths_of(paths: str | Sequence[str], *, folders: bool = False) -> list[str]:
-    """The files that paths, globs or brace patterns name; with `folders`, names that do not end in .tar are kept for
-    the reader. Raises DataError if a file is missing."""
+    """The files that paths, globs or brace patterns name, in a text also several with commas between them; with
+    `folders`, names that do not end in .tar are kept for the reader. Raises DataError if a file is missing."""
     from softmask.data.records import DataError
     from softmask.data.sources import expand_pattern
 
-    patterns = [paths] if isinstance(paths, str) else list(paths)
+    patterns = _listed(paths) if isinstance(paths, str) else list(paths)
     if not patterns or not all(patterns):
         raise DataError("no data: expected the task's file or files, got nothing")
     found: list[str] = []
@@ -159,11 +161,16 @@ def paths_of(paths: str | Sequence[str], *, folders: bool = False) -> list[str]:
     return found
 
 
+def _listed(paths: str) -> list[str]:
+    """The parts between commas that are not within braces, unless the text itself is a path."""
+    return [paths] if os.path.exists(paths) else re.split(r",(?![^{}]*})", paths)
+
+
 def require_targets(source: ExampleSource, *, split: Split) -> ExampleSource:
     """The source. Raises DataError where training or validation has an example without an answer."""
     from softmask.data.records import DataError
 
-    if split != "test" and source.unanswered:
+    if split in ("train", "val") and source.unanswered:
         raise DataError(
             f"{', '.join(source.paths)}: {source.unanswered} of {len(source)} examples have no answer, which "
             f"{'training' if split == 'train' else 'validation'} needs"

@@ -131,6 +131,16 @@ def test_word_maps_work_without_grad_mode_and_leave_grad_unset():
         model.word_maps(batch.images, batch.input_ids, batch.attention_mask, word_index, kind="saliency")
 
 
+@pytest.mark.parametrize("kind", ["gradcam", "attention"])
+def test_word_maps_of_captions_that_share_an_image_equal_those_of_repeated_images(kind):
+    model, batch = small_model().double().eval(), small_batch(dtype=torch.float64)
+    index = torch.tensor([2, 0, 0, 2, 1, 2])
+    words = torch.tensor([[[1, 2], [3, -1]]]).expand(len(index), -1, -1)
+    text = (batch.input_ids, batch.attention_mask, words)
+    shared = model.word_maps(batch.images[:3], *text, kind=kind, kv_index=index)
+    torch.testing.assert_close(shared, model.word_maps(batch.images[index], *text, kind=kind))
+
+
 def test_recomputed_maps_equal_those_of_the_step():
     """`recompute` gives the map and gradients of `online`; `momentum` gives another map."""
     results = {}

@@ -134,6 +134,7 @@ class Oracle:
         self.std = torch.tensor(config.data.std).view(3, 1, 1)
         self.blind = blind
         self.fused = 0  # pairs seen by match
+        self.images_seen = 0  # by word_maps
 
     def _code(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         code = F.one_hot(4 * left + right, 16).float()
@@ -155,7 +156,9 @@ class Oracle:
         same = (image_tokens[kv_index, 0] * text_tokens[:, 0]).sum(1)
         return torch.stack([-same, 2 * same], dim=1)
 
-    def word_maps(self, images, input_ids, attention_mask, word_index, *, kind, normalize):
+    def word_maps(self, images, input_ids, attention_mask, word_index, *, kind, normalize, kv_index=None):
+        self.images_seen += len(images)
+        images = images if kv_index is None else images[kv_index]
         first, palette = Words.vocabulary.index("red"), torch.tensor(list(COLOURS.values())).float() / 255
         patches = F.avg_pool2d(images * self.std + self.mean, 8).flatten(2).movedim(1, -1)  # [B, 16, 3]
         maps = torch.zeros(*word_index.shape[:2], 16)

@@ -189,7 +189,7 @@ def test_answers_that_cannot_be_told_apart_are_refused(
 
 
 @pytest.mark.parametrize("options, words", [
-    (["--task", "pretrain"], "--task: expected captioning, classification, nlvr2, retrieval, snli_ve, vqa, got"),
+    (["--task", "pretrain"], "--task: expected captioning, classification, grounding, nlvr2, retrieval, snli_ve, vqa"),
     (["--blank"], "--blank: expected a run of snli_ve, nlvr2, vqa or classification"),
     (["--answer-list", "x.json"], "--answer-list: expected a run of task vqa, got pretrain"),
 ])  # fmt: skip

@@ -7,7 +7,9 @@ Three files, told apart by their content:
 - expressions: `[{"ref_id", "ann_id", "image_id", "split", "sentences": [{"sent", "sent_id"}]}]`, the content of
   `refs(unc).p` as JSON. Loading a pickle runs code, so it is never done here. This converts one that you trust:
   `python -c "import json, pickle, sys; json.dump(pickle.load(sys.stdin.buffer), sys.stdout)" <'refs(unc).p' >refs.json`
-- detections, if given: COCO's results `[{"image_id", "bbox", "score"}]`, proposals in place of the annotations.
+- detections, if given, proposals in place of the annotations: COCO's results `[{"image_id", "bbox"}]`; MAttNet's
+  `res101_coco_minus_refer_notime_dets.json`, `[{"image_id", "box", "det_id", "score", ...}]` (its tools/run_detect.py);
+  or ALBEF's `dets.json`, `{image id: [[x, y, width, height, ...]]}` (its dataset/utils.py).
 """
 
 from __future__ import annotations
@@ -32,10 +34,11 @@ def open_refcoco(paths: Sequence[str], *, image_root: str = "", split: str = "va
     """One example for every sentence of the split.
 
     The target is {"box": [x, y, w, h], "annotation": its id, "mask": COCO's uncompressed run lengths or None,
-    "proposals": boxes of all annotations, or of all detections, of the image}.
+    "proposals": boxes of all annotations, or of all detections, of the image, "size": its [height, width]}.
 
     Raises:
-        DataError: a file is missing or of another kind, there is no such split, or no usable sentence.
+        DataError: a file is missing or of another kind, there is no such split, no usable sentence, or detections of
+            other images alone.
     """
     if pickles := [path for path in paths if path.endswith((".p", ".pkl"))]:
         raise DataError(
@@ -52,7 +55,7 @@ def open_refcoco(paths: Sequence[str], *, image_root: str = "", split: str = "va
     (instances,), (expressions,) = kinds["instances"], kinds["expressions"]
     objects = _Objects.of(trees[instances], left_out[instances])
     for path in kinds["detections"]:
-        objects.proposals = _by_image(usable(trees[path], _boxed, left_out[path]))
+        objects.propose(path, trees[path], left_out[path])
     require_split(expressions, split, trees[expressions])
     wanted = [entry for entry in trees[expressions] if not isinstance(entry, dict) or entry.get("split") == split]
     made = usable(wanted, objects.examples, left_out[expressions])
@@ -63,15 +66,17 @@ def open_refcoco(paths: Sequence[str], *, image_root: str = "", split: str = "va
 def _kind(path: str, tree: Any) -> str:
     if isinstance(tree, dict) and isinstance(tree.get("images"), list) and isinstance(tree.get("annotations"), list):
         return "instances"
+    if isinstance(tree, dict) and any(isinstance(rows, list) and list in map(type, rows) for rows in tree.values()):
+        return "detections"
     first = next((entry for entry in tree if isinstance(entry, dict)), {}) if isinstance(tree, list) else {}
     if "sentences" in first:
         return "expressions"
-    if "bbox" in first:
+    if "bbox" in first or "box" in first:
         return "detections"
     got = f"entries with {', '.join(first)!r:.80}" if first else type(tree).__name__
     raise DataError(
         f'{path}: expected instances {{"images", "annotations"}}, expressions [{{"ann_id", "sentences"}}] or '
-        f'detections [{{"image_id", "bbox"}}], got {got}'
+        f'detections [{{"image_id", "bbox" or "box"}}] or {{image id: boxes}}, got {got}'
     )
 
 
@@ -96,6 +101,21 @@ class _Objects:
         annotations = dict(usable(tree["annotations"], lambda one, n: (id_of(one, "id"), _boxed(one, n)), left_out))
         return _Objects(images, annotations, _by_image(annotations.values()))
 
+    def propose(self, path: str, tree: Any, left_out: LeftOut) -> None:
+        """Detections in place of the annotations. Raises DataError if all are of other images."""
+        entries = tree
+        if isinstance(tree, dict):  # JSON's keys are texts
+            ids: dict[str, Id] = {str(name): name for name in self.images}
+            entries = [
+                {"image_id": ids.get(name, name), "bbox": row[:4] if isinstance(row, list) else row}
+                for name, rows in tree.items()
+                for row in (rows if isinstance(rows, list) else [rows])
+            ]
+        self.proposals = _by_image(usable(entries, _boxed, left_out))
+        if self.proposals.keys().isdisjoint(self.images):
+            some = f", such as {next(iter(self.proposals))!r}" if self.proposals else ""
+            raise DataError(f"{path}: expected boxes of the instances' images, got {len(self.proposals)} others{some}")
+
     def examples(self, entry: dict[str, Any], number: int) -> list[Example]:
         """One for every sentence of an expression. Raises ValueError for an unusable entry."""
         name, sentences = id_of(entry, "ann_id"), entry.get("sentences")
@@ -112,6 +132,7 @@ class _Objects:
             "annotation": name,
             "mask": _mask(found.segmentation, height, width),
             "proposals": self.proposals.get(found.image, []),
+            "size": [height, width],
         }
         reference, unseen = entry.get("ref_id", number), entry.get("unseen") is True
         return [
@@ -128,9 +149,10 @@ def _image(entry: dict[str, Any], _number: int) -> tuple[Id, tuple[str, int, int
 
 
 def _boxed(entry: dict[str, Any], _number: int) -> _Boxed:
-    box = entry.get("bbox")
+    key = "box" if "box" in entry else "bbox"
+    box = entry.get(key)
     if not _numbers(box) or len(box) != 4 or min(box[2:]) <= 0:
-        raise ValueError(f'"bbox" must be [x, y, width, height], got {box!r:.80}')
+        raise ValueError(f'"{key}" must be [x, y, width, height], got {box!r:.80}')
     return _Boxed(id_of(entry, "image_id"), box, entry.get("segmentation"))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -17,11 +18,19 @@ from softmask.evaluation.readers import Reader, Scorer
 
 @dataclass
 class ExampleBatch:
-    """Examples of consecutive numbers that could be read."""
+    """Examples of a piece that could be read.
 
-    images: Tensor  # [N, 3, S, S], all pictures of the first example, then those of the second, ...
+    Attributes:
+        images: [N, 3, S, S], all pictures of the first example, then those of the second, ...; shared ones once.
+        sizes: (width, height) of the stored pictures, N of them.
+        image_index: the number of each example's first picture.
+    """
+
+    images: Tensor
     text: TokenBatch
     records: list[Record]
+    sizes: list[tuple[int, int]]
+    image_index: list[int]
 
 
 @dataclass
@@ -34,19 +43,27 @@ class Prediction:
 
 
 def predict_all(
-    scorer: Scorer, reader: Reader, predict: Callable[[ExampleBatch], Sequence[Any]], *, blank: bool = False
+    scorer: Scorer,
+    reader: Reader,
+    predict: Callable[[ExampleBatch], Sequence[Any]],
+    *,
+    blank: bool = False,
+    share_pictures: bool = False,
 ) -> list[Prediction]:
     """`predict`'s values for all readable examples, in order, on every rank. Others are counted in `reader.skipped`.
     DataError if there are none.
 
     blank: pictures are grey, which shows what texts alone tell.
+    share_pictures: of examples of one picture each; those of the same picture are predicted together, and it is decoded
+        once.
     """
     size, count = scorer.batch_size, len(reader.source)
-    pieces = [range(first, min(first + size, count)) for first in range(0, count, size)]
+    order = np.argsort(reader.source.image_ids, kind="stable").tolist() if share_pictures else range(count)
+    pieces = [order[first : first + size] for first in range(0, count, size)]
 
-    def work(piece: range) -> tuple[list[Prediction], dict[int, str]]:
-        indices, batch, skipped = _read(scorer, reader, piece, blank=blank)
-        if not indices:
+    def work(piece: Sequence[int]) -> tuple[list[Prediction], dict[int, str]]:
+        indices, batch, skipped = _read(scorer, reader, piece, blank=blank, share_pictures=share_pictures)
+        if batch is None:
             return [], skipped
         with torch.no_grad():
             values = predict(batch)
@@ -57,7 +74,7 @@ def predict_all(
     found = share_out(shown, work)
     for _, skipped in found:
         reader.skipped |= skipped
-    predictions = [prediction for some, _ in found for prediction in some]
+    predictions = sorted((one for some, _ in found for one in some), key=lambda one: one.index)
     if not predictions:
         first = next(iter(reader.skipped.values()), "it is empty")
         raise DataError(f"{', '.join(reader.source.paths)}: no example can be read; the first: {first}")
@@ -65,17 +82,23 @@ def predict_all(
 
 
 def _read(
-    scorer: Scorer, reader: Reader, piece: range, *, blank: bool
-) -> tuple[list[int], ExampleBatch, dict[int, str]]:
+    scorer: Scorer, reader: Reader, piece: Sequence[int], *, blank: bool, share_pictures: bool
+) -> tuple[list[int], ExampleBatch | None, dict[int, str]]:
+    """Numbers and batch of the examples that can be read, and the others' errors."""
     transform = eval_transform(scorer.config.data)
     indices: list[int] = []
     images: list[Tensor] = []
     records: list[Record] = []
+    sizes: list[tuple[int, int]] = []
+    image_index: list[int] = []
     skipped: dict[int, str] = {}
+    numbers: dict[int, int] = {}  # of shared pictures, by image_id
     for index in piece:
         try:
             record = reader.source.read(index)
-            pictures = [transform(decode_image(encoded)) for encoded in (record.image_bytes, *record.more_images)]
+            shown = share_pictures and record.image_id in numbers
+            pictures = [] if shown else list(map(decode_image, (record.image_bytes, *record.more_images)))
+            seen = list(map(transform, pictures))
         except SampleError as error:
             skipped[index] = str(error)
             continue
@@ -84,10 +107,13 @@ def _read(
             continue
         indices.append(index)
         records.append(record)
-        images += [torch.zeros_like(picture) for picture in pictures] if blank else pictures
+        image_index.append(numbers.setdefault(record.image_id, len(images)) if share_pictures else len(images))
+        sizes += [picture.size for picture in pictures]
+        images += [torch.zeros_like(one) for one in seen] if blank else seen
     if not indices:
-        return [], ExampleBatch(torch.empty(0), scorer.tokens([]), []), skipped
-    return indices, ExampleBatch(torch.stack(images).to(scorer.device), _tokens(scorer, records), records), skipped
+        return [], None, skipped
+    stacked = torch.stack(images).to(scorer.device)
+    return indices, ExampleBatch(stacked, _tokens(scorer, records), records, sizes, image_index), skipped
 
 
 def _tokens(scorer: Scorer, records: Sequence[Record]) -> TokenBatch:

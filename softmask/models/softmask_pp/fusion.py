@@ -34,6 +34,10 @@ class ImageKeys:
     def detach(self) -> ImageKeys:
         return ImageKeys(self.key.detach(), self.value.detach())
 
+    def take(self, rows: Tensor) -> ImageKeys:
+        """Those of the images rows [M], which may repeat."""
+        return ImageKeys(self.key.index_select(0, rows), self.value.index_select(0, rows))
+
 
 @dataclass
 class PairIndex:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,8 +19,12 @@ class MapSource:
 
     match: Tensor
     record: CrossRecord
-    image: ImageKeys
+    image: ImageKeys  # of each pair's own image
     num_prefix_tokens: int
+
+    def of(self, rows: Tensor | None) -> MapSource:
+        """For pairs that share images: the same with the keys of each pair's image, rows [N]; None: one each."""
+        return self if rows is None else replace(self, image=self.image.take(rows))
 
     def maps(self, word_index: Tensor, *, gradient: bool = True, normalize: str | None) -> Tensor:
         """Maps [N, W, patches] of the words at word_index [N, W, S]: Grad-CAM of the match logit or, without

@@ -362,8 +362,10 @@ class SoftMaskPP(nn.Module):
         *,
         kind: str = "gradcam",
         normalize: str | None = None,
+        kv_index: Tensor | None = None,
     ) -> Tensor:
-        """Maps [B, W, patches] of the words at word_index [B, W, S] (token positions, -1 pads).
+        """Maps [N, W, patches] of the words at word_index [N, W, S] (token positions, -1 pads), over the images that
+        kv_index [N] names (None: one each).
 
         kind "gradcam": Grad-CAM of the match logit; "attention": the cross-attention alone. Works under no_grad and
         leaves every `.grad` untouched.
@@ -373,8 +375,10 @@ class SoftMaskPP(nn.Module):
         with torch.no_grad():
             image_tokens = self.backbone.encode_image(images).tokens
             text_tokens, _ = self.encode_text(input_ids, attention_mask)
-        fused = self._fuse_all(image_tokens, text_tokens, attention_mask, record_layer=self.config.cam_layer)
-        return self._source(*fused).maps(word_index, gradient=kind == "gradcam", normalize=normalize)
+        layer = self.config.cam_layer
+        fused = self._fuse_all(image_tokens, text_tokens, attention_mask, kv_index=kv_index, record_layer=layer)
+        source = self._source(*fused).of(kv_index)
+        return source.maps(word_index, gradient=kind == "gradcam", normalize=normalize)
 
     def _fuse_all(
         self,

@@ -59,7 +59,7 @@ def test_sentences_of_a_split(tmp_path):
     assert [record.unseen for record in records] == [False, False, True]
     assert [record.image_bytes for record in records] == [content] * 3
     proposals = [[2, 1, 4, 3], [0, 0, 2.5, 2]]
-    expected = {"box": [2, 1, 4, 3], "annotation": 1, "mask": None, "proposals": proposals}
+    expected = {"box": [2, 1, 4, 3], "annotation": 1, "mask": None, "proposals": proposals, "size": [H, W]}
     assert records[0].target == records[1].target == expected
     assert records[2].target == expected | {"box": [0, 0, 2.5, 2], "annotation": 2}
     assert source.problems == [], "other splits were not asked for"
@@ -158,6 +158,29 @@ def test_detections_replace_the_proposals(tmp_path):
     assert source.example(0).target["proposals"] == []
 
 
+def test_detections_of_mattnet_and_of_albef(tmp_path):
+    """MAttNet's list has "box"; ALBEF's object has rows of four numbers and more under the ids as texts."""
+    more = {"det_id": 0, "h5_id": 0, "category_id": 1, "category_name": "dog", "score": 0.7}
+    mattnet = [{"image_id": 5, "box": [0, 0, 1, 1]} | more, {"image_id": 6, "box": [1, 1, 2, 2]} | more]
+    albef = {"5": [[0, 0, 1, 1, 0.7, 3]], "6": [[1, 1, 2, 2]]}
+    for detections in (mattnet, albef):
+        source = open_refcoco(write_all(tmp_path, detections=detections), split="testA")
+        assert source.example(0).target["proposals"] == [[1, 1, 2, 2]] and source.problems == []
+    for detections, reason in (
+        ([mattnet[0], mattnet[1] | {"box": [0, 0, 1]}], 'entry 1: "box" must be [x, y, width, height], got [0, 0, 1]'),
+        ({"5": [[0, 0, 1, 1]], "6": [7]}, 'entry 1: "bbox" must be [x, y, width, height], got 7'),
+    ):
+        source = open_refcoco(write_all(tmp_path, detections=detections), split="testA")
+        (problem,) = source.problems
+        assert source.example(0).target["proposals"] == [] and reason in problem
+
+
+@pytest.mark.parametrize("detections", [[{"image_id": 9, "bbox": [0, 0, 1, 1]}], {"9": [[0, 0, 1, 1]]}])
+def test_detections_of_other_images_are_refused(tmp_path, detections):
+    with pytest.raises(DataError, match=r"dets\.json: expected boxes of the instances' images, got 1 others, such as"):
+        open_refcoco(write_all(tmp_path, detections=detections))
+
+
 def test_unknown_split_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"refs\.json: expected one of the splits testA, val, got 'test'"):
         open_refcoco(write_all(tmp_path), split="test")
@@ -217,6 +240,7 @@ def test_other_files_are_refused(tmp_path):
         ([refs, objects, write_json(tmp_path / "more.json", OBJECTS)], "got 2 of instances, 1 of expressions"),
         ([refs, objects, other], "other.json: expected instances .* got entries with 'caption'"),
         ([refs, objects, write_json(tmp_path / "empty.json", [])], "empty.json: expected instances .* got list"),
+        ([refs, objects, write_json(tmp_path / "none.json", {})], "none.json: expected instances .* got dict"),
     ):
         with pytest.raises(DataError, match=message) as error:
             open_refcoco(paths)
