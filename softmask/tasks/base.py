@@ -59,6 +59,7 @@ class Task:
         eval_resize: what data.eval_resize "auto" means.
         ends_captions: whether the model generates captions that end with [SEP].
         matches_pairs: whether the model has `match`, for re-ranking.
+        tokens_behind: most tokens of an answer that the model reads behind a text, in the same sequence.
         curves: how the report shows its terms, by their names in the log.
         renamed: starts of parameter names in older checkpoints -> today's.
         new_parts: starts of parameter names that `init` need not have.
@@ -68,6 +69,7 @@ class Task:
     eval_resize: Literal["squash", "crop"] = "squash"
     ends_captions: bool = False
     matches_pairs: bool = False
+    tokens_behind: int = 0
     curves: dict[str, Curve] = {}
     renamed: dict[str, str] = {}
     new_parts: tuple[str, ...] = ()

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from softmask.models.config import SpecialIds
 
 B = TypeVar("B", bound="Batch")
-ENCODERS = ("backbone.vision.", "backbone.text.", "backbone.fusion.")
+ENCODERS = ("backbone.vision.", "backbone.text.", "backbone.fusion.", "backbone.pooler.")
+PRETRAINING = ("itm_head.weight", "caption_head.weight")
+"""Tensors that only a pre-trained model has, SoftMask++ or SyCoCa."""
 
 
 @dataclass
@@ -186,9 +188,9 @@ def finished(kind: type[B], batch: Batch, **more: Any) -> B:
 def pretrained_encoders(
     given: dict[str, Tensor], *, distilled: bool, more: dict[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """The encoders and fusion layers of a pre-trained SoftMask++, with `more`, or the whole network of a model trained
+    """The encoders and fusion layers of a pre-trained model, with `more`, or the whole network of a model trained
     after pre-training. `distilled`: also as the momentum copy's, where `given` has none of such a model."""
-    pretrained = "itm_head.weight" in given
+    pretrained = not given.keys().isdisjoint(PRETRAINING)
     kept = {name: tensor for name, tensor in given.items() if name.startswith(ENCODERS if pretrained else "backbone.")}
     kept |= more or {} if pretrained else {}
     if not distilled:

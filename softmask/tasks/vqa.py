@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from softmask.models.softmask_pp.config import VqaHead
-from softmask.tasks.base import Curve, Split
+from softmask.models.config import VqaHead
+from softmask.tasks.base import Curve, Split, Task
 from softmask.tasks.downstream import DistilledTask, finished, paths_of, pretrained_encoders, require_targets
 
 if TYPE_CHECKING:
@@ -23,18 +23,25 @@ DECODER = {
     "backbone.text.embeddings.": "backbone.decoder.embeddings.",
     "backbone.fusion.": "backbone.decoder.fusion.",
     "backbone.mlm_head.": "backbone.decoder.head.",
+    "caption_decoder.": "backbone.caption_decoder.",
+    "caption_head.": "backbone.caption_head.",
 }
-"""Parts of a pre-trained model that the decoder starts from."""
+"""Parts of a pre-trained model, SoftMask++ or SyCoCa, that the decoder starts from."""
 
 
 class VqaTask(DistilledTask):
     Head = VqaHead
-    models = {"softmask_pp": "softmask.models.softmask_pp.vqa:Vqa"}
+    models = {"softmask_pp": "softmask.models.softmask_pp.vqa:Vqa", "sycoca": "softmask.models.sycoca.vqa:Vqa"}
     section = "softmask.evaluation.tasks.vqa:Vqa"
     metric = "accuracy"
     name = "VQA"
     new_parts = ("backbone.decoder",)
     curves = {"tokens": Curve("Accuracy of the answers' next tokens on training batches")}
+
+    def __init__(self, method: Task, method_name: str, head: Any = None) -> None:
+        super().__init__(method, method_name, head)
+        if method_name == "sycoca":  # its decoder reads question and answer as one text
+            self.tokens_behind = self.head.answer_length - 2
 
     def open(self, paths: str | Sequence[str], data: DataConfig, *, split: Split) -> Source:
         from softmask.data.formats.vqa import open_vqa, read_answer_list
