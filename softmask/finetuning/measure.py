@@ -9,7 +9,7 @@ import torch
 
 from softmask.data import CaptionTokenizer, DataError
 from softmask.data.loader import check_bad_share
-from softmask.evaluation.captioning import CaptionOptions
+from softmask.evaluation.captioning import WRITING, CaptionOptions
 from softmask.evaluation.ranks import rank
 from softmask.evaluation.readers import Reader, Scorer
 from softmask.evaluation.sections import Evaluation, find_section
@@ -31,9 +31,10 @@ def validator(config: Config) -> Validate | None:
     if not config.data.val:
         return None
     source, section = task.open(config.data.val, config.data, split="val"), find_section(task.section)
-    rerank, beams = getattr(config.head, "rerank", None), getattr(config.head, "beams", None)
-    options: dict[str, Any] = {} if rerank is None else {"rerank": rerank}
-    options |= {} if beams is None else {"captions": CaptionOptions(beams=beams)}
+    head = vars(config.head)
+    options: dict[str, Any] = {"rerank": head["rerank"]} if "rerank" in head else {}
+    if "beams" in head:
+        options["captions"] = CaptionOptions(**{name: head[name] for name in WRITING})
 
     def measure(model: Any, tokenizer: CaptionTokenizer, device: torch.device) -> dict[str, Any]:
         scorer = Scorer(model, tokenizer, config, device=device, batch_size=config.train.batch_size)

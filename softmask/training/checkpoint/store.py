@@ -46,6 +46,8 @@ FREE_KEYS = (
     "head.k",
     "head.rerank",
     "head.beams",
+    "head.min_length",
+    "head.prompt",
 )
 FIXED_KEYS = (
     "seed", "train.accumulation", "train.precision", "optimizer.lr_scales", "optimizer.vision_layer_decay",
