@@ -96,6 +96,10 @@ class Task:
         """The tensors of `init`, another run, by this model's names for them. Those left out are named in the log."""
         return given
 
+    def text_facts(self, source: Any, tokenizer: CaptionTokenizer) -> list[str]:
+        """How texts beside the captions are read, in words, such as how many are cut; a run prints it at its start."""
+        return []
+
     def weight_origins(self, model: Any) -> dict[str, str]:
         """Part of a new model -> the origin of its weights in words, such as "random"; a run prints it at its start."""
         return {}
