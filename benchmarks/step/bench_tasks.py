@@ -21,10 +21,9 @@ from benchmarks import harness
 from benchmarks.step.plain_tasks import PlainTasks
 from softmask.batch import LabeledBatch
 from softmask.models import SoftMaskPP, SoftMaskPPConfig, SpecialIds, TextConfig, VisionConfig
-from softmask.models.config import Distillation
+from softmask.models.config import Distillation, VqaHead
 from softmask.models.distilled import distilled_cross_entropy
 from softmask.models.softmask_pp.classifier import Nlvr2
-from softmask.models.softmask_pp.config import VqaHead
 from softmask.models.softmask_pp.vqa import Vqa
 
 SPECIAL = SpecialIds(pad=0, cls=101, sep=102, mask=103)

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -30,12 +30,14 @@ from tqdm import tqdm
 
 from softmask.data import DataError
 from softmask.evaluation.readers import Reader, Sample, Scorer, batches, each_image_once, pixels
-from softmask.models.sycoca.generation import generate_captions, search_captions
+from softmask.models.sycoca.generation import Lengths, generate_captions, search_captions
 from softmask.models.sycoca.model import SyCoCa
+from softmask.training.config import ConfigError
 
 if TYPE_CHECKING:
     from pycocoevalcap.meteor.meteor import Meteor
 
+LONGEST_PROMPT = 512  # tokens that are looked at; no model has room for as many
 JAVA_SECONDS = 600.0  # time limit of one call
 
 Words = dict[int, list[str]]
@@ -47,8 +49,14 @@ class CaptionOptions:
     """Options of caption generation and of its comparisons."""
 
     beams: int = 24
+    min_length: int = 0  # generated tokens before [SEP]
+    prompt: str = ""  # text that every caption starts with; it is given, and not part of the scored caption
     neighbours: int = 0  # evenly spaced training images among which the nearest is searched; 0: all
     seed: int = 0  # of the random captions
+
+
+WRITING = ("beams", "min_length", "prompt")
+"""Options that change what is written."""
 
 
 @dataclass
@@ -62,9 +70,10 @@ class Captions:
 def captioning(scorer: Scorer, samples: Iterable[Sample], training: Reader | None, options: CaptionOptions) -> dict:
     """The metrics.json section: scores of the model, of the decoder alone and, with `training`, of the comparisons."""
     references: dict[int, list[str]] = {}
-    written, features = describe(scorer, each_image_once(samples, references), beams=options.beams)
+    written, features = describe(scorer, each_image_once(samples, references), options)
     given = list(references.values())
-    result = {"samples": len(given), "beams": options.beams}
+    result: dict[str, Any] = {"samples": len(given), "beams": options.beams}
+    result |= {name: value for name in ("min_length", "prompt") if (value := getattr(options, name))}
     texts = {"beams_alone": written.beams_alone} if options.beams > 1 else {}
     if training is not None:
         numbers = chosen_numbers(len(training.source), options.neighbours)
@@ -76,15 +85,16 @@ def captioning(scorer: Scorer, samples: Iterable[Sample], training: Reader | Non
 
 
 @torch.no_grad()
-def describe(scorer: Scorer, samples: Iterable[Sample], *, beams: int) -> tuple[Captions, Tensor]:
+def describe(scorer: Scorer, samples: Iterable[Sample], options: CaptionOptions) -> tuple[Captions, Tensor]:
     """Captions and normalized features [N, d] of all images. Keeps no image in memory.
 
     Raises:
         DataError: no readable sample.
+        ConfigError: as `write_captions`.
     """
     written, features = Captions(), []
     for batch in tqdm(batches(samples, scorer.batch_size), desc="captioning", disable=None, leave=False):
-        captions = write_captions(scorer, batch, beams=beams)
+        captions = write_captions(scorer, batch, options)
         written.chosen += captions.chosen
         written.beams_alone += captions.beams_alone
         features.append(scorer.model.encode_image(pixels(scorer, batch))[1])
@@ -93,21 +103,41 @@ def describe(scorer: Scorer, samples: Iterable[Sample], *, beams: int) -> tuple[
     return written, torch.cat(features)
 
 
-def write_captions(scorer: Scorer, samples: Sequence[Sample], *, beams: int) -> Captions:
-    """Captions of images, in batches small enough that all their beams fit one batch of the scorer."""
-    model, written = scorer.model, Captions()
+def write_captions(scorer: Scorer, samples: Sequence[Sample], options: CaptionOptions) -> Captions:
+    """Captions of images, in batches small enough that all their beams fit one batch of the scorer.
+
+    Raises:
+        ConfigError: the captions' length leaves no room for the minimum or the prompt.
+    """
+    model, written, beams = scorer.model, Captions(), options.beams
     if not isinstance(model, SyCoCa):
         raise TypeError(f"captioning: expected a SyCoCa model, got {type(model).__name__}")
-    max_length = min(scorer.config.data.max_length, scorer.config.model.text.max_positions)
+    limits = _limits(scorer, options)
     for some in batches(samples, max(1, scorer.batch_size // beams)):
         images = pixels(scorer, some)
         if beams == 1:
-            written.chosen += scorer.tokenizer.decode(generate_captions(model, images, max_length=max_length))
+            written.chosen += scorer.tokenizer.decode(generate_captions(model, images, **limits))
             continue
-        found = search_captions(model, images, max_length=max_length, num_beams=beams)
+        found = search_captions(model, images, **limits, num_beams=beams)
         written.chosen += scorer.tokenizer.decode(found.best())
         written.beams_alone += scorer.tokenizer.decode(found.captions[:, 0])
     return written
+
+
+def _limits(scorer: Scorer, options: CaptionOptions) -> dict[str, Any]:
+    """max_length, min_length and prompt of the search. Raises ConfigError."""
+    data, prompt = scorer.config.data, ()
+    if options.prompt:
+        read = {"max_length": 1 + LONGEST_PROMPT, "append_sep": False, "clean": data.clean_captions}
+        prompt = tuple(scorer.tokenizer([options.prompt], **read).input_ids[0, 1:].tolist())
+    lengths = {"most": min(data.max_length, scorer.config.model.text.max_positions), "least": options.min_length}
+    try:
+        if options.prompt and not prompt:
+            raise ValueError(f"prompt: expected words, got {options.prompt!r}")
+        limits = Lengths(**lengths, prompt=prompt)
+    except ValueError as error:
+        raise ConfigError(f"captions: {error}") from error
+    return {"max_length": limits.most, "min_length": limits.least, "prompt": limits.prompt}
 
 
 # -- comparisons -----------------------------------------------------------------------------------

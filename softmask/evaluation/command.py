@@ -20,7 +20,7 @@ from softmask.evaluation import ranks
 from softmask.evaluation.readers import Reader, Scorer, is_model
 from softmask.tasks.base import Split
 from softmask.training.checkpoint.state import CheckpointError
-from softmask.training.checkpoint.store import load_model
+from softmask.training.checkpoint.store import load_model, longest_text
 from softmask.training.config import PRETRAIN, ConfigError
 from softmask.training.failures import explain
 from softmask.training.launchers import check_environment
@@ -40,10 +40,10 @@ def load_scorer(
     if config.task == PRETRAIN and not is_model(model):
         needed = "encode_image, encode_text and patch_grid"
         raise ConfigError(f"{config.method}: {type(model).__name__} lacks one of {needed}, which evaluation needs")
-    longest = config.model.text.max_positions
+    longest, what = longest_text(config)
     least = 2 + config.data.append_sep
     if not least <= (length := text_length or config.data.max_length) <= longest:
-        raise ConfigError(f"--text-length: expected {least} to {longest} (model.text.max_positions), got {length}")
+        raise ConfigError(f"--text-length: expected {least} to {longest} ({what}), got {length}")
     config.data.max_length = length
     config.data.eval_resize = resize or config.data.eval_resize
     return Scorer(model, tokenizer, config, device=device, batch_size=batch_size)

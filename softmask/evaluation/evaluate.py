@@ -2,7 +2,8 @@
 
     python train/evaluate.py CHECKPOINT --data 'data/test-*.tar' [--output metrics.json] [--pairs N] [--rerank K]
                              [--rerank-by match|difference|match+itc] [--resize squash|crop]
-                             [--training 'data/train-*.tar'] [--neighbours 0] [--beams 24] [--classes FILE]
+                             [--training 'data/train-*.tar'] [--neighbours 0] [--beams 24] [--min-length N]
+                             [--prompt TEXT] [--classes FILE]
 
 CHECKPOINT is a run's folder (its newest complete checkpoint) or one step_... folder. `--data` is a glob or brace
 pattern of WebDataset shards, or a JSON list. The list's paths are relative to the run's `data.image_root`, or to the
@@ -96,6 +97,9 @@ def unused(options: argparse.Namespace, result: dict, given: Evaluation) -> list
         lines.append("--training: the model generates no captions")
     if options.box_score != "mean" and options.task != "grounding":
         lines.append(f"--box-score {options.box_score}: --task grounding is not measured")
+    for name in ("min_length", "prompt"):
+        if getattr(options, name) and "captioning" not in result:
+            lines.append(f"--{name.replace('_', '-')}: the model generates no captions")
     if options.predictions and not given.predictions:
         lines.append(f"--predictions: {', '.join(result)} makes none")
     if options.classes and "zero_shot" not in result:
@@ -129,20 +133,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default="mean",
         help="what grounding ranks boxes by: the map's mean (default), or its sum over the root of the area, as ALBEF",
     )
-    parser.add_argument("--training", help="training data, whose captions are scored for comparison")
-    parser.add_argument("--training-image-root", help="--image-root of --training (default: as in training)")
-    parser.add_argument(
-        "--neighbours",
-        type=count,
-        default=0,
-        help="training images among which the nearest is searched; 0: all (default)",
-    )
-    parser.add_argument(
-        "--beams",
-        type=positive,
-        default=CaptionOptions.beams,
-        help="beams of the caption search (default %(default)s)",
-    )
+    _add_caption_options(parser)
     parser.add_argument(
         "--classes",
         type=Path,
@@ -165,6 +156,33 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def _add_caption_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--training", help="training data, whose captions are scored for comparison")
+    parser.add_argument("--training-image-root", help="--image-root of --training (default: as in training)")
+    parser.add_argument(
+        "--neighbours",
+        type=count,
+        default=0,
+        help="training images among which the nearest is searched; 0: all (default)",
+    )
+    parser.add_argument(
+        "--beams",
+        type=positive,
+        default=CaptionOptions.beams,
+        help="beams of the caption search (default %(default)s)",
+    )
+    parser.add_argument(
+        "--min-length",
+        type=count,
+        help="tokens before a caption may end (default 0; of fine-tuned captioning head.min_length)",
+    )
+    parser.add_argument(
+        "--prompt",
+        help="text that every caption starts with, and that is not scored (default none; of fine-tuned captioning "
+        "head.prompt)",
+    )
+
+
 def _check_options(options: argparse.Namespace, scorer: Scorer, sections: list[Section]) -> None:
     """ConfigError for options that would be ignored. Puts `--answer-list` into the configuration."""
     if options.blank and not all(section.reads_blank for section in sections):
@@ -173,6 +191,12 @@ def _check_options(options: argparse.Namespace, scorer: Scorer, sections: list[S
         raise ConfigError(f"--answer-list: expected a run of task vqa, got {scorer.config.task}")
     if options.answer_list:
         scorer.config.head.answer_list = str(options.answer_list)
+
+
+def _caption_options(options: argparse.Namespace, head: object) -> CaptionOptions:
+    given = {name: value for name in ("min_length", "prompt") if (value := getattr(options, name)) is not None}
+    heads = {name: getattr(head, name) for name in ("min_length", "prompt") if hasattr(head, name)}
+    return CaptionOptions(beams=options.beams, neighbours=options.neighbours, **(heads | given))
 
 
 def _training(scorer: Scorer, options: argparse.Namespace) -> Reader | None:
@@ -203,7 +227,7 @@ def run(options: argparse.Namespace) -> str:
         rerank=options.rerank or getattr(head, "rerank", 16),
         rerank_by=options.rerank_by,
         box_score=options.box_score,
-        captions=CaptionOptions(beams=options.beams, neighbours=options.neighbours),
+        captions=_caption_options(options, head),
         classes=classes,
         blank=options.blank,
         predictions=[] if options.predictions else None,

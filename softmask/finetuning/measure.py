@@ -9,7 +9,7 @@ import torch
 
 from softmask.data import CaptionTokenizer, DataError
 from softmask.data.loader import check_bad_share
-from softmask.evaluation.captioning import CaptionOptions
+from softmask.evaluation.captioning import WRITING, CaptionOptions
 from softmask.evaluation.ranks import rank
 from softmask.evaluation.readers import Reader, Scorer
 from softmask.evaluation.sections import Evaluation, find_section
@@ -31,9 +31,17 @@ def validator(config: Config) -> Validate | None:
     if not config.data.val:
         return None
     source, section = task.open(config.data.val, config.data, split="val"), find_section(task.section)
-    rerank, beams = getattr(config.head, "rerank", None), getattr(config.head, "beams", None)
-    options: dict[str, Any] = {} if rerank is None else {"rerank": rerank}
-    options |= {} if beams is None else {"captions": CaptionOptions(beams=beams)}
+    head = vars(config.head)
+    options: dict[str, Any] = {"rerank": head["rerank"]} if "rerank" in head else {}
+    if "beams" in head:
+        options["captions"] = CaptionOptions(**{name: head[name] for name in WRITING})
+
+    said: set[str] = set()
+
+    def say_once(line: str) -> None:
+        if rank() == 0 and line not in said:
+            logger.warning("data.val: %s", line)
+            said.add(line)
 
     def measure(model: Any, tokenizer: CaptionTokenizer, device: torch.device) -> dict[str, Any]:
         scorer = Scorer(model, tokenizer, config, device=device, batch_size=config.train.batch_size)
@@ -43,8 +51,11 @@ def validator(config: Config) -> Validate | None:
             raise DataError(f"data.val: {', '.join(source.paths)} has nothing to measure {config.task} on")
         if skipped := list(reader.skipped.values()):
             check_bad_share(len(skipped), len(source), allowed=config.data.max_bad_share, names=skipped[-3:])
-            if rank() == 0:
-                logger.warning("data.val: %d of %d cannot be read, such as %s", len(skipped), len(source), skipped[0])
+            say_once(f"{len(skipped)} of {len(source)} cannot be read, such as {skipped[0]}")
+        if cut := found.get("cut"):
+            say_once(f"{cut} texts have more than data.max_length={config.data.max_length} tokens and are cut")
+        if long := found.get("too_long"):
+            say_once(f"{long} answers have more than head.answer_length={config.head.answer_length} tokens")
         return found
 
     return measure

@@ -152,6 +152,21 @@ class Distillation:
 
 
 @dataclass
+class VqaHead(Distillation):
+    """VQA: the `head:` section of a configuration."""
+
+    alpha_warmup_epochs: float = 1.0
+    answer_list: str = ""  # answers to choose from, a JSON list of texts; empty: evaluation generates them
+    k: int = 128  # answers whose whole probability is computed, by their first token's
+    answer_length: int = 10  # tokens of an answer, [CLS] and [SEP] included
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.answer_list = self.answer_list and os.path.abspath(os.path.expanduser(self.answer_list))
+        check(self, {"k": (self.k >= 1, "at least 1"), "answer_length": (self.answer_length >= 3, "at least 3")})
+
+
+@dataclass
 class ClassificationHead:
     """Fine-tuned classification: the `head:` section of a configuration."""
 

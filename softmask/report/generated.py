@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from softmask.evaluation.captioning import write_captions
+from softmask.evaluation.captioning import WRITING, CaptionOptions, write_captions
 from softmask.evaluation.readers import Sample, Scorer, batches
 from softmask.evaluation.reconstruction import Reconstructions, reconstruct, with_another
 from softmask.report.images import data_uri, limited
@@ -53,7 +53,8 @@ def generated(scorer: Scorer, samples: list[Sample], metrics: dict) -> Generated
     """A caption and reconstructions of each sample, if metrics.json has these sections."""
     found = Generated()
     if "captioning" in metrics:
-        captions = write_captions(scorer, samples, beams=metrics["captioning"]["beams"])
+        given = {name: metrics["captioning"][name] for name in WRITING if name in metrics["captioning"]}
+        captions = write_captions(scorer, samples, CaptionOptions(**given))
         for sample, text in zip(samples, captions.chosen, strict=True):
             found.captions.append(CaptionView(data_uri(limited(sample.seen, SHOWN)), text, sample.caption))
     if "reconstruction" in metrics:

@@ -46,9 +46,14 @@ def read_metrics(path: Path) -> dict[str, Any]:
     if "unseen" in retrieval:
         stages = {stage: BOTH_WAYS for stage in ("itc", "itm", "chance") if stage in retrieval}
         _check(path, "retrieval.unseen", retrieval["unseen"], stages | {"samples": int, "images": int})
+    captioning = result.get("captioning", {})
     for name in ("beams_alone", "nearest", "random"):
-        if name in (captioning := result.get("captioning", {})):
+        if name in captioning:
             _check(path, f"captioning.{name}", captioning[name], SCORES)
+    if "min_length" in captioning:
+        _check(path, "captioning.min_length", captioning["min_length"], int)
+    if not isinstance(captioning.get("prompt", ""), str):
+        raise _wrong(path, "captioning.prompt", "a text", captioning["prompt"])
     return result
 
 

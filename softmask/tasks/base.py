@@ -59,6 +59,7 @@ class Task:
         eval_resize: what data.eval_resize "auto" means.
         ends_captions: whether the model generates captions that end with [SEP].
         matches_pairs: whether the model has `match`, for re-ranking.
+        tokens_behind: most tokens of an answer that the model reads behind a text, in the same sequence.
         curves: how the report shows its terms, by their names in the log.
         renamed: starts of parameter names in older checkpoints -> today's.
         new_parts: starts of parameter names that `init` need not have.
@@ -68,6 +69,7 @@ class Task:
     eval_resize: Literal["squash", "crop"] = "squash"
     ends_captions: bool = False
     matches_pairs: bool = False
+    tokens_behind: int = 0
     curves: dict[str, Curve] = {}
     renamed: dict[str, str] = {}
     new_parts: tuple[str, ...] = ()
@@ -93,6 +95,10 @@ class Task:
     def initial_weights(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of `init`, another run, by this model's names for them. Those left out are named in the log."""
         return given
+
+    def text_facts(self, source: Any, tokenizer: CaptionTokenizer) -> list[str]:
+        """How texts beside the captions are read, in words, such as how many are cut; a run prints it at its start."""
+        return []
 
     def weight_origins(self, model: Any) -> dict[str, str]:
         """Part of a new model -> the origin of its weights in words, such as "random"; a run prints it at its start."""

@@ -20,9 +20,11 @@ class CaptioningHead:
     """Captioning: the `head:` section of a configuration."""
 
     beams: int = 1  # of validation's search; 1: greedy
+    min_length: int = 0  # tokens before a caption may end
+    prompt: str = ""  # text that every caption starts with, and that is not scored
 
     def __post_init__(self) -> None:
-        check(self, {"beams": (self.beams >= 1, "at least 1")})
+        check(self, {"beams": (self.beams >= 1, "at least 1"), "min_length": (self.min_length >= 0, "at least 0")})
 
 
 class CaptioningTask(FewerTerms):

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from softmask.models.config import SpecialIds
 
 B = TypeVar("B", bound="Batch")
-ENCODERS = ("backbone.vision.", "backbone.text.", "backbone.fusion.")
-FIRST_STAGES = ("itm_head.weight", "backbone.assignment.weight")
+ENCODERS = ("backbone.vision.", "backbone.text.", "backbone.fusion.", "backbone.pooler.")
+FIRST_STAGES = ("itm_head.weight", "caption_head.weight", "backbone.assignment.weight")
 """Tensors of the runs whose encoders alone a task starts from: pre-training's and text assignment's."""
 
 
@@ -195,9 +195,9 @@ def finished(kind: type[B], batch: Batch, **more: Any) -> B:
 def pretrained_encoders(
     given: dict[str, Tensor], *, distilled: bool, more: dict[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """The encoders and fusion layers of a pre-trained SoftMask++, with `more`, or the whole network of a model of the
+    """The encoders and fusion layers of a pre-trained model, with `more`, or the whole network of a model of the
     same task. `distilled`: also as the momentum copy's, where `given` has none of such a model."""
-    pretrained = any(name in given for name in FIRST_STAGES)
+    pretrained = not given.keys().isdisjoint(FIRST_STAGES)
     kept = {name: tensor for name, tensor in given.items() if name.startswith(ENCODERS if pretrained else "backbone.")}
     kept |= more or {} if pretrained else {}
     if not distilled:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from softmask.models.softmask_pp.config import VqaHead
-from softmask.tasks.base import Curve, Split
+from softmask.models.config import VqaHead
+from softmask.tasks.base import Curve, Split, Task
 from softmask.tasks.downstream import DistilledTask, finished, paths_of, pretrained_encoders, require_targets
 
 if TYPE_CHECKING:
@@ -19,22 +20,31 @@ if TYPE_CHECKING:
 VISUAL_GENOME_WEIGHT = 0.5
 """Of Visual Genome's single answers. Those of VQA weigh their share of a question's ten."""
 
+AT_ONCE = 4096  # texts that are counted at a time
+
 DECODER = {
     "backbone.text.embeddings.": "backbone.decoder.embeddings.",
     "backbone.fusion.": "backbone.decoder.fusion.",
     "backbone.mlm_head.": "backbone.decoder.head.",
+    "caption_decoder.": "backbone.caption_decoder.",
+    "caption_head.": "backbone.caption_head.",
 }
-"""Parts of a pre-trained model that the decoder starts from."""
+"""Parts of a pre-trained model, SoftMask++ or SyCoCa, that the decoder starts from."""
 
 
 class VqaTask(DistilledTask):
     Head = VqaHead
-    models = {"softmask_pp": "softmask.models.softmask_pp.vqa:Vqa"}
+    models = {"softmask_pp": "softmask.models.softmask_pp.vqa:Vqa", "sycoca": "softmask.models.sycoca.vqa:Vqa"}
     section = "softmask.evaluation.tasks.vqa:Vqa"
     metric = "accuracy"
     name = "VQA"
     new_parts = ("backbone.decoder",)
     curves = {"tokens": Curve("Accuracy of the answers' next tokens on training batches")}
+
+    def __init__(self, method: Task, method_name: str, head: Any = None) -> None:
+        super().__init__(method, method_name, head)
+        if method_name == "sycoca":  # its decoder reads question and answer as one text
+            self.tokens_behind = self.head.answer_length - 2
 
     def open(self, paths: str | Sequence[str], data: DataConfig, *, split: Split) -> Source:
         from softmask.data.formats.vqa import open_vqa, read_answer_list
@@ -64,6 +74,13 @@ class VqaTask(DistilledTask):
             num_answer_tokens=int(tokens.attention_mask.sum()),
         )
 
+    def text_facts(self, source: Any, tokenizer: CaptionTokenizer) -> list[str]:
+        answers = {text: None for index in range(len(source)) for text in source.example(index).target["answers"]}
+        cut = list(texts_over(answers, tokenizer, length=self.head.answer_length))
+        such = f", such as {cut[0]!r:.60}" if cut else ""
+        length = self.head.answer_length
+        return [f"answers {length} tokens at most, which cuts {len(cut):,} of {len(answers):,} different ones{such}"]
+
     def initial_weights(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
         decoder = {
             name.replace(start, own, 1): tensor
@@ -72,6 +89,14 @@ class VqaTask(DistilledTask):
             if name.startswith(start)
         }
         return pretrained_encoders(given, distilled=self.head.alpha > 0, more=decoder)
+
+
+def texts_over(texts: Iterable[str], tokenizer: CaptionTokenizer, *, length: int) -> Iterator[str]:
+    """Those texts that have more than `length` tokens, [CLS] and [SEP] included."""
+    rest = iter(texts)
+    while some := list(islice(rest, AT_ONCE)):
+        cut = tokenizer(some, max_length=length).cut.tolist()
+        yield from (text for text, is_cut in zip(some, cut, strict=True) if is_cut)
 
 
 def weighted_answers(target: dict[str, Any]) -> dict[str, float]:

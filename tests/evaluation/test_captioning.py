@@ -125,9 +125,9 @@ def test_nearest_caption_is_that_of_the_nearest_image(scorer, samples, tmp_path)
 
 
 def test_section_compares_with_training_captions(scorer, samples, tmp_path, monkeypatch) -> None:
-    def write(_scorer: Scorer, found: list[Sample], *, beams: int) -> captioning.Captions:
+    def write(_scorer: Scorer, found: list[Sample], options: captioning.CaptionOptions) -> captioning.Captions:
         true = [sample.caption for sample in found]
-        return captioning.Captions(true, true[1:] + true[:1] if beams > 1 else [])
+        return captioning.Captions(true, true[1:] + true[:1] if options.beams > 1 else [])
 
     monkeypatch.setattr(captioning, "write_captions", write)
     monkeypatch.setattr(captioning, "has_java", lambda: False)

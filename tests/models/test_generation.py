@@ -70,25 +70,69 @@ def test_each_decoding_step_reads_one_token(model, images: Tensor, monkeypatch: 
     assert set(lengths) == {1}
 
 
+PROMPT = (55, 42, 13)
+
+
+def forced(log_p: Tensor, *, least: int, written: int) -> Tensor:
+    """Log-probabilities [B, V] of the next token where [SEP] is not allowed before `least` tokens."""
+    return log_p.index_fill(-1, torch.tensor(SPECIAL.sep), -torch.inf) if written < least else log_p
+
+
+@pytest.mark.parametrize("prompt", [(), PROMPT], ids=["no prompt", "prompt"])
+@pytest.mark.parametrize("least", [0, 4])
+def test_greedy_decoding_goes_on_from_the_prompt_to_the_least_length(
+    terse_model, images: Tensor, prompt: tuple[int, ...], least: int
+) -> None:
+    got = generate_captions(terse_model, images, max_length=12, min_length=least, prompt=prompt)
+    whole = torch.tensor([SPECIAL.cls, *prompt]).expand(len(images), -1)
+    done = torch.zeros(len(images), dtype=torch.bool)
+    for written in range(got.shape[1] - 1):
+        log_p = forced(log_probabilities(terse_model, images, whole)[:, -1], least=least, written=written)
+        best = log_p.argmax(-1).masked_fill(done, SPECIAL.pad)
+        done |= best == SPECIAL.sep
+        whole = torch.cat([whole, best[:, None]], 1)
+    assert torch.equal(got, torch.cat([whole[:, :1], whole[:, 1 + len(prompt) :]], 1))
+    shortest = min(row.tolist().index(SPECIAL.sep) for row in got if SPECIAL.sep in row) - 1
+    assert shortest >= least and (least or shortest < 4), "no caption is shorter than the least: the test shows nothing"
+
+
+def test_prompt_and_least_length_change_captions_and_none_changes_nothing(terse_model, images: Tensor) -> None:
+    for beams in (1, 3):
+        options = {"max_length": 12, "num_beams": beams, "rerank": beams > 1}
+        plain = generate_captions(terse_model, images, **options)
+        assert torch.equal(generate_captions(terse_model, images, **options, min_length=0, prompt=()), plain)
+        for more in ({"min_length": 4}, {"prompt": PROMPT}):
+            other = generate_captions(terse_model, images, **options, **more)
+            assert other.shape != plain.shape or not torch.equal(other, plain)
+
+
 @torch.no_grad()
-def all_captions(model, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Every caption of up to two tokens after [CLS]: ids [C, 3], their number of tokens [C], log-probability [C]."""
+def all_captions(
+    model, image: Tensor, *, prompt: tuple[int, ...] = (), least: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Every caption of up to two tokens after [CLS] and a prompt: ids [C, 3] without the prompt, their number of tokens
+    [C], log-probability [C]. -inf for those that are shorter than `least` before [SEP]."""
     pairs = product(range(VOCABULARY), repeat=2)
     captions = torch.tensor(
         [(SPECIAL.cls, *pair) for pair in pairs if pair[0] != SPECIAL.sep or pair[1] == SPECIAL.pad]
     )
-    log_p = log_probabilities(model, image.expand(len(captions), -1, -1, -1), captions)
-    tokens = log_p[:, :-1].gather(-1, captions[:, 1:, None])[..., 0]  # [C, 2]
+    whole = torch.cat([captions[:, :1], torch.tensor(prompt).long().expand(len(captions), -1), captions[:, 1:]], 1)
+    log_p = log_probabilities(model, image.expand(len(captions), -1, -1, -1), whole)
+    tokens = log_p[:, len(prompt) : -1].gather(-1, captions[:, 1:, None])[..., 0]  # [C, 2]
+    for written in range(least):
+        tokens[captions[:, 1 + written] == SPECIAL.sep, written] = -torch.inf
     count = 3 - (captions[:, 1] == SPECIAL.sep).long()
     return captions, count, tokens[:, 0] + tokens[:, 1] * (count - 2)
 
 
 @torch.no_grad()
-def test_beams_find_the_likeliest_caption(model, images: Tensor) -> None:
-    """With as many beams as there are first tokens, the best of all captions of up to two tokens after [CLS]."""
-    got = generate_captions(model, images[:2], max_length=3, num_beams=VOCABULARY)
+@pytest.mark.parametrize("prompt, least", [((), 0), (PROMPT, 0), (PROMPT, 1), ((), 2)])
+def test_beams_find_the_likeliest_caption(model, images: Tensor, prompt: tuple[int, ...], least: int) -> None:
+    """With as many beams as there are first tokens, the best of all captions of up to two tokens after the prompt."""
+    options = {"max_length": 3 + len(prompt), "min_length": least, "prompt": prompt}
+    got = generate_captions(model, images[:2], **options, num_beams=VOCABULARY)
     for image, caption in zip(images[:2], got, strict=True):
-        captions, count, log_p = all_captions(model, image)
+        captions, count, log_p = all_captions(model, image, prompt=prompt, least=least)
         best = captions[(log_p / (count - 1)).argmax()]
         assert torch.equal(caption[: len(best)], best[: len(caption)])
 
@@ -130,15 +174,22 @@ def terse_model():
 
 
 @torch.no_grad()
-def test_beams_of_several_lengths_have_both_scores(terse_model, images: Tensor) -> None:
-    beams = search_captions(terse_model, images, max_length=8, num_beams=4)
+@pytest.mark.parametrize("prompt, least", [((), 0), (PROMPT, 1)])
+def test_beams_of_several_lengths_have_both_scores(
+    terse_model, images: Tensor, prompt: tuple[int, ...], least: int
+) -> None:
+    """Both of the caption without the prompt; the log-probability is that of the tokens behind it."""
+    limits = {"max_length": 8 + len(prompt), "min_length": least, "prompt": prompt}
+    beams = search_captions(terse_model, images, **limits, num_beams=4)
     captions = beams.captions.flatten(0, 1)
     ends = captions == SPECIAL.sep
     count = torch.where(ends.any(1), ends.long().argmax(1) + 1, captions.shape[1])
     assert len(set(count.tolist())) > 2
     mask = torch.arange(captions.shape[1]) < count[:, None]
     of_beams = images.repeat_interleave(4, 0)
-    log_p = log_probabilities(terse_model, of_beams, captions)[:, :-1].gather(-1, captions[:, 1:, None])[..., 0]
+    whole = torch.cat([captions[:, :1], torch.tensor(prompt).long().expand(len(captions), -1), captions[:, 1:]], 1)
+    log_p = log_probabilities(terse_model, of_beams, whole)[:, len(prompt) : -1]
+    log_p = log_p.gather(-1, captions[:, 1:, None])[..., 0]
     expected = (log_p * mask[:, 1:]).sum(1).view(-1, 4)
     torch.testing.assert_close(beams.log_prob, expected.float())  # transformers adds up in fp32
     _, texts = terse_model.encode_text(captions, mask)
@@ -146,7 +197,7 @@ def test_beams_of_several_lengths_have_both_scores(terse_model, images: Tensor) 
     torch.testing.assert_close(beams.similarity, terse_model.logit_scale.exp() * similarity)
     mean = beams.log_prob / (count.view(-1, 4) - 1)
     assert (mean.diff(dim=1) <= 1e-6).all()
-    options = {"max_length": 8, "num_beams": 4}
+    options = {**limits, "num_beams": 4}
     for rerank, number in (
         (False, torch.zeros(len(images), dtype=torch.long)),
         (True, (expected + beams.similarity).argmax(1)),
@@ -183,6 +234,13 @@ def test_samples_come_from_the_nucleus(model, images: Tensor) -> None:
     [
         ({"max_length": 1}, r"max_length: expected 2 to text.max_positions = 16, got 1"),
         ({"max_length": 17}, r"max_length: expected 2 to .* 16, got 17"),
+        ({"max_length": 5, "min_length": 5}, r"min_length: expected 0 to 4, as max_length = 5 leaves, got 5"),
+        ({"max_length": 5, "min_length": -1}, r"min_length: expected 0 to 4, .* got -1"),
+        (
+            {"max_length": 6, "min_length": 3, "prompt": PROMPT},
+            r"min_length: expected 0 to 2, as max_length = 6 leaves behind a prompt of 3, got 3",
+        ),
+        ({"max_length": 4, "prompt": PROMPT}, r"prompt: expected fewer than 3 tokens, got 3"),
         ({"max_length": 5, "num_beams": 0}, r"num_beams: expected at least 1, got 0"),
         ({"max_length": 5, "top_p": 1.5}, r"top_p: expected a number in \(0, 1\], got 1.5"),
         ({"max_length": 5, "top_p": 0.5, "rerank": True}, r"rerank: expected beam search without top_p, got top_p 0.5"),

@@ -61,6 +61,34 @@ def test_captioning_trains_the_caption_loss_alone(tmp_path: Path, runs: dict[str
     assert json.loads((Path(config.output) / "metrics.json").read_text())["captioning"]["samples"] == 64
 
 
+def test_captions_have_a_least_length_and_a_prompt(
+    tmp_path: Path, runs: dict[str, Path], capfd: pytest.CaptureFixture
+) -> None:
+    data = runs["sycoca"].parent / "train.tar"
+    head = ("head.min_length=4", "head.prompt=a picture of", f"data.val={data}", "train.steps=1")
+    config = task_config(tmp_path, "captioning", data, *head, init=runs["sycoca"])
+    finetune_here(config)
+
+    def measured(*options: str) -> dict:
+        assert evaluate.main([config.output, "--data", str(data), "--beams", "1", *options]) == 0
+        return json.loads((Path(config.output) / "metrics.json").read_text())["captioning"]
+
+    found = measured()
+    assert (found["min_length"], found["prompt"]) == (4, "a picture of"), "of the head"
+    (event,) = rows(config.output, "events.jsonl")
+    assert event["score"] == pytest.approx(found["cider"])
+    assert measured("--min-length", "2")["min_length"] == 2
+    assert not {"min_length", "prompt"} & measured("--min-length", "0", "--prompt", "").keys()
+    for options, words in (
+        (["--min-length", "90"], "captions: min_length: expected 0 to "),
+        (["--prompt", "a red box " * 9], "captions: prompt: expected fewer than 15 tokens, got "),
+    ):
+        assert evaluate.main([config.output, "--data", str(data), *options]) == 1
+        assert words in capfd.readouterr().err
+    assert evaluate.main([str(runs["softmask_pp"]), "--data", str(data), "--prompt", "a", "--pairs", "8"]) == 0
+    assert "not used: --prompt: the model generates no captions" in capfd.readouterr().err
+
+
 def test_captioning_is_for_sycoca(tmp_path: Path, runs: dict[str, Path]) -> None:
     with pytest.raises(ValueError, match="task: captioning is for sycoca, got softmask_pp"):
         task_config(tmp_path, "captioning", "x.tar", init=runs["softmask_pp"])

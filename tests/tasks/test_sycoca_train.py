@@ -165,12 +165,12 @@ def test_report_shows_captions_and_reconstructions(run: Config) -> None:
 def test_captions_do_not_depend_on_the_batch_size(run: Config) -> None:
     scorer = command.load_scorer(find_checkpoint(run.output), batch_size=5)
     samples = list(readers.Reader(open_source(run.data.train)).read(range(12)))
-    written, features = captioning.describe(scorer, samples, beams=2)
+    written, features = captioning.describe(scorer, samples, captioning.CaptionOptions(beams=2))
     scorer.batch_size = 12
-    again, once = captioning.describe(scorer, samples, beams=2)
+    again, once = captioning.describe(scorer, samples, captioning.CaptionOptions(beams=2))
     assert written == again and len(written.chosen) == len(written.beams_alone) == 12
     torch.testing.assert_close(features, once)
-    greedy, _ = captioning.describe(scorer, samples, beams=1)
+    greedy, _ = captioning.describe(scorer, samples, captioning.CaptionOptions(beams=1))
     assert len(greedy.chosen) == 12 and greedy.beams_alone == []
     shown = reconstruction.reconstruct(scorer, samples[:3], [sample.caption for sample in samples[1:4]])
     whole = report_generation.to_patches(shown.images, scorer.model.patch_size)

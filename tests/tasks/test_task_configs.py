@@ -10,6 +10,7 @@ import torch
 from softmask.models import SpecialIds
 from softmask.tasks.downstream import DownstreamTask
 from softmask.tasks.registry import find_downstream, known
+from softmask.training.checkpoint.store import longest_text
 from softmask.training.config import ConfigError, load_config, save_config
 from tests.support.train_fixtures import ROOT
 
@@ -19,7 +20,12 @@ BERT = SpecialIds(pad=0, cls=101, sep=102, mask=103)
 SIZES = {
     "snli_ve": 209.8, "nlvr2": 259.3, "vqa": 290.3, "retrieval": 210.2, "captioning": 389.3, "classification": 86.1,
     "text_assignment": 258.5,
+    "vqa_sycoca": 388.6,
 }  # fmt: skip
+
+
+def trains(task: str) -> bool:
+    return bool(find_downstream(task).section)
 
 
 def full_size_run(folder: Path, name: str) -> Path:
@@ -30,18 +36,21 @@ def full_size_run(folder: Path, name: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("task", [name for name in known(DownstreamTask) if find_downstream(name).section])
-def test_configuration_takes_the_model_of_a_full_size_run(task: str, tmp_path: Path) -> None:
-    base = "sycoca_base" if task == "captioning" else "softmask_base"
-    names = ["head.names=[cat, dog]"] if task == "classification" else []
-    config = load_config(CONFIGS / f"{task}.yaml", [f"init={full_size_run(tmp_path / 'run', base)}", *names])
-    assert config.method == ("sycoca" if task == "captioning" else "softmask_pp")
+@pytest.mark.parametrize("name", [*filter(trains, known(DownstreamTask)), "vqa_sycoca"])
+def test_configuration_takes_the_model_of_a_full_size_run(name: str, tmp_path: Path) -> None:
+    method = "sycoca" if name in ("captioning", "vqa_sycoca") else "softmask_pp"
+    base = "sycoca_base" if method == "sycoca" else "softmask_base"
+    names = ["head.names=[cat, dog]"] if name == "classification" else []
+    config = load_config(CONFIGS / f"{name}.yaml", [f"init={full_size_run(tmp_path / 'run', base)}", *names])
+    assert (config.method, config.task) == (method, name.removesuffix("_sycoca"))
+    longest, _ = longest_text(config)
+    assert config.data.max_length <= longest
     assert config.data.image_size == config.model.vision.image_size
     assert config.data.mean == load_config(tmp_path / "run" / "config.yaml").data.mean
     with torch.device("meta"):
         model = config.find_task().build(config.model, BERT)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    assert trained / 1e6 == pytest.approx(SIZES[task], rel=5e-3)
+    assert trained / 1e6 == pytest.approx(SIZES[name], rel=5e-3)
 
 
 def test_own_keys_count_more_than_those_of_the_pretrained_run(tmp_path: Path) -> None:

@@ -40,6 +40,17 @@ class Prediction:
     index: int  # in the source
     record: Record  # without its pictures
     value: Any
+    cut: bool  # its text was truncated
+
+
+def cut_count(predictions: Sequence[Prediction]) -> dict[str, int]:
+    """ "cut", the number of truncated texts, for the metrics.json section; empty if there are none."""
+    return {"cut": count} if (count := sum(one.cut for one in predictions)) else {}
+
+
+def cut_lines(result: dict[str, Any], *, length: int, what: str) -> list[str]:
+    """A line for the terminal if texts were truncated to `length` tokens."""
+    return [f"  {result['cut']} {what} were truncated to {length} tokens"] if "cut" in result else []
 
 
 def predict_all(
@@ -68,7 +79,7 @@ def predict_all(
         with torch.no_grad():
             values = predict(batch)
         bare = [replace(record, image_bytes=b"", more_images=()) for record in batch.records]
-        return [Prediction(*one) for one in zip(indices, bare, values, strict=True)], skipped
+        return [Prediction(*one) for one in zip(indices, bare, values, batch.text.cut.tolist(), strict=True)], skipped
 
     shown = tqdm(pieces, desc="predicting", disable=True if rank() else None, leave=False)
     found = share_out(shown, work)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from softmask.evaluation.sections import Evaluation, Section
-from softmask.evaluation.tasks.examples import ExampleBatch, Prediction, predict_all
+from softmask.evaluation.tasks.examples import ExampleBatch, Prediction, cut_count, cut_lines, predict_all
 
 
 class LabelSection(Section):
@@ -31,7 +31,7 @@ class LabelSection(Section):
         predictions = predict_all(given.scorer, given.reader, predict, blank=given.blank)
         if given.predictions is not None:
             given.predictions.extend(map(self.row, predictions))
-        return self.scores(predictions)
+        return self.scores(predictions) | cut_count(predictions)
 
     def row(self, one: Prediction) -> dict[str, Any]:
         """One row of the file of predictions."""
@@ -41,7 +41,7 @@ class LabelSection(Section):
         return label_scores(predictions, self.labels)
 
     def lines(self, result: dict, given: Evaluation) -> list[str]:
-        return label_lines(result, self.title)
+        return label_lines(result, self.title) + cut_lines(result, length=given.text_length, what="sentences")
 
 
 def label_scores(predictions: Sequence[Prediction], labels: Sequence[str]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 from softmask.data.formats.nlvr2 import sentence_of
 from softmask.evaluation.sections import Evaluation
 from softmask.evaluation.tasks.examples import Prediction
-from softmask.evaluation.tasks.labels import LabelSection, best, label_lines
+from softmask.evaluation.tasks.labels import LabelSection, best
 
 LABELS = ("False", "True")
 
@@ -34,4 +34,4 @@ class Nlvr2(LabelSection):
 
     def lines(self, result: dict, given: Evaluation) -> list[str]:
         more = [f"  consistency {100 * result['consistency']:.1f} %"] if "consistency" in result else []
-        return label_lines(result, self.title) + more
+        return super().lines(result, given) + more

@@ -10,8 +10,9 @@ from softmask.data import DataError, TokenBatch
 from softmask.data.formats.vqa import read_answer_list
 from softmask.evaluation.readers import Scorer
 from softmask.evaluation.sections import Evaluation, Section
-from softmask.evaluation.tasks.examples import ExampleBatch, Prediction, predict_all
+from softmask.evaluation.tasks.examples import ExampleBatch, Prediction, cut_count, cut_lines, predict_all
 from softmask.evaluation.tasks.vqa_accuracy import vqa_accuracy
+from softmask.tasks.vqa import texts_over
 
 TYPES = ("answer_type", "question_type")
 
@@ -20,7 +21,8 @@ class Vqa(Section):
     """VQA accuracy, also by types of answers and questions.
 
     With `head.answer_list` the model ranks its answers: `list_answers`, `read_questions` and `rank` -> (numbers,
-    log-probabilities), best first. Without it the model writes them: `generate` -> token ids.
+    log-probabilities), best first. Without it the model writes them: `generate` -> token ids; "too_long" then counts
+    the different true answers that have more tokens than it may write.
     """
 
     name = "vqa"
@@ -34,12 +36,19 @@ class Vqa(Section):
             for index in given.reader.skipped:  # the server refuses a file that lacks a question
                 rows[index] = {"question_id": given.reader.source.example(index).key, "answer": ""}
             given.predictions.extend(row for _, row in sorted(rows.items()))
-        return scores(predictions)
+        result = scores(predictions) | cut_count(predictions)
+        if not given.scorer.config.head.answer_list:
+            result |= _too_long(predictions, given.scorer)
+        return result
 
     def lines(self, result: dict, given: Evaluation) -> list[str]:
+        cut = cut_lines(result, length=given.text_length, what="questions")
         if "accuracy" not in result:
-            return [f"VQA: {result['samples']} answers, none to compare with"]
-        lines = [f"VQA, {result['samples']} questions: accuracy {100 * result['accuracy']:.2f} %"]
+            return [f"VQA: {result['samples']} answers, none to compare with", *cut]
+        lines = [f"VQA, {result['samples']} questions: accuracy {100 * result['accuracy']:.2f} %", *cut]
+        if "too_long" in result:
+            most = given.scorer.config.head.answer_length
+            lines.append(f"  {result['too_long']} true answers have more than head.answer_length={most} tokens")
         for kind in TYPES:
             shares = [f"{name} {100 * one['accuracy']:.1f} %" for name, one in result.get(kind, {}).items()]
             lines += [f"  {', '.join(shares)}"] if shares else []
@@ -74,6 +83,14 @@ def _answerer(scorer: Scorer) -> Callable[[ExampleBatch], list[dict[str, Any]]]:
         return [{"answer": answers[number], "log_probability": value} for number, value in best]
 
     return rank
+
+
+def _too_long(predictions: Sequence[Prediction], scorer: Scorer) -> dict[str, int]:
+    """For the result: how many different true answers cannot be written; empty if there are none."""
+    targets = [one.record.target for one in predictions if one.record.target is not None]
+    answers = {answer for target in targets for answer in target["answers"]}
+    cut = list(texts_over(answers, scorer.tokenizer, length=scorer.config.head.answer_length))
+    return {"too_long": len(cut)} if cut else {}
 
 
 def _check_answers(answers: Sequence[str], tokens: TokenBatch, path: str, length: int) -> None:

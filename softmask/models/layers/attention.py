@@ -19,14 +19,18 @@ def attend(
     queries: Packing,
     keys: Packing,
     causal: bool = False,
+    visible: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
     """``softmax(query key^T / sqrt(E)) value`` within each sequence.
 
     query [S, H, E] of N sequences packed as `queries`; key, value [S', H, E] packed as `keys`, at least one token in
     each sequence. Returns [S, H, E]. `causal`: queries and keys are the same tokens, and none sees a later one.
-    "sdpa" and "eager" compute on padded copies; the other libraries take packed tokens.
+    `visible` [N, T, P] bool: the keys that each query sees, at least one, in place of `causal`; padding is not among
+    them. "sdpa" and "eager" compute on padded copies; the other libraries take packed tokens and have no `visible`, for
+    which "sdpa" takes their place.
     """
+    library = "sdpa" if visible is not None and library != "eager" else library
     if library == "flash_attn":
         return _flash_attn(query, key, value, queries, keys, causal, dropout)
     if library == "xformers":
@@ -35,7 +39,9 @@ def attend(
         packing.pad(x).transpose(1, 2) for packing, x in ((queries, query), (keys, key), (keys, value))
     )
     mask = None if keys.is_full else keys.mask[:, None, None]  # [N, 1, 1, P]
-    if causal:
+    if visible is not None:
+        mask = visible[:, None]
+    elif causal:
         past = torch.ones(queries.length, keys.length, dtype=torch.bool, device=query.device).tril()
         mask = past if mask is None else mask & past
     if library == "sdpa":

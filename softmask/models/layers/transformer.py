@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from softmask.ranges import named_range
 
 class Attention(nn.Module):
     """``x + output(attention(norm(x), norm(source)))``, x [S, D], source [S', D']. Without a source it is
-    self-attention. With `outputs` it computes those tokens alone, [M, D]."""
+    self-attention. With `outputs` it computes those tokens alone, [M, D]. `visible`: as for `attend`."""
 
     def __init__(self, width: int, heads: int, *, source_width: int | None = None, library: str = "sdpa") -> None:
         super().__init__()
@@ -36,6 +37,7 @@ class Attention(nn.Module):
         *,
         causal: bool = False,
         outputs: OutputPositions | None = None,
+        visible: Tensor | None = None,
     ) -> Packed:
         states, queries = x.tokens, x.packing
         normalized = self.norm(states)
@@ -48,7 +50,8 @@ class Attention(nn.Module):
             projection(tokens).unflatten(-1, (self.heads, -1))  # [S, H, E]
             for projection, tokens in ((self.query, normalized), (self.key, context), (self.value, context))
         )
-        mixed = attend(query, key, value, library=self.library, causal=causal, queries=queries, keys=keys)
+        how: dict[str, Any] = {"library": self.library, "causal": causal, "visible": visible}
+        mixed = attend(query, key, value, queries=queries, keys=keys, **how)
         return Packed(states + self.output(mixed.flatten(1)), queries)
 
 
@@ -72,9 +75,14 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(width)
 
     def forward(
-        self, x: Packed, source: Packed | None = None, causal: bool = False, outputs: OutputPositions | None = None
+        self,
+        x: Packed,
+        source: Packed | None = None,
+        causal: bool = False,
+        outputs: OutputPositions | None = None,
+        visible: Tensor | None = None,
     ) -> Packed:
-        mixed = self.attention(x, source, causal=causal, outputs=outputs)
+        mixed = self.attention(x, source, causal=causal, outputs=outputs, visible=visible)
         return Packed(self.feed_forward(mixed.tokens), mixed.packing)
 
 
@@ -82,7 +90,7 @@ class CrossDecoder(nn.Module):
     """`layers` pairs of a self-attention block and a cross-attention block, and a last norm.
 
     x [S, D] and source [S', D'], packed -> states [S, D]. With `outputs`, which a causal decoder cannot have, the last
-    pair computes those tokens alone: [M, D].
+    pair computes those tokens alone: [M, D]. With `visible` [N, T, T] bool tokens see those of x that it names.
     """
 
     def __init__(
@@ -101,11 +109,13 @@ class CrossDecoder(nn.Module):
         width = self.norm.normalized_shape[0]
         initialize_by_depth([*self.own, *self.cross], width=width, layers=len(self.own))
 
-    def forward(self, x: Packed, source: Packed, *, outputs: OutputPositions | None = None) -> Tensor:
+    def forward(
+        self, x: Packed, source: Packed, *, outputs: OutputPositions | None = None, visible: Tensor | None = None
+    ) -> Tensor:
         recompute = self.activation_checkpointing
         for number, (own, cross) in enumerate(zip(self.own, self.cross, strict=True)):
             last = outputs if number == len(self.own) - 1 else None
-            x = checkpointed(own, x, None, self.causal, last, recompute=recompute)
+            x = checkpointed(own, x, None, self.causal, last, visible, recompute=recompute)
             x = checkpointed(cross, x, source, recompute=recompute)
         return self.norm(x.tokens)
 
@@ -168,6 +178,13 @@ class CausalTextEncoder(nn.Module):
         padded = with_cls.pad(self.decoder_input(x.tokens))
         tokens, cls = packing.pack(padded[:, :-1]), padded[:, -1]
         return tokens, self.norm(cls) if self.open_clip else cls
+
+    def tokens(self, input_ids: Tensor, packing: Packing, *, position: Tensor, visible: Tensor) -> Tensor:
+        """Tokens [S, D] without a CLS, at position [B, T]; each sees those that visible [B, T, T] names."""
+        x = Packed(self.word(packing.pack(input_ids)) + self.position(packing.pack(position)), packing)
+        for block in self.blocks:
+            x = checkpointed(block, x, None, True, None, visible, recompute=self.activation_checkpointing)
+        return self.decoder_input(x.tokens)
 
     def decoder_input(self, states: Tensor) -> Tensor:
         """The last block's states as the decoders read them."""

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from typing import Literal
 
 from softmask.models.config import (
     MAX_TEMPERATURE,
     MIN_TEMPERATURE,
-    Distillation,
     TextConfig,
     VisionConfig,
     at_least_one,
@@ -93,18 +91,3 @@ class SoftMaskPPConfig:
             )
         if self.soft_mask and self.text.fusion_layers < 2:
             raise ValueError(f"text.fusion_layers: soft masks need at least 2, got {self.text.fusion_layers}")
-
-
-@dataclass
-class VqaHead(Distillation):
-    """VQA: the `head:` section of a configuration."""
-
-    alpha_warmup_epochs: float = 1.0
-    answer_list: str = ""  # answers to choose from, a JSON list of texts; empty: evaluation generates them
-    k: int = 128  # answers whose whole probability is computed, by their first token's
-    answer_length: int = 10  # tokens of an answer, [CLS] and [SEP] included
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.answer_list = self.answer_list and os.path.abspath(os.path.expanduser(self.answer_list))
-        check(self, {"k": (self.k >= 1, "at least 1"), "answer_length": (self.answer_length >= 3, "at least 3")})

@@ -1,4 +1,4 @@
-"""Both encoders, the pooler and the projections: the part that the momentum encoder copies."""
+"""Both encoders and the pooler; with the projections, the part that pre-training's momentum encoder copies."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from softmask.models.distilled import Network
 from softmask.models.layers.numerics import at_least_fp32, initialize
 from softmask.models.layers.packing import Packed, Packing
 from softmask.models.layers.pooler import AttentionalPooler
@@ -23,7 +24,9 @@ class Texts(Packed):
     input_ids: Tensor  # [B, T], with padding
 
 
-class Backbone(nn.Module):
+class Encoders(Network):
+    """Both encoders and the pooler. Subclasses initialize the text encoder."""
+
     def __init__(self, config: SyCoCaConfig) -> None:
         super().__init__()
         text = config.text
@@ -44,21 +47,17 @@ class Backbone(nn.Module):
                 width, config.pooler_heads, queries=config.pooler_queries, library=text.attention
             )
             initialize(self.pooler, std=text.initializer_range)
-        self.image_projection = nn.Linear(width, config.embed_dim, bias=False)
-        self.text_projection = nn.Linear(text.width, config.embed_dim, bias=False)
-        for part in (self.text, self.image_projection, self.text_projection):
-            initialize(part, std=text.initializer_range)
-        if text.style == "open_clip":
-            self._initialize_as_open_clip()
 
-    def _initialize_as_open_clip(self) -> None:
+    def set_activation_checkpointing(self, enable: bool) -> None:
+        super().set_activation_checkpointing(enable)
+        self.text.activation_checkpointing = enable
+
+    def initialize_text_as_open_clip(self) -> None:
         text = self.text
         width = text.norm.normalized_shape[0]
         initialize_by_depth(text.blocks, width=width, layers=len(text.blocks))
         nn.init.normal_(text.word.weight, std=0.02)
         nn.init.normal_(text.position.weight, std=0.01)
-        for projection in (self.image_projection, self.text_projection):
-            nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
 
     def pool(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """The image encoder's tokens [B, P, D] -> the pooled token for the contrastive loss, [B, D], and the context of
@@ -67,6 +66,22 @@ class Backbone(nn.Module):
             return self.vision.pool(tokens), tokens
         outputs = self.pooler(tokens)
         return outputs[:, 0], outputs[:, 1:]
+
+
+class Backbone(Encoders):
+    """With the projections of the contrastive loss."""
+
+    def __init__(self, config: SyCoCaConfig) -> None:
+        super().__init__(config)
+        text, width = config.text, self.vision.width
+        self.image_projection = nn.Linear(width, config.embed_dim, bias=False)
+        self.text_projection = nn.Linear(text.width, config.embed_dim, bias=False)
+        for part in (self.text, self.image_projection, self.text_projection):
+            initialize(part, std=text.initializer_range)
+        if text.style == "open_clip":
+            self.initialize_text_as_open_clip()
+            for projection in (self.image_projection, self.text_projection):
+                nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
 
     def image_feature(self, pooled: Tensor) -> Tensor:
         """Pooled tokens [B, D] -> normalized features [B, embed_dim]."""

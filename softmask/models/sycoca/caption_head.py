@@ -1,4 +1,4 @@
-"""SyCoCa's caption head: the decoder's states to logits, or straight to the loss of the next tokens."""
+"""SyCoCa's caption decoder, and its head: states to logits, or straight to the loss of the next tokens."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from softmask.models.layers.numerics import at_least_fp32
+from softmask.models.layers.numerics import at_least_fp32, initialize
 from softmask.models.layers.token_loss import masked_token_loss
+from softmask.models.layers.transformer import CrossDecoder
+from softmask.models.sycoca.config import CausalTextConfig
 
 MOST_LOGITS = 2**26  # at a time, 256 MiB in fp32; above that, the backward pass recomputes them part by part
 
@@ -35,3 +37,16 @@ class CaptionHead(nn.Linear):
         # A view: autocast caches a parameter's bf16 copy and would sum the parts' gradients in bf16.
         logits = F.linear(states, self.weight.view_as(self.weight), self.bias)
         return masked_token_loss(at_least_fp32(logits), labels)
+
+
+def caption_parts(text: CausalTextConfig, *, image_width: int) -> tuple[CrossDecoder, CaptionHead]:
+    """The caption decoder and its head with new weights."""
+    sizes = text.width, text.heads, text.decoder_layers
+    decoder = CrossDecoder(*sizes, source_width=image_width, causal=True, library=text.attention)
+    head = CaptionHead(text.width, text.vocab_size, bias=False)
+    for part in (decoder, head):
+        initialize(part, std=text.initializer_range)
+    if text.style == "open_clip":
+        decoder.initialize_as_open_clip()
+        nn.init.normal_(head.weight, std=text.width**-0.5)
+    return decoder, head

@@ -6,7 +6,7 @@ image are computed once. Single tokens use PyTorch's attention, whatever `text.a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -37,17 +37,47 @@ class Beams:
         return self.captions[torch.arange(len(best), device=best.device), best]
 
 
+@dataclass(frozen=True)
+class Lengths:
+    """Limits of generated captions, in tokens.
+
+    Attributes:
+        most: [CLS], prompt and [SEP] included.
+        least: generated tokens before [SEP].
+        prompt: [P] the tokens that every caption starts with, behind [CLS]. They are given and not generated: neither
+            the captions nor their scores have them.
+    """
+
+    most: int
+    least: int = 0
+    prompt: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        given = 1 + len(self.prompt)
+        if self.most < 2:
+            raise ValueError(f"max_length: expected at least 2, got {self.most}")
+        if given >= self.most:
+            raise ValueError(f"prompt: expected fewer than {self.most - 1} tokens, got {len(self.prompt)}")
+        if not 0 <= self.least <= self.most - given:
+            behind = f" behind a prompt of {len(self.prompt)}" if self.prompt else ""
+            expected = f"0 to {self.most - given}, as max_length = {self.most} leaves{behind}"
+            raise ValueError(f"min_length: expected {expected}, got {self.least}")
+
+
 @torch.no_grad()
 def generate_captions(
     model: SyCoCa,
     images: Tensor,
     *,
     max_length: int,
+    min_length: int = 0,
+    prompt: Sequence[int] = (),
     num_beams: int = 1,
     top_p: float | None = None,
     rerank: bool = False,
 ) -> Tensor:
-    """images [B, 3, S, S] -> token ids [B, T <= max_length] from [CLS] to [SEP], then [PAD].
+    """images [B, 3, S, S] -> token ids [B, T <= max_length] from [CLS] to [SEP], then [PAD]. `max_length`, `min_length`
+    and `prompt`: see `Lengths`.
 
     Greedy by default; with `num_beams` > 1 beam search by the mean log-probability per token; with `top_p` nucleus
     sampling from torch's random numbers; with both, beam sampling. With `rerank` the result is the beam with the
@@ -56,42 +86,56 @@ def generate_captions(
         log p(caption | image) + logit_scale * <image feature, text feature>.
 
     Raises:
-        ValueError: no image; max_length not in [2, text.max_positions]; num_beams < 1; top_p not in (0, 1], or given
-            with rerank.
+        ValueError: no image; max_length not in [2, text.max_positions]; no room for min_length or prompt;
+            num_beams < 1; top_p not in (0, 1], or given with rerank.
     """
     _check(model, images, max_length=max_length, num_beams=num_beams)
+    lengths = Lengths(max_length, min_length, tuple(prompt))
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p: expected a number in (0, 1], got {top_p}")
     if rerank and top_p is not None:
         raise ValueError(f"rerank: expected beam search without top_p, got top_p {top_p}")
     if rerank and num_beams > 1:
-        beams = search_captions(model, images, max_length=max_length, num_beams=num_beams)
+        beams = _search(model, images, lengths, num_beams=num_beams)
         return _padded(model, beams.best())
     options = {"do_sample": top_p is not None, "top_p": top_p, "top_k": None if top_p is None else 0}
     with evaluating(model):
         _, tokens = model.backbone.pool(model.backbone.vision(images))
-        found = _generate(model, tokens, max_length=max_length, num_beams=num_beams, **options)
-    return _padded(model, found.sequences)
+        captions, _ = _generate(model, tokens, lengths, num_beams=num_beams, **options)
+    return _padded(model, captions)
 
 
 @torch.no_grad()
-def search_captions(model: SyCoCa, images: Tensor, *, max_length: int, num_beams: int) -> Beams:
+def search_captions(
+    model: SyCoCa,
+    images: Tensor,
+    *,
+    max_length: int,
+    min_length: int = 0,
+    prompt: Sequence[int] = (),
+    num_beams: int,
+) -> Beams:
     """images [B, 3, S, S] -> all beams, with their log-probabilities and similarities.
 
     Raises:
-        ValueError: no image; max_length not in [2, text.max_positions]; num_beams < 2.
+        ValueError: no image; max_length not in [2, text.max_positions]; no room for min_length or prompt;
+            num_beams < 2.
     """
     _check(model, images, max_length=max_length, num_beams=num_beams, fewest=2)
+    return _search(model, images, Lengths(max_length, min_length, tuple(prompt)), num_beams=num_beams)
+
+
+def _search(model: SyCoCa, images: Tensor, lengths: Lengths, *, num_beams: int) -> Beams:
     with evaluating(model):
         pooled, tokens = model.backbone.pool(model.backbone.vision(images))
         options = {"num_return_sequences": num_beams, "output_scores": True}
-        found = _generate(model, tokens, max_length=max_length, num_beams=num_beams, **options)
-        captions = _padded(model, found.sequences)
+        found, mean = _generate(model, tokens, lengths, num_beams=num_beams, **options)
+        captions = _padded(model, found)
         mask = _up_to(model.special_ids.sep, captions)
         _, texts = model.encode_text(captions, mask)
         image = model.backbone.image_feature(pooled)
         similarity = model.scale() * torch.einsum("bd,bnd->bn", image, texts.unflatten(0, (len(images), -1)))
-    log_prob = found.sequences_scores * (mask.sum(dim=1) - 1)  # transformers gives the mean over the tokens after [CLS]
+    log_prob = mean * (mask.sum(dim=1) - 1)
     return Beams(captions.unflatten(0, similarity.shape), log_prob.view(similarity.shape), similarity)
 
 
@@ -105,19 +149,26 @@ def _check(model: SyCoCa, images: Tensor, *, max_length: int, num_beams: int, fe
         raise ValueError(f"images: expected at least one image [B, 3, S, S], got shape {list(images.shape)}")
 
 
-def _generate(model: SyCoCa, tokens: Tensor, **options: object) -> Any:
-    """transformers' generation from image tokens [B, P, D]."""
+def _generate(model: SyCoCa, tokens: Tensor, lengths: Lengths, **options: Any) -> tuple[Tensor, Any]:
+    """transformers' generation from image tokens [B, P, D]: captions [N, T] without the prompt and, of beams, the mean
+    log-probability of their tokens after [CLS]."""
     special: SpecialIds = model.special_ids
+    given = torch.tensor([special.cls, *lengths.prompt], device=tokens.device)
+    if lengths.least:
+        options["min_length"] = len(given) + lengths.least
     generator: Any = CaptionGenerator(model)  # transformers types its mixins for its own classes
     config = GenerationConfig(
         bos_token_id=special.cls,
         eos_token_id=special.sep,
         pad_token_id=special.pad,
         return_dict_in_generate=True,
+        max_length=lengths.most,
         **options,
     )
-    start = torch.full((len(tokens), 1), special.cls, device=tokens.device)
-    return generator.generate(start, generation_config=config, images=generator.image_keys(tokens))
+    start = given.expand(len(tokens), -1)
+    found = generator.generate(start, generation_config=config, images=generator.image_keys(tokens))
+    captions = torch.cat([found.sequences[:, :1], found.sequences[:, len(given) :]], dim=1)
+    return captions, found.get("sequences_scores")
 
 
 def _up_to(token: int, captions: Tensor) -> Tensor:

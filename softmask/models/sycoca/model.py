@@ -22,7 +22,7 @@ from softmask.models.layers.packing import OutputPositions, Packed, Packing, is_
 from softmask.models.layers.recomputation import all_ranks
 from softmask.models.layers.transformer import CrossDecoder
 from softmask.models.sycoca.backbone import Backbone, Texts
-from softmask.models.sycoca.caption_head import CaptionHead
+from softmask.models.sycoca.caption_head import caption_parts
 from softmask.models.sycoca.config import MAX_LOGIT_SCALE, SyCoCaConfig
 from softmask.models.sycoca.masks import (
     Draws,
@@ -60,21 +60,8 @@ class SyCoCa(nn.Module):
         self.backbone = Backbone(config)
         self._check_sizes()
         text = config.text
-        self.caption_decoder = CrossDecoder(
-            text.width,
-            text.heads,
-            text.decoder_layers,
-            source_width=self.backbone.vision.width,
-            causal=True,
-            library=text.attention,
-        )
-        self.caption_head = CaptionHead(text.width, text.vocab_size, bias=False)
+        self.caption_decoder, self.caption_head = caption_parts(text, image_width=self.backbone.vision.width)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1.0 / config.temperature)))
-        for part in (self.caption_decoder, self.caption_head):
-            initialize(part, std=text.initializer_range)
-        if text.style == "open_clip":
-            self.caption_decoder.initialize_as_open_clip()
-            nn.init.normal_(self.caption_head.weight, std=text.width**-0.5)
         if config.reconstruct or config.caption_masking == "pixels":
             self.mask_token = nn.Parameter(torch.empty(self.backbone.vision.width).normal_(std=text.initializer_range))
         if config.reconstruct:

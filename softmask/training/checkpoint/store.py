@@ -46,6 +46,8 @@ FREE_KEYS = (
     "head.k",
     "head.rerank",
     "head.beams",
+    "head.min_length",
+    "head.prompt",
 )
 FIXED_KEYS = (
     "seed", "train.accumulation", "train.precision", "optimizer.lr_scales", "optimizer.vision_layer_decay",
@@ -241,11 +243,9 @@ def build_model(config: Config, tokenizer: CaptionTokenizer) -> nn.Module:
             f"model.text.vocab_size: expected 0 or at least the tokenizer's {tokenizer.vocab_size}, "
             f"got {model.text.vocab_size}"
         )
-    if config.data.max_length > model.text.max_positions:
-        raise ConfigError(
-            f"data.max_length: expected at most model.text.max_positions = {model.text.max_positions}, "
-            f"got {config.data.max_length}"
-        )
+    most, what = longest_text(config)
+    if config.data.max_length > most:
+        raise ConfigError(f"data.max_length: expected at most {what} = {most}, got {config.data.max_length}")
     ids = SpecialIds(pad=tokenizer.pad_id, cls=tokenizer.cls_id, sep=tokenizer.sep_id, mask=tokenizer.mask_id)
     try:
         return config.find_task().build(model, ids)
@@ -253,6 +253,13 @@ def build_model(config: Config, tokenizer: CaptionTokenizer) -> nn.Module:
         if explain(error, smaller=""):
             raise
         raise ConfigError(f"model: {first_line(error)}") from error
+
+
+def longest_text(config: Config) -> tuple[int, str]:
+    """The most tokens of a text that the model can read, and the same in words."""
+    behind = config.find_task().tokens_behind
+    what = f" less {behind} tokens of an answer" if behind else ""
+    return config.model.text.max_positions - behind, f"model.text.max_positions{what}"
 
 
 def without_files(config: Config) -> Config:
