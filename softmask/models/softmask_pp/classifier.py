@@ -13,21 +13,26 @@ from softmask.models.layers.packing import OutputPositions, Packing
 from softmask.models.softmask_pp.backbone import FusedEncoder
 from softmask.models.softmask_pp.config import SoftMaskPPConfig
 from softmask.models.softmask_pp.fusion import PairIndex
+from softmask.models.softmask_pp.maps import Fused, MapOptions, maps_by_picture, without_graph
 from softmask.models.softmask_pp.pairs import first_tokens
 
 
-def fused_first_tokens(network: FusedEncoder, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """The last fused state [B, D] of every text's first token, CLS.
+def fused_first_tokens(
+    network: FusedEncoder, images: Tensor, input_ids: Tensor, attention_mask: Tensor, *, record_layer: int | None = None
+) -> Fused:
+    """The last fused state [B, D] of every text's first token, CLS, and what maps of its words need.
 
     images: [n B, ...], the n pictures of the first text, then those of the second; n is the network's.
     """
     packing, fusion = Packing.of(attention_mask), network.fusion
-    start = fusion.start(network.text(input_ids, packing), packing)
+    with without_graph(record_layer is not None):
+        start = fusion.start(network.text(input_ids, packing), packing)
+        keys = fusion.project(network.vision(images))
     first = torch.arange(0, len(images), fusion.copies, device=images.device)
     turns = [PairIndex(kv_index=first + number) for number in range(fusion.copies)]
     outputs = OutputPositions.of(packing, first_tokens(attention_mask), size=len(input_ids), longest=1)
-    cls, _ = fusion(start, fusion.project(network.vision(images)), turns, outputs=outputs)
-    return cls
+    cls, record = fusion(start, keys, turns, outputs=outputs, record_layer=record_layer, grad_from=record_layer or 0)
+    return Fused(cls, record, keys)
 
 
 class ClassifierNetwork(FusedEncoder):
@@ -42,7 +47,7 @@ class ClassifierNetwork(FusedEncoder):
 
     def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits [B, classes]. images: all pictures of the first text, then those of the second, ..."""
-        return self.head(fused_first_tokens(self, images, input_ids, attention_mask))
+        return self.head(fused_first_tokens(self, images, input_ids, attention_mask).states)
 
 
 class Classifier(Distilled[ClassifierNetwork]):
@@ -68,6 +73,19 @@ class Classifier(Distilled[ClassifierNetwork]):
     def predict(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Probabilities [B, classes] fp32."""
         return at_least_fp32(self.backbone(images, input_ids, attention_mask)).softmax(1)
+
+    def word_maps_by_picture(
+        self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, word_index: Tensor, *, normalize: str | None
+    ) -> Tensor:
+        """Maps [B, pictures, W, patches] of the words at word_index [B, W, S] (token positions, -1 pads) over each
+        picture: Grad-CAM of the largest logit. Works under no_grad and leaves every `.grad` untouched."""
+
+        def fused(layer: int) -> tuple[Tensor, Fused]:
+            found = fused_first_tokens(self.backbone, images, input_ids, attention_mask, record_layer=layer)
+            return self.backbone.head(found.states).amax(1), found
+
+        options = MapOptions(self.config.cam_layer, self.num_prefix_tokens, normalize)
+        return maps_by_picture(fused, word_index, options, pictures=self.pictures)
 
 
 class SnliVe(Classifier):

@@ -20,6 +20,7 @@ from softmask.models.layers.token_loss import masked_token_loss
 from softmask.models.softmask_pp.backbone import FusedEncoder
 from softmask.models.softmask_pp.config import SoftMaskPPConfig, VqaHead
 from softmask.models.softmask_pp.fusion import FusionEncoder, FusionStart, ImageKeys, PairIndex
+from softmask.models.softmask_pp.maps import Fused, MapOptions, maps_by_picture, without_graph
 
 
 class AnswerDecoder(nn.Module):
@@ -78,10 +79,19 @@ class VqaNetwork(FusedEncoder):
 
     def read(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Questions:
         """B questions with their images."""
+        return self.read_recorded(images, input_ids, attention_mask)[0]
+
+    def read_recorded(
+        self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, *, record_layer: int | None = None
+    ) -> tuple[Questions, Fused]:
+        """B questions with their images, and what maps of their words need."""
         packing = Packing.of(attention_mask)
-        start = self.fusion.start(self.text(input_ids, packing), packing)
-        states, _ = self.fusion(start, self.fusion.project(self.vision(images)))
-        return Questions(self.decoder.fusion.project(packing.pad(states)), ~attention_mask)
+        with without_graph(record_layer is not None):
+            start = self.fusion.start(self.text(input_ids, packing), packing)
+            keys = self.fusion.project(self.vision(images))
+        states, record = self.fusion(start, keys, record_layer=record_layer, grad_from=record_layer or 0)
+        questions = Questions(self.decoder.fusion.project(packing.pad(states)), ~attention_mask)
+        return questions, Fused(states, record, keys)
 
     def forward(self, batch: AnswerBatch, packing: Packing, read: Tensor) -> Tensor:
         """Logits [M, vocabulary] after the answers' tokens at read [M], numbers of packed tokens."""
@@ -160,6 +170,20 @@ class Vqa(Distilled[VqaNetwork]):
             ids = torch.cat([ids, token.masked_fill(ended, special.pad)[:, None]], dim=1)
             ended |= token == special.sep
         return ids
+
+    def word_maps_by_picture(
+        self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, word_index: Tensor, *, normalize: str | None
+    ) -> Tensor:
+        """Maps [B, 1, W, patches] of the question's words at word_index [B, W, S] (token positions, -1 pads): Grad-CAM
+        of the log-probability of the most probable first token of an answer. Works under no_grad and leaves every
+        `.grad` untouched."""
+
+        def fused(layer: int) -> tuple[Tensor, Fused]:
+            questions, found = self.backbone.read_recorded(images, input_ids, attention_mask, record_layer=layer)
+            return self._after_start(questions).amax(1), found
+
+        options = MapOptions(self.config.cam_layer, self.num_prefix_tokens, normalize)
+        return maps_by_picture(fused, word_index, options)
 
     def _after_start(self, questions: Questions) -> Tensor:
         """Log-probabilities [B, vocabulary] fp32 of an answer's first token."""
