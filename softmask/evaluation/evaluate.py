@@ -53,6 +53,7 @@ from softmask.evaluation.command import (
     name_skipped,
     open_reader,
     sizes,
+    use_answer_list,
 )
 from softmask.evaluation.readers import Reader, Scorer
 from softmask.evaluation.retrieval import RerankBy
@@ -112,7 +113,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--rerank", type=positive, help="candidates that ITM re-ranks (default 16; of fine-tuned retrieval head.rerank)"
     )
-    parser.add_argument("--answer-list", type=Path, help="VQA's answers to choose from (default: as in training)")
     parser.add_argument(
         "--rerank-by",
         choices=get_args(RerankBy),
@@ -155,14 +155,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _check_options(options: argparse.Namespace, scorer: Scorer, sections: list[Section]) -> None:
-    """ConfigError for options that would be ignored. Puts `--answer-list` into the configuration."""
+def _check_options(options: argparse.Namespace, sections: list[Section]) -> None:
+    """ConfigError for options that would be ignored."""
     if options.blank and not all(section.reads_blank for section in sections):
         raise ConfigError("--blank: expected a run of snli_ve, nlvr2, vqa or classification")
-    if options.answer_list and scorer.config.task != "vqa":
-        raise ConfigError(f"--answer-list: expected a run of task vqa, got {scorer.config.task}")
-    if options.answer_list:
-        scorer.config.head.answer_list = str(options.answer_list)
 
 
 def _training(scorer: Scorer, options: argparse.Namespace) -> Reader | None:
@@ -183,7 +179,8 @@ def run(options: argparse.Namespace) -> str:
     classes = [] if options.task else known_classes(options.data, options.classes)
     scorer = load_scorer(checkpoint, **sizes(options))
     sections = for_task(scorer, options.task) if options.task else sections_of(scorer)
-    _check_options(options, scorer, sections)
+    _check_options(options, sections)
+    use_answer_list(options, scorer)
     pretrained, head = scorer.config.task == PRETRAIN, scorer.config.head
     given = Evaluation(
         scorer=scorer,
@@ -209,7 +206,8 @@ def run(options: argparse.Namespace) -> str:
     result["training"] = training_facts(checkpoint)
     seconds = round(time.perf_counter() - start, 1)
     facts = evaluation_facts(scorer, given.reader, checkpoint)
-    result["evaluation"] = {"seconds": seconds, "data": options.data} | facts
+    blank = {"blank": True} if options.blank else {}
+    result["evaluation"] = {"seconds": seconds, "data": options.data} | facts | blank
     written = [output, *([options.predictions] if given.predictions else [])]
     if given.predictions:
         write_atomically(options.predictions, json.dumps(given.predictions) + "\n")

@@ -33,19 +33,29 @@ class Prediction:
     value: Any
 
 
+Predictor = Callable[[ExampleBatch], Sequence[Any]]
+"""What the model says about each example of a batch."""
+
+
 def predict_all(
-    scorer: Scorer, reader: Reader, predict: Callable[[ExampleBatch], Sequence[Any]], *, blank: bool = False
+    scorer: Scorer,
+    reader: Reader,
+    predict: Predictor,
+    *,
+    blank: bool = False,
+    numbers: Sequence[int] | None = None,
 ) -> list[Prediction]:
     """`predict`'s values for all readable examples, in order, on every rank. Others are counted in `reader.skipped`.
     DataError if there are none.
 
     blank: pictures are grey, which shows what texts alone tell.
+    numbers: of the examples; None: all.
     """
-    size, count = scorer.batch_size, len(reader.source)
-    pieces = [range(first, min(first + size, count)) for first in range(0, count, size)]
+    size, asked = scorer.batch_size, range(len(reader.source)) if numbers is None else numbers
+    pieces = [asked[first : first + size] for first in range(0, len(asked), size)]
 
-    def work(piece: range) -> tuple[list[Prediction], dict[int, str]]:
-        indices, batch, skipped = _read(scorer, reader, piece, blank=blank)
+    def work(piece: Sequence[int]) -> tuple[list[Prediction], dict[int, str]]:
+        indices, batch, skipped = read_examples(scorer, reader, piece, blank=blank)
         if not indices:
             return [], skipped
         with torch.no_grad():
@@ -64,9 +74,10 @@ def predict_all(
     return predictions
 
 
-def _read(
-    scorer: Scorer, reader: Reader, piece: range, *, blank: bool
+def read_examples(
+    scorer: Scorer, reader: Reader, piece: Sequence[int], *, blank: bool = False
 ) -> tuple[list[int], ExampleBatch, dict[int, str]]:
+    """The numbers of the readable examples among `piece`, their batch, and the errors of the others."""
     transform = eval_transform(scorer.config.data)
     indices: list[int] = []
     images: list[Tensor] = []
