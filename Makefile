@@ -115,14 +115,16 @@ FILES_nlvr2 := data.train=data/tasks/nlvr2_train.json data.val=data/tasks/nlvr2_
 FILES_snli_ve := data.train=data/tasks/snli_ve_train.json data.val=data/tasks/snli_ve_val.json head.alpha=0
 FILES_classification := data.train=data/tasks/classification/train data.val=data/tasks/classification/val \
   head.mixup=0 head.cutmix=0
-TEST_retrieval := --data data/tasks/captions.json --pairs 1280
-TEST_captioning := --data data/tasks/captions.json --pairs 1280 --beams 4
-TEST_vqa := --data 'data/tasks/vqa_test_*.json'
-TEST_nlvr2 := --data data/tasks/nlvr2_test.json
-TEST_snli_ve := --data data/tasks/snli_ve_test.json
-TEST_classification := --data data/tasks/classification/test
+TEST_retrieval := data/tasks/captions.json
+TEST_captioning := data/tasks/captions.json
+TEST_vqa := 'data/tasks/vqa_test_*.json'
+TEST_nlvr2 := data/tasks/nlvr2_test.json
+TEST_snli_ve := data/tasks/snli_ve_test.json
+TEST_classification := data/tasks/classification/test
+EVALUATE_retrieval := --pairs 1280
+EVALUATE_captioning := --pairs 1280 --beams 4
 
-finetune: $(patsubst %,runs/%/metrics.json,$(patsubst all,$(TASKS),$(TASK)))  ## tasks after pre-training on the demos' scenes (resumes); TASK=vqa
+finetune: $(patsubst %,runs/%/report.html,$(patsubst all,$(TASKS),$(TASK)))  ## tasks after pre-training on the demos' scenes (resumes); TASK=vqa
 
 data/tasks/tasks.json: | $(READY)
 	@$(IN_VENV) python -m softmask.data.scenes --tasks --out data/tasks
@@ -135,7 +137,10 @@ $(TASKS:%=runs/%/done.json): runs/%/done.json: train/configs/demo_tasks.yaml | $
 	@touch $@
 
 $(TASKS:%=runs/%/metrics.json): runs/%/metrics.json: runs/%/done.json
-	@$(IN_VENV) python train/evaluate.py runs/$* $(TEST_$*) --output $@
+	@$(IN_VENV) python train/evaluate.py runs/$* --data $(TEST_$*) $(EVALUATE_$*) --output $@
+
+$(TASKS:%=runs/%/report.html): runs/%/report.html: runs/%/metrics.json
+	@$(IN_VENV) python train/report.py runs/$* --data $(TEST_$*)
 
 ablation: $(READY)  ## both methods with and without their parts (hours); ARGS="--jobs 2 --rows coca"
 	@$(MAKE) -s DEMO=artists data/artists/scenes.json
