@@ -147,7 +147,7 @@ td.chance { color: var(--muted); }
 .confusion { margin-top: 36px; width: auto; }
 .confusion thead th { text-align: center; }
 .confusion caption { text-align: left; color: var(--muted); padding-bottom: 10px; }
-.confusion td {
+.confusion tbody td {
   min-width: 128px; text-align: center; border: 2px solid var(--paper);
   background: color-mix(in srgb, var(--accent) calc(var(--share) * 0.55), var(--card));
 }
@@ -195,9 +195,10 @@ footer { margin-top: 72px; padding-top: 20px; border-top: 1px solid var(--rule);
   .examples.plain .example { grid-template-columns: 104px 1fr; }
   .example .seen { max-width: 260px; }
   .example.two .seen { max-width: none; }
-  .shares th, .shares td, .confusion th, .confusion td { padding: 8px 5px; }
+  .shares tr > *, .confusion tr > * { padding: 8px 4px; }
+  .shares thead th, .confusion thead th { font-size: 10px; letter-spacing: 0; }
   .shares .track { display: none; }
-  .confusion td { min-width: 64px; }
+  .confusion tbody td { min-width: 64px; }
   .confusion small { display: block; }
 }
 @media print {

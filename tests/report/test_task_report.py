@@ -110,9 +110,9 @@ def test_confusion_matrix_counts_predictions_by_right_answer(task: str, runs: di
     counts = json.loads((run / "metrics.json").read_text())[task]["confusion"]
     source = page_of(run, data).source
     body = source.split('<table class="confusion">')[1].split("</table>")[0]
-    found = [int(cell.split("<small>")[1].split("</small>")[0]) for cell in body.split("<td")[1:]]
+    found = [int(cell.split("<small>")[1].split("</small>")[0]) for cell in body.split("<td style")[1:]]
     assert found == [count for row in counts for count in row]
-    shares = [float(cell.split("<b>")[1].split("</b>")[0]) for cell in body.split("<td")[1:]]
+    shares = [float(cell.split("<b>")[1].split("</b>")[0]) for cell in body.split("<td style")[1:]]
     assert shares == [round(100 * count / max(sum(row), 1), 1) for row in counts for count in row]
 
 

@@ -73,7 +73,7 @@ def confusion_table(counts: Sequence[Sequence[int]], labels: Sequence[str]) -> s
     )
     return (
         '<div class="scroll"><table class="confusion">\n<caption>Predictions (columns) by right answer (rows), with '
-        f'shares of the row in percent.</caption>\n<thead><tr><th scope="col">Right answer</th>{heads}</tr></thead>\n'
+        f"shares of the row in percent.</caption>\n<thead><tr><td></td>{heads}</tr></thead>\n"
         f"<tbody>{rows}</tbody></table></div>\n"
     )
 

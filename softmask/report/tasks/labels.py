@@ -14,7 +14,7 @@ from softmask.report.tasks.examples import ExampleView
 from softmask.report.tasks.figures import Group, Row, confusion_table, share_table, with_grey
 
 UNSEEN = "With something unseen in training"
-MAJORITY = "Most frequent class"
+MAJORITY = "Majority"
 
 
 class LabelView(ExampleView):
@@ -47,7 +47,8 @@ class LabelView(ExampleView):
     def figures(self, result: dict[str, Any], blank: dict[str, Any] | None) -> list[str]:
         if result.get("accuracy") is None:
             return [section("task", self.section.title, f"{result['samples']:,} examples without answers.", "")]
-        return [section("task", self.section.title, note(blank), self.table(result, blank) + self.matrix(result))]
+        about = f"{note(blank)} The majority is the share of the most frequent class."
+        return [section("task", self.section.title, about, self.table(result, blank) + self.matrix(result))]
 
     def table(self, result: dict[str, Any], blank: dict[str, Any] | None) -> str:
         def row(name: str, found: dict[str, Any], grey: dict[str, Any] | None) -> Row:
