@@ -106,14 +106,16 @@ $(RUN_DIR)/report.html: $(RUN_DIR)/metrics.json $(if $(filter artists,$(DATA)),$
 TASKS := retrieval vqa nlvr2 snli_ve classification captioning
 TASK ?= $(TASKS)
 BASE_captioning := sycoca_demo
-TEST_retrieval := --data data/tasks/captions.json --pairs 1280
-TEST_captioning := --data data/tasks/captions.json --pairs 1280 --beams 4
-TEST_vqa := --data 'data/tasks/vqa_test_*.json'
-TEST_nlvr2 := --data data/tasks/nlvr2_test.json
-TEST_snli_ve := --data data/tasks/snli_ve_test.json
-TEST_classification := --data data/tasks/classification/test
+TEST_retrieval := data/tasks/captions.json
+TEST_captioning := data/tasks/captions.json
+TEST_vqa := 'data/tasks/vqa_test_*.json'
+TEST_nlvr2 := data/tasks/nlvr2_test.json
+TEST_snli_ve := data/tasks/snli_ve_test.json
+TEST_classification := data/tasks/classification/test
+EVALUATE_retrieval := --pairs 1280
+EVALUATE_captioning := --pairs 1280 --beams 4
 
-finetune: $(patsubst %,runs/%/metrics.json,$(patsubst all,$(TASKS),$(TASK)))  ## tasks after pre-training on the demos' scenes (resumes); TASK=vqa
+finetune: $(patsubst %,runs/%/report.html,$(patsubst all,$(TASKS),$(TASK)))  ## tasks after pre-training on the demos' scenes (resumes); TASK=vqa
 
 data/tasks/tasks.json: | $(READY)
 	@$(IN_VENV) python -m softmask.data.scenes --tasks --out data/tasks
@@ -127,7 +129,10 @@ $(FINETUNED:%=runs/%/done.json): runs/%/done.json: train/configs/demo_tasks/%.ya
 	@touch $@
 
 $(TASKS:%=runs/%/metrics.json): runs/%/metrics.json: runs/%/done.json
-	@$(IN_VENV) python train/evaluate.py runs/$* $(TEST_$*) --output $@
+	@$(IN_VENV) python train/evaluate.py runs/$* --data $(TEST_$*) $(EVALUATE_$*) --output $@
+
+$(TASKS:%=runs/%/report.html): runs/%/report.html: runs/%/metrics.json
+	@$(IN_VENV) python train/report.py runs/$* --data $(TEST_$*)
 
 ablation: $(READY)  ## both methods with and without their parts (hours); ARGS="--jobs 2 --rows coca"
 	@$(MAKE) -s DEMO=artists data/artists/scenes.json

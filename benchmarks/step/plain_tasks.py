@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.step.plain_softmask_pp import PlainSoftMaskPP, attention, feed_forward
+from benchmarks.step.plain_softmask_pp import AttentionMap, PlainSoftMaskPP, attention, feed_forward
 from softmask.models.layers.numerics import at_least_fp32
 
 
@@ -27,8 +27,17 @@ class PlainTasks(PlainSoftMaskPP):
         rows = [self.match(text, mask, image[None].expand(len(text), -1, -1))[:, 1] for image in images]
         return torch.stack(rows)
 
-    def classify(self, images: Tensor, ids: Tensor, mask: Tensor, *, network: Any = None) -> Tensor:
-        """Logits of the fused CLS; images [n B, ...], the n pictures of the first text, then those of the second."""
+    def classify(
+        self,
+        images: Tensor,
+        ids: Tensor,
+        mask: Tensor,
+        *,
+        network: Any = None,
+        into: dict[int, AttentionMap] | None = None,
+    ) -> Tensor:
+        """Logits of the fused CLS; images [n B, ...], the n pictures of the first text, then those of the second.
+        `into`: number of a layer -> what saves its attention."""
         network = self.model.backbone if network is None else network
         tokens = network.vision(images)
         pictures = [tokens[number :: network.fusion.copies] for number in range(network.fusion.copies)]
@@ -36,18 +45,29 @@ class PlainTasks(PlainSoftMaskPP):
         for number, layer in enumerate(layers):
             turn = number % len(pictures)
             x = self.self_attention(layer.self_attention, x, mask)
-            x = self.read(layer.cross_attention, layers[number - turn].cross_attention, x, pictures[turn], None)
+            saved = (into or {}).get(number)
+            x = self.read(layer.cross_attention, layers[number - turn].cross_attention, x, pictures[turn], None, saved)
             x = feed_forward(layer.feed_forward, x)
         return network.head(x[:, 0])
 
-    def read(self, block: nn.Module, projecting: nn.Module, x: Tensor, source: Tensor, mask: Tensor | None) -> Tensor:
+    def read(
+        self,
+        block: nn.Module,
+        projecting: nn.Module,
+        x: Tensor,
+        source: Tensor,
+        mask: Tensor | None,
+        into: AttentionMap | None = None,
+    ) -> Tensor:
         """Cross-attention of x [N, T, D] to source [N, S, D'] with the keys and values of the layer `projecting`."""
         value = F.linear(source, projecting.value.weight, block.value_bias)
-        options = {"heads": self.config.text.heads, "mask": mask, "into": None}
+        options = {"heads": self.config.text.heads, "mask": mask, "into": into}
         return block.norm(x + attention(block, block.query(x), projecting.key(source), value, **options))
 
-    def question(self, network: nn.Module, images: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        return self.fuse(network, self.text(network, ids, mask), mask, network.vision(images))
+    def question(
+        self, network: nn.Module, images: Tensor, ids: Tensor, mask: Tensor, into: AttentionMap | None = None
+    ) -> Tensor:
+        return self.fuse(network, self.text(network, ids, mask), mask, network.vision(images), into)
 
     def answer_logits(
         self, network: nn.Module, answers: Tensor, answer_mask: Tensor, states: Tensor, mask: Tensor

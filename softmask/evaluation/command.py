@@ -87,9 +87,22 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         default="",
         help="squash whole images to a square, or crop their middle (default: data.eval_resize, set by the method)",
     )
+    parser.add_argument("--answer-list", type=Path, help="VQA's answers to choose from (default: as in training)")
     parser.add_argument(
         "--batch-size", type=positive, default=64, help="images, captions, beams or pairs per batch (default 64)"
     )
+
+
+def use_answer_list(options: argparse.Namespace, scorer: Scorer) -> None:
+    """Puts `--answer-list` into the configuration.
+
+    Raises:
+        ConfigError: the run is of another task, which has no such list.
+    """
+    if options.answer_list and scorer.config.task != "vqa":
+        raise ConfigError(f"--answer-list: expected a run of task vqa, got {scorer.config.task}")
+    if options.answer_list:
+        scorer.config.head.answer_list = str(options.answer_list)
 
 
 def evaluation_facts(scorer: Scorer, reader: Reader, checkpoint: Path) -> dict:

@@ -55,6 +55,7 @@ from softmask.evaluation.command import (
     name_skipped,
     open_reader,
     sizes,
+    use_answer_list,
 )
 from softmask.evaluation.readers import Reader, Scorer
 from softmask.evaluation.retrieval import RerankBy
@@ -64,7 +65,7 @@ from softmask.evaluation.zero_shot import Class, read_classes
 from softmask.files import write_atomically
 from softmask.training.checkpoint.state import read_state
 from softmask.training.checkpoint.store import best_checkpoint
-from softmask.training.config import PRETRAIN, ConfigError
+from softmask.training.config import PRETRAIN
 
 
 def known_classes(data: str, file: Path | None) -> list[Class]:
@@ -120,7 +121,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--rerank", type=positive, help="candidates that ITM re-ranks (default 16; of fine-tuned retrieval head.rerank)"
     )
-    parser.add_argument("--answer-list", type=Path, help="VQA's answers to choose from (default: as in training)")
     parser.add_argument(
         "--rerank-by",
         choices=get_args(RerankBy),
@@ -148,9 +148,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--predictions", type=Path, help="write a downstream task's predictions, as its server reads them"
     )
-    parser.add_argument(
-        "--blank", action="store_true", help="grey pictures: what a downstream task's texts tell by themselves"
-    )
+    parser.add_argument("--blank", action="store_true", help="grey pictures: what texts tell by themselves")
     # Passed by deepspeed; the environment has it too, with every launcher.
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -183,16 +181,6 @@ def _add_caption_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _check_options(options: argparse.Namespace, scorer: Scorer, sections: list[Section]) -> None:
-    """ConfigError for options that would be ignored. Puts `--answer-list` into the configuration."""
-    if options.blank and not all(section.reads_blank for section in sections):
-        raise ConfigError("--blank: expected a run of snli_ve, nlvr2, vqa or classification")
-    if options.answer_list and scorer.config.task != "vqa":
-        raise ConfigError(f"--answer-list: expected a run of task vqa, got {scorer.config.task}")
-    if options.answer_list:
-        scorer.config.head.answer_list = str(options.answer_list)
-
-
 def _caption_options(options: argparse.Namespace, head: object) -> CaptionOptions:
     given = {name: value for name in ("min_length", "prompt") if (value := getattr(options, name)) is not None}
     heads = {name: getattr(head, name) for name in ("min_length", "prompt") if hasattr(head, name)}
@@ -217,7 +205,8 @@ def run(options: argparse.Namespace) -> str:
     classes = [] if options.task else known_classes(options.data, options.classes)
     scorer = load_scorer(checkpoint, **sizes(options))
     sections = for_task(scorer, options.task) if options.task else sections_of(scorer)
-    _check_options(options, scorer, sections)
+    scorer.config.data.blank |= options.blank
+    use_answer_list(options, scorer)
     pretrained, head = scorer.config.task == PRETRAIN, scorer.config.head
     given = Evaluation(
         scorer=scorer,
@@ -229,7 +218,6 @@ def run(options: argparse.Namespace) -> str:
         box_score=options.box_score,
         captions=_caption_options(options, head),
         classes=classes,
-        blank=options.blank,
         predictions=[] if options.predictions else None,
     )
     try:
@@ -244,7 +232,8 @@ def run(options: argparse.Namespace) -> str:
     result["training"] = training_facts(checkpoint)
     seconds = round(time.perf_counter() - start, 1)
     facts = evaluation_facts(scorer, given.reader, checkpoint)
-    result["evaluation"] = {"seconds": seconds, "data": options.data} | facts
+    blank = {"blank": True} if options.blank else {}
+    result["evaluation"] = {"seconds": seconds, "data": options.data} | facts | blank
     written = [output, *([options.predictions] if given.predictions else [])]
     if given.predictions:
         write_atomically(options.predictions, json.dumps(given.predictions) + "\n")

@@ -33,7 +33,6 @@ class Evaluation:
         captions: options of caption generation.
         box_score: what grounding ranks boxes by.
         classes: classes of zero-shot classification; without classes the section is left out.
-        blank: downstream tasks see grey pictures, which shows what texts alone tell.
         predictions: sections of downstream tasks add the rows of the file of predictions; None: none is wanted.
     """
 
@@ -46,7 +45,6 @@ class Evaluation:
     captions: CaptionOptions = field(default_factory=CaptionOptions)
     box_score: BoxScore = "mean"
     classes: list[Class] = field(default_factory=list)
-    blank: bool = False
     predictions: list[dict[str, Any]] | None = None
 
     @property
@@ -64,11 +62,9 @@ class Section:
 
     Attributes:
         name: key in metrics.json.
-        reads_blank: whether it follows `Evaluation.blank`.
     """
 
     name: str
-    reads_blank: bool = False
 
     def run(self, given: Evaluation) -> dict | None:
         """The object of metrics.json; None if the data has nothing to measure."""

@@ -124,8 +124,7 @@ class AnswerModel(Distilled[A]):
         """
         count, device = len(questions), answers.input_ids.device
         k = min(k, len(answers.input_ids))
-        begun = torch.full((count, 1), self.special_ids.cls, device=device)
-        first = at_least_fp32(self._next(questions, begun)).log_softmax(1)[:, answers.input_ids[:, 1]]  # [B, M]
+        first = self.first_token(questions)[:, answers.input_ids[:, 1]]  # [B, M]
         chosen = first.topk(k, dim=1).indices  # [B, k]
         question = torch.arange(count, device=device).repeat_interleave(k)
         rows, score = chosen.flatten(), first.gather(1, chosen).flatten()
@@ -136,6 +135,11 @@ class AnswerModel(Distilled[A]):
         score = score.index_add(0, places.answer, known).view_as(chosen)
         score, order = score.sort(dim=1, descending=True, stable=True)
         return chosen.gather(1, order), score
+
+    def first_token(self, questions: Any) -> Tensor:
+        """Log-probabilities [B, vocabulary] fp32 of the first token of an answer to each of B questions."""
+        begun = torch.full((len(questions), 1), self.special_ids.cls, device=next(self.parameters()).device)
+        return at_least_fp32(self._next(questions, begun)).log_softmax(1)
 
     @torch.no_grad()
     def generate(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, *, max_length: int) -> Tensor:

@@ -1,12 +1,14 @@
-"""Write report.html of a run, a self-contained page: curves, metrics, retrieval examples, and the model's outputs.
+"""Write report.html of a run, a self-contained page: curves, metrics, and examples of what the model does.
 
     python train/report.py RUN --data 'data/test-*.tar' [--output RUN/report.html] [--scenes 12]
 
-RUN is a run's folder with log.jsonl, a complete checkpoint and the metrics.json of train/evaluate.py. All images are
-embedded in the page. For SoftMask++ it shows word maps: of the phrases of "objects" in a sample's .json (format:
-softmask/evaluation/evaluate.py), or of all content words if there are no objects. For SyCoCa it shows generated
-captions and reconstructions. The footer quotes an ATTRIBUTION.txt beside the shards. Unreadable samples are skipped and
-named on stderr. If the command fails, it writes nothing.
+RUN is a run's folder with log.jsonl, a complete checkpoint and the metrics.json of train/evaluate.py, whose options of
+data and sizes are the report's, too. All images are embedded in the page. What it shows of a task is the view that the
+task names (view.py): retrieval and, of SoftMask++, word maps, of the phrases of "objects" in a sample's .json (format:
+softmask/evaluation/evaluate.py) or of all content words if there are no objects; of SyCoCa generated captions and
+reconstructions; of tasks after pre-training their figures, with those of `evaluate.py --blank --output RUN/blank.json`
+if that file is there, and right and wrong examples. The footer quotes an ATTRIBUTION.txt beside the data. Unreadable
+samples are skipped and named on stderr. If the command fails, it writes nothing.
 """
 
 from __future__ import annotations
@@ -14,18 +16,10 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from softmask.arguments import positive
-from softmask.data import TokenBatch
 from softmask.data.sources import expand_pattern
-from softmask.evaluation import grounding, metrics, retrieval
 from softmask.evaluation.command import (
     add_data_options,
     check_output,
@@ -35,36 +29,21 @@ from softmask.evaluation.command import (
     name_skipped,
     open_reader,
     sizes,
+    use_answer_list,
 )
-from softmask.evaluation.grounding import Phrase, Word
-from softmask.evaluation.readers import Reader, Sample, Scorer, batches
-from softmask.evaluation.retrieval import Gallery, RerankBy
 from softmask.files import write_atomically
-from softmask.report.facts import facts, lead
-from softmask.report.generated import generated
-from softmask.report.images import data_uri, heat_overlay, limited, soft_masked
+from softmask.report.facts import facts, kicker, lead
 from softmask.report.metrics_file import is_number, read_metrics
-from softmask.report.page import Candidate, Page, Query, SceneView, WordView, render
-from softmask.report.svg import Series, outline_path
-from softmask.tasks.base import Curve
+from softmask.report.page import Page, render
+from softmask.report.svg import Series
+from softmask.report.view import Given, find_view
+from softmask.tasks.base import Curve, Task
+from softmask.tasks.downstream import DownstreamTask
 from softmask.training.checkpoint.state import CheckpointError, read_state
 from softmask.training.checkpoint.store import best_checkpoint
-from softmask.training.config import PRETRAIN, ConfigError, load_config
+from softmask.training.config import load_config
 from softmask.training.logs import read_lines
 
-ANSWERS = 5
-CAPTION_QUERIES = 5
-IMAGE_QUERIES = 6
-THUMBNAIL = 200  # pixels of a retrieval image's longer side
-OVERLAY = 512  # pixels of a map's longer side
-WORDS = 8  # most content words shown for a caption without objects
-# Words that name nothing visible. English only; used for captions without objects.
-EMPTY_TEXT = """
-a an the this that these those some any each and or but with without of in on at by to from for into onto over
-under above below beside between near next behind front left right top bottom is are was were be being been has
-have had there here it its his her their they he she we you i as while who which two three four one
-"""
-EMPTY_WORDS = frozenset(EMPTY_TEXT.split())
 GENERAL = {"loss": Curve("Loss, all terms", "nats"), "lr": Curve("Learning rate")}
 NO_CURVE = ("step", "epoch", "seconds", "samples_per_second")
 
@@ -90,143 +69,29 @@ def curves(rows: list[dict], known: dict[str, Curve]) -> list[Series]:
     return series
 
 
+def validations(path: Path, task: Task) -> list[Series]:
+    """The scores of validation in events.jsonl, as one series; none if nothing was validated."""
+    if not (isinstance(task, DownstreamTask) and path.is_file()):
+        return []
+    rows = [row for _, row in read_lines(path) if row.get("event") == "validation" and is_number(row.get("score"))]
+    if not rows:
+        return []
+    steps, scores = [row["step"] for row in rows], [100 * row["score"] for row in rows]
+    return [Series(f"Validation: {task.metric}", "× 100", steps, scores, smoothed=False)]
+
+
 def attribution(data: str) -> str:
     """The text of all ATTRIBUTION.txt files beside the data."""
-    folders = dict.fromkeys(Path(path).parent for path in expand_pattern(data))
-    files = [folder / "ATTRIBUTION.txt" for folder in folders]
+    folders = [Path(data).parent] if Path(data).is_dir() else [Path(path).parent for path in expand_pattern(data)]
+    files = [folder / "ATTRIBUTION.txt" for folder in dict.fromkeys(folders)]
     return "\n\n".join(file.read_text(encoding="utf-8", errors="replace").strip() for file in files if file.is_file())
-
-
-# -- retrieval -------------------------------------------------------------------------------------
-
-
-def spread(total: int, wanted: int) -> list[int]:
-    """`wanted` evenly spaced numbers of range(total), or all of them."""
-    if total <= wanted:
-        return list(range(total))
-    return [round((part + 0.5) * total / wanted - 0.5) for part in range(wanted)]
-
-
-@dataclass(frozen=True)
-class Rerank:
-    """How many candidates ITM re-ranks, and by what score."""
-
-    candidates: int
-    by: RerankBy
-
-
-Answers = tuple[list[int], list[bool], int]
-"""The best answers to a query, which of them are right, and how many wrong ones rank above the right one."""
-
-
-def answers(
-    scorer: Scorer, gallery: Gallery, queries: list[int], *, rerank: Rerank | None, by_text: bool
-) -> list[Answers]:
-    """The answers to each query: by ITC, re-ranked by ITM with `rerank`."""
-    similarity, relevant = gallery.similarity, gallery.relevant
-    if by_text:
-        similarity, relevant = similarity.T, relevant.T
-    scores = similarity[queries]
-    if rerank is not None:
-        chosen = torch.zeros(len(similarity), 1, dtype=torch.bool)
-        chosen[queries] = True
-        candidates = metrics.top_candidates(similarity, rerank.candidates) & chosen
-        match = retrieval.match_scores(scorer, gallery, candidates.T if by_text else candidates, by=rerank.by)
-        match = match.T if by_text else match
-        scores = metrics.rerank(scores, candidates[queries], match[queries])
-    best = scores.argsort(dim=1, descending=True, stable=True)[:, :ANSWERS]
-    right = relevant[queries].gather(1, best)
-    ranks = metrics.best_ranks(scores, relevant[queries])
-    return list(zip(best.tolist(), right.tolist(), ranks.tolist(), strict=True))
-
-
-def retrieval_examples(
-    scorer: Scorer, reader: Reader, *, samples: int, rerank: Rerank | None
-) -> tuple[list[Query], list[Query]]:
-    """Caption queries and image queries over the gallery of metrics.json; `rerank` is None without ITM."""
-    gallery = retrieval.build_gallery(scorer, islice(reader.all(), samples))
-    asked_texts = spread(len(gallery.captions), CAPTION_QUERIES)
-    asked_images = spread(len(gallery.images), IMAGE_QUERIES)
-    by_text = answers(scorer, gallery, asked_texts, rerank=rerank, by_text=True)
-    by_image = answers(scorer, gallery, asked_images, rerank=rerank, by_text=False)
-
-    def shown(image: int) -> tuple[str, str]:
-        (sample,) = reader.read([gallery.images[image]])
-        return sample.caption, data_uri(limited(sample.seen, THUMBNAIL), quality=84)
-
-    captions = []
-    for asked, (best, right, rank) in zip(asked_texts, by_text, strict=True):
-        found = []
-        for image, hit in zip(best, right, strict=True):
-            text, uri = shown(image)
-            found.append(Candidate(text, hit, uri))
-        captions.append(Query(gallery.captions[asked], found, rank))
-    images = []
-    for asked, (best, right, rank) in zip(asked_images, by_image, strict=True):
-        found = [Candidate(gallery.captions[caption], hit) for caption, hit in zip(best, right, strict=True)]
-        text, uri = shown(asked)
-        images.append(Query(text, found, rank, uri))
-    return captions, images
-
-
-# -- scenes ----------------------------------------------------------------------------------------
-
-
-def content_words(caption: str, tokens: TokenBatch, row: int) -> list[Word]:
-    """The words of a caption without objects that may name something visible."""
-    words = []
-    for number in range(int(tokens.word_ids[row].max()) + 1):
-        positions = (tokens.word_ids[row] == number).nonzero().flatten()
-        start, end = int(tokens.offsets[row, positions, 0].min()), int(tokens.offsets[row, positions, 1].max())
-        if caption[start:end].lower() not in EMPTY_WORDS:
-            words.append(Word(caption[start:end], (start, end), positions.tolist()))
-    return words[:WORDS]
-
-
-def word_view(scorer: Scorer, sample: Sample, word: Word, patches: Tensor) -> WordView:
-    """Draws one word; `patches` [gh * gw] is its map, normalized as in training."""
-    config, grid = scorer.config, scorer.model.patch_grid
-    seen = sample.seen
-    small = limited(seen, OVERLAY)
-    plane = metrics.upsample_maps(patches[None], grid, (small.height, small.width))[0]
-    full = metrics.upsample_maps(patches[None], grid, (seen.height, seen.width))[0]
-    mask = word.mask if isinstance(word, Phrase) else None
-    masked = soft_masked(small, plane, mean=config.data.mean, strength=config.model.strength)
-    return WordView(
-        text=word.text,
-        span=word.span,
-        overlay=data_uri(heat_overlay(small, plane)),
-        masked=data_uri(masked),
-        outline="" if mask is None else outline_path(mask.numpy()),
-        point=metrics.peak(full),
-        hit=None if mask is None else metrics.pointing_hit(full, mask),
-    )
-
-
-def scene_views(scorer: Scorer, samples: list[Sample]) -> list[SceneView]:
-    """Image, caption and word maps of each sample."""
-    views = []
-    for batch in batches(samples, scorer.batch_size):
-        tokens = scorer.tokens([sample.caption for sample in batch])
-        words: list[list[Word]] = []
-        for row, sample in enumerate(batch):
-            known = grounding.phrases(sample, tokens.offsets[row])
-            found: Sequence[Word] = known if sample.objects else content_words(sample.caption, tokens, row)
-            words.append(sorted((word for word in found if word.tokens), key=lambda word: word.span))
-        maps = grounding.word_maps(scorer, batch, words, normalize=scorer.config.model.normalize)
-        for sample, own, planes in zip(batch, words, maps, strict=True):
-            drawn = [word_view(scorer, sample, word, plane) for word, plane in zip(own, planes, strict=True)]
-            seen = sample.seen
-            size = (seen.height, seen.width)
-            views.append(SceneView(sample.name, sample.caption, data_uri(seen), size, drawn))
-    return views
 
 
 # -- command line ----------------------------------------------------------------------------------
 
 
-def check_evaluation(path: Path, was: dict, now: dict) -> None:
-    """Checks that metrics.json is of this checkpoint, these data and these sizes.
+def check_evaluation(path: Path, was: dict, now: dict, *, blank: bool = False) -> None:
+    """Checks that metrics.json is of this checkpoint, these data and these sizes, and of grey pictures if `blank`.
 
     Raises:
         CheckpointError: naming what differs.
@@ -234,43 +99,54 @@ def check_evaluation(path: Path, was: dict, now: dict) -> None:
     changed = {key: f"{key} {was.get(key)!r}, not {value!r}" for key, value in now.items() if was.get(key) != value}
     if "digest" in changed:
         changed["digest"] = "the data"
+    if was.get("blank", False) != blank:
+        changed["blank"] = f"its pictures, which are {'not grey' if blank else 'grey (--blank)'}"
     if changed:
         differs = f"belongs to another evaluation: it differs in {'; '.join(changed.values())}"
-        raise CheckpointError(f"{path} {differs}; run train/evaluate.py with this report's options first")
+        how = f"--blank --output {path} " if blank else ""
+        raise CheckpointError(f"{path} {differs}; run train/evaluate.py {how}with this report's options first")
+
+
+def read_blank(path: Path, needed: dict, now: dict) -> dict | None:
+    """blank.json, the evaluation of grey pictures, if there is one; it must be of the same checkpoint and data."""
+    if not path.is_file():
+        return None
+    result = read_metrics(path, needed)
+    check_evaluation(path, result["evaluation"], now, blank=True)
+    return result
 
 
 def build_page(options: argparse.Namespace) -> Page:
     """Collects everything that the page shows."""
-    run, data, scenes = options.run, options.data, options.scenes
+    run, data = options.run, options.data
     checkpoint = best_checkpoint(run)
-    task = load_config(checkpoint / "config.yaml").task
-    if task not in (PRETRAIN, "retrieval"):
-        raise ConfigError(f"{run}: a run of task {task} has no report; its figures are in metrics.json and log.jsonl")
-    result = read_metrics(run / "metrics.json")
+    config = load_config(checkpoint / "config.yaml")
+    task = config.find_task()
+    view = find_view(task, config.task)
+    result = read_metrics(run / "metrics.json", view.needed)
     rows = read_log(run / "log.jsonl")
+    drawn = curves(rows, task.curves)
     scorer = load_scorer(checkpoint, **sizes(options))
+    use_answer_list(options, scorer)
     reader = open_reader(scorer, data, options.image_root, split=options.split)
-    check_evaluation(run / "metrics.json", result["evaluation"], evaluation_facts(scorer, reader, checkpoint))
+    now = evaluation_facts(scorer, reader, checkpoint)
+    check_evaluation(run / "metrics.json", result["evaluation"], now)
+    blank = read_blank(run / "blank.json", view.needed, now)
     try:
-        examples = result["retrieval"]
-        rerank = Rerank(examples["rerank"], examples["rerank_by"]) if "itm" in examples else None
-        captions, images = retrieval_examples(scorer, reader, samples=examples["samples"], rerank=rerank)
-        shown = list(reader.read(spread(len(reader.source), scenes)))
-        drawn = scene_views(scorer, shown) if scorer.config.find_task().shows_word_maps(scorer.config.model) else []
-        written = generated(scorer, shown, result)
+        shown = view.show(Given(scorer, reader, result, blank, options.scenes))
     finally:
         name_skipped(reader)
     return Page(
-        method=scorer.config.find_task().title(scorer.config.model),
+        kicker=kicker(scorer),
+        method=task.title(scorer.config.model),
         run=run.resolve().name,
         lead=lead(scorer),
+        tiles=shown.tiles,
         facts=facts(scorer, read_state(checkpoint), rows),
-        curves=curves(rows, scorer.config.find_task().curves),
-        metrics=result,
-        captions=captions,
-        images=images,
-        scenes=drawn,
-        generated=written,
+        curves=[*drawn[:1], *validations(run / "events.jsonl", task), *drawn[1:]],
+        sections=shown.sections,
+        training=result["training"],
+        evaluation=result["evaluation"],
         attribution=attribution(data),
     )
 
@@ -281,7 +157,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add_data_options(parser)
     parser.add_argument("--output", type=Path, help="default: report.html in RUN")
     parser.add_argument(
-        "--scenes", type=positive, default=12, help="images with word maps, captions or reconstructions (default 12)"
+        "--scenes",
+        type=positive,
+        default=12,
+        help="examples shown, of word maps, captions, reconstructions or answers (default 12)",
     )
     return parser.parse_args(argv)
 

@@ -7,6 +7,7 @@ import statistics
 from softmask.evaluation.readers import Scorer
 from softmask.report.metrics_file import is_number
 from softmask.report.page import duration
+from softmask.tasks.downstream import DownstreamTask
 
 
 def facts(scorer: Scorer, state: dict, rows: list[dict]) -> list[tuple[str, str]]:
@@ -32,9 +33,17 @@ def facts(scorer: Scorer, state: dict, rows: list[dict]) -> list[tuple[str, str]
     ]
 
 
+def kicker(scorer: Scorer) -> str:
+    """The line above the title."""
+    return "Fine-tuning report" if isinstance(scorer.config.find_task(), DownstreamTask) else "Pre-training report"
+
+
 def lead(scorer: Scorer) -> str:
     """The sentence under the title."""
     task, model = scorer.config.find_task(), scorer.config.model
+    if isinstance(task, DownstreamTask):
+        start = f"fine-tuned from {scorer.config.init}" if scorer.config.init else "trained without pre-training"
+        return f"A vision-language model, {start}, for {task.name}."
     parts = task.additions(model)
     additions = f", with {' and '.join(parts)}" if parts else ""
     return (

@@ -13,6 +13,7 @@ from softmask.evaluation.captioning import WRITING, CaptionOptions, write_captio
 from softmask.evaluation.readers import Sample, Scorer, batches
 from softmask.evaluation.reconstruction import Reconstructions, reconstruct, with_another
 from softmask.report.images import data_uri, limited
+from softmask.report.page import section
 
 SHOWN = 256  # pixels of an image's longer side
 PATCH_VARIANCE_EPS = 1e-6  # of ops.masked_patch_loss
@@ -179,9 +180,23 @@ def caption_table(captioning: dict) -> str:
     )
 
 
-def reconstruction_note(section: dict) -> str:
-    right, wrong, gap, low, high = (f"{section[key]:.4f}" for key in ("right", "wrong", "gap", "low", "high"))
+def reconstruction_note(result: dict) -> str:
+    right, wrong, gap, low, high = (f"{result[key]:.4f}" for key in ("right", "wrong", "gap", "low", "high"))
     return (
-        f'<p class="note apart">Hidden patches of {section["samples"]:,} images: error {right} with the right '
+        f'<p class="note apart">Hidden patches of {result["samples"]:,} images: error {right} with the right '
         f"caption, {wrong} with another image's. The gap is {gap} (95 % interval {low} to {high}).</p>\n"
     )
+
+
+def generated_sections(found: Generated) -> list[str]:
+    sections = []
+    if found.captions:
+        note = "Generated captions of images spaced evenly over the data, not selected."
+        sections.append(section("captions", "Captions", note, caption_cards(found.captions)))
+    if found.reconstructions:
+        note = (
+            f"{found.hidden}, and reconstructed from the rest and a caption: the image's own, or the next image's. "
+            "Normalized patches are shown with the true mean and contrast, as in MAE's figures."
+        )
+        sections.append(section("reconstructions", "Reconstructions", note, reconstruction_rows(found.reconstructions)))
+    return sections

@@ -139,6 +139,45 @@ td.chance { color: var(--muted); }
 .layers .line { stroke: #ffffff; stroke-width: 1.3; }
 .layers .ring { stroke: #7df3ff; stroke-width: 2; }
 
+.shares th, .confusion th { white-space: normal; }
+.shares thead th, .confusion thead th { border-bottom: 1px solid var(--soft); }
+.shares thead th:first-child, .confusion th:first-child { text-align: left; }
+.shares .track { width: 34%; min-width: 90px; }
+.shares .group th { color: var(--muted); font-weight: 500; padding-top: 24px; }
+.confusion { margin-top: 36px; width: auto; }
+.confusion thead th { text-align: center; }
+.confusion caption { text-align: left; color: var(--muted); padding-bottom: 10px; }
+.confusion tbody td {
+  min-width: 128px; text-align: center; border: 2px solid var(--paper);
+  background: color-mix(in srgb, var(--accent) calc(var(--share) * 0.55), var(--card));
+}
+.confusion small { color: inherit; opacity: 0.75; }
+
+.examples { margin-top: 8px; }
+.example { display: grid; grid-template-columns: 190px 300px 1fr; gap: 26px; padding: 22px 0; break-inside: avoid; }
+.example + .example { border-top: 1px solid var(--grid); }
+.example.two { grid-template-columns: 250px 280px 1fr; }
+.examples.plain { display: grid; grid-template-columns: repeat(auto-fill, minmax(440px, 1fr)); gap: 0 40px; }
+.examples.plain .example { grid-template-columns: 130px 1fr; border-top: 1px solid var(--grid); }
+.seen { display: grid; grid-template-columns: 1fr; gap: 10px; align-content: start; }
+.two .seen { grid-template-columns: 1fr 1fr; }
+.seen img, .map img { width: 100%; border-radius: 5px; }
+.truth { margin: 6px 0 8px; font-size: 13.5px; color: var(--muted); }
+.truth b { color: var(--ink); font-weight: 600; }
+.guesses { font-size: 13.5px; table-layout: fixed; }
+.guesses tbody tr > * { padding: 3px 6px; border: 0; }
+.guesses tbody th { width: 46%; padding-left: 0; white-space: normal; overflow-wrap: anywhere; }
+.guesses tr:first-child th { font-weight: 600; }
+.guesses tbody .verdict { width: 22px; padding: 3px 0; text-align: left; }
+.guesses .track { width: auto; }
+.guesses td.percent { width: 52px; padding-right: 0; }
+.guesses .bar { height: 8px; }
+.said small { display: block; margin-top: 6px; }
+.maps { display: grid; grid-template-columns: repeat(auto-fit, minmax(112px, 164px)); gap: 14px; align-content: start; }
+.two .maps { grid-template-columns: repeat(2, 1fr); }
+.two .map div { display: grid; grid-template-columns: 1fr 1fr; gap: 6px; }
+.map figcaption { text-transform: none; letter-spacing: 0; font-weight: 600; font-size: 13px; color: var(--ink); }
+
 footer { margin-top: 72px; padding-top: 20px; border-top: 1px solid var(--rule); color: var(--muted); font-size: 13px; }
 .attribution { margin-top: 10px; white-space: pre-line; overflow-wrap: anywhere; }
 
@@ -151,6 +190,16 @@ footer { margin-top: 72px; padding-top: 20px; border-top: 1px solid var(--rule);
   .words { grid-template-columns: repeat(2, 1fr); }
   .cards { grid-template-columns: 1fr; }
   .card { grid-template-columns: 104px 1fr; }
+  .example, .example.two { grid-template-columns: 1fr; }
+  .examples.plain { grid-template-columns: 1fr; }
+  .examples.plain .example { grid-template-columns: 104px 1fr; }
+  .example .seen { max-width: 260px; }
+  .example.two .seen { max-width: none; }
+  .shares tr > *, .confusion tr > * { padding: 8px 4px; }
+  .shares thead th, .confusion thead th { font-size: 10px; letter-spacing: 0; }
+  .shares .track { display: none; }
+  .confusion tbody td { min-width: 64px; }
+  .confusion small { display: block; }
 }
 @media print {
   @page { margin: 14mm; }
@@ -163,6 +212,8 @@ footer { margin-top: 72px; padding-top: 20px; border-top: 1px solid var(--rule);
   .cards { grid-template-columns: 1fr 1fr; }
   .card { grid-template-columns: 84px 1fr; }
   .scene { grid-template-columns: 170px 1fr; gap: 20px; padding: 18px 0; }
+  .example { grid-template-columns: 110px 210px 1fr; gap: 18px; padding: 14px 0; }
+  .example.two { grid-template-columns: 160px 190px 1fr; }
   h2, h3, .note, .legend { break-after: avoid; }
   .tile, .query, .card, figure, table { break-inside: avoid; }
 }

@@ -17,12 +17,13 @@ MARGIN_LEFT, MARGIN_RIGHT, MARGIN_TOP, MARGIN_BOTTOM = 44, 62, 10, 40
 
 @dataclass
 class Series:
-    """One logged quantity over the steps of training."""
+    """One logged quantity over the steps of training; `smoothed`: drawn as it is and as its average."""
 
     title: str
     unit: str
     steps: list[float]
     values: list[float]
+    smoothed: bool = True
 
 
 def nice_step(span: float, target: int) -> float:
@@ -73,7 +74,8 @@ def value_range(values: np.ndarray) -> tuple[float, float]:
 
 
 def line_chart(series: Series, *, width: int, height: int) -> str:
-    """A chart of the raw values (pale) and their smoothed course, labelled with its last value."""
+    """A chart of the raw values (pale) and their smoothed course, labelled with its last value; without smoothing, of
+    the values with a dot each."""
     pairs = [(step, value) for step, value in zip(series.steps, series.values, strict=True) if math.isfinite(value)]
     if not pairs:
         return f'<p class="muted">{escape(series.title)}: no finite value was logged.</p>'
@@ -101,8 +103,12 @@ def line_chart(series: Series, *, width: int, height: int) -> str:
         parts.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{label(tick)}</text>')
     parts.append(f'<path class="axis" d="M{left} {bottom}H{right}"/>')
     parts.append(f'<text class="tick" x="{(left + right) / 2:.1f}" y="{height - 6}" text-anchor="middle">step</text>')
-    course = smooth(values)
-    parts.append(f'<path class="raw" d="{line_path(across(steps), up(values))}"/>')
+    course = smooth(values) if series.smoothed else values
+    if series.smoothed:
+        parts.append(f'<path class="raw" d="{line_path(across(steps), up(values))}"/>')
+    else:
+        points = zip(across(steps), up(values), strict=True)
+        parts += [f'<circle class="end" cx="{x:.1f}" cy="{y:.1f}" r="2.6"/>' for x, y in points]
     parts.append(f'<path class="course" d="{line_path(across(steps), up(course))}"/>')
     parts.append(f'<circle class="end" cx="{across(steps[-1]):.1f}" cy="{up(course[-1]):.1f}" r="2.6"/>')
     parts.append(

@@ -63,6 +63,7 @@ class Task:
         curves: how the report shows its terms, by their names in the log.
         renamed: starts of parameter names in older checkpoints -> today's.
         new_parts: starts of parameter names that `init` need not have.
+        view: the report's view of the task, as `module:Class` (softmask/report/view.py); empty: it has no report.
     """
 
     Config: type
@@ -73,6 +74,7 @@ class Task:
     curves: dict[str, Curve] = {}
     renamed: dict[str, str] = {}
     new_parts: tuple[str, ...] = ()
+    view: str = "softmask.report.pretraining:Pretraining"
 
     def build(self, config: Any, special_ids: SpecialIds) -> nn.Module:
         """The model for a `model:` section."""

@@ -33,6 +33,7 @@ class CaptioningTask(FewerTerms):
     section = "captioning"
     metric = "cider"
     name = "captioning"
+    view = "softmask.report.tasks.captioning:CaptioningView"
     curves = {"caption": Curve("IC: the next word", "nats")}
 
     def step_options(self, config: Any, step: int, *, steps_per_epoch: float) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from softmask.models.config import ClassificationHead
 from softmask.tasks.base import Curve, Split
@@ -30,8 +30,14 @@ class ClassificationTask(DownstreamTask):
     frozen_section = "softmask.evaluation.tasks.frozen_classification:FrozenClassification"
     metric = "top1"
     name = "classification"
+    view = "softmask.report.tasks.classification:ClassificationView"
     new_parts = ("backbone.head",)
     curves = {"accuracy": Curve("Accuracy on training batches, mixed images included")}
+
+    def facts(self, config: Any) -> list[tuple[str, str]]:
+        """The number of the classes instead of their names, which may be thousands."""
+        options = [(name, value) for name, value in super().facts(config) if name != "names"]
+        return [*options, ("classes", f"{len(self.head.names):,}")]
 
     def open(self, paths: str | Sequence[str], data: DataConfig, *, split: Split) -> Source:
         from softmask.data.formats.classification import open_classification

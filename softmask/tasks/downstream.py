@@ -57,6 +57,7 @@ class DownstreamTask(Task):
     frozen_section: str = ""
     metric: str
     name: str
+    view: str = ""
 
     def __init__(self, method: Task, method_name: str, head: Any = None) -> None:
         if method_name not in self.models:
@@ -88,8 +89,8 @@ class DownstreamTask(Task):
         return f"{self.method.title(config)}, {self.name}"
 
     def facts(self, config: Any) -> list[tuple[str, str]]:
-        options = [(field.name.replace("_", " "), str(getattr(self.head, field.name))) for field in fields(self.head)]
-        return self.method.facts(config) + options
+        """The options of `head:`; those of the method's pre-training, such as its queue, say nothing about the task."""
+        return [(field.name.replace("_", " "), str(getattr(self.head, field.name))) for field in fields(self.head)]
 
 
 class FewerTerms(DownstreamTask):
@@ -109,7 +110,7 @@ class FewerTerms(DownstreamTask):
         return super().title(self.terms(config))
 
     def facts(self, config: Any) -> list[tuple[str, str]]:
-        return super().facts(self.terms(config))
+        return self.method.facts(self.terms(config)) + super().facts(config)
 
 
 class DistilledTask(DownstreamTask):
@@ -133,6 +134,7 @@ class FusedClassification(DistilledTask):
     new_parts = ("backbone.head",)
     curves = {"accuracy": Curve("Accuracy on training batches")}
     reader: str
+    view = "softmask.report.tasks.labels:LabelView"
 
     def open(self, paths: str | Sequence[str], data: DataConfig, *, split: Split) -> Source:
         module, _, name = self.reader.partition(":")

@@ -15,6 +15,7 @@ class Nlvr2Task(FusedClassification):
     reader = "softmask.data.formats.nlvr2:open_nlvr2"
     section = "softmask.evaluation.tasks.nlvr2:Nlvr2"
     name = "NLVR2"
+    view = "softmask.report.tasks.labels:PairView"
 
     def initial_weights(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
         return super().initial_weights(doubled_layers(given) if "itm_head.weight" in given else given)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from softmask.models.config import check
 from softmask.models.softmask_pp.config import LossWeights, SoftMaskPPConfig
 from softmask.models.sycoca.config import SyCoCaConfig, SyCoCaWeights
+from softmask.tasks.base import Task
 from softmask.tasks.downstream import FewerTerms, without
 from softmask.tasks.sycoca import RECONSTRUCTION
 
@@ -37,6 +38,7 @@ class RetrievalTask(FewerTerms):
     section = "retrieval"
     metric = "mean recall"
     name = "retrieval"
+    view = Task.view
 
     def __init__(self, method: Any, method_name: str, head: Any = None) -> None:
         super().__init__(method, method_name, head)

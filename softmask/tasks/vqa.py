@@ -38,6 +38,7 @@ class VqaTask(DistilledTask):
     section = "softmask.evaluation.tasks.vqa:Vqa"
     metric = "accuracy"
     name = "VQA"
+    view = "softmask.report.tasks.vqa:VqaView"
     new_parts = ("backbone.decoder",)
     curves = {"tokens": Curve("Accuracy of the answers' next tokens on training batches")}
 

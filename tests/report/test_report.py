@@ -8,7 +8,6 @@ import json
 import math
 import re
 import shutil
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -18,43 +17,12 @@ from PIL import Image
 from softmask.evaluation import evaluate
 from softmask.report import build as report
 from softmask.report.images import HEAT, data_uri, heat_colours, heat_overlay, limited, soft_masked
-from softmask.report.page import marked_caption, retrieval_table
+from softmask.report.retrieval import ANSWERS, CAPTION_QUERIES, IMAGE_QUERIES, retrieval_table
 from softmask.report.svg import Series, line_chart, outline_path, smooth, ticks
+from softmask.report.view import spread
+from softmask.report.word_maps import content_words, emphasized
 from tests.support.evaluation_files import Words, write_plain, write_run, write_scenes
-
-VOID = {"meta", "img", "br"}
-FOREIGN_EMPTY = {"path", "circle"}  # of SVG, closed by "/>"
-
-
-class Page(HTMLParser):
-    """Collects tags and checks their nesting."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict]] = []
-        self.text: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        assert tag in FOREIGN_EMPTY
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text.append(data)
-
-    def all(self, tag: str, kind: str = "") -> list[dict]:
-        return [found for name, found in self.tags if name == tag and kind in found.get("class", "").split() + [""]]
+from tests.support.html_page import Page, check_self_contained
 
 
 @pytest.fixture(scope="module")
@@ -74,29 +42,17 @@ def page(run):
 
 
 def test_page_is_well_formed_and_self_contained(page, run):
-    for tag, attributes in page.tags:
-        assert tag not in ("script", "link", "iframe", "object")
-        sources = [attributes[name] for name in ("src", "href", "srcset", "data") if name in attributes]
-        assert all(source.startswith("data:image/webp;base64,") for source in sources)
-    styles = re.search(r"<style>(.*?)</style>", (run / "report.html").read_text(encoding="utf-8"), re.S)[1]
-    assert "url(" not in styles and "@import" not in styles
-    assert styles.count("{") == styles.count("}")
-
-
-def test_every_image_has_a_text_and_can_be_decoded(page):
-    images = page.all("img")
-    assert all(image["alt"] for image in images)
-    for uri in {image["src"] for image in images}:
-        Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))).load()
+    check_self_contained(page)
+    assert (run / "report.html").read_text(encoding="utf-8").count("<style>") == 1
 
 
 def test_page_is_complete(page):
     text = " ".join(page.text)
     assert len(page.all("article", "scene")) == 5
     assert len(page.all("div", "word")) == 10
-    assert len(page.all("div", "query")) == report.CAPTION_QUERIES
-    assert len(page.all("div", "card")) == report.IMAGE_QUERIES
-    assert len(page.all("figure", "thumb")) == report.CAPTION_QUERIES * report.ANSWERS
+    assert len(page.all("div", "query")) == CAPTION_QUERIES
+    assert len(page.all("div", "card")) == IMAGE_QUERIES
+    assert len(page.all("figure", "thumb")) == CAPTION_QUERIES * ANSWERS
     assert len(page.all("svg", "chart")) == 3  # loss, itc, lr
     assert "Drawings by <someone>, CC BY-SA 4.0" in text
     result = [f"{100 * value:.1f}" for value in (1 / 12, 5 / 12, 10 / 12, 128 / 1024)]
@@ -242,6 +198,12 @@ def test_chart_of_odd_values_is_finite(values):
     Page(chart)
 
 
+def test_unsmoothed_chart_goes_through_its_values():
+    chart = line_chart(Series("x", "", [1, 2, 3], [1.0, 9.0, 2.0], smoothed=False), width=300, height=200)
+    assert chart.count('<circle class="end"') == 4 and 'class="raw"' not in chart  # the last once more
+    assert ">2.00</text>" in chart
+
+
 def test_smoothing_equals_a_naive_gaussian_mean():
     values = np.random.default_rng(0).normal(size=120)
     sigma, reach = 2.4, 8
@@ -314,14 +276,14 @@ def test_limited_keeps_small_images_and_proportions():
 
 
 def test_spread_is_even_and_within_range():
-    assert report.spread(5, 12) == [0, 1, 2, 3, 4]
-    assert report.spread(12, 3) == [2, 6, 10]
-    assert len(set(report.spread(13, 12))) == 12
+    assert spread(5, 12) == [0, 1, 2, 3, 4]
+    assert spread(12, 3) == [2, 6, 10]
+    assert len(set(spread(13, 12))) == 12
 
 
 def test_content_words_leave_out_function_words():
     caption = "a red box beside a green one"
-    words = report.content_words(caption, Words()([caption], max_length=16), 0)
+    words = content_words(caption, Words()([caption], max_length=16), 0)
     assert [(word.text, word.span, word.tokens) for word in words] == [
         ("red", (2, 5), [2]),
         ("box", (6, 9), [3]),
@@ -330,8 +292,5 @@ def test_content_words_leave_out_function_words():
 
 
 def test_caption_marks_phrases_once():
-    def word(start, end):
-        return report.WordView("", (start, end), "", "", "", None, None)
-
-    view = report.SceneView("", "a red & blue box", "", (1, 1), [word(2, 5), word(8, 16), word(8, 12)])
-    assert marked_caption(view) == "a <em>red</em> &amp; <em>blue box</em>"
+    marked = emphasized("a red & blue box", [(2, 5), (8, 16), (8, 12)])
+    assert marked == "a <em>red</em> &amp; <em>blue box</em>"

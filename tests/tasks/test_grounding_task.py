@@ -205,7 +205,6 @@ def test_there_is_nothing_to_train(tmp_path: Path, init: Path, capfd: pytest.Cap
 
 @pytest.mark.parametrize("change, words", [
     (["--split", "val"], "refs.json: expected one of the splits testA, got 'val'"),
-    (["--blank"], "--blank: expected a run of snli_ve, nlvr2, vqa or classification"),
     (["--data", "{folder}/refs.json"], "expected one file of instances, one of expressions"),
     (["--data", "{folder}/refs.json,{folder}/none.json"], "none.json does not exist"),
     (["--data", "{folder}/refs(unc).p,{folder}/instances.json"], "refs(unc).p is a pickle, expected JSON; if you"),

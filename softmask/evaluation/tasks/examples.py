@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -53,27 +52,32 @@ def cut_lines(result: dict[str, Any], *, length: int, what: str) -> list[str]:
     return [f"  {result['cut']} {what} were truncated to {length} tokens"] if "cut" in result else []
 
 
+Predictor = Callable[[ExampleBatch], Sequence[Any]]
+"""What the model says about each example of a batch."""
+
+
 def predict_all(
     scorer: Scorer,
     reader: Reader,
-    predict: Callable[[ExampleBatch], Sequence[Any]],
+    predict: Predictor,
     *,
-    blank: bool = False,
+    numbers: Sequence[int] | None = None,
     share_pictures: bool = False,
 ) -> list[Prediction]:
     """`predict`'s values for all readable examples, in order, on every rank. Others are counted in `reader.skipped`.
     DataError if there are none.
 
-    blank: pictures are grey, which shows what texts alone tell.
+    numbers: of the examples; None: all.
     share_pictures: of examples of one picture each; those of the same picture are predicted together, and it is decoded
         once.
     """
-    size, count = scorer.batch_size, len(reader.source)
-    order = np.argsort(reader.source.image_ids, kind="stable").tolist() if share_pictures else range(count)
-    pieces = [order[first : first + size] for first in range(0, count, size)]
+    size, asked = scorer.batch_size, range(len(reader.source)) if numbers is None else numbers
+    if share_pictures:
+        asked = sorted(asked, key=reader.source.image_ids.__getitem__)
+    pieces = [asked[first : first + size] for first in range(0, len(asked), size)]
 
     def work(piece: Sequence[int]) -> tuple[list[Prediction], dict[int, str]]:
-        indices, batch, skipped = _read(scorer, reader, piece, blank=blank, share_pictures=share_pictures)
+        indices, batch, skipped = read_examples(scorer, reader, piece, share_pictures=share_pictures)
         if batch is None:
             return [], skipped
         with torch.no_grad():
@@ -92,10 +96,10 @@ def predict_all(
     return predictions
 
 
-def _read(
-    scorer: Scorer, reader: Reader, piece: Sequence[int], *, blank: bool, share_pictures: bool
+def read_examples(
+    scorer: Scorer, reader: Reader, piece: Sequence[int], *, share_pictures: bool = False
 ) -> tuple[list[int], ExampleBatch | None, dict[int, str]]:
-    """Numbers and batch of the examples that can be read, and the others' errors."""
+    """The numbers of the readable examples among `piece`, their batch, and the errors of the others."""
     transform = eval_transform(scorer.config.data)
     indices: list[int] = []
     images: list[Tensor] = []
@@ -120,7 +124,7 @@ def _read(
         records.append(record)
         image_index.append(numbers.setdefault(record.image_id, len(images)) if share_pictures else len(images))
         sizes += [picture.size for picture in pictures]
-        images += [torch.zeros_like(one) for one in seen] if blank else seen
+        images += seen
     if not indices:
         return [], None, skipped
     stacked = torch.stack(images).to(scorer.device)

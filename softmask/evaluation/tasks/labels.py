@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from softmask.evaluation.readers import Scorer
 from softmask.evaluation.sections import Evaluation, Section
-from softmask.evaluation.tasks.examples import ExampleBatch, Prediction, cut_count, cut_lines, predict_all
+from softmask.evaluation.tasks.examples import ExampleBatch, Prediction, Predictor, cut_count, cut_lines, predict_all
 
 
 class LabelSection(Section):
@@ -20,18 +21,21 @@ class LabelSection(Section):
 
     labels: Sequence[str]
     title: str
-    reads_blank = True
 
     def run(self, given: Evaluation) -> dict:
-        model: Any = given.scorer.model
+        predictions = predict_all(given.scorer, given.reader, self.predictor(given.scorer))
+        if given.predictions is not None:
+            given.predictions.extend(map(self.row, predictions))
+        return self.scores(predictions) | cut_count(predictions)
+
+    def predictor(self, scorer: Scorer) -> Predictor:
+        """The probabilities of all classes."""
+        model: Any = scorer.model
 
         def predict(batch: ExampleBatch) -> list[list[float]]:
             return model.predict(batch.images, batch.text.input_ids, batch.text.attention_mask).tolist()
 
-        predictions = predict_all(given.scorer, given.reader, predict, blank=given.blank)
-        if given.predictions is not None:
-            given.predictions.extend(map(self.row, predictions))
-        return self.scores(predictions) | cut_count(predictions)
+        return predict
 
     def row(self, one: Prediction) -> dict[str, Any]:
         """One row of the file of predictions."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from softmask.evaluation.sections import Evaluation
-from softmask.evaluation.tasks.examples import ExampleBatch, predict_all
+from softmask.evaluation.tasks.examples import ExampleBatch, cut_count, predict_all
 from softmask.evaluation.tasks.labels import LabelSection
 from softmask.models.softmask_pp.text_assignment import PLACES
 
@@ -31,10 +31,10 @@ class TextAssignment(LabelSection):
             found = model.predict(batch.images, text.input_ids, text.attention_mask, ids=ids, place=place)
             return list(zip(place.tolist(), found.tolist(), strict=True))
 
-        found = predict_all(given.scorer, given.reader, predict, blank=given.blank)
+        found = predict_all(given.scorer, given.reader, predict)
         predictions = [
             replace(one, record=replace(one.record, target=one.value[0]), value=one.value[1]) for one in found
         ]
         if given.predictions is not None:
             given.predictions.extend(map(self.row, predictions))
-        return self.scores(predictions)
+        return self.scores(predictions) | cut_count(predictions)

@@ -10,11 +10,13 @@ from softmask.data import DataError, TokenBatch
 from softmask.data.formats.vqa import read_answer_list
 from softmask.evaluation.readers import Scorer
 from softmask.evaluation.sections import Evaluation, Section
-from softmask.evaluation.tasks.examples import ExampleBatch, Prediction, cut_count, cut_lines, predict_all
+from softmask.evaluation.tasks.examples import ExampleBatch, Prediction, Predictor, cut_count, cut_lines, predict_all
 from softmask.evaluation.tasks.vqa_accuracy import vqa_accuracy
 from softmask.tasks.vqa import texts_over
 
 TYPES = ("answer_type", "question_type")
+Answers = list[tuple[str, float | None]]
+"""Answers to a question, best first, each with its log-probability if it is known."""
 
 
 class Vqa(Section):
@@ -26,13 +28,11 @@ class Vqa(Section):
     """
 
     name = "vqa"
-    reads_blank = True
 
     def run(self, given: Evaluation) -> dict:
-        answer = _answerer(given.scorer)
-        predictions = predict_all(given.scorer, given.reader, answer, blank=given.blank)
+        predictions = predict_all(given.scorer, given.reader, self.predictor(given.scorer))
         if given.predictions is not None:
-            rows = {one.index: {"question_id": one.record.key, "answer": one.value["answer"]} for one in predictions}
+            rows = {one.index: {"question_id": one.record.key, "answer": one.value[0][0]} for one in predictions}
             for index in given.reader.skipped:  # the server refuses a file that lacks a question
                 rows[index] = {"question_id": given.reader.source.example(index).key, "answer": ""}
             given.predictions.extend(row for _, row in sorted(rows.items()))
@@ -40,6 +40,10 @@ class Vqa(Section):
         if not given.scorer.config.head.answer_list:
             result |= _too_long(predictions, given.scorer)
         return result
+
+    def predictor(self, scorer: Scorer, *, count: int = 1) -> Predictor:
+        """The `count` best answers, best first, each with its log-probability; one without if the model writes it."""
+        return _answerer(scorer, count=count)
 
     def lines(self, result: dict, given: Evaluation) -> list[str]:
         cut = cut_lines(result, length=given.text_length, what="questions")
@@ -58,13 +62,12 @@ class Vqa(Section):
         return lines
 
 
-def _answerer(scorer: Scorer) -> Callable[[ExampleBatch], list[dict[str, Any]]]:
-    """What answers the questions of a batch: {"answer", "log_probability"}, the second one with a list of answers."""
+def _answerer(scorer: Scorer, *, count: int) -> Callable[[ExampleBatch], list[Answers]]:
     model: Any = scorer.model
     head, device = scorer.config.head, scorer.device
     if not head.answer_list:
         return lambda batch: [
-            {"answer": text}
+            [(text, None)]
             for text in scorer.tokenizer.decode(
                 model.generate(
                     batch.images, batch.text.input_ids, batch.text.attention_mask, max_length=head.answer_length
@@ -76,11 +79,11 @@ def _answerer(scorer: Scorer) -> Callable[[ExampleBatch], list[dict[str, Any]]]:
     _check_answers(answers, tokens, head.answer_list, head.answer_length)
     listed = model.list_answers(tokens.input_ids.to(device), tokens.attention_mask.to(device))
 
-    def rank(batch: ExampleBatch) -> list[dict[str, Any]]:
+    def rank(batch: ExampleBatch) -> list[Answers]:
         questions = model.read_questions(batch.images, batch.text.input_ids, batch.text.attention_mask)
         numbers, log_probability = model.rank(questions, listed, k=head.k)
-        best = zip(numbers[:, 0].tolist(), log_probability[:, 0].tolist(), strict=True)
-        return [{"answer": answers[number], "log_probability": value} for number, value in best]
+        best = zip(numbers[:, :count].tolist(), log_probability[:, :count].tolist(), strict=True)
+        return [[(answers[number], value) for number, value in zip(*row, strict=True)] for row in best]
 
     return rank
 
@@ -113,7 +116,7 @@ def scores(predictions: Sequence[Prediction]) -> dict[str, Any]:
         result["unanswered"] = len(predictions) - len(answered)
     if not answered:
         return result
-    right = {one.index: vqa_accuracy(one.value["answer"], one.record.target["answers"]) for one in answered}
+    right = {one.index: vqa_accuracy(one.value[0][0], one.record.target["answers"]) for one in answered}
     result["accuracy"] = _mean(right, answered)
     for kind in TYPES:
         groups: dict[str, list[Prediction]] = defaultdict(list)

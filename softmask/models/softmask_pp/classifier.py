@@ -15,22 +15,29 @@ from softmask.models.layers.packing import OutputPositions, Packing
 from softmask.models.softmask_pp.backbone import FusedEncoder
 from softmask.models.softmask_pp.config import SoftMaskPPConfig
 from softmask.models.softmask_pp.fusion import FusionEncoder, PairIndex
-from softmask.models.softmask_pp.pairs import first_tokens
+from softmask.models.softmask_pp.maps import Fused, MapOptions, maps_by_picture, without_graph
+from softmask.models.softmask_pp.pairs import Prepared, first_tokens
 
 
 def fused_first_tokens(
-    fusion: FusionEncoder, image_tokens: Tensor, text_tokens: Tensor, packing: Packing, turns: Sequence[Tensor]
-) -> Tensor:
-    """The last fused state [B, D] of every text's first token, CLS.
+    fusion: FusionEncoder,
+    prepared: Prepared,
+    turns: Sequence[Tensor],
+    *,
+    record_layer: int | None = None,
+) -> Fused:
+    """The last fused state [B, D] of every text's first token, CLS, and what maps of its words need.
 
-    image_tokens [I, P, D_image], text_tokens [S, D] of B texts; `turns`: the picture [B] that each text reads in the
-    first copy of every layer, in the second, ...
+    `prepared`: B texts, and the keys of I pictures; `turns`: the picture [B] that each text reads in the first copy of
+    every layer, in the second, ...
     """
-    mask = packing.mask
-    start, keys = fusion.start(text_tokens, packing), fusion.project(image_tokens)
-    outputs = OutputPositions.of(packing, first_tokens(mask), size=len(mask), longest=1)
-    cls, _ = fusion(start, keys, [PairIndex(kv_index=turn) for turn in turns], outputs=outputs)
-    return cls
+    mask = prepared.start.packing.mask
+    outputs = OutputPositions.of(prepared.start.packing, first_tokens(mask), size=len(mask), longest=1)
+    pairs = [PairIndex(kv_index=turn) for turn in turns]
+    cls, record = fusion(
+        prepared.start, prepared.keys, pairs, outputs=outputs, record_layer=record_layer, grad_from=record_layer or 0
+    )
+    return Fused(cls, record, prepared.keys)
 
 
 class ClassifierNetwork(FusedEncoder):
@@ -45,10 +52,18 @@ class ClassifierNetwork(FusedEncoder):
 
     def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits [B, classes]. images: all pictures of the first text, then those of the second, ..."""
+        return self.head(self.fused(images, input_ids, attention_mask).states)
+
+    def fused(
+        self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, *, record_layer: int | None = None
+    ) -> Fused:
+        """The texts' first tokens, and what maps of the words need."""
         packing, copies = Packing.of(attention_mask), self.fusion.copies
+        with without_graph(record_layer is not None):
+            texts, tokens = self.text(input_ids, packing), self.vision(images)
+            prepared = Prepared.of(self.fusion, tokens, texts, packing)
         turns = torch.arange(len(images), device=images.device).unflatten(0, (-1, copies)).unbind(1)
-        texts = self.text(input_ids, packing)
-        return self.head(fused_first_tokens(self.fusion, self.vision(images), texts, packing, turns))
+        return fused_first_tokens(self.fusion, prepared, turns, record_layer=record_layer)
 
 
 class Classifier(Distilled[ClassifierNetwork]):
@@ -74,6 +89,19 @@ class Classifier(Distilled[ClassifierNetwork]):
     def predict(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Probabilities [B, classes] fp32."""
         return at_least_fp32(self.backbone(images, input_ids, attention_mask)).softmax(1)
+
+    def word_maps_by_picture(
+        self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, word_index: Tensor, *, normalize: str | None
+    ) -> Tensor:
+        """Maps [B, pictures, W, patches] of the words at word_index [B, W, S] (token positions, -1 pads) over each
+        picture: Grad-CAM of the largest logit. Works under no_grad and leaves every `.grad` untouched."""
+
+        def fused(layer: int) -> tuple[Tensor, Fused]:
+            found = self.backbone.fused(images, input_ids, attention_mask, record_layer=layer)
+            return self.backbone.head(found.states).amax(1), found
+
+        options = MapOptions(self.config.cam_layer, self.num_prefix_tokens, normalize)
+        return maps_by_picture(fused, word_index, options, pictures=self.pictures)
 
 
 class SnliVe(Classifier):

@@ -298,7 +298,7 @@ class SoftMaskPP(nn.Module):
 
     def _source(self, match: Tensor, record: CrossRecord | None, prepared: Prepared) -> MapSource:
         assert record is not None  # of the layer `cam_layer`
-        return MapSource(match, record, prepared.keys[self.config.cam_layer], self.num_prefix_tokens)
+        return MapSource(match[:, 1], record, prepared.keys[self.config.cam_layer], self.num_prefix_tokens)
 
     def _words(self, step: Step) -> Tensor:
         """Token positions [B, S] of one random word of every caption, -1 pads."""

@@ -16,6 +16,7 @@ from softmask.models.softmask_pp.backbone import ContrastiveEncoder, pooled_toke
 from softmask.models.softmask_pp.classifier import fused_first_tokens
 from softmask.models.softmask_pp.config import SoftMaskPPConfig
 from softmask.models.softmask_pp.masking import two_negatives
+from softmask.models.softmask_pp.pairs import Prepared
 
 PLACES = ("left", "right", "neither")
 
@@ -79,4 +80,5 @@ class TextAssignment(Distilled[TextAssignmentNetwork]):
             similarity = network.text_feature(text_tokens, packing, pooled) @ network.image_feature(image_tokens).T
             scale = 1.0 / (self.config.negative_temperature or self.config.temperature)
             turns = two_pictures(place, two_negatives(scale * similarity, ids, draw=draw))
-        return network.assignment(fused_first_tokens(network.fusion, image_tokens, text_tokens, packing, turns))
+        prepared = Prepared.of(network.fusion, image_tokens, text_tokens, packing)
+        return network.assignment(fused_first_tokens(network.fusion, prepared, turns).states)

@@ -17,6 +17,7 @@ from softmask.models.layers.packing import Packing
 from softmask.models.softmask_pp.backbone import FusedEncoder
 from softmask.models.softmask_pp.config import SoftMaskPPConfig
 from softmask.models.softmask_pp.fusion import FusionEncoder, FusionStart, ImageKeys, PairIndex
+from softmask.models.softmask_pp.maps import Fused, MapOptions, maps_by_picture, without_graph
 
 
 class AnswerDecoder(nn.Module):
@@ -68,10 +69,20 @@ class VqaNetwork(FusedEncoder, AnswerNetwork):
         self.decoder.fusion.activation_checkpointing = enable
 
     def read(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Questions:
+        """B questions with their images."""
+        return self.read_recorded(images, input_ids, attention_mask)[0]
+
+    def read_recorded(
+        self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, *, record_layer: int | None = None
+    ) -> tuple[Questions, Fused]:
+        """B questions with their images, and what maps of their words need."""
         packing = Packing.of(attention_mask)
-        start = self.fusion.start(self.text(input_ids, packing), packing)
-        states, _ = self.fusion(start, self.fusion.project(self.vision(images)))
-        return Questions(self.decoder.fusion.project(packing.pad(states)), ~attention_mask)
+        with without_graph(record_layer is not None):
+            start = self.fusion.start(self.text(input_ids, packing), packing)
+            keys = self.fusion.project(self.vision(images))
+        states, record = self.fusion(start, keys, record_layer=record_layer, grad_from=record_layer or 0)
+        questions = Questions(self.decoder.fusion.project(packing.pad(states)), ~attention_mask)
+        return questions, Fused(states, record, keys)
 
     def start(self, answer_ids: Tensor, packing: Packing) -> FusionStart:
         return self.decoder.start(answer_ids, packing)
@@ -85,3 +96,17 @@ class VqaNetwork(FusedEncoder, AnswerNetwork):
 class Vqa(AnswerModel[VqaNetwork]):
     def __init__(self, config: SoftMaskPPConfig, head: VqaHead, *, special_ids: SpecialIds) -> None:
         super().__init__(config, VqaNetwork(config), head, special_ids=special_ids)
+
+    def word_maps_by_picture(
+        self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, word_index: Tensor, *, normalize: str | None
+    ) -> Tensor:
+        """Maps [B, 1, W, patches] of the question's words at word_index [B, W, S] (token positions, -1 pads): Grad-CAM
+        of the log-probability of the most probable first token of an answer. Works under no_grad and leaves every
+        `.grad` untouched."""
+
+        def fused(layer: int) -> tuple[Tensor, Fused]:
+            questions, found = self.backbone.read_recorded(images, input_ids, attention_mask, record_layer=layer)
+            return self.first_token(questions).amax(1), found
+
+        options = MapOptions(self.config.cam_layer, self.num_prefix_tokens, normalize)
+        return maps_by_picture(fused, word_index, options)

@@ -1,0 +1,1 @@
+"""The report's views of tasks after pre-training."""
