@@ -9,9 +9,8 @@ import torch
 
 from benchmarks.step.plain_softmask_pp import AttentionMap
 from benchmarks.step.plain_tasks import PlainTasks
-from softmask.models.config import Distillation
+from softmask.models.config import Distillation, VqaHead
 from softmask.models.softmask_pp.classifier import Nlvr2, SnliVe
-from softmask.models.softmask_pp.config import VqaHead
 from softmask.models.softmask_pp.vqa import Vqa
 from tests.support.model_fixtures import SPECIAL, small_batch, small_config
 
