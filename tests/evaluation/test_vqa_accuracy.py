@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from softmask.data import Record
+from softmask.evaluation.tasks.examples import Prediction
+from softmask.evaluation.tasks.vqa import scores
 from softmask.evaluation.tasks.vqa_accuracy import normalize_answer, vqa_accuracy
 
 
@@ -93,3 +96,23 @@ def test_one_answer_has_no_others():
     assert vqa_accuracy("red", ["red"]) == 0
     with pytest.raises(ValueError, match="expected the answers of people, got none"):
         vqa_accuracy("red", [])
+
+
+def test_majority_is_the_accuracy_of_the_most_frequent_answer() -> None:
+    """Of 40 answers 18 are "yes": it has full accuracy in two questions, a third of it in one, none in the last."""
+    people = (["yes"] * 10, ["yes"] * 7 + ["no"] * 3, ["yes"] + ["two"] * 9, ["two"] * 6 + ["2"] * 4)
+    kinds = ("yes/no", "yes/no", "number", "number")
+    predictions = [
+        Prediction(number, record(answers, kind), [("two", 0.0)], cut=False)
+        for number, (answers, kind) in enumerate(zip(people, kinds, strict=True))
+    ]
+    found = scores(predictions)
+    one_of_ten = vqa_accuracy("yes", people[2])
+    assert 0 < one_of_ten < 1 and found["majority"] == pytest.approx((2 + one_of_ten) / 4)
+    assert found["accuracy"] == pytest.approx(2 / 4)
+    assert found["answer_type"]["yes/no"] == {"samples": 2, "accuracy": 0.0, "majority": 1.0}
+    assert found["answer_type"]["number"]["majority"] == pytest.approx(1.0)
+
+
+def record(answers: list[str], kind: str) -> Record:
+    return Record(b"", "how many?", 0, "a", target={"answers": answers, "answer_type": kind})

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from statistics import fmean
 from typing import Any
 
 from softmask.data import DataError, TokenBatch
@@ -49,7 +50,7 @@ class Vqa(Section):
         cut = cut_lines(result, length=given.text_length, what="questions")
         if "accuracy" not in result:
             return [f"VQA: {result['samples']} answers, none to compare with", *cut]
-        lines = [f"VQA, {result['samples']} questions: accuracy {100 * result['accuracy']:.2f} %", *cut]
+        lines = [f"VQA, {result['samples']} questions: {_percent(result)}", *cut]
         if "too_long" in result:
             most = given.scorer.config.head.answer_length
             lines.append(f"  {result['too_long']} true answers have more than head.answer_length={most} tokens")
@@ -58,8 +59,12 @@ class Vqa(Section):
             lines += [f"  {', '.join(shares)}"] if shares else []
         if "unseen" in result:
             unseen = result["unseen"]
-            lines.append(f"  {unseen['samples']} with something unseen: {100 * unseen['accuracy']:.2f} %")
+            lines.append(f"  {unseen['samples']} with something unseen: {_percent(unseen)}")
         return lines
+
+
+def _percent(result: dict) -> str:
+    return f"accuracy {100 * result['accuracy']:.2f} %, most frequent answer {100 * result['majority']:.2f} %"
 
 
 def _answerer(scorer: Scorer, *, count: int) -> Callable[[ExampleBatch], list[Answers]]:
@@ -109,7 +114,8 @@ def _check_answers(answers: Sequence[str], tokens: TokenBatch, path: str, length
 
 
 def scores(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """The metrics.json section: "accuracy", the same by types, and of the questions with something unseen."""
+    """The metrics.json section: "accuracy", and "majority", the accuracy of always giving the most frequent answer; the
+    same by types, and of the questions with something unseen."""
     result: dict[str, Any] = {"samples": len(predictions)}
     answered = [one for one in predictions if one.record.target is not None]
     if len(answered) < len(predictions):
@@ -117,17 +123,22 @@ def scores(predictions: Sequence[Prediction]) -> dict[str, Any]:
     if not answered:
         return result
     right = {one.index: vqa_accuracy(one.value[0][0], one.record.target["answers"]) for one in answered}
-    result["accuracy"] = _mean(right, answered)
+    result |= _shares(right, answered)
     for kind in TYPES:
         groups: dict[str, list[Prediction]] = defaultdict(list)
         for one in answered:
             if kind in one.record.target:
                 groups[one.record.target[kind]].append(one)
-        shares = {name: {"samples": len(ones), "accuracy": _mean(right, ones)} for name, ones in sorted(groups.items())}
-        result |= {kind: shares} if shares else {}
+        parts = {name: {"samples": len(ones), **_shares(right, ones)} for name, ones in sorted(groups.items())}
+        result |= {kind: parts} if parts else {}
     unseen = [one for one in answered if one.record.unseen]
-    return result | ({"unseen": {"samples": len(unseen), "accuracy": _mean(right, unseen)}} if unseen else {})
+    return result | ({"unseen": {"samples": len(unseen), **_shares(right, unseen)}} if unseen else {})
 
 
-def _mean(right: dict[int, float], ones: Sequence[Prediction]) -> float:
-    return sum(right[one.index] for one in ones) / len(ones)
+def _shares(right: dict[int, float], ones: Sequence[Prediction]) -> dict[str, float]:
+    answers = [one.record.target["answers"] for one in ones]
+    ((most, _),) = Counter(answer for some in answers for answer in some).most_common(1)
+    return {
+        "accuracy": fmean(right[one.index] for one in ones),
+        "majority": fmean(vqa_accuracy(most, some) for some in answers),
+    }

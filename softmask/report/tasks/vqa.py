@@ -20,16 +20,19 @@ from softmask.report.tasks.labels import UNSEEN, note
 
 ANSWERS = 5  # of the model
 PEOPLES = 3  # different answers of people
+MAJORITY = "Most frequent answer"
 RIGHT = 0.5  # VQA accuracy from which an answer is shown as right
-PART = {"samples": int, "accuracy": float}
+PART = {"samples": int, "accuracy": float, "majority": float}
 
 
 class VqaView(ExampleView):
-    """Accuracy beside that of grey pictures, by types, and examples with the answers that the model ranks first."""
+    """Accuracy beside that of grey pictures and of the most frequent answer, by types, and examples with the answers
+    that the model ranks first."""
 
     specification = {
         "samples": int,
         "accuracy": Maybe(float),
+        "majority": Maybe(float),
         "unseen": Maybe(PART),
         **{kind: Maybe(Each(PART)) for kind in TYPES},
     }
@@ -81,4 +84,4 @@ class VqaView(ExampleView):
 
 
 def _row(name: str, found: dict[str, Any], grey: dict[str, Any] | None) -> Row:
-    return Row(name, found["samples"], found["accuracy"], with_grey({}, grey))
+    return Row(name, found["samples"], found["accuracy"], with_grey({MAJORITY: found["majority"]}, grey))
