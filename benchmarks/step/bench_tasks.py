@@ -73,7 +73,7 @@ def rerank(size: int) -> Comparison:
     plain, first = PlainTasks(model), torch.zeros(len(ids), dtype=torch.int64)
     return Comparison(
         f"re-ranking of {len(ids)} captions of a picture",
-        lambda: model.match(image, text, mask, kv_index=first)[:, 1],
+        lambda: model.match(model.image_keys(image), text, mask, kv_index=first)[:, 1],
         lambda: plain.match_all(image, text, mask)[0],
     )
 

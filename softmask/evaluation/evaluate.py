@@ -1,7 +1,7 @@
 """Evaluate a checkpoint on captioned shards and write metrics.json.
 
     python train/evaluate.py CHECKPOINT --data 'data/test-*.tar' [--output metrics.json] [--pairs N] [--rerank K]
-                             [--rerank-by match|difference|match+itc] [--resize squash|crop]
+                             [--rerank-by match|difference|match+itc] [--resize squash|crop] [--gallery device|host]
                              [--training 'data/train-*.tar'] [--neighbours 0] [--beams 24] [--classes FILE]
 
 CHECKPOINT is a run's folder (its newest complete checkpoint) or one step_... folder. `--data` is a glob or brace
@@ -27,8 +27,9 @@ Zero-shot classification uses `--classes`, by default the concepts.json beside t
 Tasks after pre-training (docs/finetuning.md) have a section of their own, and their own files as `--data`. `--task
 classification` measures a pre-trained run on folders of classes without training it.
 
-Under torchrun, deepspeed, srun or mpirun every process takes its share of a task's examples; the figures are the same
-to the last digit. Unreadable samples are skipped and named on stderr. If the command fails, it writes nothing.
+Under torchrun, deepspeed, srun or mpirun every process takes its share of retrieval and of a task's examples; the
+figures are the same to the last digit. Unreadable samples are skipped and named on stderr. If the command fails, it
+writes nothing.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Protocol, TypeGuard
+from typing import Any, Literal, Protocol, TypeGuard
 
 import torch
 from PIL import Image
@@ -18,6 +18,8 @@ from softmask.data import DataConfig, SampleError, TokenBatch, decode_image, eva
 from softmask.data.loader import require_words
 from softmask.data.transforms import middle_box
 from softmask.training.config import Config
+
+GalleryPlace = Literal["device", "host"]
 
 
 class Model(Protocol):
@@ -31,11 +33,10 @@ class Model(Protocol):
 
 
 class Matcher(Protocol):
-    """A model that scores image-text pairs (ITM)."""
+    """A model that scores image-text pairs (ITM): `match` reads what `image_keys` computes once for an image."""
 
-    def match(
-        self, image_tokens: Tensor, text_tokens: Tensor, attention_mask: Tensor, *, kv_index: Tensor
-    ) -> Tensor: ...
+    def image_keys(self, image_tokens: Tensor) -> Any: ...
+    def match(self, images: Any, text_tokens: Tensor, attention_mask: Tensor, *, kv_index: Tensor) -> Tensor: ...
 
 
 class WordMapper(Protocol):
@@ -70,7 +71,7 @@ def is_model(model: object) -> TypeGuard[Model]:
 
 
 def _is_matcher(model: object) -> TypeGuard[Matcher]:
-    return _has(model, "match")
+    return _has(model, "image_keys", "match")
 
 
 def _is_word_mapper(model: object) -> TypeGuard[WordMapper]:
@@ -95,6 +96,7 @@ class Scorer:
         tokenizer: captions -> TokenBatch.
         config: the run's; its `data:` section has the image size, normalization and max_length.
         batch_size: images, captions, beams or pairs per batch.
+        gallery: where tokens of images and captions wait for re-ranking; on the host in half precision.
     """
 
     model: Model
@@ -102,6 +104,7 @@ class Scorer:
     config: Config
     device: torch.device = torch.device("cpu")
     batch_size: int = 64
+    gallery: GalleryPlace = "device"
 
     def tokens(self, captions: Sequence[str]) -> TokenBatch:
         return self.tokenizer(captions, **self.config.data.reading)
@@ -111,7 +114,7 @@ class Scorer:
         """The model. Raises TypeError if it cannot match pairs."""
         if _is_matcher(self.model):
             return self.model
-        raise self._lacks("match")
+        raise self._lacks("image_keys or match")
 
     @property
     def word_mapper(self) -> WordMapper:
@@ -183,6 +186,7 @@ class Reader:
     bad_objects: dict[str, str] = field(default_factory=dict)
 
     def read(self, indices: Iterable[int]) -> Iterator[Sample]:
+        image, decoded = None, -1
         for index in indices:
             if index in self.skipped:
                 continue
@@ -190,7 +194,8 @@ class Reader:
                 record = self.source.read(index, extra=True)
                 if self.data.clean_captions:
                     require_words(record)
-                image = decode_image(record.image_bytes)
+                if image is None or record.image_id != decoded:  # captions of an image follow each other
+                    image, decoded = decode_image(record.image_bytes), record.image_id
             except SampleError as error:
                 self.skipped[index] = str(error)
                 continue

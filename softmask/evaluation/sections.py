@@ -82,7 +82,8 @@ class Retrieval(Section):
     name = "retrieval"
 
     def run(self, given: Evaluation) -> dict:
-        return retrieval.retrieval(given.scorer, given.first(), rerank=given.rerank, by=given.rerank_by)
+        options = {"pairs": given.pairs, "rerank": given.rerank}
+        return retrieval.retrieval(given.scorer, given.reader, by=given.rerank_by, **options)
 
     def lines(self, result: dict, given: Evaluation) -> list[str]:
         size = f"{result['images']} images and {result['samples']} captions"

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from softmask.data import DataError
+from softmask.evaluation.gallery import encode_captions
 from softmask.evaluation.readers import Sample, Scorer, batches, pixels
-from softmask.evaluation.retrieval import encode_captions
 
 TEMPLATES = ("{}", "there is {}", "a picture of {}", "a drawing of {}")
 TOP = (1, 5)

@@ -16,7 +16,6 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -36,9 +35,10 @@ from softmask.evaluation.command import (
     open_reader,
     sizes,
 )
+from softmask.evaluation.gallery import Gallery, build_gallery
 from softmask.evaluation.grounding import Phrase, Word
 from softmask.evaluation.readers import Reader, Sample, Scorer, batches
-from softmask.evaluation.retrieval import Gallery, RerankBy
+from softmask.evaluation.retrieval import RerankBy
 from softmask.files import write_atomically
 from softmask.report.facts import facts, lead
 from softmask.report.generated import generated
@@ -144,7 +144,7 @@ def retrieval_examples(
     scorer: Scorer, reader: Reader, *, samples: int, rerank: Rerank | None
 ) -> tuple[list[Query], list[Query]]:
     """Caption queries and image queries over the gallery of metrics.json; `rerank` is None without ITM."""
-    gallery = retrieval.build_gallery(scorer, islice(reader.all(), samples))
+    gallery = build_gallery(scorer, reader, pairs=samples)
     asked_texts = spread(len(gallery.captions), CAPTION_QUERIES)
     asked_images = spread(len(gallery.images), IMAGE_QUERIES)
     by_text = answers(scorer, gallery, asked_texts, rerank=rerank, by_text=True)
