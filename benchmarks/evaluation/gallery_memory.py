@@ -23,7 +23,7 @@ from PIL import Image
 
 from softmask.data import DataConfig, Record, TokenBatch
 from softmask.evaluation import retrieval
-from softmask.evaluation.readers import GalleryPlace, Reader, Scorer
+from softmask.evaluation.readers import GalleryPlace, Pictures, Reader, Scorer
 from softmask.models import ConvViTConfig, SoftMaskPP, SoftMaskPPConfig, SpecialIds, TextConfig, VisionConfig
 from softmask.training.config import Config, TrainConfig
 
@@ -67,6 +67,7 @@ def gallery_bytes(sizes: Sizes) -> dict[str, dict[str, int]]:
     pixels = batch * 3 * sizes.image_size**2 * 4
     host = {name: each * pairs for name, each in SCORE_BYTES.items()}
     host |= {"a batch of pictures": batch * sizes.picture_bytes + 2 * pixels}
+    host |= {"decoded pictures": min(sizes.images * sizes.picture_bytes, Pictures().left)}
     device = {
         "features": (sizes.images + sizes.captions) * sizes.embed_dim * 4,
         "similarity": 4 * pairs,
@@ -98,7 +99,7 @@ SMALL = Sizes(
 )  # fmt: skip
 
 
-class Pictures:
+class Noise:
     """Noise with five captions a picture, made when it is read."""
 
     def __init__(self, images: int) -> None:
@@ -140,7 +141,7 @@ def small_scorer(gallery: GalleryPlace) -> Scorer:
 
 def peak_of(images: int, gallery: GalleryPlace) -> int:
     """Bytes of this process's peak, after retrieval of so many pictures."""
-    reader = Reader(Pictures(images))
+    reader = Reader(Noise(images))
     retrieval.retrieval(small_scorer(gallery), reader, rerank=SMALL.rerank)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 

@@ -165,7 +165,7 @@ class _Images:
         return [list(chain.from_iterable(some)) for some in batches(by_image.values(), self.scorer.batch_size)]
 
     def _encode(self, number: int, piece: list[int], known: set[int]) -> Encoded:
-        reader = Reader(self.reader.source, self.reader.data)
+        reader = Reader(self.reader.source, self.reader.data, pictures=self.reader.pictures)
         samples = list(reader.read(piece))
         labels = [Label(one.index, one.caption, one.image_id, one.unseen) for one in samples]
         new = [one for one in each_image_once(samples, {}) if one.image_id not in known]

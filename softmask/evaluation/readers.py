@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from softmask.data import DataConfig, SampleError, TokenBatch, decode_image, eval_transform
+from softmask.data import DataConfig, Record, SampleError, TokenBatch, decode_image, eval_transform
 from softmask.data.loader import require_words
 from softmask.data.transforms import middle_box
 from softmask.training.config import Config
@@ -172,10 +172,35 @@ class Sample:
 
 
 @dataclass
+class Pictures:
+    """Decoded pictures by image_id, so that the next section does not decode them again: the last one, and the first
+    ones, as many as fit the bytes that are left."""
+
+    left: int = 2**30
+    _first: dict[int, Image.Image] = field(default_factory=dict)
+    _last: tuple[int, Image.Image] | None = None
+
+    def of(self, record: Record) -> Image.Image:
+        """Raises ValueError if the picture cannot be decoded."""
+        number = record.image_id
+        if number in self._first:
+            return self._first[number]
+        if self._last is not None and number == self._last[0]:  # captions of an image follow each other
+            return self._last[1]
+        image = decode_image(record.image_bytes)
+        self._last, taken = (number, image), 3 * image.width * image.height
+        if taken <= self.left:
+            self._first[number] = image
+            self.left -= taken
+        return image
+
+
+@dataclass
 class Reader:
     """Reads samples of a source in order.
 
     Attributes:
+        pictures: decoded ones, which readers of the same source may share.
         skipped: number -> error of every unreadable sample.
         bad_objects: place -> error of every unusable object.
     """
@@ -184,9 +209,9 @@ class Reader:
     data: DataConfig = field(default_factory=DataConfig)
     skipped: dict[int, str] = field(default_factory=dict)
     bad_objects: dict[str, str] = field(default_factory=dict)
+    pictures: Pictures = field(default_factory=Pictures)
 
     def read(self, indices: Iterable[int]) -> Iterator[Sample]:
-        image, decoded = None, -1
         for index in indices:
             if index in self.skipped:
                 continue
@@ -194,8 +219,7 @@ class Reader:
                 record = self.source.read(index, extra=True)
                 if self.data.clean_captions:
                     require_words(record)
-                if image is None or record.image_id != decoded:  # captions of an image follow each other
-                    image, decoded = decode_image(record.image_bytes), record.image_id
+                image = self.pictures.of(record)
             except SampleError as error:
                 self.skipped[index] = str(error)
                 continue

@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 
 from softmask.data import decode_image, open_source
-from softmask.evaluation import command, evaluate, readers, retrieval
+from softmask.evaluation import command, evaluate, readers, retrieval, sections
 from softmask.evaluation.gallery import build_gallery
-from softmask.evaluation.readers import GalleryPlace, Reader, Scorer
+from softmask.evaluation.readers import GalleryPlace, Pictures, Reader, Scorer
+from softmask.evaluation.sections import Evaluation
 from softmask.training.config import ConfigError
 from tests.support.data_files import write_tar
 from tests.support.evaluation_files import ALL, Oracle, Words, scene, small_config, write_run, write_scenes
@@ -60,20 +61,35 @@ def test_any_number_of_ranks_finds_the_same(run: Path, tmp_path: Path) -> None:
             assert torch.equal(first[0], other[0]) and torch.equal(first[1].nan_to_num(9), other[1].nan_to_num(9))
 
 
-def test_an_image_is_decoded_and_encoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    decoded = []
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """The pictures that are decoded."""
+    found: list[bytes] = []
 
     def counted(data: bytes) -> Image.Image:
-        decoded.append(data)
+        found.append(data)
         return decode_image(data)
 
     monkeypatch.setattr(readers, "decode_image", counted)
+    return found
+
+
+def test_an_image_is_decoded_and_encoded_once(tmp_path: Path, decoded: list[bytes]) -> None:
     scorer = make_scorer(tmp_path, batch_size=5)
     gallery = build_gallery(scorer, Reader(open_source(write_twice(tmp_path / "test.tar"))))
     assert len(decoded) == scorer.model.encoded == len(gallery.images) == 12 and len(gallery.captions) == 24
     assert gallery.images == list(range(12))
     assert [piece.rows for piece in gallery.pieces] == [slice(0, 5), slice(5, 10), slice(10, 12)]
     assert torch.equal(gallery.relevant, torch.eye(12, dtype=torch.bool).repeat(1, 2))
+
+
+@pytest.mark.parametrize("room, times", [(2**30, 12), (3 * 3 * 32 * 32, 12 + 18)], ids=["for all", "for three"])
+def test_all_sections_share_decoded_pictures(tmp_path: Path, decoded: list[bytes], room: int, times: int) -> None:
+    """Retrieval decodes each once; grounding, which meets it twice, only those that found no room."""
+    scorer = make_scorer(tmp_path, batch_size=5)
+    reader = Reader(open_source(write_twice(tmp_path / "test.tar")), pictures=Pictures(room))
+    result = sections.evaluate(Evaluation(scorer, reader, pairs=0, rerank=4), sections.sections_of(scorer))
+    assert list(result) == ["retrieval", "grounding"] and len(decoded) == times
 
 
 def test_places_of_unreadable_samples_are_taken_by_others(tmp_path: Path) -> None:
