@@ -211,7 +211,9 @@ class Reader:
     bad_objects: dict[str, str] = field(default_factory=dict)
     pictures: Pictures = field(default_factory=Pictures)
 
-    def read(self, indices: Iterable[int]) -> Iterator[Sample]:
+    def read(self, indices: Iterable[int], *, with_objects: bool = False) -> Iterator[Sample]:
+        """The readable samples among these. `with_objects`: those alone that list some; other pictures stay closed."""
+        crop = self.data.eval_resize == "crop"
         for index in indices:
             if index in self.skipped:
                 continue
@@ -219,6 +221,9 @@ class Reader:
                 record = self.source.read(index, extra=True)
                 if self.data.clean_captions:
                     require_words(record)
+                objects = self._objects(record)
+                if with_objects and not objects:
+                    continue
                 image = self.pictures.of(record)
             except SampleError as error:
                 self.skipped[index] = str(error)
@@ -226,15 +231,17 @@ class Reader:
             except ValueError as error:
                 self.skipped[index] = f"{record.name}: {error}"
                 continue
-            objects = (record.extra or {}).get("objects")
-            if objects is not None and not isinstance(objects, list):
-                self.bad_objects[f"{record.name}: objects"] = f"expected a list, got {type(objects).__name__}"
-                objects = None
-            crop = self.data.eval_resize == "crop"
             yield Sample(index, record.name, image, record.caption, record.image_id, objects, self.bad_objects, crop)
 
-    def all(self) -> Iterator[Sample]:
-        return self.read(range(len(self.source)))
+    def _objects(self, record: Record) -> list | None:
+        objects = (record.extra or {}).get("objects")
+        if objects is None or isinstance(objects, list):
+            return objects
+        self.bad_objects[f"{record.name}: objects"] = f"expected a list, got {type(objects).__name__}"
+        return None
+
+    def all(self, *, with_objects: bool = False) -> Iterator[Sample]:
+        return self.read(range(len(self.source)), with_objects=with_objects)
 
 
 def batches(items: Iterable, size: int) -> Iterator[list]:

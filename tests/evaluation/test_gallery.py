@@ -92,6 +92,15 @@ def test_all_sections_share_decoded_pictures(tmp_path: Path, decoded: list[bytes
     assert list(result) == ["retrieval", "grounding"] and len(decoded) == times
 
 
+def test_pictures_without_objects_are_not_decoded_for_grounding(tmp_path: Path, decoded: list[bytes]) -> None:
+    members = [member for number in ALL for member in scene(number)[: 3 if number == 7 else 2]]
+    write_tar(tmp_path / "test.tar", members)
+    reader = Reader(open_source(str(tmp_path / "test.tar")), pictures=Pictures(0))
+    scorer = make_scorer(tmp_path, batch_size=5)
+    result = sections.evaluate(Evaluation(scorer, reader, pairs=4, rerank=4), sections.sections_of(scorer))
+    assert result["grounding"]["samples"] == 1 and len(decoded) == 4 + 1
+
+
 def test_places_of_unreadable_samples_are_taken_by_others(tmp_path: Path) -> None:
     scorer = make_scorer(tmp_path, batch_size=3)
     reader = Reader(open_source(write_twice(tmp_path / "test.tar", broken=(0, 4, 6))))
