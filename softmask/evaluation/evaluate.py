@@ -27,9 +27,9 @@ Zero-shot classification uses `--classes`, by default the concepts.json beside t
 Tasks after pre-training (docs/finetuning.md) have a section of their own, and their own files as `--data`. `--task
 classification` measures a pre-trained run on folders of classes without training it.
 
-Under torchrun, deepspeed, srun or mpirun every process takes its share of retrieval and of a task's examples; the
-figures are the same to the last digit. Unreadable samples are skipped and named on stderr. If the command fails, it
-writes nothing.
+Under torchrun, deepspeed, srun or mpirun every process takes its share of the samples, but for captions and
+reconstructions; the figures are the same to the last digit. Unreadable samples are skipped and named on stderr. If the
+command fails, it writes nothing.
 """
 
 from __future__ import annotations

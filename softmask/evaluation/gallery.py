@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from softmask.data import DataError, TokenBatch
-from softmask.evaluation import metrics, ranks
-from softmask.evaluation.readers import Reader, Sample, Scorer, batches, each_image_once, pixels
+from softmask.evaluation import metrics
+from softmask.evaluation.readers import Reader, Sample, Scorer, batches, each_image_once, pixels, share_samples
 from softmask.training.config import ConfigError
 
 HALF = {"fp32": torch.float16, "fp16": torch.float16, "bf16": torch.bfloat16}  # precision of training -> on the host
@@ -114,14 +114,12 @@ class Label:
 
 @dataclass
 class Encoded:
-    """What a piece tells all ranks: its samples, its new images, and what could not be read."""
+    """What a piece tells all ranks: its samples and its new images."""
 
     labels: list[Label]
     image_ids: list[int]  # of the new images
     first: list[int]  # number of their first samples
     features: Tensor | None  # [B, d], on the CPU; None without new images
-    skipped: dict[int, str]
-    bad_objects: dict[str, str]
 
 
 @dataclass
@@ -131,7 +129,7 @@ class _Images:
     scorer: Scorer
     reader: Reader
     encoded: list[Encoded] = field(default_factory=list)
-    tokens: dict[int, Tensor | None] = field(default_factory=dict)  # of this rank's pieces, by their numbers
+    tokens: dict[int, Tensor | None] = field(default_factory=dict)  # of this rank's pieces, by their first image's id
     samples: int = 0
 
     def read(self, pairs: int) -> None:
@@ -143,18 +141,9 @@ class _Images:
 
     def _read_turn(self, indices: range) -> None:
         known = {number for one in self.encoded for number in one.image_ids}
-        pieces = self._pieces(indices)
-        first = len(self.encoded)
-        own = {}
-        shown = tqdm(pieces, desc="encoding", disable=True if ranks.rank() else None, leave=False)
-        for number, piece in enumerate(shown, start=first):
-            if ranks.is_own(number):
-                own[number] = self._encode(number, piece, known)
-        found = ranks.merge(own)
-        for one in found:
-            self.reader.skipped |= one.skipped
-            self.reader.bad_objects |= one.bad_objects
-            self.samples += len(one.labels)
+        work = partial(self._encode, known=known)
+        found = share_samples(self.reader, self._pieces(indices), work, show="encoding")
+        self.samples += sum(len(one.labels) for one in found)
         self.encoded += found
 
     def _pieces(self, indices: range) -> list[list[int]]:
@@ -164,28 +153,25 @@ class _Images:
             by_image.setdefault(int(self.reader.source.image_ids[index]), []).append(index)
         return [list(chain.from_iterable(some)) for some in batches(by_image.values(), self.scorer.batch_size)]
 
-    def _encode(self, number: int, piece: list[int], known: set[int]) -> Encoded:
-        reader = Reader(self.reader.source, self.reader.data, pictures=self.reader.pictures)
-        samples = list(reader.read(piece))
+    def _encode(self, samples: list[Sample], *, known: set[int]) -> Encoded:
         labels = [Label(one.index, one.caption, one.image_id, one.unseen) for one in samples]
         new = [one for one in each_image_once(samples, {}) if one.image_id not in known]
-        feature = self._encode_images(number, new) if new else None
-        ids, first = [one.image_id for one in new], [one.index for one in new]
-        return Encoded(labels, ids, first, feature, reader.skipped, reader.bad_objects)
+        feature = self._encode_images(new) if new else None
+        return Encoded(labels, [one.image_id for one in new], [one.index for one in new], feature)
 
     @torch.no_grad()
-    def _encode_images(self, number: int, samples: list[Sample]) -> Tensor:
+    def _encode_images(self, samples: list[Sample]) -> Tensor:
         tokens, feature = self.scorer.model.encode_image(pixels(self.scorer, samples))
-        self.tokens[number] = kept(self.scorer, tokens)
+        self.tokens[samples[0].image_id] = kept(self.scorer, tokens)
         return feature.cpu()
 
     def pieces(self) -> list[Piece]:
         """The new images of all pieces, in order."""
         found, start = [], 0
-        for number, one in enumerate(self.encoded):
+        for one in self.encoded:
             if one.image_ids:
                 stop = start + len(one.image_ids)
-                found.append(Piece(slice(start, stop), self.tokens.get(number)))
+                found.append(Piece(slice(start, stop), self.tokens.get(one.image_ids[0])))
                 start = stop
         return found
 

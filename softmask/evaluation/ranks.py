@@ -45,12 +45,8 @@ def share_out(pieces: Iterable[P], work: Callable[[P], R]) -> list[R]:
 
     Results travel pickled: keep them small and on the CPU.
     """
-    return merge({number: work(piece) for number, piece in enumerate(pieces) if is_own(number)})
-
-
-def is_own(number: int) -> bool:
-    """Whether this rank does the piece."""
-    return number % world_size() == rank()
+    size = world_size()
+    return merge({number: work(piece) for number, piece in enumerate(pieces) if number % size == rank()})
 
 
 def merge(own: dict[int, R]) -> list[R]:

@@ -5,20 +5,23 @@ Unreadable samples are skipped and named. Batches keep the order of the source.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Literal, Protocol, TypeGuard
+from typing import Any, Literal, Protocol, TypeGuard, TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from softmask.data import DataConfig, Record, SampleError, TokenBatch, decode_image, eval_transform
 from softmask.data.loader import require_words
 from softmask.data.transforms import middle_box
+from softmask.evaluation import ranks
 from softmask.training.config import Config
 
+R = TypeVar("R")
 GalleryPlace = Literal["device", "host"]
 
 
@@ -36,7 +39,7 @@ class Matcher(Protocol):
     """A model that scores image-text pairs (ITM): `match` reads what `image_keys` computes once for an image."""
 
     def image_keys(self, image_tokens: Tensor) -> Any: ...
-    def match(self, images: Any, text_tokens: Tensor, attention_mask: Tensor, *, kv_index: Tensor) -> Tensor: ...
+    def match(self, keys: Any, text_tokens: Tensor, attention_mask: Tensor, *, kv_index: Tensor) -> Tensor: ...
 
 
 class WordMapper(Protocol):
@@ -240,8 +243,38 @@ class Reader:
         self.bad_objects[f"{record.name}: objects"] = f"expected a list, got {type(objects).__name__}"
         return None
 
-    def all(self, *, with_objects: bool = False) -> Iterator[Sample]:
-        return self.read(range(len(self.source)), with_objects=with_objects)
+    def all(self) -> Iterator[Sample]:
+        return self.read(range(len(self.source)))
+
+
+def share_samples(
+    reader: Reader,
+    pieces: Sequence[Sequence[int]],
+    work: Callable[[list[Sample]], R],
+    *,
+    show: str,
+    with_objects: bool = False,
+) -> list[R]:
+    """`work`'s results for the readable samples of each piece, shared over ranks. All ranks learn what could not be
+    read. `show`: what the work is called; `with_objects`: as in `Reader.read`."""
+
+    def read(piece: Sequence[int]) -> tuple[R, dict[int, str], dict[str, str]]:
+        own = Reader(reader.source, reader.data, pictures=reader.pictures)
+        result = work(list(own.read(piece, with_objects=with_objects)))
+        return result, own.skipped, own.bad_objects
+
+    shown = tqdm(pieces, desc=show, disable=True if ranks.rank() else None, leave=False)
+    found = ranks.share_out(shown, read)
+    for _, skipped, bad_objects in found:
+        reader.skipped |= skipped
+        reader.bad_objects |= bad_objects
+    return [result for result, _, _ in found]
+
+
+def consecutive(reader: Reader, size: int) -> list[range]:
+    """All samples, in pieces for `share_samples`."""
+    count = len(reader.source)
+    return [range(first, min(first + size, count)) for first in range(0, count, size)]
 
 
 def batches(items: Iterable, size: int) -> Iterator[list]:

@@ -115,7 +115,7 @@ class Grounding(Section):
     name = "grounding"
 
     def run(self, given: Evaluation) -> dict | None:
-        return grounding.grounding(given.scorer, given.reader.all(with_objects=True))
+        return grounding.grounding(given.scorer, given.reader)
 
     def lines(self, result: dict, given: Evaluation) -> list[str]:
         shares = ", ".join(f"{key} {100 * result[key]:.1f} %" for key in ("pointing", "attention", "random"))
@@ -159,8 +159,7 @@ class ZeroShot(Section):
     name = "zero_shot"
 
     def run(self, given: Evaluation) -> dict | None:
-        samples = given.reader.all(with_objects=True)
-        return zero_shot.zero_shot(given.scorer, samples, given.classes) if given.classes else None
+        return zero_shot.zero_shot(given.scorer, given.reader, given.classes) if given.classes else None
 
     def lines(self, result: dict, given: Evaluation) -> list[str]:
         shares = f"top-1 {100 * result['top1']:.1f} %, top-5 {100 * result['top5']:.1f} %"

@@ -109,7 +109,7 @@ def test_truncated_phrases_and_hidden_objects_are_counted_not_scored(tmp_path):
     content["objects"][0]["mask"]["counts"] = [1024]
     write_tar(tmp_path / "test.tar", [*members[:2], (members[2][0], json.dumps(content).encode()), *scene(1)])
     reader = Reader(open_source(str(tmp_path / "test.tar")))
-    result = grounding.grounding(make_scorer(tmp_path), reader.all())
+    result = grounding.grounding(make_scorer(tmp_path), reader)
     assert {key: result[key] for key in ("words", "samples", "truncated", "hidden")} == {
         "words": 3,
         "samples": 2,
@@ -117,7 +117,7 @@ def test_truncated_phrases_and_hidden_objects_are_counted_not_scored(tmp_path):
         "hidden": 1,
     }
     # [CLS] a red box beside a green [SEP]: "green one" lost its end
-    result = grounding.grounding(make_scorer(tmp_path, max_length=8), reader.all())
+    result = grounding.grounding(make_scorer(tmp_path, max_length=8), reader)
     assert (result["words"], result["truncated"], result["hidden"], result["pointing"]) == (1, 2, 1, 1.0)
 
 
@@ -171,12 +171,12 @@ def test_masks_are_cropped_like_images(tmp_path):
     scorer.config.data.eval_resize = "crop"
     reader = Reader(open_source(str(tmp_path / "test.tar")), scorer.config.data)
     assert retrieval.retrieval(scorer, reader, rerank=4)["itc"]["i2t"] == PERFECT
-    result = grounding.grounding(scorer, reader.all())
+    result = grounding.grounding(scorer, reader)
     assert (result["pointing"], result["words"], result["hidden"]) == (1.0, 24, 0)
     assert result["random"] == pytest.approx(128 / 1024)
     sample = next(reader.all())
     assert sample.seen.size == (32, 32) and sample.image.size == (64, 32)
-    result = grounding.grounding(scorer, Reader(open_source(str(tmp_path / "aside.tar")), scorer.config.data).all())
+    result = grounding.grounding(scorer, Reader(open_source(str(tmp_path / "aside.tar")), scorer.config.data))
     assert (result["words"], result["hidden"]) == (1, 1)  # the left box lies outside, half of the right one inside
 
 
@@ -223,7 +223,9 @@ def test_results_of_the_real_model_do_not_depend_on_the_batch_size(run):
         scores.append(retrieval.match_scores(scorer, gallery, wanted))
         image = gallery.pieces[2 // size].tokens[2 % size]
         keys = scorer.model.image_keys(image[None])
-        single = scorer.model.match(keys, gallery.text_tokens[5:6], gallery.attention_mask[5:6])
+        single = scorer.model.match(
+            keys, gallery.text_tokens[5:6], gallery.attention_mask[5:6], kv_index=torch.tensor([0])
+        )
     assert torch.equal(scores[0].isnan(), ~wanted)
     rounding = torch.finfo(torch.float32).eps * scores[0][wanted].abs().max()
     assert (scores[0][wanted] - scores[1][wanted]).abs().max() <= rounding

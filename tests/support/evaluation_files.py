@@ -156,9 +156,9 @@ class Oracle:
         self.projected += len(image_tokens)
         return image_tokens[:, 0]
 
-    def match(self, images: Tensor, text_tokens: Tensor, attention_mask: Tensor, *, kv_index: Tensor) -> Tensor:
+    def match(self, keys: Tensor, text_tokens: Tensor, attention_mask: Tensor, *, kv_index: Tensor) -> Tensor:
         self.passes.append(len(text_tokens))
-        same = (images[kv_index] * text_tokens[:, 0]).sum(1)
+        same = (keys[kv_index] * text_tokens[:, 0]).sum(1)
         return torch.stack([-same, 2 * same], dim=1)
 
     def word_maps(self, images, input_ids, attention_mask, word_index, *, kind, normalize):

@@ -350,11 +350,9 @@ class SoftMaskPP(nn.Module):
         """What `match` reads of images, projected once for all passes: image_tokens [B, P, D] -> one for each layer."""
         return self.backbone.fusion.project(image_tokens)
 
-    def match(
-        self, images: list[ImageKeys], text_tokens: Tensor, attention_mask: Tensor, *, kv_index: Tensor | None = None
-    ) -> Tensor:
+    def match(self, keys: list[ImageKeys], text_tokens: Tensor, attention_mask: Tensor, *, kv_index: Tensor) -> Tensor:
         """Logits [N, 2] (class 1: match) of N captions with the images of `image_keys` that kv_index [N] names."""
-        return self._fuse_all(images, text_tokens, attention_mask, kv_index=kv_index)[0]
+        return self._fuse_all(keys, text_tokens, attention_mask, kv_index=kv_index)[0]
 
     @torch.enable_grad()
     def word_maps(
@@ -393,7 +391,6 @@ class SoftMaskPP(nn.Module):
         what maps need."""
         packing, own = Packing.of(attention_mask), row_numbers(text_tokens)
         prepared = Prepared(self.backbone.fusion.start(packing.pack(text_tokens), packing), keys)
-        images = own if kv_index is None else kv_index
-        pairs = Pairs(own, images, packing.size, first_tokens(attention_mask), len(own))
+        pairs = Pairs(own, own if kv_index is None else kv_index, packing.size, first_tokens(attention_mask), len(own))
         (cls,), record = fuse(self.backbone.fusion, prepared, [pairs], record_layer=record_layer)
         return self.itm_head(cls), record, prepared
