@@ -17,7 +17,7 @@ from softmask import BackendError
 from softmask.arguments import count, positive
 from softmask.data import DataError
 from softmask.evaluation import ranks
-from softmask.evaluation.readers import Reader, Scorer, is_model
+from softmask.evaluation.readers import GalleryPlace, Reader, Scorer, is_model
 from softmask.tasks.base import Split
 from softmask.training.checkpoint.state import CheckpointError
 from softmask.training.checkpoint.store import load_model, longest_text
@@ -26,12 +26,19 @@ from softmask.training.failures import explain
 from softmask.training.launchers import check_environment
 from softmask.training.run_folder import check_vocabulary, first_captions
 
+SIZES = ("batch_size", "text_length", "image_size", "resize", "gallery")
 Resize = Literal["", "squash", "crop"]
 """How images become square, whole or cut to their middle; "" takes `data.eval_resize`."""
 
 
 def load_scorer(
-    checkpoint: Path, *, batch_size: int, text_length: int = 0, image_size: int = 0, resize: Resize = ""
+    checkpoint: Path,
+    *,
+    batch_size: int,
+    text_length: int = 0,
+    image_size: int = 0,
+    resize: Resize = "",
+    gallery: GalleryPlace = "device",
 ) -> Scorer:
     """The checkpoint's model, on the GPU if present. 0 and "" keep the values of training."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -46,12 +53,12 @@ def load_scorer(
         raise ConfigError(f"--text-length: expected {least} to {longest} ({what}), got {length}")
     config.data.max_length = length
     config.data.eval_resize = resize or config.data.eval_resize
-    return Scorer(model, tokenizer, config, device=device, batch_size=batch_size)
+    return Scorer(model, tokenizer, config, device=device, batch_size=batch_size, gallery=gallery)
 
 
 def sizes(options: argparse.Namespace) -> dict[str, Any]:
     """The options of `load_scorer` among the command line's."""
-    return {name: getattr(options, name) for name in ("batch_size", "text_length", "image_size", "resize")}
+    return {name: getattr(options, name) for name in SIZES}
 
 
 def open_reader(scorer: Scorer, data: str, image_root: str | None = None, *, split: Split = "test") -> Reader:
@@ -90,6 +97,13 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--answer-list", type=Path, help="VQA's answers to choose from (default: as in training)")
     parser.add_argument(
         "--batch-size", type=positive, default=64, help="images, captions, beams or pairs per batch (default 64)"
+    )
+    parser.add_argument(
+        "--gallery",
+        choices=get_args(GalleryPlace),
+        default="device",
+        help="where images and captions wait for re-ranking: with the model (default), or, larger galleries, on the "
+        "host in half precision",
     )
 
 
@@ -133,7 +147,7 @@ def name_skipped(reader: Reader) -> None:
     """Names unreadable samples and the first unusable object on stderr, once for all ranks."""
     if ranks.rank():
         return
-    for line in reader.skipped.values():
+    for _, line in sorted(reader.skipped.items()):
         print(f"left out: {line}", file=sys.stderr)
     for where, reason in list(reader.bad_objects.items())[:1]:
         count = len(reader.bad_objects)

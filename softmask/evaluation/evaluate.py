@@ -1,7 +1,7 @@
 """Evaluate a checkpoint on captioned shards and write metrics.json.
 
     python train/evaluate.py CHECKPOINT --data 'data/test-*.tar' [--output metrics.json] [--pairs N] [--rerank K]
-                             [--rerank-by match|difference|match+itc] [--resize squash|crop]
+                             [--rerank-by match|difference|match+itc] [--resize squash|crop] [--gallery device|host]
                              [--training 'data/train-*.tar'] [--neighbours 0] [--beams 24] [--min-length N]
                              [--prompt TEXT] [--classes FILE]
 
@@ -29,8 +29,9 @@ Tasks after pre-training (docs/finetuning.md) have a section of their own, and t
 classification` measures a pre-trained run on folders of classes without training it, `--task grounding` on RefCOCO's
 files.
 
-Under torchrun, deepspeed, srun or mpirun every process takes its share of a task's examples; the figures are the same
-to the last digit. Unreadable samples are skipped and named on stderr. If the command fails, it writes nothing.
+Under torchrun, deepspeed, srun or mpirun every process takes its share of the samples, but for captions and
+reconstructions; the figures are the same to the last digit. Unreadable samples are skipped and named on stderr. If the
+command fails, it writes nothing.
 """
 
 from __future__ import annotations

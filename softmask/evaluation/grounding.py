@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from softmask.data import rle
 from softmask.evaluation import metrics
-from softmask.evaluation.readers import Sample, Scorer, batches, pixels
+from softmask.evaluation.readers import Reader, Sample, Scorer, consecutive, pixels, share_samples
 
 MAP_KINDS = {"pointing": "gradcam", "attention": "attention"}  # key of metrics.json -> kind of map
 
@@ -102,6 +102,10 @@ class Tally:
     pointing: int = 0
     attention: int = 0
 
+    def add(self, other: Tally) -> None:
+        for one in fields(Tally):
+            setattr(self, one.name, getattr(self, one.name) + getattr(other, one.name))
+
     def usable(self, words: list[Phrase]) -> list[Phrase]:
         """The phrases that can be scored; counts these and the others."""
         kept = [word for word in words if word.tokens and word.mask.any()]
@@ -130,14 +134,23 @@ def count_hits(scorer: Scorer, samples: list[Sample], words: list[list[Phrase]],
         setattr(tally, key, getattr(tally, key) + hits)
 
 
-def grounding(scorer: Scorer, samples: Iterable[Sample]) -> dict | None:
-    """The metrics.json section: the pointing game over all samples with objects; None if no phrase can be scored."""
+def play(scorer: Scorer, samples: list[Sample]) -> Tally:
+    """The pointing game on samples with objects."""
     tally = Tally()
-    with_objects = (sample for sample in samples if sample.objects)
-    for batch in tqdm(batches(with_objects, scorer.batch_size), desc="grounding", disable=None, leave=False):
-        offsets = scorer.tokens([sample.caption for sample in batch]).offsets
-        words = [tally.usable(phrases(s, spans)) for s, spans in zip(batch, offsets, strict=True)]
-        played = [(sample, row) for sample, row in zip(batch, words, strict=True) if row]
-        if played:
-            count_hits(scorer, [sample for sample, _ in played], [row for _, row in played], tally)
+    if not samples:
+        return tally
+    offsets = scorer.tokens([sample.caption for sample in samples]).offsets
+    words = [tally.usable(phrases(s, spans)) for s, spans in zip(samples, offsets, strict=True)]
+    played = [(sample, row) for sample, row in zip(samples, words, strict=True) if row]
+    if played:
+        count_hits(scorer, [sample for sample, _ in played], [row for _, row in played], tally)
+    return tally
+
+
+def grounding(scorer: Scorer, reader: Reader) -> dict | None:
+    """The metrics.json section: the pointing game over all samples with objects; None if no phrase can be scored."""
+    pieces, work = consecutive(reader, scorer.batch_size), partial(play, scorer)
+    tally = Tally()
+    for one in share_samples(reader, pieces, work, show="grounding", with_objects=True):
+        tally.add(one)
     return tally.result() if tally.words else None

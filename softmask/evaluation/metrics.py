@@ -7,13 +7,14 @@ whether the maximum of a word's map over the patches lies inside the object's ma
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 RECALL_AT = (1, 5, 10)
+ROWS = 256  # queries at a time: COCO's matrices have 125 million scores, and a copy in fp64 takes 1 GB
 
 
 def right_answers(query_ids: Tensor, gallery_ids: Tensor) -> Tensor:
@@ -31,14 +32,23 @@ def best_ranks(scores: Tensor, relevant: Tensor) -> Tensor:
     """
     if scores.shape != relevant.shape or scores.dim() != 2:
         raise ValueError(f"relevant must be [Q, G] like scores, got {list(relevant.shape)} for {list(scores.shape)}")
-    if not torch.isfinite(scores).all():
+    if not _by_rows(lambda some: some.isfinite().all(1), scores).all():
         bad = int((~torch.isfinite(scores)).sum())
         raise ValueError(f"scores must be finite, got {bad} NaN or infinite of {scores.numel()}")
     if not relevant.any(dim=1).all():
         row = int((~relevant.any(dim=1)).nonzero()[0])
         raise ValueError(f"relevant must hold a right answer for every query, got none for query {row}")
+    return _by_rows(_best_ranks, scores, relevant)
+
+
+def _best_ranks(scores: Tensor, relevant: Tensor) -> Tensor:
     best = scores.masked_fill(~relevant, -torch.inf).amax(dim=1, keepdim=True)
     return ((scores >= best) & ~relevant).sum(dim=1)
+
+
+def _by_rows(function: Callable[..., Tensor], *matrices: Tensor) -> Tensor:
+    """The function's results for some rows of the matrices at a time."""
+    return torch.cat([function(*some) for some in zip(*(matrix.split(ROWS) for matrix in matrices), strict=True)])
 
 
 def recall(scores: Tensor, relevant: Tensor, *, ks: Sequence[int] = RECALL_AT) -> dict[str, float]:
@@ -61,8 +71,12 @@ def chance_recall(relevant: Tensor, *, ks: Sequence[int] = RECALL_AT) -> dict[st
 
 def top_candidates(scores: Tensor, k: int) -> Tensor:
     """Mask of the k best items per row, ties to the lower position. [Q, G] -> [Q, G] bool, min(k, G) per row."""
-    order = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, True)
+
+    def chosen(some: Tensor) -> Tensor:
+        order = some.argsort(dim=1, descending=True, stable=True)[:, :k]
+        return torch.zeros_like(some, dtype=torch.bool).scatter_(1, order, True)
+
+    return _by_rows(chosen, scores)
 
 
 def rerank(scores: Tensor, candidates: Tensor, match: Tensor) -> Tensor:
@@ -70,6 +84,10 @@ def rerank(scores: Tensor, candidates: Tensor, match: Tensor) -> Tensor:
 
     `match` is read at the candidates only. Every candidate is lifted above the best first-stage score of its row.
     """
+    return _by_rows(_rerank, scores, candidates, match)
+
+
+def _rerank(scores: Tensor, candidates: Tensor, match: Tensor) -> Tensor:
     scores, match = scores.double(), match.double()
     lowest = match.masked_fill(~candidates, torch.inf).amin(dim=1, keepdim=True)
     floor = scores.amax(dim=1, keepdim=True) + 1

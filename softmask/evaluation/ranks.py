@@ -45,10 +45,15 @@ def share_out(pieces: Iterable[P], work: Callable[[P], R]) -> list[R]:
 
     Results travel pickled: keep them small and on the CPU.
     """
-    size, own = world_size(), rank()
-    mine = [work(piece) for number, piece in enumerate(pieces) if number % size == own]
-    if size == 1:
-        return mine
-    gathered: list[Any] = [None] * size
-    dist.all_gather_object(gathered, mine)
-    return [gathered[number % size][number // size] for number in range(sum(map(len, gathered)))]
+    size = world_size()
+    return merge({number: work(piece) for number, piece in enumerate(pieces) if number % size == rank()})
+
+
+def merge(own: dict[int, R]) -> list[R]:
+    """The results of all ranks, on every rank, in the order of their pieces. own: number of a piece -> its result."""
+    gathered: list[Any] = [own]
+    if world_size() > 1:
+        gathered = [None] * world_size()
+        dist.all_gather_object(gathered, own)
+    found = {number: result for part in gathered for number, result in part.items()}
+    return [found[number] for number in sorted(found)]

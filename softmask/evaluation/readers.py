@@ -5,19 +5,24 @@ Unreadable samples are skipped and named. Batches keep the order of the source.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Protocol, TypeGuard
+from typing import Any, Literal, Protocol, TypeGuard, TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from softmask.data import DataConfig, SampleError, TokenBatch, decode_image, eval_transform
+from softmask.data import DataConfig, Record, SampleError, TokenBatch, decode_image, eval_transform
 from softmask.data.loader import require_words
 from softmask.data.transforms import middle_box
+from softmask.evaluation import ranks
 from softmask.training.config import Config
+
+R = TypeVar("R")
+GalleryPlace = Literal["device", "host"]
 
 
 class Model(Protocol):
@@ -31,11 +36,10 @@ class Model(Protocol):
 
 
 class Matcher(Protocol):
-    """A model that scores image-text pairs (ITM)."""
+    """A model that scores image-text pairs (ITM): `match` reads what `image_keys` computes once for an image."""
 
-    def match(
-        self, image_tokens: Tensor, text_tokens: Tensor, attention_mask: Tensor, *, kv_index: Tensor
-    ) -> Tensor: ...
+    def image_keys(self, image_tokens: Tensor) -> Any: ...
+    def match(self, keys: Any, text_tokens: Tensor, attention_mask: Tensor, *, kv_index: Tensor) -> Tensor: ...
 
 
 class WordMapper(Protocol):
@@ -71,7 +75,7 @@ def is_model(model: object) -> TypeGuard[Model]:
 
 
 def _is_matcher(model: object) -> TypeGuard[Matcher]:
-    return _has(model, "match")
+    return _has(model, "image_keys", "match")
 
 
 def _is_word_mapper(model: object) -> TypeGuard[WordMapper]:
@@ -96,6 +100,7 @@ class Scorer:
         tokenizer: captions -> TokenBatch.
         config: the run's; its `data:` section has the image size, normalization and max_length.
         batch_size: images, captions, beams or pairs per batch.
+        gallery: where tokens of images and captions wait for re-ranking; on the host in half precision.
     """
 
     model: Model
@@ -103,6 +108,7 @@ class Scorer:
     config: Config
     device: torch.device = torch.device("cpu")
     batch_size: int = 64
+    gallery: GalleryPlace = "device"
 
     def tokens(self, captions: Sequence[str]) -> TokenBatch:
         return self.tokenizer(captions, **self.config.data.reading)
@@ -112,7 +118,7 @@ class Scorer:
         """The model. Raises TypeError if it cannot match pairs."""
         if _is_matcher(self.model):
             return self.model
-        raise self._lacks("match")
+        raise self._lacks("image_keys or match")
 
     @property
     def word_mapper(self) -> WordMapper:
@@ -170,10 +176,35 @@ class Sample:
 
 
 @dataclass
+class Pictures:
+    """Decoded pictures by image_id, so that the next section does not decode them again: the last one, and the first
+    ones, as many as fit the bytes that are left."""
+
+    left: int = 2**30
+    _first: dict[int, Image.Image] = field(default_factory=dict)
+    _last: tuple[int, Image.Image] | None = None
+
+    def of(self, record: Record) -> Image.Image:
+        """Raises ValueError if the picture cannot be decoded."""
+        number = record.image_id
+        if number in self._first:
+            return self._first[number]
+        if self._last is not None and number == self._last[0]:  # captions of an image follow each other
+            return self._last[1]
+        image = decode_image(record.image_bytes)
+        self._last, taken = (number, image), 3 * image.width * image.height
+        if taken <= self.left:
+            self._first[number] = image
+            self.left -= taken
+        return image
+
+
+@dataclass
 class Reader:
     """Reads samples of a source in order.
 
     Attributes:
+        pictures: decoded ones, which readers of the same source may share.
         skipped: number -> error of every unreadable sample.
         bad_objects: place -> error of every unusable object.
     """
@@ -182,8 +213,11 @@ class Reader:
     data: DataConfig = field(default_factory=DataConfig)
     skipped: dict[int, str] = field(default_factory=dict)
     bad_objects: dict[str, str] = field(default_factory=dict)
+    pictures: Pictures = field(default_factory=Pictures)
 
-    def read(self, indices: Iterable[int]) -> Iterator[Sample]:
+    def read(self, indices: Iterable[int], *, with_objects: bool = False) -> Iterator[Sample]:
+        """The readable samples among these. `with_objects`: those alone that list some; other pictures stay closed."""
+        crop = self.data.eval_resize == "crop"
         for index in indices:
             if index in self.skipped:
                 continue
@@ -191,22 +225,57 @@ class Reader:
                 record = self.source.read(index, extra=True)
                 if self.data.clean_captions:
                     require_words(record)
-                image = decode_image(record.image_bytes)
+                objects = self._objects(record)
+                if with_objects and not objects:
+                    continue
+                image = self.pictures.of(record)
             except SampleError as error:
                 self.skipped[index] = str(error)
                 continue
             except ValueError as error:
                 self.skipped[index] = f"{record.name}: {error}"
                 continue
-            objects = (record.extra or {}).get("objects")
-            if objects is not None and not isinstance(objects, list):
-                self.bad_objects[f"{record.name}: objects"] = f"expected a list, got {type(objects).__name__}"
-                objects = None
-            crop = self.data.eval_resize == "crop"
             yield Sample(index, record.name, image, record.caption, record.image_id, objects, self.bad_objects, crop)
+
+    def _objects(self, record: Record) -> list | None:
+        objects = (record.extra or {}).get("objects")
+        if objects is None or isinstance(objects, list):
+            return objects
+        self.bad_objects[f"{record.name}: objects"] = f"expected a list, got {type(objects).__name__}"
+        return None
 
     def all(self) -> Iterator[Sample]:
         return self.read(range(len(self.source)))
+
+
+def share_samples(
+    reader: Reader,
+    pieces: Sequence[Sequence[int]],
+    work: Callable[[list[Sample]], R],
+    *,
+    show: str,
+    with_objects: bool = False,
+) -> list[R]:
+    """`work`'s results for the readable samples of each piece, shared over ranks. All ranks learn what could not be
+    read. `show`: what the work is called; `with_objects`: as in `Reader.read`."""
+
+    def read(piece: Sequence[int]) -> tuple[R, dict[int, str], dict[str, str]]:
+        own = Reader(reader.source, reader.data, pictures=reader.pictures)
+        result = work(list(own.read(piece, with_objects=with_objects)))
+        return result, own.skipped, own.bad_objects
+
+    shown = tqdm(pieces, desc=show, disable=True if ranks.rank() else None, leave=False)
+    found = ranks.share_out(shown, read)
+    for _, skipped, bad_objects in found:
+        reader.skipped |= skipped
+        reader.bad_objects |= bad_objects
+    return [result for result, _, _ in found]
+
+
+def consecutive(reader: Reader, size: int) -> list[range]:
+    """All samples, in pieces for `share_samples`."""
+    count = len(reader.source)
+    return [range(first, min(first + size, count)) for first in range(0, count, size)]
 
 
 def batches(items: Iterable, size: int) -> Iterator[list]:

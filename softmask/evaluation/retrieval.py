@@ -1,127 +1,19 @@
-"""Retrieval in both directions: a gallery of encoded images and captions, ranked by ITC and re-ranked by ITM."""
+"""Retrieval in both directions: a gallery of images and captions (gallery.py), ranked by ITC and re-ranked by ITM."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from softmask.data import DataError, TokenBatch
 from softmask.evaluation import metrics, ranks
-from softmask.evaluation.readers import Sample, Scorer, batches, pixels
-
-
-@dataclass
-class Gallery:
-    """Encoded images, each once, and captions. Pairs with equal ids belong together.
-
-    Tokens are kept only if the model has ITM, which needs them.
-    """
-
-    captions: list[str]
-    images: list[int]  # number of each image's first sample in the source
-    image_ids: Tensor  # [I] int64
-    caption_ids: Tensor  # [C] int64
-    image_tokens: Tensor | None  # [I, P, D]
-    image_features: Tensor  # [I, d]
-    cut: int  # number of truncated captions
-    text_tokens: Tensor | None  # [C, T, D]
-    text_features: Tensor  # [C, d]
-    attention_mask: Tensor  # [C, T] bool
-    unseen_images: Tensor  # [I] bool: some sample of the image has an unseen object
-    unseen_captions: Tensor  # [C] bool
-
-    @property
-    def relevant(self) -> Tensor:
-        """Right pairs [I, C] bool."""
-        return metrics.right_answers(self.image_ids, self.caption_ids)
-
-    @property
-    def similarity(self) -> Tensor:
-        """Cosine similarities [I, C] fp32, on the CPU."""
-        return (self.image_features @ self.text_features.T).float().cpu()
-
-
-@dataclass
-class EncodedBatches:
-    """Collects features and, `with_tokens`, tokens of images or captions, batch by batch."""
-
-    with_tokens: bool
-    tokens: list[Tensor] = field(default_factory=list)  # [B, T, D]
-    features: list[Tensor] = field(default_factory=list)  # [B, d]
-
-    def add(self, tokens: Tensor, feature: Tensor) -> None:
-        self.features.append(feature)
-        if self.with_tokens:
-            self.tokens.append(tokens)
-
-    def cat(self) -> tuple[Tensor | None, Tensor]:
-        return torch.cat(self.tokens) if self.with_tokens else None, torch.cat(self.features)
-
-
-def matches(scorer: Scorer) -> bool:
-    """Whether the model has ITM."""
-    return scorer.config.find_task().matches_pairs
-
-
-@torch.no_grad()
-def encode_captions(scorer: Scorer, captions: Sequence[str]) -> tuple[Tensor | None, Tensor, TokenBatch]:
-    """Tokens [C, T, D] (None if they are not kept), features [C, d], and the tokenized captions."""
-    batch = scorer.tokens(captions)
-    ids = batch.input_ids.to(scorer.device).split(scorer.batch_size)
-    masks = batch.attention_mask.to(scorer.device).split(scorer.batch_size)
-    texts = EncodedBatches(matches(scorer))
-    for one, mask in zip(ids, masks, strict=True):
-        texts.add(*scorer.model.encode_text(one, mask))
-    return *texts.cat(), batch
-
-
-@torch.no_grad()
-def build_gallery(scorer: Scorer, samples: Iterable[Sample]) -> Gallery:
-    """Encodes every image once, by image_id, and every caption. Keeps no pixels.
-
-    Raises:
-        DataError: no readable sample.
-    """
-    captions: list[str] = []
-    caption_ids: list[int] = []
-    first_samples: dict[int, int] = {}
-    unseen: list[bool] = []
-    images = EncodedBatches(matches(scorer))
-    for batch in tqdm(batches(samples, scorer.batch_size), desc="encoding", disable=None, leave=False):
-        captions += [sample.caption for sample in batch]
-        caption_ids += [sample.image_id for sample in batch]
-        unseen += [sample.unseen for sample in batch]
-        new = []
-        for sample in batch:
-            if first_samples.setdefault(sample.image_id, sample.index) == sample.index:
-                new.append(sample)
-        if new:
-            images.add(*scorer.model.encode_image(pixels(scorer, new)))
-    if not captions:
-        raise DataError("no readable sample for the retrieval gallery")
-    image_tokens, image_features = images.cat()
-    text_tokens, text_features, read = encode_captions(scorer, captions)
-    unseen_ids = {number for number, is_unseen in zip(caption_ids, unseen, strict=True) if is_unseen}
-    return Gallery(
-        captions=captions,
-        images=list(first_samples.values()),
-        image_ids=torch.tensor(list(first_samples)),
-        caption_ids=torch.tensor(caption_ids),
-        image_tokens=image_tokens,
-        image_features=image_features,
-        text_tokens=text_tokens,
-        text_features=text_features,
-        attention_mask=read.attention_mask.to(scorer.device),
-        unseen_images=torch.tensor([number in unseen_ids for number in first_samples]),
-        unseen_captions=torch.tensor(unseen),
-        cut=int(read.cut.sum()),
-    )
-
+from softmask.evaluation.gallery import Gallery, Piece, build_gallery, matches
+from softmask.evaluation.readers import Reader, Scorer
 
 RerankBy = Literal["match", "difference", "match+itc"]
 """The score that re-ranks: the logit of a match, as in ALBEF's evaluation; that minus the logit of no match; or that
@@ -130,48 +22,62 @@ plus the cosine similarity of the features, as in BLIP's and LAVIS's."""
 
 @torch.no_grad()
 def match_scores(scorer: Scorer, gallery: Gallery, wanted: Tensor, *, by: RerankBy = "match") -> Tensor:
-    """ITM scores [I, C] fp32 of the wanted pairs [I, C] bool; NaN elsewhere.
+    """ITM scores [I, C] fp32 of the wanted pairs [I, C] bool; NaN elsewhere. A rank matches the images that it has
+    encoded.
 
     Raises:
         ValueError: the gallery has no tokens.
     """
-    image_tokens, text_tokens = gallery.image_tokens, gallery.text_tokens
-    if image_tokens is None or text_tokens is None:
+    if gallery.text_tokens is None:
         raise ValueError(
             "gallery: expected tokens of images and captions, got features only; the task must set matches_pairs"
         )
-    model, scores = scorer.matcher, torch.full(wanted.shape, torch.nan)
-
-    def match(rows: range) -> Tensor:
-        """Scores of the wanted pairs of some images, whose keys and values are projected once."""
-        pairs = wanted[rows.start : rows.stop].nonzero().to(scorer.device)
-        texts = pairs[:, 1]
-        logits = model.match(
-            image_tokens[rows.start : rows.stop],
-            text_tokens[texts],
-            gallery.attention_mask[texts],
-            kv_index=pairs[:, 0],
-        )
-        value = logits[:, 1] - logits[:, 0] if by == "difference" else logits[:, 1]
-        return value.float().cpu()
-
-    pieces = _in_image_order(wanted.sum(1).tolist(), scorer.batch_size)
-    shown = tqdm(pieces, desc="matching", disable=True if ranks.rank() else None, leave=False)
-    for rows, values in zip(pieces, ranks.share_out(shown, match), strict=True):
-        scores[rows.start : rows.stop][wanted[rows.start : rows.stop]] = values
-    return scores + gallery.similarity if by == "match+itc" else scores
+    own = {number: piece for number, piece in enumerate(gallery.pieces) if piece.tokens is not None}
+    total = sum(int(wanted[piece.rows].sum()) for piece in own.values())
+    with tqdm(total=total, desc="matching", unit="pair", disable=True if ranks.rank() else None, leave=False) as shown:
+        found = {n: _match_piece(scorer, gallery, piece, wanted[piece.rows], by, shown) for n, piece in own.items()}
+    scores = torch.full(wanted.shape, torch.nan)
+    for piece, values in zip(gallery.pieces, ranks.merge(found), strict=True):
+        scores[piece.rows][wanted[piece.rows]] = values
+    return scores.add_(gallery.similarity) if by == "match+itc" else scores
 
 
-def _in_image_order(pairs: Sequence[int], most: int) -> list[range]:
-    """Consecutive images that are matched together: as many as have at most `most` pairs, or a single one."""
-    found: list[range] = []
-    first, total = 0, 0
+def _match_piece(scorer: Scorer, gallery: Gallery, piece: Piece, wanted: Tensor, by: RerankBy, shown: tqdm) -> Tensor:
+    """Scores of the wanted pairs [B, C] of a piece, row by row. An image's keys and values are projected once, and no
+    pass has more than `batch_size` pairs."""
+    model, values = scorer.matcher, [torch.empty(0)]
+    assert piece.tokens is not None and gallery.text_tokens is not None
+    for rows in _in_image_order(wanted.sum(1).tolist(), scorer.batch_size):
+        keys = model.image_keys(gallery.moved(piece.tokens[rows]))
+        pairs = wanted[rows].nonzero()
+        for some in pairs.chunk(math.ceil(len(pairs) / scorer.batch_size)):
+            image, text = some.T
+            logits = model.match(
+                keys,
+                gallery.moved(gallery.text_tokens[text.to(gallery.text_tokens.device)]),
+                gallery.attention_mask[text].to(scorer.device),
+                kv_index=image.to(scorer.device),
+            )
+            value = logits[:, 1] - logits[:, 0] if by == "difference" else logits[:, 1]
+            values.append(value.float().cpu())
+            shown.update(len(some))
+    return torch.cat(values)
+
+
+def _in_image_order(pairs: Sequence[int], most: int) -> list[list[int]]:
+    """Images with pairs, in groups whose keys and values are projected together: as many as have at most `most` pairs,
+    or a single one."""
+    found: list[list[int]] = []
+    total = most
     for number, count in enumerate(pairs):
-        if total and total + count > most:
-            found.append(range(first, number))
-            first, total = number, 0
+        if not count:
+            continue
+        if total + count > most:
+            found.append([])
+            total = 0
+        found[-1].append(number)
         total += count
-    return [*found, range(first, len(pairs))] if total else found
+    return found
 
 
 @dataclass
@@ -211,15 +117,18 @@ def _recalls(ranking: dict[str, Ranking]) -> dict[str, dict]:
     return found | {"itm": itm} if itm else found
 
 
-def retrieval(scorer: Scorer, samples: Iterable[Sample], *, rerank: int, by: RerankBy = "match") -> dict:
-    """The metrics.json section: R@1/5/10 in both directions by ITC and by ITM, chance, and the gallery's size.
+def retrieval(scorer: Scorer, reader: Reader, *, pairs: int = 0, rerank: int, by: RerankBy = "match") -> dict:
+    """The metrics.json section of the first `pairs` readable samples (0: all): R@1/5/10 in both directions by ITC and
+    by ITM, chance, and the gallery's size.
 
     If the gallery has unseen objects, "unseen" holds the same figures of the queries with one, among all answers.
     """
-    gallery = build_gallery(scorer, samples)
+    gallery = build_gallery(scorer, reader, pairs=pairs)
     ranking = rank_both_ways(scorer, gallery, rerank=rerank, by=by)
     found = _recalls(ranking)
-    itm = {"rerank": rerank, "rerank_by": by, "itm": found.pop("itm")} if "itm" in found else {}
+    itm = {}
+    if "itm" in found:
+        itm = {"rerank": rerank, "rerank_by": by, "gallery": scorer.gallery, "itm": found.pop("itm")}
     sizes = {"samples": len(gallery.captions), "images": len(gallery.images), "cut": gallery.cut}
     result = sizes | found | itm
     if gallery.unseen_captions.any():

@@ -81,7 +81,8 @@ class Retrieval(Section):
     name = "retrieval"
 
     def run(self, given: Evaluation) -> dict:
-        return retrieval.retrieval(given.scorer, given.first(), rerank=given.rerank, by=given.rerank_by)
+        options = {"pairs": given.pairs, "rerank": given.rerank}
+        return retrieval.retrieval(given.scorer, given.reader, by=given.rerank_by, **options)
 
     def lines(self, result: dict, given: Evaluation) -> list[str]:
         size = f"{result['images']} images and {result['samples']} captions"
@@ -113,7 +114,7 @@ class Grounding(Section):
     name = "grounding"
 
     def run(self, given: Evaluation) -> dict | None:
-        return grounding.grounding(given.scorer, given.reader.all())
+        return grounding.grounding(given.scorer, given.reader)
 
     def lines(self, result: dict, given: Evaluation) -> list[str]:
         shares = ", ".join(f"{key} {100 * result[key]:.1f} %" for key in ("pointing", "attention", "random"))
@@ -157,7 +158,7 @@ class ZeroShot(Section):
     name = "zero_shot"
 
     def run(self, given: Evaluation) -> dict | None:
-        return zero_shot.zero_shot(given.scorer, given.reader.all(), given.classes) if given.classes else None
+        return zero_shot.zero_shot(given.scorer, given.reader, given.classes) if given.classes else None
 
     def lines(self, result: dict, given: Evaluation) -> list[str]:
         shares = f"top-1 {100 * result['top1']:.1f} %, top-5 {100 * result['top5']:.1f} %"

@@ -9,7 +9,7 @@ Only images of a single object are used: the sample's .json has one entry in "ob
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from softmask.data import DataError
-from softmask.evaluation.readers import Sample, Scorer, batches, pixels
-from softmask.evaluation.retrieval import encode_captions
+from softmask.evaluation.gallery import encode_captions
+from softmask.evaluation.readers import Reader, Sample, Scorer, consecutive, pixels, share_samples
 
 TEMPLATES = ("{}", "there is {}", "a picture of {}", "a drawing of {}")
 TOP = (1, 5)
@@ -52,21 +52,27 @@ def read_classes(path: Path) -> list[Class]:
     return classes
 
 
-def zero_shot(scorer: Scorer, samples: Iterable[Sample], classes: Sequence[Class]) -> dict | None:
+def zero_shot(scorer: Scorer, reader: Reader, classes: Sequence[Class]) -> dict | None:
     """The metrics.json section; None if no image shows a single object of a class."""
     number = {one.name: index for index, one in enumerate(classes)}
     prompts = class_features(scorer, classes)
-    hits, total = dict.fromkeys(TOP, 0), 0
-    shown = ((sample, only_class(sample, number)) for sample in samples)
-    for batch in batches(((sample, own) for sample, own in shown if own is not None), scorer.batch_size):
-        right = torch.tensor([own for _, own in batch])
-        order = similarities(scorer, [sample for sample, _ in batch], prompts).argsort(dim=1, descending=True)
-        total += len(batch)
-        for k in TOP:
-            hits[k] += int((order[:, :k] == right[:, None]).any(1).sum())
+
+    def ranked(samples: list[Sample]) -> tuple[int, list[int]]:
+        """Images of a single object, and how many of them have their class among the first k, for each k of TOP."""
+        shown = [(sample, own) for sample in samples if (own := only_class(sample, number)) is not None]
+        if not shown:
+            return 0, [0] * len(TOP)
+        right = torch.tensor([own for _, own in shown])
+        order = similarities(scorer, [sample for sample, _ in shown], prompts).argsort(dim=1, descending=True)
+        return len(shown), [int((order[:, :k] == right[:, None]).any(1).sum()) for k in TOP]
+
+    pieces = consecutive(reader, scorer.batch_size)
+    found = share_samples(reader, pieces, ranked, show="zero-shot classes", with_objects=True)
+    total = sum(count for count, _ in found)
     if not total:
         return None
-    shares = {f"top{k}": hits[k] / total for k in TOP}
+    hits = [sum(own) for own in zip(*(hit for _, hit in found), strict=True)]
+    shares = {f"top{k}": hit / total for k, hit in zip(TOP, hits, strict=True)}
     return {"samples": total, "classes": len(classes), **shares, "chance": 1.0 / len(classes)}
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from html import escape
-from itertools import islice
 
 import torch
 
 from softmask.evaluation import metrics, retrieval
+from softmask.evaluation.gallery import Gallery, build_gallery
 from softmask.evaluation.readers import Reader, Scorer
-from softmask.evaluation.retrieval import Gallery, RerankBy
+from softmask.evaluation.retrieval import RerankBy
 from softmask.report.images import data_uri, limited
 from softmask.report.page import mark, percent, section
 from softmask.report.view import spread
@@ -77,7 +77,7 @@ def retrieval_examples(
     scorer: Scorer, reader: Reader, *, samples: int, rerank: Rerank | None
 ) -> tuple[list[Query], list[Query]]:
     """Caption queries and image queries over the gallery of metrics.json; `rerank` is None without ITM."""
-    gallery = retrieval.build_gallery(scorer, islice(reader.all(), samples))
+    gallery = build_gallery(scorer, reader, pairs=samples)
     asked_texts = spread(len(gallery.captions), CAPTION_QUERIES)
     asked_images = spread(len(gallery.images), IMAGE_QUERIES)
     by_text = answers(scorer, gallery, asked_texts, rerank=rerank, by_text=True)

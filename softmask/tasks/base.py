@@ -58,7 +58,7 @@ class Task:
             (0: the tokenizer's).
         eval_resize: what data.eval_resize "auto" means.
         ends_captions: whether the model generates captions that end with [SEP].
-        matches_pairs: whether the model has `match`, for re-ranking.
+        matches_pairs: whether the model has `image_keys` and `match`, for re-ranking.
         tokens_behind: most tokens of an answer that the model reads behind a text, in the same sequence.
         curves: how the report shows its terms, by their names in the log.
         renamed: starts of parameter names in older checkpoints -> today's.

@@ -17,7 +17,8 @@ from softmask.data import DataError, open_source
 from softmask.evaluation import captioning, reconstruction, zero_shot
 from softmask.evaluation.readers import Reader, Sample, Scorer, each_image_once, pixels
 from softmask.report import generated as report_generation
-from tests.support.evaluation_files import ALL, COLOURS, PAIRS, Oracle, Words, small_config, write_scenes
+from tests.support.data_files import write_tar
+from tests.support.evaluation_files import ALL, COLOURS, PAIRS, Oracle, Words, scene, small_config, write_scenes
 
 JAVA = pytest.param(True, marks=pytest.mark.skipif(not captioning.has_java(), reason="no Java"))
 
@@ -168,21 +169,31 @@ class Boxes:
 
 
 @pytest.mark.parametrize(("swapped", "hits"), [((), 7), (("red", "green"), 1)])  # blue is right in both cases
-def test_zero_shot_counts_images_of_one_object(scorer, samples, monkeypatch, swapped, hits) -> None:
+def with_objects(path: Path, objects: dict[int, list[dict]]) -> Reader:
+    """The scenes with other objects, and those alone."""
+    members = []
+    for number, listed in objects.items():
+        image, text, (name, content) = scene(number)
+        members += [image, text, (name, json.dumps(json.loads(content) | {"objects": listed}).encode())]
+    write_tar(path, members)
+    return Reader(open_source(str(path)))
+
+
+@pytest.mark.parametrize(("swapped", "hits"), [((), 7), (("red", "green"), 1)])  # blue is right in both cases
+def test_zero_shot_counts_images_of_one_object(scorer, tmp_path, monkeypatch, swapped, hits) -> None:
     monkeypatch.setattr(zero_shot, "TEMPLATES", ("{}", "a {}"))
-    scorer.model = Boxes(scorer.model, swapped)
-    for sample in samples[:10]:  # scenes 0 to 8 begin with red, green and blue, three each; the last with black
-        colour = PAIRS[sample.index][0]
-        sample.objects = [{"phrase": colour, "concept": colour}]
-    samples[9].objects.append(samples[9].objects[0])  # two objects
-    samples[8].objects[0]["phrase"] = "blues"  # a plural
-    samples[7].objects[0]["count"] = 2  # a count, for words whose plural is the same
-    samples[0].objects[0]["count"] = 1
+    scorer.model, scorer.batch_size = Boxes(scorer.model, swapped), 4
+    # Scenes 0 to 8 begin with red, green and blue, three each; the last with black.
+    objects = {number: [{"phrase": PAIRS[number][0], "concept": PAIRS[number][0]}] for number in range(10)}
+    objects[9].append(objects[9][0])  # two objects
+    objects[8][0]["phrase"] = "blues"  # a plural
+    objects[7][0]["count"] = 2  # a count, for words whose plural is the same
+    objects[0][0]["count"] = 1
     classes = [zero_shot.Class(name, f"a {name} box") for name in COLOURS]
-    section = zero_shot.zero_shot(scorer, samples, classes)
+    section = zero_shot.zero_shot(scorer, with_objects(tmp_path / "objects.tar", objects), classes)
     expected = {"samples": 7, "classes": 4, "top5": 1.0, "chance": 0.25}
     assert section == expected | {"top1": hits / 7}
-    assert zero_shot.zero_shot(scorer, samples[10:], classes) is None
+    assert zero_shot.zero_shot(scorer, with_objects(tmp_path / "none.tar", {10: [], 11: []}), classes) is None
 
 
 def test_malformed_objects_have_no_class(samples) -> None:

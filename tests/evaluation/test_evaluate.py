@@ -16,6 +16,7 @@ from PIL import Image
 
 from softmask.data import open_source, rle
 from softmask.evaluation import command, evaluate, grounding, retrieval, sections
+from softmask.evaluation.gallery import build_gallery
 from softmask.evaluation.readers import Reader, Scorer
 from tests.support.data_files import write_tar
 from tests.support.evaluation_files import (
@@ -62,12 +63,14 @@ def test_itm_reranks_the_candidates_of_uninformative_features(tmp_path, rerank):
     """All first-stage scores are equal, so the candidates are the first `rerank` items: only their queries win."""
     scorer = make_scorer(tmp_path, blind=True)
     reader = Reader(open_source(write_scenes(tmp_path / "test.tar")))
-    section = retrieval.retrieval(scorer, reader.all(), rerank=rerank)
+    section = retrieval.retrieval(scorer, reader, rerank=rerank)
     assert section["itc"] == {"i2t": LOST, "t2i": LOST}
     share = min(rerank, 12) / 12
     assert section["itm"]["i2t"]["r1"] == section["itm"]["t2i"]["r1"] == share
     first = min(rerank, 12)
-    assert scorer.model.fused == 144 - (12 - first) ** 2  # each pair that is a candidate in either direction, once
+    assert (
+        sum(scorer.model.passes) == 144 - (12 - first) ** 2
+    )  # each pair that is a candidate in either direction, once
 
 
 @pytest.mark.parametrize("image_root", ["", "images"])
@@ -106,7 +109,7 @@ def test_truncated_phrases_and_hidden_objects_are_counted_not_scored(tmp_path):
     content["objects"][0]["mask"]["counts"] = [1024]
     write_tar(tmp_path / "test.tar", [*members[:2], (members[2][0], json.dumps(content).encode()), *scene(1)])
     reader = Reader(open_source(str(tmp_path / "test.tar")))
-    result = grounding.grounding(make_scorer(tmp_path), reader.all())
+    result = grounding.grounding(make_scorer(tmp_path), reader)
     assert {key: result[key] for key in ("words", "samples", "truncated", "hidden")} == {
         "words": 3,
         "samples": 2,
@@ -114,7 +117,7 @@ def test_truncated_phrases_and_hidden_objects_are_counted_not_scored(tmp_path):
         "hidden": 1,
     }
     # [CLS] a red box beside a green [SEP]: "green one" lost its end
-    result = grounding.grounding(make_scorer(tmp_path, max_length=8), reader.all())
+    result = grounding.grounding(make_scorer(tmp_path, max_length=8), reader)
     assert (result["words"], result["truncated"], result["hidden"], result["pointing"]) == (1, 2, 1, 1.0)
 
 
@@ -167,13 +170,13 @@ def test_masks_are_cropped_like_images(tmp_path):
     scorer = make_scorer(tmp_path)
     scorer.config.data.eval_resize = "crop"
     reader = Reader(open_source(str(tmp_path / "test.tar")), scorer.config.data)
-    assert retrieval.retrieval(scorer, reader.all(), rerank=4)["itc"]["i2t"] == PERFECT
-    result = grounding.grounding(scorer, reader.all())
+    assert retrieval.retrieval(scorer, reader, rerank=4)["itc"]["i2t"] == PERFECT
+    result = grounding.grounding(scorer, reader)
     assert (result["pointing"], result["words"], result["hidden"]) == (1.0, 24, 0)
     assert result["random"] == pytest.approx(128 / 1024)
     sample = next(reader.all())
     assert sample.seen.size == (32, 32) and sample.image.size == (64, 32)
-    result = grounding.grounding(scorer, Reader(open_source(str(tmp_path / "aside.tar")), scorer.config.data).all())
+    result = grounding.grounding(scorer, Reader(open_source(str(tmp_path / "aside.tar")), scorer.config.data))
     assert (result["words"], result["hidden"]) == (1, 1)  # the left box lies outside, half of the right one inside
 
 
@@ -216,9 +219,13 @@ def test_results_of_the_real_model_do_not_depend_on_the_batch_size(run):
     scores = []
     for size in (3, 64):
         scorer.batch_size = size
-        gallery = retrieval.build_gallery(scorer, reader.all())
+        gallery = build_gallery(scorer, reader)
         scores.append(retrieval.match_scores(scorer, gallery, wanted))
-        single = scorer.model.match(gallery.image_tokens[2:3], gallery.text_tokens[5:6], gallery.attention_mask[5:6])
+        image = gallery.pieces[2 // size].tokens[2 % size]
+        keys = scorer.model.image_keys(image[None])
+        single = scorer.model.match(
+            keys, gallery.text_tokens[5:6], gallery.attention_mask[5:6], kv_index=torch.tensor([0])
+        )
     assert torch.equal(scores[0].isnan(), ~wanted)
     rounding = torch.finfo(torch.float32).eps * scores[0][wanted].abs().max()
     assert (scores[0][wanted] - scores[1][wanted]).abs().max() <= rounding

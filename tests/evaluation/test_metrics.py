@@ -176,3 +176,14 @@ def test_pointing_game_needs_the_peak_inside_the_mask():
     assert not metrics.pointing_hit(torch.ones(8, 8), torch.ones(8, 8, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"\[8, 8\], got \[8, 7\]"):
         metrics.pointing_hit(inside, mask[:, :7])
+
+
+def test_matrices_by_rows_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores, match = torch.rand(2, 12, 7, generator=torch.Generator().manual_seed(0))
+    found = []
+    for rows in (5, 256):
+        monkeypatch.setattr(metrics, "ROWS", rows)
+        candidates = metrics.top_candidates(scores, 3)
+        ranked = metrics.rerank(scores, candidates, match)
+        found.append((candidates, ranked, metrics.best_ranks(ranked, scores > 0.1)))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

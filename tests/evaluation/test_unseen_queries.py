@@ -9,12 +9,13 @@ import pytest
 
 from softmask.data import open_source
 from softmask.evaluation import command, evaluate, retrieval
+from softmask.evaluation.gallery import build_gallery
 from softmask.evaluation.readers import Reader, Scorer
 from tests.support.data_files import write_tar
 from tests.support.evaluation_files import PAIRS, Oracle, Words, scene, small_config, write_run, write_scenes
 
 UNSEEN = (2, 3, 7)
-KEYS = ["samples", "images", "cut", "itc", "chance", "rerank", "rerank_by", "itm"]
+KEYS = ["samples", "images", "cut", "itc", "chance", "rerank", "rerank_by", "gallery", "itm"]
 
 
 def write_marked(path: Path, unseen: tuple[int, ...], *, captions: int = 1) -> str:
@@ -33,7 +34,7 @@ def write_marked(path: Path, unseen: tuple[int, ...], *, captions: int = 1) -> s
 def retrieve(tmp_path: Path, data: str, *, blind: bool = True) -> dict:
     config = small_config(tmp_path)
     scorer = Scorer(Oracle(config, blind=blind), Words(), config, batch_size=5)
-    return retrieval.retrieval(scorer, Reader(open_source(data)).all(), rerank=4)
+    return retrieval.retrieval(scorer, Reader(open_source(data)), rerank=4)
 
 
 def test_unseen_queries_are_ranked_over_the_whole_gallery(tmp_path: Path) -> None:
@@ -74,7 +75,7 @@ def test_figures_of_a_model_equal_a_plain_count(tmp_path: Path, capsys: pytest.C
     assert evaluate.main([str(run), "--data", data, "--rerank", "1"]) == 0
     apart = json.loads((run / "metrics.json").read_text(encoding="utf-8"))["retrieval"]["unseen"]
     scorer = command.load_scorer(run / "checkpoints" / "step_00000005", batch_size=64)
-    scores = retrieval.build_gallery(scorer, Reader(open_source(data)).all()).similarity.tolist()
+    scores = build_gallery(scorer, Reader(open_source(data))).similarity.tolist()
     for way, rows in (("i2t", scores), ("t2i", [list(column) for column in zip(*scores, strict=True)])):
         ranks = [sum(other >= rows[query][query] for other in rows[query]) - 1 for query in UNSEEN]
         expected = {f"r{k}": sum(rank < k for rank in ranks) / len(UNSEEN) for k in (1, 5, 10)}

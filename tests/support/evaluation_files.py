@@ -133,14 +133,16 @@ class Oracle:
         self.mean = torch.tensor(config.data.mean).view(3, 1, 1)
         self.std = torch.tensor(config.data.std).view(3, 1, 1)
         self.blind = blind
-        self.fused = 0  # pairs seen by match
         self.images_seen = 0  # by word_maps
+        self.encoded = self.projected = 0  # images
+        self.passes: list[int] = []  # pairs of each call of match
 
     def _code(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         code = F.one_hot(4 * left + right, 16).float()
         return code[:, None], torch.ones_like(code) / 4 if self.blind else code
 
     def encode_image(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        self.encoded += len(images)
         palette = torch.tensor(list(COLOURS.values())).float() / 255
         pixels = (images * self.std + self.mean).movedim(1, -1)  # [B, H, W, 3]
         left, right = (torch.cdist(pixels[:, 16, column], palette).argmin(1) for column in (4, 28))
@@ -151,9 +153,13 @@ class Oracle:
         colours = torch.stack([row[row >= first] - first for row in input_ids])
         return self._code(colours[:, 0], colours[:, 1])
 
-    def match(self, image_tokens: Tensor, text_tokens: Tensor, attention_mask: Tensor, *, kv_index: Tensor) -> Tensor:
-        self.fused += len(text_tokens)
-        same = (image_tokens[kv_index, 0] * text_tokens[:, 0]).sum(1)
+    def image_keys(self, image_tokens: Tensor) -> Tensor:
+        self.projected += len(image_tokens)
+        return image_tokens[:, 0]
+
+    def match(self, keys: Tensor, text_tokens: Tensor, attention_mask: Tensor, *, kv_index: Tensor) -> Tensor:
+        self.passes.append(len(text_tokens))
+        same = (keys[kv_index] * text_tokens[:, 0]).sum(1)
         return torch.stack([-same, 2 * same], dim=1)
 
     def word_maps(self, images, input_ids, attention_mask, word_index, *, kind, normalize, kv_index=None):

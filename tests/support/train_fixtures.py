@@ -162,7 +162,8 @@ def run_on_two_ranks(script: Path, *arguments: str) -> None:
     run_on_ranks(2, script, *arguments)
 
 
-def run_on_ranks(count: int, script: Path, *arguments: str) -> None:
+def run_on_ranks(count: int, script: Path, *arguments: str) -> list[str]:
+    """Run the script in so many processes of one world. Returns what each has printed."""
     world = {"WORLD_SIZE": count, "LOCAL_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": own_port()}
     world |= {"OMP_NUM_THREADS": 1, "DS_ACCELERATOR": "cpu"}
     ranks = []
@@ -173,14 +174,17 @@ def run_on_ranks(count: int, script: Path, *arguments: str) -> None:
         ranks.append(
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         )
+    outputs = []
     try:
         for process in ranks:
             output, _ = process.communicate(timeout=400)
             assert process.returncode == 0, output
+            outputs.append(output)
     finally:
         for process in ranks:
             process.kill()
             process.communicate()
+    return outputs
 
 
 def own_port() -> int:

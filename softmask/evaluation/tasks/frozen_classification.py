@@ -12,8 +12,8 @@ from torch import Tensor
 
 from softmask.data import DataError
 from softmask.data.formats.classification import TEMPLATES, beside, read_templates
+from softmask.evaluation.gallery import encode_captions
 from softmask.evaluation.readers import Reader, Scorer
-from softmask.evaluation.retrieval import encode_captions
 from softmask.evaluation.sections import Evaluation, Section
 from softmask.evaluation.tasks.classification import TOP
 from softmask.evaluation.tasks.examples import ExampleBatch, predict_all

@@ -22,7 +22,7 @@ from softmask.models.layers.recomputation import all_ranks
 from softmask.models.layers.token_loss import masked_token_loss
 from softmask.models.softmask_pp.backbone import Backbone, Encoded, pooled_tokens
 from softmask.models.softmask_pp.config import SoftMaskPPConfig
-from softmask.models.softmask_pp.fusion import CrossRecord
+from softmask.models.softmask_pp.fusion import CrossRecord, ImageKeys
 from softmask.models.softmask_pp.maps import MapSource
 from softmask.models.softmask_pp.masking import (
     IGNORE,
@@ -346,11 +346,13 @@ class SoftMaskPP(nn.Module):
         pooled = pooled_tokens(input_ids, packing.mask, self.special_ids, pool=self.config.text.pool)
         return packing.pad(tokens), self.backbone.text_feature(tokens, packing, pooled)
 
-    def match(
-        self, image_tokens: Tensor, text_tokens: Tensor, attention_mask: Tensor, *, kv_index: Tensor | None = None
-    ) -> Tensor:
-        """Matching logits [N, 2] (class 1: match) of N captions with the images that kv_index [N] names."""
-        return self._fuse_all(image_tokens, text_tokens, attention_mask, kv_index=kv_index)[0]
+    def image_keys(self, image_tokens: Tensor) -> list[ImageKeys]:
+        """What `match` reads of images, projected once for all passes: image_tokens [B, P, D] -> one for each layer."""
+        return self.backbone.fusion.project(image_tokens)
+
+    def match(self, keys: list[ImageKeys], text_tokens: Tensor, attention_mask: Tensor, *, kv_index: Tensor) -> Tensor:
+        """Logits [N, 2] (class 1: match) of N captions with the images of `image_keys` that kv_index [N] names."""
+        return self._fuse_all(keys, text_tokens, attention_mask, kv_index=kv_index)[0]
 
     @torch.enable_grad()
     def word_maps(
@@ -373,16 +375,16 @@ class SoftMaskPP(nn.Module):
         if kind not in ("gradcam", "attention"):
             raise ValueError(f"kind: expected 'gradcam' or 'attention', got {kind!r}")
         with torch.no_grad():
-            image_tokens = self.backbone.encode_image(images).tokens
+            keys = self.image_keys(self.backbone.encode_image(images).tokens)
             text_tokens, _ = self.encode_text(input_ids, attention_mask)
         layer = self.config.cam_layer
-        fused = self._fuse_all(image_tokens, text_tokens, attention_mask, kv_index=kv_index, record_layer=layer)
+        fused = self._fuse_all(keys, text_tokens, attention_mask, kv_index=kv_index, record_layer=layer)
         source = self._source(*fused).of(kv_index)
         return source.maps(word_index, gradient=kind == "gradcam", normalize=normalize)
 
     def _fuse_all(
         self,
-        image_tokens: Tensor,
+        keys: list[ImageKeys],
         text_tokens: Tensor,
         attention_mask: Tensor,
         *,
@@ -392,9 +394,7 @@ class SoftMaskPP(nn.Module):
         """Matching logits [N, 2] of captions [N, T, D] with the images that kv_index [N] names (None: one each), and
         what maps need."""
         packing, own = Packing.of(attention_mask), row_numbers(text_tokens)
-        fusion = self.backbone.fusion
-        prepared = Prepared.of(fusion, image_tokens, packing.pack(text_tokens), packing)
-        images = own if kv_index is None else kv_index
-        pairs = Pairs(own, images, packing.size, first_tokens(attention_mask), len(own))
-        (cls,), record = fuse(fusion, prepared, [pairs], record_layer=record_layer)
+        prepared = Prepared(self.backbone.fusion.start(packing.pack(text_tokens), packing), keys)
+        pairs = Pairs(own, own if kv_index is None else kv_index, packing.size, first_tokens(attention_mask), len(own))
+        (cls,), record = fuse(self.backbone.fusion, prepared, [pairs], record_layer=record_layer)
         return self.itm_head(cls), record, prepared
