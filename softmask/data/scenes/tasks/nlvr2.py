@@ -20,19 +20,23 @@ from softmask.data.scenes.tasks.families import MEMBERS
 from softmask.data.scenes.tasks.scenes import Shown
 from softmask.data.scenes.tasks.unseen import are_unseen
 
-STATEMENTS = 3  # per family
+SIMPLE, OTHER = 2, 1  # statements per family, see Statement.simple
 
 Pair = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Statement:
-    """The members of the family in a pair of which the text is true, and in one of which it is false."""
+    """The members of the family in a pair of which the text is true, and in one of which it is false.
+
+    `simple`: whether a thing or a colour is there decides it. The others also ask for numbers and places.
+    """
 
     text: str
     true: Pair
     false: Pair
     named: tuple[Concept, ...] = ()
+    simple: bool = False
 
 
 def nlvr2_files(split: Split, shown: Sequence[Shown], seed: int) -> dict[str, Any]:
@@ -54,7 +58,8 @@ def state(family: Sequence[Shown], rng: Random) -> list[Statement]:
     """Some statements about the four pictures of a family."""
     kind = family[0].family.kind
     statements = {"count": _counts, "place": _places, "background": _backgrounds}[kind](family, rng)
-    return rng.sample(statements, STATEMENTS)
+    simple, other = ([one for one in statements if one.simple == kind] for kind in (True, False))
+    return rng.sample(simple, SIMPLE) + rng.sample(other, OTHER)
 
 
 def _either(pair: Pair, rng: Random) -> Pair:
@@ -79,9 +84,9 @@ def _counts(family: Sequence[Shown], rng: Random) -> list[Statement]:
         Statement(f"one picture shows {here} and the other {words.shown(other, len(rest.boxes))}",
                   _either((i, 3), rng), _either((j, 3), rng), (one, other)),
         Statement(f"both pictures show at least one {words.one_of(one)}",
-                  _either((i, j), rng), _either((i, 3), rng), (one,)),
+                  _either((i, j), rng), _either((i, 3), rng), (one,), simple=True),
         Statement(f"only the {side} picture shows any {owls}",
-                  at((i, 3)), rng.choice((beyond((i, 3)), at((i, j)))), (one,)),
+                  at((i, 3)), rng.choice((beyond((i, 3)), at((i, j)))), (one,), simple=True),
         Statement(f"the {side} picture shows more {owls} than the other",
                   at((more, fewer)), beyond((more, fewer)), (one,)),
         Statement(f"the {side} picture shows {here}",
@@ -104,14 +109,14 @@ def _places(family: Sequence[Shown], rng: Random) -> list[Statement]:
         Statement(f"the {side} picture shows {claim}",
                   at((0, beside)), rng.choice((beyond((0, beside)), at((without[0], without[1])))), (one, other)),
         Statement(f"both pictures show {name_one(one)} and {name_one(other)}",
-                  _either((with_both[0], with_both[1]), rng), _either((with_both[0], 2), rng), (one, other)),
+                  _either((with_both[0], with_both[1]), rng), _either((with_both[0], 2), rng), (one, other), simple=True),
         Statement(f"one picture shows {claim} and the other {reverse}",
                   _either((0, 1), rng), _either(rng.choice(((0, 3), (1, 3))), rng), (one, other)),
         Statement(f"exactly one picture shows {claim}",
                   _either((0, beside), rng), _either((without[0], without[1]), rng), (one, other)),
         Statement(f"only the {side} picture shows {name_one(gone)}",
                   at((with_both[0], 2)), rng.choice((beyond((with_both[0], 2)), at((with_both[0], with_both[1])))),
-                  (gone,)),
+                  (gone,), simple=True),
     ]  # fmt: skip
 
 
@@ -126,9 +131,9 @@ def _backgrounds(family: Sequence[Shown], rng: Random) -> list[Statement]:
         Statement(f"the {side} picture shows {name_one(one)} on {place}",
                   at((here, 1)), rng.choice((beyond((here, 1)), at((2, here)))), (one,)),
         Statement(f"the background is {color} in both pictures",
-                  (here, there), _either((here, 1), rng)),
+                  (here, there), _either((here, 1), rng), simple=True),
         Statement(f"only the {side} picture has {place}",
-                  at((here, 1)), rng.choice((beyond((here, 1)), at((here, there))))),
+                  at((here, 1)), rng.choice((beyond((here, 1)), at((here, there)))), simple=True),
     ]  # fmt: skip
 
 

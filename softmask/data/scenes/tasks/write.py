@@ -38,7 +38,7 @@ from softmask.data.scenes.tasks.unseen import is_unseen
 from softmask.data.scenes.tasks.vqa import vqa_files
 from softmask.data.scenes.write import Options, attribution, options_parser, sets_used, texts_beside
 
-VERSION = 1
+VERSION = 2
 """Incremented when the same options give different files, so that old folders are rewritten."""
 
 DEFAULTS = Options(train=10000, val=1000, test=2000)
