@@ -18,12 +18,17 @@ TEST_DATA = {
     SEEN: ("--data", "data/artists/seen-*.tar", "--pairs", GALLERY),
 }
 
+ALONE = ("optimizer.lr=1.0e-3", "optimizer.warmup_steps=50")  # of the contrastive loss, from random weights
+FROM_CONTRAST = "starts/contrast"
+FROM_SYCOCA_CONTRAST = "starts/sycoca_contrast"
+
 SYCOCA_ROWS = (
     Row(
         "itc",
         "ITC",
         ("model.weights.caption=0", "model.caption_masking=none", "model.masks=attentive", "model.reconstruct=false"),
         published=(13.5, 14.8),
+        init=FROM_SYCOCA_CONTRAST,
     ),
     Row(
         "coca",
@@ -31,6 +36,7 @@ SYCOCA_ROWS = (
         ("model.weights.caption=2", "model.caption_masking=none", "model.masks=attentive", "model.reconstruct=false"),
         base="itc",
         published=(16.1, 16.0),
+        init=FROM_SYCOCA_CONTRAST,
     ),
     Row(
         "attentive_ic",
@@ -38,6 +44,7 @@ SYCOCA_ROWS = (
         ("model.weights.caption=2", "model.caption_masking=tokens", "model.masks=attentive", "model.reconstruct=false"),
         base="coca",
         published=(17.5, 18.3),
+        init=FROM_SYCOCA_CONTRAST,
     ),
     Row(
         "random_tgmim",
@@ -45,6 +52,7 @@ SYCOCA_ROWS = (
         ("model.weights.caption=2", "model.caption_masking=none", "model.masks=random", "model.reconstruct=true"),
         base="coca",
         published=(14.4, 15.2),
+        init=FROM_SYCOCA_CONTRAST,
     ),
     Row(
         "sycoca",
@@ -52,38 +60,71 @@ SYCOCA_ROWS = (
         ("model.weights.caption=2", "model.caption_masking=tokens", "model.masks=attentive", "model.reconstruct=true"),
         base="coca",
         published=(18.3, 18.4),
+        init=FROM_SYCOCA_CONTRAST,
     ),
 )
 
 SOFTMASK_PP_ROWS = (
-    Row("albef", "ALBEF", ("model.soft_mask=false", "model.gamma=0", "model.mask_text=mlm", "data.distort=false")),
+    Row(
+        "albef",
+        "ALBEF",
+        ("model.soft_mask=false", "model.gamma=0", "model.mask_text=mlm", "data.distort=false"),
+        init=FROM_CONTRAST,
+    ),
     Row(
         "soft_mask",
         "ALBEF + soft mask",
         ("model.soft_mask=true", "model.gamma=0", "model.mask_text=mlm", "data.distort=false"),
         base="albef",
+        init=FROM_CONTRAST,
     ),
     Row(
         "focal",
         "ALBEF + focal",
         ("model.soft_mask=false", "model.gamma=1", "model.mask_text=mlm", "data.distort=false"),
         base="albef",
+        init=FROM_CONTRAST,
     ),
     Row(
         "augmentation",
         "ALBEF + multi-modal augmentation",
         ("model.soft_mask=false", "model.gamma=0", "model.mask_text=all", "data.distort=true"),
         base="albef",
+        init=FROM_CONTRAST,
     ),
     Row(
         "all",
         "SoftMask++ (all)",
         ("model.soft_mask=true", "model.gamma=1", "model.mask_text=all", "data.distort=true"),
         base="albef",
+        init=FROM_CONTRAST,
     ),
 )
 
+STARTS = Study(
+    name="starts",
+    title="",
+    note="",
+    config=CONFIGS / "softmask_pp.yaml",
+    evaluations=TEST_DATA,
+    rows=(
+        Row(
+            "contrast",
+            "SoftMask++ and ALBEF, the contrastive loss alone",
+            (*SOFTMASK_PP_ROWS[0].overrides, *ALONE, "train.steps=700", "model.contrast_steps=700"),
+        ),
+        Row(
+            "sycoca_contrast",
+            "SyCoCa and CoCa, the contrastive loss alone",
+            (*SYCOCA_ROWS[0].overrides, *ALONE, "train.steps=700"),
+            config=CONFIGS / "sycoca.yaml",
+        ),
+    ),
+    shown=False,
+)
+
 STUDIES = (
+    STARTS,
     Study(
         name="sycoca",
         title="SyCoCa",

@@ -89,7 +89,9 @@ def make_run(plan: Plan, study: Study, row: Row, seed: int) -> Run:
         return Run(folder, plan.record / name, None, base.file, base.overrides, base.config, evaluations, base)
     file, overrides = row.config or study.config, [*row.overrides, f"seed={seed}", f"output={folder}"]
     if plan.steps:
-        overrides += shortened(load_from(base, file, overrides), steps=plan.steps)
+        short = shortened(load_from(base, file, overrides), steps=plan.steps)
+        keys = {one.partition("=")[0] for one in short}
+        overrides = [one for one in overrides if one.partition("=")[0] not in keys] + short
     config = load_from(base, file, overrides)
     overrides += [f"init={base.folder}"] if base else []
     return Run(folder, plan.record / name, row.script, file, tuple(overrides), config, evaluations, base)

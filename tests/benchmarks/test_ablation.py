@@ -24,11 +24,12 @@ from softmask.evaluation import evaluate
 from softmask.training import pretrain
 from softmask.training.config import flatten, load_config
 from tests.support.evaluation_files import write_scenes
-from tests.support.study_fixtures import STEPS, Fake, line_of, made_metrics, make_plan
+from tests.support.study_fixtures import ALONE, STEPS, Fake, line_of, made_metrics, make_plan
 from tests.support.train_fixtures import make_config, make_sycoca_config, rows, run_here
 from tests.support.train_fixtures import write_shard as write_training_shard
 
-SYCOCA, SOFTMASK_PP = STUDIES
+STARTS, SYCOCA, SOFTMASK_PP = STUDIES
+TABLES = (SYCOCA, SOFTMASK_PP)
 
 
 def keys_of(study: Study, name: str) -> dict:
@@ -45,7 +46,7 @@ def differences(study: Study, one: str, other: str) -> dict:
 # -- rows -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
+@pytest.mark.parametrize("study", TABLES, ids=lambda study: study.name)
 def test_rows_are_configurations_of_their_method_and_set_the_same_keys(study: Study) -> None:
     for row in study.rows:
         assert load_config(study.config, row.overrides).method == study.name
@@ -78,12 +79,23 @@ def test_softmask_rows_add_one_change_to_albef_and_the_last_has_all() -> None:
     assert (albef["model.soft_mask"], albef["model.gamma"], albef["model.mask_text"]) == (False, 0.0, "mlm")
 
 
-@pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
+@pytest.mark.parametrize("study", TABLES, ids=lambda study: study.name)
 def test_every_row_but_the_first_adds_to_another_and_has_the_papers_figures(study: Study) -> None:
     first, *others = study.rows
     names = [row.name for row in study.rows]
     assert not first.base and all(row.base in names[: names.index(row.name)] for row in others)
     assert all(len(row.published) == len(study.published) for row in study.rows)
+
+
+def test_rows_of_a_seed_start_from_the_same_run_of_the_contrastive_loss_alone() -> None:
+    for study, start, first in zip(TABLES, STARTS.rows[::-1], ("itc", "albef"), strict=True):
+        assert {row.init for row in study.rows} == {f"{STARTS.name}/{start.name}"}
+        own = flatten(load_config(start.config or STARTS.config, start.overrides))
+        base = keys_of(study, first)
+        changed = {key for key in own if own[key] != base[key]}
+        phase = {"model.contrast_steps"} if study is SOFTMASK_PP else set()
+        assert changed == {"train.steps", "optimizer.lr", "optimizer.warmup_steps"} | phase
+        assert own.get("model.contrast_steps", 700) == own["train.steps"] == 700
 
 
 # -- resuming ---------------------------------------------------------------------------------------------------------
@@ -169,12 +181,12 @@ def test_only_the_evaluation_whose_metrics_are_missing_or_differ_is_repeated(tmp
         (folder / "unseen.json").unlink()
     assert carry_out(run, start=fake)
     data = {"evaluation": {"data": "data/artists/seen-*.tar"}}
-    for other in (made_metrics(steps=250) | data, made_metrics() | data | {"captioning": {"beams": 6}}):
+    for other in (made_metrics(steps=STEPS - 1) | data, made_metrics() | data | {"captioning": {"beams": 6}}):
         for folder in (run.folder, run.record):
             (folder / "seen.json").write_text(json.dumps(other))
         assert carry_out(run, start=fake)
     assert fake.calls == ["pretrain", *["evaluate"] * 5]
-    fake.metrics["training"]["steps"] = 250
+    fake.metrics["training"]["steps"] = STEPS - 1
     with pytest.raises(StudyError, match=f"seen.json: evaluation wrote no metrics of step {STEPS} on other.tar"):
         carry_out(dataclasses.replace(run, evaluations=run.evaluations | {SEEN: ("--data", "other.tar")}), start=fake)
 
@@ -186,7 +198,7 @@ def test_a_run_of_another_configuration_is_refused(tmp_path: Path) -> None:
     harmless = load_config(run.file, [*run.overrides, "train.log_every=5", "data.workers=0"])
     assert not carry_out(dataclasses.replace(run, config=harmless), start=fake)
     changed = load_config(run.file, [*run.overrides, "optimizer.lr=0.5", "train.steps=9"])
-    differing = rf"train.steps \(was {STEPS}, now 9\), optimizer.lr \(was 0.001, now"
+    differing = rf"train.steps \(was {STEPS}, now 9\), optimizer.lr \(was 0.0005, now"
     message = f"seed_0: run with another configuration: {differing}"
     with pytest.raises(StudyError, match=message):
         carry_out(dataclasses.replace(run, config=changed), start=fake)
@@ -235,7 +247,7 @@ def test_shorter_runs_keep_the_proportions_and_have_their_own_folder() -> None:
     plan, table_only = parsed("--steps", "78", "--rows", "all", "--seeds", "1")
     (run,) = runs.planned_runs(plan)
     config = run.config
-    assert (config.train.steps, config.optimizer.warmup_steps, config.model.contrast_steps) == (78, 5, 52)
+    assert (config.train.steps, config.optimizer.warmup_steps, config.model.contrast_steps) == (78, 7, 0)
     assert plan.table == Path("runs/ablation_78_steps/table.md") and plan.table.parent in run.folder.parents
     assert plan.table.parent in run.record.parents
     assert not table_only and parsed("--table-only")[1]
@@ -267,7 +279,7 @@ def test_two_rows_from_data_to_table(tmp_path: Path, monkeypatch: pytest.MonkeyP
     configs = (tmp_path / "sycoca.yaml", tmp_path / "base.yaml")
     data = dict.fromkeys((UNSEEN, SEEN), ("--data", write_scenes(tmp_path / "test.tar"), "--pairs", "256"))
     studies = tuple(
-        dataclasses.replace(study, config=path, evaluations=data) for study, path in zip(STUDIES, configs, strict=True)
+        dataclasses.replace(study, config=path, evaluations=data) for study, path in zip(ALONE, configs, strict=True)
     )
     plan = make_plan(tmp_path, "itc", "all", seeds=1, steps=2, studies=studies)
     run_all(plan, start=run_in_this_process)

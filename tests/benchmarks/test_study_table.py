@@ -7,13 +7,11 @@ from collections.abc import Sequence
 import pytest
 
 from benchmarks.ablation import run as ablation
-from benchmarks.ablation.rows import SEEN, STUDIES, UNSEEN
+from benchmarks.ablation.rows import SEEN, UNSEEN
 from benchmarks.studies import table
 from benchmarks.studies.study import StudyError
 from benchmarks.studies.table import Difference, Results, difference
-from tests.support.study_fixtures import line_of, made_metrics, measured_of
-
-SYCOCA, SOFTMASK_PP = STUDIES
+from tests.support.study_fixtures import SOFTMASK_PP, SYCOCA, line_of, made_metrics, measured_of
 
 
 def render(results: Sequence[Results]) -> str:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.ablation.rows import SEEN, STUDIES, UNSEEN
 from benchmarks.studies.runs import Plan
 from softmask.training.config import load_config, save_config
 
-STEPS = load_config(STUDIES[0].config).train.steps
+SYCOCA, SOFTMASK_PP = ALONE = tuple(
+    replace(study, rows=tuple(replace(row, init="") for row in study.rows)) for study in STUDIES if study.shown
+)
+"""The ablation's tables, whose runs start from random weights here."""
+
+STEPS = load_config(SYCOCA.config).train.steps
 
 
 def made_metrics(*, itc: float = 0.5, itm: float = 0.5, pointing: float = 0.5, steps: int = STEPS, images: int = 256):
@@ -60,7 +66,7 @@ class Fake:
 
 def make_plan(folder: Path, *rows: str, **options) -> Plan:
     places = {"runs": folder / "runs", "record": folder / "record", "table": folder / "ablation.md"}
-    return Plan(**{"studies": STUDIES, "rows": rows, "seeds": 5, "expected": 5} | places | options)
+    return Plan(**{"studies": ALONE, "rows": rows, "seeds": 5, "expected": 5} | places | options)
 
 
 def line_of(text: str, title: str) -> list[str]:
