@@ -64,8 +64,11 @@ pretrain: $(RUN_DIR)/report.html  ## a demo: data, training, evaluation, report 
 	@echo "report: $(CURDIR)/$(RUN_DIR)/report.html"
 	@echo "metrics: $(CURDIR)/$(RUN_DIR)/metrics.json"
 
-$(SCENES)/scenes.json: | $(READY) $(if $(filter photos,$(DATA)),$(filter build/photos,$(PHOTOS_ROOT)))
+# The commands know whether a folder is of this version and these options; only then it stays as it is.
+GENERATORS := $(shell find softmask/data -name '*.py') Makefile
+$(SCENES)/scenes.json: $(GENERATORS) | $(READY) $(if $(filter photos,$(DATA)),$(filter build/photos,$(PHOTOS_ROOT)))
 	@$(IN_VENV) python -m $(GENERATOR) --out $(SCENES) $(OPTIONS_$(DATA))
+	@touch $@
 
 # Not fetched again, for example after make clean, where the scenes are there.
 .SECONDARY: build/photos
@@ -115,10 +118,13 @@ TEST_classification := data/tasks/classification/test
 EVALUATE_retrieval := --pairs 1280
 EVALUATE_captioning := --pairs 1280 --beams 4
 
+$(foreach task,$(filter-out $(TASKS) all,$(TASK)),$(error finetune: expected TASK=all or one of $(TASKS), got $(task)))
+
 finetune: $(patsubst %,runs/%/report.html,$(patsubst all,$(TASKS),$(TASK)))  ## tasks after pre-training on the demos' scenes (resumes); TASK=vqa
 
-data/tasks/tasks.json: | $(READY)
+data/tasks/tasks.json: $(GENERATORS) | $(READY)
 	@$(IN_VENV) python -m softmask.data.scenes --tasks --out data/tasks
+	@touch $@
 
 runs/nlvr2/done.json: runs/text_assignment/done.json
 FINETUNED := $(TASKS) text_assignment

@@ -17,6 +17,10 @@ TASKS = CONFIGS / "demo_tasks"
 TEST = "test"
 UNTRAINED = ("train.steps=1", "optimizer.lr=1.0e-30", "optimizer.min_lr=0.0", "optimizer.warmup_steps=0")
 CAPTIONS = ("--data", "data/tasks/captions.json", "--pairs", "1280")
+ASSIGNED = (
+    "Before every row, also text alone, comes text assignment with pictures (`text_assignment.yaml`); from scratch, "
+    "it is what starts from random weights."
+)
 LONGER = 3  # times the steps: pre-training takes about twice as long as a task
 
 
@@ -48,7 +52,9 @@ def against(task: str, *, init: str, untrained: str, steps: int, blank: bool) ->
     return [tuned, scratch, longer, *([text] if blank else [])]
 
 
-def labels(task: str, title: str, *, init: str = "demo", untrained: str = "untrained", steps: int = 1000) -> Study:
+def labels(
+    task: str, title: str, *, note: str = "", init: str = "demo", untrained: str = "untrained", steps: int = 1000
+) -> Study:
     """A task whose metric is its accuracy."""
     figures: dict[str, Figure] = {
         "accuracy": section_figure(TEST, task, "accuracy"),
@@ -57,7 +63,7 @@ def labels(task: str, title: str, *, init: str = "demo", untrained: str = "untra
     }
     data = f"data/tasks/{task}_test_*.json" if task == "vqa" else f"data/tasks/{task}_test.json"
     rows = against(task, init=init, untrained=untrained, steps=steps, blank=True)
-    return Study(task, title, "", TASKS / f"{task}.yaml", evaluation("--data", data), tuple(rows), figures)
+    return Study(task, title, note, TASKS / f"{task}.yaml", evaluation("--data", data), tuple(rows), figures)
 
 
 def retrieval() -> Study:
@@ -112,7 +118,7 @@ STUDIES = (
     bases(),
     labels("snli_ve", "SNLI-VE"),
     labels("vqa", "VQA"),
-    labels("nlvr2", "NLVR2", init="assigned", untrained="assigned_scratch"),
+    labels("nlvr2", "NLVR2", note=ASSIGNED, init="assigned", untrained="assigned_scratch"),
     retrieval(),
     classification(),
     captioning(),

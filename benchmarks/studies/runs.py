@@ -6,6 +6,7 @@ skipped, unfinished ones continue from their checkpoint, runs of another configu
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -16,7 +17,6 @@ from tempfile import TemporaryDirectory
 from threading import Lock
 
 from benchmarks.studies.study import Evaluations, Measured, Row, Script, Study, StudyError
-from softmask.evaluation.captioning import CaptionOptions
 from softmask.files import write_atomically
 from softmask.training.checkpoint.state import read_json
 from softmask.training.config import Config, ConfigError, flatten, load_config, save_config
@@ -27,6 +27,7 @@ PHASES = ("contrast_steps", "caption_whole_steps")  # options of the models: fir
 # Keys that do not affect the result of a run.
 NEUTRAL_KEYS = (
     "output",
+    "head.answer_list",  # of the evaluation
     "head.names",  # the classes of the data, which a run writes into its configuration
     "data.workers",
     "data.max_bad_share",
@@ -36,6 +37,7 @@ NEUTRAL_KEYS = (
     "train.profile.start",
     "train.profile.steps",
 )
+OPTIONS = "options"  # key of recorded metrics: those of train/evaluate.py
 Start = Callable[[Sequence[str]], None]
 _LOCKS: dict[Path, Lock] = {}  # of runs that several others start from
 
@@ -153,7 +155,7 @@ def check_configuration(run: Run, folder: Path) -> None:
 
 
 def finished_metrics(run: Run, folder: Path) -> Measured | None:
-    """The metrics in a folder, if all are of the last step, these test data and the default beams; else None.
+    """The metrics in a folder, if all are there and of these evaluations; else None.
 
     Raises:
         StudyError: the run has another configuration.
@@ -165,33 +167,15 @@ def finished_metrics(run: Run, folder: Path) -> Measured | None:
 
 
 def metrics_of(run: Run, folder: Path, name: str) -> dict | None:
-    """The metrics of an evaluation; None if there are none of this run's last step."""
+    """The metrics of an evaluation; None if there are none of this run's last step, or with validation of an earlier
+    one, the best, and of these options."""
     path = folder / f"{name}.json"
     if not path.is_file():
         return None
-    metrics = read_json(path)
-    beams = metrics.get("captioning", {}).get("beams", CaptionOptions.beams)
-    measured = metrics["training"]["steps"], metrics["evaluation"]["data"], beams
-    wanted = run.config.train.steps, data_of(run, name), beams_of(run, name)
-    return metrics if measured == wanted or _is_of_best_step(run, measured, wanted) else None
-
-
-def _is_of_best_step(run: Run, measured: tuple, wanted: tuple) -> bool:
-    """Whether the metrics are of an earlier checkpoint, which did best on validation data."""
-    return bool(run.config.data.val) and measured[0] <= wanted[0] and measured[1:] == wanted[1:]
-
-
-def data_of(run: Run, name: str) -> str:
-    return _option(run, name, "--data", "")
-
-
-def beams_of(run: Run, name: str) -> int:
-    return int(_option(run, name, "--beams", str(CaptionOptions.beams)))
-
-
-def _option(run: Run, name: str, key: str, default: str) -> str:
-    options = run.evaluations[name]
-    return options[options.index(key) + 1] if key in options else default
+    metrics, last = read_json(path), run.config.train.steps
+    step = metrics["training"]["steps"]
+    of_run = 0 < step <= last if run.config.data.val else step == last
+    return metrics if of_run and metrics.get(OPTIONS) == list(run.evaluations[name]) else None
 
 
 def carry_out(run: Run, *, start: Start) -> bool:
@@ -234,10 +218,13 @@ def evaluate(run: Run, name: str, *, start: Start) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
     output = run.folder / f"{name}.json"
     command = [sys.executable, str(SCRIPTS / "evaluate.py"), str(run.measured)]
+    output.unlink(missing_ok=True)
     start([*command, *run.evaluations[name], "--output", str(output)])
+    if output.is_file():
+        written = read_json(output) | {OPTIONS: list(run.evaluations[name])}
+        write_atomically(output, json.dumps(written, indent=2) + "\n")
     if not metrics_of(run, run.folder, name):
-        steps, data = run.config.train.steps, data_of(run, name)
-        raise StudyError(f"{output}: evaluation wrote no metrics of step {steps} on {data}")
+        raise StudyError(f"{output}: evaluation wrote no metrics of step {run.config.train.steps}")
 
 
 def launcher() -> list[str]:

@@ -55,6 +55,7 @@ def render(introduction: str, results: Sequence[Results]) -> str:
 
 def section(results: Results) -> str:
     study = results.study
+    check_data(results)
     size = gallery(results)
     length = f"`{study.config.name}`, {results.steps} steps" + (f"; retrieval among {size} images" if size else "")
     paragraphs = [f"## {study.title}", _wrapped(f"{length}. {study.note}"), means(results)]
@@ -64,6 +65,22 @@ def section(results: Results) -> str:
         beyond = "Differences beyond their interval are bold."
         paragraphs += ["\n".join([_line(heads), "|" + "---|" * len(heads), *differences]), beyond]
     return "\n\n".join(paragraphs) + "\n"
+
+
+def check_data(results: Results) -> None:
+    """StudyError for runs that were evaluated on different data under the same names."""
+    rows = [row for row in results.study.rows if row.evaluations is None]
+    for name in results.study.evaluations:
+        runs = [(row, seed, run[name]) for row in rows for seed, run in results.measured[row.name].items()]
+        digests: dict[str, str] = {}
+        for row, seed, metrics in runs:
+            digests.setdefault(metrics.get("evaluation", {}).get("digest", ""), f"{row.name}/seed_{seed}")
+        if len(digests) > 1:
+            first, other, *_ = digests.values()
+            raise StudyError(
+                f"{results.study.name}: expected the same data in {name}.json of all recorded runs, but {first} and "
+                f"{other} differ; remove the runs of older data to run them again"
+            )
 
 
 def gallery(results: Results) -> int | None:

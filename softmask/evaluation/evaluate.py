@@ -44,7 +44,6 @@ from pathlib import Path
 from typing import get_args
 
 from softmask.arguments import count, positive
-from softmask.data.sources import expand_pattern
 from softmask.evaluation import ranks
 from softmask.evaluation.captioning import CaptionOptions
 from softmask.evaluation.command import (
@@ -58,12 +57,13 @@ from softmask.evaluation.command import (
     sizes,
     use_answer_list,
 )
-from softmask.evaluation.readers import Reader, Scorer
+from softmask.evaluation.readers import Pictures, Reader, Scorer
 from softmask.evaluation.retrieval import RerankBy
 from softmask.evaluation.sections import Evaluation, Section, evaluate, for_task, sections_of
 from softmask.evaluation.tasks.boxes import BoxScore
 from softmask.evaluation.zero_shot import Class, read_classes
 from softmask.files import write_atomically
+from softmask.tasks.downstream import paths_of
 from softmask.training.checkpoint.state import read_state
 from softmask.training.checkpoint.store import best_checkpoint
 from softmask.training.config import PRETRAIN
@@ -71,7 +71,7 @@ from softmask.training.config import PRETRAIN
 
 def known_classes(data: str, file: Path | None) -> list[Class]:
     """The classes of the file; by default those of the concepts.json beside the data, if present."""
-    first = [] if Path(data).is_dir() else expand_pattern(data)[:1]
+    first = [] if Path(data).is_dir() else paths_of(data)[:1]
     beside = [Path(path).parent / "concepts.json" for path in first]
     files = [file] if file is not None else [path for path in beside if path.is_file()]
     return read_classes(files[0]) if files else []
@@ -92,8 +92,10 @@ def summary(result: dict, sections: list[Section], given: Evaluation) -> str:
 def unused(options: argparse.Namespace, result: dict, given: Evaluation) -> list[str]:
     """Messages for options that had no effect."""
     lines = []
-    if options.rerank_by != "match" and "itm" not in result.get("retrieval", {}):
-        lines.append(f"--rerank-by {options.rerank_by}: the model has no ITM")
+    if "itm" not in result.get("retrieval", {}):
+        usual = {"rerank": None, "rerank_by": "match", "gallery": "device"}
+        in_vain = {name: value for name in usual if (value := getattr(options, name)) != usual[name]}
+        lines += [f"--{name.replace('_', '-')} {value}: nothing is re-ranked" for name, value in in_vain.items()]
     frozen = "linear_probe" in result.get("classification", {})
     if options.training and "captioning" not in result and not frozen:
         lines.append("--training: the model generates no captions")
@@ -113,7 +115,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Evaluate a checkpoint on captioned shards and write metrics.json.")
     parser.add_argument("checkpoint", type=Path, help="a run's folder, or one of its step_... folders")
     add_data_options(parser)
-    parser.add_argument("--output", type=Path, help="default: metrics.json in CHECKPOINT")
+    parser.add_argument("--output", type=Path, help="default: metrics.json in CHECKPOINT, with --blank blank.json")
     parser.add_argument(
         "--pairs",
         type=count,
@@ -190,13 +192,17 @@ def _caption_options(options: argparse.Namespace, head: object) -> CaptionOption
 
 def _training(scorer: Scorer, options: argparse.Namespace) -> Reader | None:
     root = options.training_image_root
-    return open_reader(scorer, options.training, root, split="train") if options.training else None
+    if not options.training:
+        return None
+    reader = open_reader(scorer, options.training, root, split="train")
+    reader.pictures = Pictures(left=0)  # they are read once
+    return reader
 
 
 def run(options: argparse.Namespace) -> str:
     """Writes metrics.json. Returns its numbers as text."""
     start = time.perf_counter()
-    output = options.output or options.checkpoint / "metrics.json"
+    output = options.output or options.checkpoint / ("blank.json" if options.blank else "metrics.json")
     checkpoint = best_checkpoint(options.checkpoint)
     check_output(output, ".json")
     if options.predictions:
@@ -233,7 +239,7 @@ def run(options: argparse.Namespace) -> str:
     result["training"] = training_facts(checkpoint)
     seconds = round(time.perf_counter() - start, 1)
     facts = evaluation_facts(scorer, given.reader, checkpoint)
-    blank = {"blank": True} if options.blank else {}
+    blank = {"blank": True} if scorer.config.data.blank else {}
     result["evaluation"] = {"seconds": seconds, "data": options.data} | facts | blank
     written = [output, *([options.predictions] if given.predictions else [])]
     if given.predictions:

@@ -162,7 +162,9 @@ class ZeroShot(Section):
 
     def lines(self, result: dict, given: Evaluation) -> list[str]:
         shares = f"top-1 {100 * result['top1']:.1f} %, top-5 {100 * result['top5']:.1f} %"
-        return [f"zero-shot, {result['samples']} images of {result['classes']} classes: {shares}"]
+        return [f"zero-shot, {result['samples']} images of {result['classes']} classes: {shares}"] + (
+            zero_shot.cut_prompt_lines(result, length=given.text_length)
+        )
 
 
 SECTIONS = {kind.name: kind for kind in (Retrieval, Grounding, Captioning, Reconstruction, ZeroShot)}

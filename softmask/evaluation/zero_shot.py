@@ -55,7 +55,7 @@ def read_classes(path: Path) -> list[Class]:
 def zero_shot(scorer: Scorer, reader: Reader, classes: Sequence[Class]) -> dict | None:
     """The metrics.json section; None if no image shows a single object of a class."""
     number = {one.name: index for index, one in enumerate(classes)}
-    prompts = class_features(scorer, classes)
+    prompts, cut = class_features(scorer, classes)
 
     def ranked(samples: list[Sample]) -> tuple[int, list[int]]:
         """Images of a single object, and how many of them have their class among the first k, for each k of TOP."""
@@ -73,7 +73,8 @@ def zero_shot(scorer: Scorer, reader: Reader, classes: Sequence[Class]) -> dict 
         return None
     hits = [sum(own) for own in zip(*(hit for _, hit in found), strict=True)]
     shares = {f"top{k}": hit / total for k, hit in zip(TOP, hits, strict=True)}
-    return {"samples": total, "classes": len(classes), **shares, "chance": 1.0 / len(classes)}
+    result = {"samples": total, "classes": len(classes), **shares, "chance": 1.0 / len(classes)}
+    return result | ({"cut_prompts": cut} if cut else {})
 
 
 def only_class(sample: Sample, number: dict[str, int]) -> int | None:
@@ -88,11 +89,18 @@ def only_class(sample: Sample, number: dict[str, int]) -> int | None:
     return number.get(name) if isinstance(name, str) and entry.get("phrase") == name and one else None
 
 
-def class_features(scorer: Scorer, classes: Sequence[Class]) -> Tensor:
-    """The normalized mean feature of each class's prompts, [C, d]."""
+def class_features(scorer: Scorer, classes: Sequence[Class]) -> tuple[Tensor, int]:
+    """The normalized mean feature of each class's prompts, [C, d], and how many prompts were truncated."""
     prompts = [template.format(one.phrase) for one in classes for template in TEMPLATES]
-    _, features, _ = encode_captions(scorer, prompts)
-    return F.normalize(features.unflatten(0, (len(classes), len(TEMPLATES))).mean(1), dim=-1)
+    _, features, read = encode_captions(scorer, prompts)
+    mean = features.unflatten(0, (len(classes), len(TEMPLATES))).mean(1)
+    return F.normalize(mean, dim=-1), int(read.cut.sum())
+
+
+def cut_prompt_lines(result: dict, *, length: int) -> list[str]:
+    """A line for the terminal if prompts of class names were truncated to `length` tokens."""
+    cut = result.get("cut_prompts")
+    return [f"  {cut} prompts of class names were truncated to {length} tokens"] if cut else []
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Train a task after pre-training: retrieval, VQA, NLVR2, SNLI-VE, captioning or classification.
+"""Train a task after pre-training: retrieval, VQA, text assignment, NLVR2, SNLI-VE, captioning or classification.
 
     deepspeed train/finetune.py --config train/configs/snli_ve.yaml init=runs/mine data.train=... [--resume auto] [...]
     python train/finetune.py --config ...        the same in one process

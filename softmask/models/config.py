@@ -162,7 +162,7 @@ class VqaHead(Distillation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.answer_list = self.answer_list and os.path.abspath(os.path.expanduser(self.answer_list))
+        self.answer_list = os.path.expanduser(self.answer_list)
         check(self, {"k": (self.k >= 1, "at least 1"), "answer_length": (self.answer_length >= 3, "at least 3")})
 
 

@@ -19,7 +19,6 @@ import sys
 from pathlib import Path
 
 from softmask.arguments import positive
-from softmask.data.sources import expand_pattern
 from softmask.evaluation.command import (
     add_data_options,
     check_output,
@@ -38,7 +37,7 @@ from softmask.report.page import Page, render
 from softmask.report.svg import Series
 from softmask.report.view import Given, find_view
 from softmask.tasks.base import Curve, Task
-from softmask.tasks.downstream import DownstreamTask
+from softmask.tasks.downstream import DownstreamTask, paths_of
 from softmask.training.checkpoint.state import CheckpointError, read_state
 from softmask.training.checkpoint.store import best_checkpoint
 from softmask.training.config import load_config
@@ -82,7 +81,7 @@ def validations(path: Path, task: Task) -> list[Series]:
 
 def attribution(data: str) -> str:
     """The text of all ATTRIBUTION.txt files beside the data."""
-    folders = [Path(data).parent] if Path(data).is_dir() else [Path(path).parent for path in expand_pattern(data)]
+    folders = [Path(data).parent] if Path(data).is_dir() else [Path(path).parent for path in paths_of(data)]
     files = [folder / "ATTRIBUTION.txt" for folder in dict.fromkeys(folders)]
     return "\n\n".join(file.read_text(encoding="utf-8", errors="replace").strip() for file in files if file.is_file())
 
@@ -130,8 +129,8 @@ def build_page(options: argparse.Namespace) -> Page:
     use_answer_list(options, scorer)
     reader = open_reader(scorer, data, options.image_root, split=options.split)
     now = evaluation_facts(scorer, reader, checkpoint)
-    check_evaluation(run / "metrics.json", result["evaluation"], now)
-    blank = read_blank(run / "blank.json", view.needed, now)
+    check_evaluation(run / "metrics.json", result["evaluation"], now, blank=config.data.blank)
+    blank = None if config.data.blank else read_blank(run / "blank.json", view.needed, now)
     try:
         shown = view.show(Given(scorer, reader, result, blank, options.scenes))
     finally:

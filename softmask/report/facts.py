@@ -25,6 +25,7 @@ def facts(scorer: Scorer, state: dict, rows: list[dict]) -> list[tuple[str, str]
         ("Parameters", f"{learned / 1e6:.1f} M trained"),
         ("Image encoder", f"{model.vision.name}, {config.data.image_size} px"),
         *config.find_task().facts(model),
+        *[("Pictures", "grey, in training and evaluation")] * config.data.blank,
         ("Distortions", "on" if config.data.distort else "off"),
         ("Precision", f"{train.precision}, ZeRO {config.zero_stage}"),
         ("Peak learning rate", f"{config.optimizer.lr:g}"),

@@ -180,14 +180,18 @@ def test_only_the_evaluation_whose_metrics_are_missing_or_differ_is_repeated(tmp
     for folder in (run.folder, run.record):
         (folder / "unseen.json").unlink()
     assert carry_out(run, start=fake)
-    data = {"evaluation": {"data": "data/artists/seen-*.tar"}}
-    for other in (made_metrics(steps=STEPS - 1) | data, made_metrics() | data | {"captioning": {"beams": 6}}):
+    options = list(run.evaluations[SEEN])
+    for other in (
+        made_metrics(steps=STEPS - 1) | {"options": options},
+        made_metrics() | {"options": [*options, "--beams", "6"]},
+        made_metrics(),
+    ):
         for folder in (run.folder, run.record):
             (folder / "seen.json").write_text(json.dumps(other))
         assert carry_out(run, start=fake)
-    assert fake.calls == ["pretrain", *["evaluate"] * 5]
+    assert fake.calls == ["pretrain", *["evaluate"] * 6]
     fake.metrics["training"]["steps"] = STEPS - 1
-    with pytest.raises(StudyError, match=f"seen.json: evaluation wrote no metrics of step {STEPS} on other.tar"):
+    with pytest.raises(StudyError, match=f"seen.json: evaluation wrote no metrics of step {STEPS}"):
         carry_out(dataclasses.replace(run, evaluations=run.evaluations | {SEEN: ("--data", "other.tar")}), start=fake)
 
 

@@ -81,3 +81,14 @@ def test_galleries_of_different_sizes_are_refused() -> None:
     results.measured["itc"][0][SEEN]["retrieval"]["images"] = 12
     with pytest.raises(StudyError, match=r"expected retrieval among equally many images .* got \[12, 256\]"):
         table.section(results)
+
+
+def test_runs_on_different_data_are_refused() -> None:
+    results = sycoca_results({"itc": [0.1, 0.2], "coca": [0.3]})
+    for row, digest in (("itc", "one"), ("coca", "one")):
+        for measured in results.measured[row].values():
+            measured[SEEN]["evaluation"] = {"digest": digest}
+    table.section(results)
+    results.measured["itc"][1][SEEN]["evaluation"] = {"digest": "two"}
+    with pytest.raises(StudyError, match=r"the same data in seen.json .* itc/seed_0 and itc/seed_1 differ"):
+        table.section(results)

@@ -51,7 +51,7 @@ def test_cut_answers_and_questions_are_counted(
     config = make(tmp_path, "vqa", data, "head.answer_length=8", init=runs[method])
     finetune_here(config)
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("text  ")]
-    assert "10 tokens at most, which cuts 2 of the first 24 captions" in line
+    assert "10 tokens at most, which cuts 2 of the first 24 texts" in line
     count = len(different_answers(data))
     assert f"answers 8 tokens at most, which cuts 2 of {count} different ones, such as '{LONG}'" in line
     said = [record.getMessage() for record in caplog.records]

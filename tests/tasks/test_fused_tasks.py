@@ -12,6 +12,7 @@ import torch
 from softmask.data import DataError
 from softmask.evaluation import evaluate
 from softmask.finetuning import finetune
+from softmask.report import build
 from softmask.training import pretrain
 from softmask.training.checkpoint.store import best_checkpoint, complete_checkpoints, find_checkpoint, load_model
 from softmask.training.config import Config, save_config
@@ -193,3 +194,25 @@ def test_options_that_would_be_ignored_are_refused(
 ) -> None:
     assert evaluate.main([str(init), "--data", str(init.parent / "train.tar"), *options]) == 1
     assert words in capfd.readouterr().err
+
+
+def test_a_run_trained_on_grey_pictures_is_evaluated_on_them_and_says_so(tmp_path: Path, init: Path) -> None:
+    config = make(tmp_path, "snli_ve", "train.steps=1", "data.blank=true", init=init)
+    finetune_here(config)
+    found = evaluated(Path(config.output), config.data.train)
+    assert found["evaluation"]["blank"] is True
+    assert build.main([config.output, "--data", config.data.train]) == 0
+    page = (Path(config.output) / "report.html").read_text()
+    assert "grey, in training and evaluation" in page
+
+
+def test_several_files_with_commas_between_them(tmp_path: Path, init: Path) -> None:
+    config = make(tmp_path, "snli_ve", "train.steps=1", init=init)
+    finetune_here(config)
+    entries = json.loads(Path(config.data.train).read_text())
+    paths = [Path(config.data.train).with_name(name) for name in ("first.json", "second.json")]
+    for path, some in zip(paths, (entries[:10], entries[10:]), strict=True):
+        path.write_text(json.dumps(some))
+    together = evaluated(Path(config.output), ",".join(map(str, paths)))["snli_ve"]
+    assert together == evaluated(Path(config.output), config.data.train)["snli_ve"]
+    assert build.main([config.output, "--data", config.data.train]) == 0

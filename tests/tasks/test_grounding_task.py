@@ -116,6 +116,22 @@ def test_map_without_a_peak_hits_nothing(tmp_path: Path) -> None:
     assert (found["accuracy"], found["pointing"], found["chance"]) == (0.0, 0.0, 0.5)
 
 
+def test_maps_that_are_not_finite_are_named_and_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a model that has diverged: no box has the largest score then, which must not count as right."""
+    data, maps = write_files(tmp_path), Oracle.word_maps
+
+    def broken(self: Oracle, images: torch.Tensor, *given: Any, **options: Any) -> torch.Tensor:
+        found = maps(self, images, *given, **options)
+        found[0] = torch.nan
+        return found
+
+    whole = measured(tmp_path, data)
+    monkeypatch.setattr(Oracle, "word_maps", broken)
+    found = measured(tmp_path, data)
+    missing = whole["expressions"] - found["expressions"]
+    assert 0 < missing == sum("is not finite" in one for one in found["errors"]) and found["accuracy"] == 1.0
+
+
 def test_boxes_alone_leave_the_pointing_game_out(tmp_path: Path) -> None:
     found = measured(tmp_path, write_files(tmp_path, masks=False))
     assert found["accuracy"] == 1.0 and not {"pointing", "masks", "random"} & found.keys()

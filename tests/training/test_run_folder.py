@@ -49,7 +49,7 @@ def test_run_writes_its_files(tmp_path, capfd) -> None:
         "batch    16 = 8 x 2 accumulated x 1 ranks",
         "weights  random",
         "words    64 tokens of a WordPiece trained on the captions",
-        "text     16 tokens at most, which cuts 0 of the first 64 captions",
+        "text     16 tokens at most, which cuts 0 of the first 64 texts",
     ):
         assert line in output.splitlines()
     (options,) = [line for line in output.splitlines() if line.startswith("options  ")]

@@ -31,6 +31,11 @@ class ExampleBatch:
     sizes: list[tuple[int, int]]
     image_index: list[int]
 
+    @property
+    def first_images(self) -> Tensor:
+        """[B, 3, S, S], the first picture of each example."""
+        return self.images[torch.tensor(self.image_index, device=self.images.device)]
+
 
 @dataclass
 class Prediction:

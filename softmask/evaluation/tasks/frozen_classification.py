@@ -18,6 +18,7 @@ from softmask.evaluation.sections import Evaluation, Section
 from softmask.evaluation.tasks.classification import TOP
 from softmask.evaluation.tasks.examples import ExampleBatch, predict_all
 from softmask.evaluation.tasks.linear_probe import Labeled, fit
+from softmask.evaluation.zero_shot import cut_prompt_lines
 
 DEFAULT_TEMPLATES = ("{c}", "a picture of {c}", "a photo of a {c}.")
 HELD_OUT = 0.1  # of the training images, on which the probe's weight decay is chosen
@@ -36,7 +37,8 @@ class FrozenClassification(Section):
             raise DataError(f"no readable image in {', '.join(source.paths)}")
         templates = templates_of(source.paths[0])
         result: dict[str, Any] = {"samples": len(test.labels), "classes": len(source.classes)}
-        prompts = class_prompts(scorer, source.classes, templates)
+        prompts, cut = class_prompts(scorer, source.classes, templates)
+        result |= {"cut_prompts": cut} if cut else {}
         result["zero_shot"] = {"templates": len(templates), **_shares(test.features @ prompts.T, test.labels)}
         result["chance"] = 1 / len(source.classes)
         if given.training is not None:
@@ -54,7 +56,7 @@ class FrozenClassification(Section):
             if kind in result:
                 shares = f"top-1 {100 * result[kind]['top1']:.1f} %, top-5 {100 * result[kind]['top5']:.1f} %"
                 lines.append(f"  {kind.replace('_', ' '):12s} {shares}")
-        return lines
+        return lines + cut_prompt_lines(result, length=given.text_length)
 
 
 def features(scorer: Scorer, reader: Reader) -> Labeled:
@@ -74,11 +76,13 @@ def templates_of(path: str) -> list[str]:
     return read_templates(file) if file else list(DEFAULT_TEMPLATES)
 
 
-def class_prompts(scorer: Scorer, names: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """The normalized mean of each class's normalized prompt features, [C, d] on the CPU."""
+def class_prompts(scorer: Scorer, names: Sequence[str], templates: Sequence[str]) -> tuple[Tensor, int]:
+    """The normalized mean of each class's normalized prompt features, [C, d] on the CPU, and how many prompts were
+    truncated."""
     prompts = [template.replace("{c}", name) for name in names for template in templates]
-    _, found, _ = encode_captions(scorer, prompts)
-    return F.normalize(found.float().cpu().unflatten(0, (len(names), len(templates))).mean(1), dim=-1)
+    _, found, read = encode_captions(scorer, prompts)
+    mean = found.float().cpu().unflatten(0, (len(names), len(templates))).mean(1)
+    return F.normalize(mean, dim=-1), int(read.cut.sum())
 
 
 def _shares(scores: Tensor, labels: Tensor) -> dict[str, float]:

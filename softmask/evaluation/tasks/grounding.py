@@ -87,6 +87,8 @@ def ground(scorer: Scorer, batch: ExampleBatch, *, by: BoxScore) -> list[Grounde
             )
         elif not tokens[row]:
             found.append(f"{record.name}: no word is left of {record.caption!r:.80}")
+        elif not plane.isfinite().all():
+            found.append(f"{record.name}: the model's map of {record.caption!r:.80} is not finite")
         else:
             window = middle_box(size) if crop else (0, 0, width, height)
             seen = (window[3] - window[1], window[2] - window[0])
@@ -106,7 +108,7 @@ def _measured(plane: Tensor, record: Record, window: tuple[int, int, int, int], 
     one = Grounded(cut=cut)
     if target["proposals"]:
         boxes = torch.tensor(target["proposals"], dtype=torch.float64)
-        are_right = iou(boxes, torch.tensor(target["box"])) >= RIGHT
+        are_right = iou(boxes, torch.tensor(target["box"], dtype=torch.float64)) >= RIGHT
         values = box_scores(plane, boxes - torch.tensor([left, top, 0, 0]), by=by)
         # Equal scores count as wrong unless all of them are right: a constant map hits nothing by its order.
         one.right = bool(are_right[values == values.max()].all())

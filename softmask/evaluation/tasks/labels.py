@@ -17,13 +17,16 @@ class LabelSection(Section):
     Attributes:
         labels: the classes, in the order of the model's.
         title: the task's name for the terminal.
+        pictures: of an example.
     """
 
     labels: Sequence[str]
     title: str
+    pictures: int = 1
 
     def run(self, given: Evaluation) -> dict:
-        predictions = predict_all(given.scorer, given.reader, self.predictor(given.scorer))
+        predict, shared = self.predictor(given.scorer), self.pictures == 1
+        predictions = predict_all(given.scorer, given.reader, predict, share_pictures=shared)
         if given.predictions is not None:
             given.predictions.extend(map(self.row, predictions))
         return self.scores(predictions) | cut_count(predictions)
@@ -33,7 +36,8 @@ class LabelSection(Section):
         model: Any = scorer.model
 
         def predict(batch: ExampleBatch) -> list[list[float]]:
-            return model.predict(batch.images, batch.text.input_ids, batch.text.attention_mask).tolist()
+            images = batch.first_images if self.pictures == 1 else batch.images
+            return model.predict(images, batch.text.input_ids, batch.text.attention_mask).tolist()
 
         return predict
 

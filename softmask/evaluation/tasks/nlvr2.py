@@ -20,6 +20,7 @@ class Nlvr2(LabelSection):
     name = "nlvr2"
     labels = LABELS
     title = "NLVR2"
+    pictures = 2
 
     def row(self, one: Prediction) -> dict[str, Any]:
         return {"identifier": one.record.key, "label": LABELS[best(one.value)]}

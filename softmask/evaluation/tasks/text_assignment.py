@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
+from softmask.data import DataError
 from softmask.evaluation.sections import Evaluation
-from softmask.evaluation.tasks.examples import ExampleBatch, cut_count, predict_all
-from softmask.evaluation.tasks.labels import LabelSection
-from softmask.models.softmask_pp.text_assignment import PLACES
+from softmask.evaluation.tasks.examples import ExampleBatch, Prediction, cut_count, predict_all
+from softmask.evaluation.tasks.labels import LabelSection, best
+from softmask.models.softmask_pp.text_assignment import PLACES, have_others
 
 
 class TextAssignment(LabelSection):
@@ -24,17 +25,31 @@ class TextAssignment(LabelSection):
     def run(self, given: Evaluation) -> dict:
         model: Any = given.scorer.model
 
-        def predict(batch: ExampleBatch) -> list[tuple[int, list[float]]]:
+        def predict(batch: ExampleBatch) -> list[tuple[int, list[float], bool]]:
             place = torch.arange(len(batch.records), device=batch.images.device) % len(PLACES)
             ids = torch.tensor([record.image_id for record in batch.records], device=batch.images.device)
             text = batch.text
             found = model.predict(batch.images, text.input_ids, text.attention_mask, ids=ids, place=place)
-            return list(zip(place.tolist(), found.tolist(), strict=True))
+            return list(zip(place.tolist(), found.tolist(), have_others(ids).tolist(), strict=True))
 
+        predictions = []
         found = predict_all(given.scorer, given.reader, predict)
-        predictions = [
-            replace(one, record=replace(one.record, target=one.value[0]), value=one.value[1]) for one in found
-        ]
+        for one in found:
+            place, probabilities, counts = one.value
+            if counts:
+                predictions.append(replace(one, record=replace(one.record, target=place), value=probabilities))
         if given.predictions is not None:
             given.predictions.extend(map(self.row, predictions))
-        return self.scores(predictions) | cut_count(predictions)
+        if not predictions:
+            raise DataError("text assignment needs pictures of different images in a batch: raise --batch-size")
+        left_out = len(found) - len(predictions)
+        result = self.scores(predictions) | cut_count(predictions)
+        return result | ({"left_out": left_out} if left_out else {})
+
+    def row(self, one: Prediction) -> dict[str, Any]:
+        return {"caption": one.record.name, "shown": PLACES[one.record.target], "label": PLACES[best(one.value)]}
+
+    def lines(self, result: dict, given: Evaluation) -> list[str]:
+        left_out = result.get("left_out")
+        more = [f"  {left_out} captions are left out: no other image was in their batch"] if left_out else []
+        return super().lines(result, given) + more

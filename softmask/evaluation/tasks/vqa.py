@@ -31,7 +31,8 @@ class Vqa(Section):
     name = "vqa"
 
     def run(self, given: Evaluation) -> dict:
-        predictions = predict_all(given.scorer, given.reader, self.predictor(given.scorer))
+        predict = self.predictor(given.scorer)
+        predictions = predict_all(given.scorer, given.reader, predict, share_pictures=True)
         if given.predictions is not None:
             rows = {one.index: {"question_id": one.record.key, "answer": one.value[0][0]} for one in predictions}
             for index in given.reader.skipped:  # the server refuses a file that lacks a question
@@ -75,7 +76,7 @@ def _answerer(scorer: Scorer, *, count: int) -> Callable[[ExampleBatch], list[An
             [(text, None)]
             for text in scorer.tokenizer.decode(
                 model.generate(
-                    batch.images, batch.text.input_ids, batch.text.attention_mask, max_length=head.answer_length
+                    batch.first_images, batch.text.input_ids, batch.text.attention_mask, max_length=head.answer_length
                 )
             )
         ]
@@ -85,7 +86,7 @@ def _answerer(scorer: Scorer, *, count: int) -> Callable[[ExampleBatch], list[An
     listed = model.list_answers(tokens.input_ids.to(device), tokens.attention_mask.to(device))
 
     def rank(batch: ExampleBatch) -> list[Answers]:
-        questions = model.read_questions(batch.images, batch.text.input_ids, batch.text.attention_mask)
+        questions = model.read_questions(batch.first_images, batch.text.input_ids, batch.text.attention_mask)
         numbers, log_probability = model.rank(questions, listed, k=head.k)
         best = zip(numbers[:, :count].tolist(), log_probability[:, :count].tolist(), strict=True)
         return [[(answers[number], value) for number, value in zip(*row, strict=True)] for row in best]

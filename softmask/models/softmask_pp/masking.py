@@ -85,9 +85,9 @@ def sample_negatives(similarity: Tensor, ids: Tensor) -> Tensor:
 def two_negatives(similarity: Tensor, ids: Tensor, *, draw: bool) -> tuple[Tensor, Tensor]:
     """As `sample_negatives`, two different columns for every row; twice the same where there is no second one. Without
     `draw` the two most similar ones."""
-    logits, columns = _without_own(_perturbed(similarity) if draw else similarity, ids).topk(2, dim=1)
-    first, second = columns.unbind(1)
-    return first, torch.where(logits[:, 1] == -torch.inf, first, second)
+    logits = _without_own(_perturbed(similarity) if draw else similarity, ids)
+    logits, columns = logits.topk(min(2, len(ids)), dim=1)
+    return columns[:, 0], torch.where(logits[:, -1] == -torch.inf, columns[:, 0], columns[:, -1])
 
 
 def _perturbed(logits: Tensor) -> Tensor:

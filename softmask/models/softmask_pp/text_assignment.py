@@ -21,6 +21,11 @@ from softmask.models.softmask_pp.pairs import Prepared
 PLACES = ("left", "right", "neither")
 
 
+def have_others(ids: Tensor) -> Tensor:
+    """Whether the batch has a picture of another image: ids [B] of the images -> bool [B]."""
+    return (ids[:, None] != ids[None, :]).any(1)
+
+
 def two_pictures(place: Tensor, wrong: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """The left and the right picture [B] of every caption, whose own picture has its number.
 
@@ -47,7 +52,7 @@ class TextAssignmentNetwork(ContrastiveEncoder):
 
 class TextAssignment(Distilled[TextAssignmentNetwork]):
     """The loss is the cross-entropy of a caption's place: a third of a batch each, wrong pictures are those of other
-    captions, drawn by their similarity."""
+    images, drawn by their similarity. A caption whose batch has no other image does not count."""
 
     def __init__(self, config: SoftMaskPPConfig, head: object, *, special_ids: SpecialIds) -> None:
         super().__init__(config, TextAssignmentNetwork(config), Distillation(alpha=0.0))
@@ -58,7 +63,8 @@ class TextAssignment(Distilled[TextAssignmentNetwork]):
         logits = self._assign(
             batch.images, batch.input_ids, batch.attention_mask, ids=batch.image_id, place=place, draw=True
         )
-        loss = masked_token_loss(at_least_fp32(logits), place) / len(place)
+        counted = have_others(batch.image_id).to(torch.float32)
+        loss = masked_token_loss(at_least_fp32(logits), place, weight=counted) / counted.sum().clamp_min(1.0)
         return Loss(loss, {"accuracy": accuracy(logits, place)})
 
     @torch.no_grad()

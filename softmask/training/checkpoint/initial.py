@@ -43,10 +43,10 @@ def words_from(tokenizer: CaptionTokenizer, config: Config, checkpoint: Path | N
 
 
 def text_facts(tokenizer: CaptionTokenizer, config: Config, source: Source) -> str:
-    """How texts are read, and how many are too long, in words: of captions the first ones are counted."""
+    """How texts are read, and how many are too long, in words: the first ones are counted."""
     data, captions = config.data, first_captions(config, source)
     cut = int(tokenizer(captions, **data.reading).cut.sum())
-    parts = [f"{data.max_length} tokens at most, which cuts {cut:,} of the first {len(captions):,} captions"]
+    parts = [f"{data.max_length} tokens at most, which cuts {cut:,} of the first {len(captions):,} texts"]
     parts += ["cleaned as in ALBEF"] * data.clean_captions + ["without [SEP]"] * (not data.append_sep)
     parts += ["one caption per image and epoch"] * (data.captions == "random")
     parts += config.find_task().text_facts(source, tokenizer)

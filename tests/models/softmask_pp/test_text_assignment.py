@@ -12,7 +12,7 @@ from benchmarks.step.plain_tasks import PlainTasks
 from softmask.batch import Batch
 from softmask.models.layers.packing import Packing
 from softmask.models.softmask_pp.masking import two_negatives
-from softmask.models.softmask_pp.text_assignment import TextAssignment, two_pictures
+from softmask.models.softmask_pp.text_assignment import TextAssignment, have_others, two_pictures
 from softmask.tasks.downstream import NoOptions
 from tests.support.model_fixtures import SPECIAL, small_batch, small_config
 
@@ -106,3 +106,19 @@ def test_wrong_pictures_are_of_other_images_and_drawn_by_similarity() -> None:
 def test_a_single_other_picture_is_taken_twice() -> None:
     first, second = two_negatives(torch.randn(2, 2), torch.tensor([0, 1]), draw=True)
     assert first.tolist() == second.tolist() == [1, 0]
+
+
+def test_captions_without_another_image_in_the_batch_do_not_count() -> None:
+    model = small_model()
+    alone = replace(small_batch(3, dtype=torch.float64), image_id=torch.tensor([4, 4, 4]))
+    output = model(alone)
+    output.loss.backward()
+    assert output.loss == 0 and all(
+        parameter.grad is None or not parameter.grad.any() for parameter in model.parameters()
+    )
+    single = small_batch(1, dtype=torch.float64)
+    given = single.images, single.input_ids, single.attention_mask
+    assert model.predict(*given, ids=single.image_id, place=torch.tensor([2])).shape == (1, 3)
+    torch.manual_seed(1)
+    batch = replace(small_batch(4, dtype=torch.float64), image_id=torch.tensor([0, 0, 1, 2]))
+    assert have_others(batch.image_id).all() and not have_others(alone.image_id).any()
