@@ -130,9 +130,10 @@ STUDIES = (
         title="SyCoCa",
         note=(
             "CoCa is trained without a pooler. The paper's rows are interpreted as follows: with attentive masking on "
-            "IC, the caption decoder sees the half of the patches that are most similar to the caption; TG-MIM with "
-            "random masks reconstructs random patches, and the caption decoder sees the whole image. CIDEr scores "
-            "captions generated from the whole image in every row, chosen by both heads as in evaluation. All rows "
+            "IC, the caption decoder sees the three quarters of the patches that are most similar to the caption's "
+            "words, and in every second step the whole image (the paper: half, in every step); TG-MIM with random "
+            "masks reconstructs random patches, and the caption decoder sees the whole image. CIDEr scores captions "
+            "generated from the whole image in every row, chosen by both heads as in evaluation. All rows "
             "have weight 2 of ITC, where the paper has 1, and the focal factor gamma 1. The paper's figures are "
             "zero-shot retrieval on COCO after training on CC3M."
         ),

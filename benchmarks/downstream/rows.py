@@ -118,7 +118,7 @@ STUDIES = (
     bases(),
     labels("snli_ve", "SNLI-VE"),
     labels("vqa", "VQA"),
-    labels("nlvr2", "NLVR2", note=ASSIGNED, init="assigned", untrained="assigned_scratch"),
+    labels("nlvr2", "NLVR2", note=ASSIGNED, init="assigned", untrained="assigned_scratch", steps=500),
     retrieval(),
     classification(),
     captioning(),
