@@ -130,7 +130,8 @@ def build_page(options: argparse.Namespace) -> Page:
     reader = open_reader(scorer, data, options.image_root, split=options.split)
     now = evaluation_facts(scorer, reader, checkpoint)
     check_evaluation(run / "metrics.json", result["evaluation"], now, blank=config.data.blank)
-    blank = None if config.data.blank else read_blank(run / "blank.json", view.needed, now)
+    grey = view.shows_blank and not config.data.blank
+    blank = read_blank(run / "blank.json", view.needed, now) if grey else None
     try:
         shown = view.show(Given(scorer, reader, result, blank, options.scenes))
     finally:

@@ -39,7 +39,13 @@ class Shown:
 
 
 class View:
-    """A task's part of the report. For one of your own, write a subclass and name it `module:Class` in your task."""
+    """A task's part of the report. For one of your own, write a subclass and name it `module:Class` in your task.
+
+    Attributes:
+        shows_blank: whether it shows the figures of grey pictures, blank.json.
+    """
+
+    shows_blank: bool = False
 
     def __init__(self, task: Task) -> None:
         self.task = task

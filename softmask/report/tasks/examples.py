@@ -37,6 +37,7 @@ class ExampleView(View):
         explained: what the maps of words are the Grad-CAM of.
     """
 
+    shows_blank = True
     specification: dict[str, Any]
     pictures: Sequence[str] = ()
     explained: str = ""
