@@ -23,15 +23,16 @@ from softmask.training.logs import read_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 CAPTIONS = ("data.train=data/tasks/captions.json",)
+QUESTIONS = ("data.train=data/tasks/vqa_train_*.json", "head.answer_list=data/tasks/answer_list.json")
 TASKS: dict[str, tuple[str, tuple[str, ...]]] = {  # configuration -> the run that it starts from, its data
     "retrieval": ("softmask_base", (*CAPTIONS, "model.queue_size=0")),
-    "vqa": ("softmask_base", ("data.train=data/tasks/vqa_train_*.json",)),
+    "vqa": ("softmask_base", QUESTIONS),
     "text_assignment": ("softmask_base", ("data.train=data/scenes/train-000000.tar",)),
     "nlvr2": ("softmask_base", ("data.train=data/tasks/nlvr2_train.json",)),
     "snli_ve": ("softmask_base", ("data.train=data/tasks/snli_ve_train.json",)),
     "classification": ("softmask_base", ("data.train=data/tasks/classification/train",)),
     "captioning": ("sycoca_base", CAPTIONS),
-    "vqa_sycoca": ("sycoca_base", ("data.train=data/tasks/vqa_train_*.json",)),
+    "vqa_sycoca": ("sycoca_base", QUESTIONS),
 }
 GB = 1e9
 
