@@ -117,7 +117,7 @@ def classification() -> Study:
 STUDIES = (
     bases(),
     labels("snli_ve", "SNLI-VE"),
-    labels("vqa", "VQA"),
+    labels("vqa", "VQA", steps=600),
     labels("nlvr2", "NLVR2", note=ASSIGNED, init="assigned", untrained="assigned_scratch", steps=500),
     retrieval(),
     classification(),
