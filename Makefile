@@ -118,7 +118,9 @@ TEST_classification := data/tasks/classification/test
 EVALUATE_retrieval := --pairs 1280
 EVALUATE_captioning := --pairs 1280 --beams 4
 
+ifneq ($(filter finetune,$(MAKECMDGOALS)),)
 $(foreach task,$(filter-out $(TASKS) all,$(TASK)),$(error finetune: expected TASK=all or one of $(TASKS), got $(task)))
+endif
 
 finetune: $(patsubst %,runs/%/report.html,$(patsubst all,$(TASKS),$(TASK)))  ## tasks after pre-training on the demos' scenes (resumes); TASK=vqa
 

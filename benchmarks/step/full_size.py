@@ -79,7 +79,6 @@ def main(argv: list[str] | None = None) -> int:
             if name not in bases:
                 bases[name] = Path(scratch, name)
                 own = ("data.train=data/scenes/train-000000.tar", "model.text.vocab_size=30522", "model.queue_size=0")
-                own = own if name == "softmask_base" else own[:2]
                 train("pretrain.py", name, bases[name], *own, "train.accumulation=1", steps=1, batch=2)
             folder, init = Path(scratch, task), f"init={bases[name]}"
             found = train("finetune.py", task, folder, init, *data, steps=options.steps, batch=options.batch)

@@ -4,11 +4,12 @@ the last digit."""
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from softmask.training.engine.startup import check_device
 from softmask.training.launchers import complete_environment
@@ -40,13 +41,14 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def share_out(pieces: Iterable[P], work: Callable[[P], R]) -> list[R]:
-    """``[work(piece) for piece in pieces]`` on every rank; each rank does every world_size-th piece.
+def share_out(pieces: Sequence[P], work: Callable[[P], R], *, show: str) -> list[R]:
+    """``[work(piece) for piece in pieces]`` on every rank; each rank does every world_size-th piece. Rank 0 shows a bar
+    of its progress with the name `show`.
 
     Results travel pickled: keep them small and on the CPU.
     """
-    size = world_size()
-    return merge({number: work(piece) for number, piece in enumerate(pieces) if number % size == rank()})
+    size, shown = world_size(), tqdm(pieces, desc=show, disable=True if rank() else None, leave=False)
+    return merge({number: work(piece) for number, piece in enumerate(shown) if number % size == rank()})
 
 
 def merge(own: dict[int, R]) -> list[R]:

@@ -13,7 +13,6 @@ from typing import Any, Literal, Protocol, TypeGuard, TypeVar
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from softmask.data import DataConfig, Record, SampleError, TokenBatch, decode_image, eval_transform
 from softmask.data.loader import require_words
@@ -264,8 +263,7 @@ def share_samples(
         result = work(list(own.read(piece, with_objects=with_objects)))
         return result, own.skipped, own.bad_objects
 
-    shown = tqdm(pieces, desc=show, disable=True if ranks.rank() else None, leave=False)
-    found = ranks.share_out(shown, read)
+    found = ranks.share_out(pieces, read, show=show)
     for _, skipped, bad_objects in found:
         reader.skipped |= skipped
         reader.bad_objects |= bad_objects

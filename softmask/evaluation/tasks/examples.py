@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from softmask.data import DataError, Record, SampleError, TokenBatch, decode_image, eval_transform
-from softmask.evaluation.ranks import rank, share_out
+from softmask.evaluation.ranks import share_out
 from softmask.evaluation.readers import Reader, Scorer
 
 
@@ -90,8 +89,7 @@ def predict_all(
         bare = [replace(record, image_bytes=b"", more_images=()) for record in batch.records]
         return [Prediction(*one) for one in zip(indices, bare, values, batch.text.cut.tolist(), strict=True)], skipped
 
-    shown = tqdm(pieces, desc="predicting", disable=True if rank() else None, leave=False)
-    found = share_out(shown, work)
+    found = share_out(pieces, work, show="predicting")
     for _, skipped in found:
         reader.skipped |= skipped
     predictions = sorted((one for some, _ in found for one in some), key=lambda one: one.index)
