@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.studies.study import Row, Study, first_recall, mean_recall, section_figure
+from softmask.tasks.sycoca import RECONSTRUCTION
 
 CONFIGS = Path(__file__).parent
 UNSEEN, SEEN = "unseen", "seen"  # the artist that training never sees, and the artists of training
@@ -53,6 +54,7 @@ SYCOCA_ROWS = (
         base="coca",
         published=(14.4, 15.2),
         init=FROM_SYCOCA_CONTRAST,
+        init_heads=RECONSTRUCTION,
     ),
     Row(
         "sycoca",
@@ -61,6 +63,7 @@ SYCOCA_ROWS = (
         base="coca",
         published=(18.3, 18.4),
         init=FROM_SYCOCA_CONTRAST,
+        init_heads=RECONSTRUCTION,
     ),
 )
 

@@ -22,8 +22,9 @@ import torch
 from PIL import Image
 
 from softmask.data import DataConfig, Record, TokenBatch
-from softmask.evaluation import retrieval
-from softmask.evaluation.readers import GalleryPlace, Pictures, Reader, Scorer
+from softmask.evaluation.one_pass import measure_one
+from softmask.evaluation.readers import GalleryPlace, Reader, Scorer
+from softmask.evaluation.retrieval import Recalls
 from softmask.models import ConvViTConfig, SoftMaskPP, SoftMaskPPConfig, SpecialIds, TextConfig, VisionConfig
 from softmask.training.config import Config, TrainConfig
 
@@ -67,7 +68,6 @@ def gallery_bytes(sizes: Sizes) -> dict[str, dict[str, int]]:
     pixels = batch * 3 * sizes.image_size**2 * 4
     host = {name: each * pairs for name, each in SCORE_BYTES.items()}
     host |= {"a batch of pictures": batch * sizes.picture_bytes + 2 * pixels}
-    host |= {"decoded pictures": min(sizes.images * sizes.picture_bytes, Pictures().left)}
     device = {
         "features": (sizes.images + sizes.captions) * sizes.embed_dim * 4,
         "similarity": 4 * pairs,
@@ -142,7 +142,8 @@ def small_scorer(gallery: GalleryPlace) -> Scorer:
 def peak_of(images: int, gallery: GalleryPlace) -> int:
     """Bytes of this process's peak, after retrieval of so many pictures."""
     reader = Reader(Noise(images))
-    retrieval.retrieval(small_scorer(gallery), reader, rerank=SMALL.rerank)
+    scorer = small_scorer(gallery)
+    measure_one(scorer, reader, Recalls(scorer, rerank=SMALL.rerank))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -89,7 +89,8 @@ def make_run(plan: Plan, study: Study, row: Row, seed: int) -> Run:
     if row.script is None:
         assert base is not None
         return Run(folder, plan.record / name, None, base.file, base.overrides, base.config, evaluations, base)
-    file, overrides = row.config or study.config, [*row.overrides, f"seed={seed}", f"output={folder}"]
+    heads = [f"init_heads=[{','.join(row.init_heads)}]"] if row.init_heads else []
+    file, overrides = row.config or study.config, [*row.overrides, *heads, f"seed={seed}", f"output={folder}"]
     if plan.steps:
         short = shortened(load_from(base, file, overrides), steps=plan.steps)
         keys = {one.partition("=")[0] for one in short}

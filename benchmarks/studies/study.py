@@ -30,6 +30,7 @@ class Row:
     script: Script | None = "pretrain"  # None: nothing is trained, the run of `init` is evaluated
     config: Path | None = None  # None: the study's
     init: str = ""  # study/row of the runs that this one's start from, seed by seed
+    init_heads: tuple[str, ...] = ()  # parts that those runs lack
     evaluations: Evaluations | None = None  # None: the study's
 
 

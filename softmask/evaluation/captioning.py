@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -26,10 +26,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from softmask.data import DataError
-from softmask.evaluation.readers import Reader, Sample, Scorer, batches, each_image_once, pixels
+from softmask.evaluation import ranks
+from softmask.evaluation.one_pass import Encoded, Measure, encode, image_pieces
+from softmask.evaluation.readers import Entry, Reader, Scorer
 from softmask.models.sycoca.generation import Lengths, generate_captions, search_captions
 from softmask.models.sycoca.model import SyCoCa
 from softmask.training.config import ConfigError
@@ -66,45 +67,76 @@ class Captions:
     chosen: list[str] = field(default_factory=list)
     beams_alone: list[str] = field(default_factory=list)
 
-
-def captioning(scorer: Scorer, samples: Iterable[Sample], training: Reader | None, options: CaptionOptions) -> dict:
-    """The metrics.json section: scores of the model, of the decoder alone and, with `training`, of the comparisons."""
-    references: dict[int, list[str]] = {}
-    written, features = describe(scorer, each_image_once(samples, references), options)
-    given = list(references.values())
-    result: dict[str, Any] = {"samples": len(given), "beams": options.beams}
-    result |= {name: value for name in ("min_length", "prompt") if (value := getattr(options, name))}
-    texts = {"beams_alone": written.beams_alone} if options.beams > 1 else {}
-    if training is not None:
-        numbers = chosen_numbers(len(training.source), options.neighbours)
-        nearest, captions = nearest_captions(scorer, features, training, numbers)
-        result["neighbours"] = len(captions)
-        texts |= {"random": Random(options.seed).choices(captions, k=len(given)), "nearest": nearest}
-    tokenizer, scores = score_all({"chosen": written.chosen, **texts}, given)
-    return result | {"tokenizer": tokenizer} | scores.pop("chosen") | scores
+    def add(self, other: Captions) -> None:
+        self.chosen += other.chosen
+        self.beams_alone += other.beams_alone
 
 
-@torch.no_grad()
-def describe(scorer: Scorer, samples: Iterable[Sample], options: CaptionOptions) -> tuple[Captions, Tensor]:
-    """Captions and normalized features [N, d] of all images. Keeps no image in memory.
+@dataclass
+class Described:
+    """What a piece tells of its images."""
+
+    image_ids: list[int]
+    references: list[list[str]]  # of each image
+    captions: Captions = field(default_factory=Captions)
+    features: Tensor | None = None  # [I, d], normalized, on the CPU; None: images of an earlier piece
+
+
+class Captioning(Measure[Described]):
+    """The metrics.json section: scores of the model, of the decoder alone and, with `training`, of the comparisons.
 
     Raises:
+        ConfigError: the captions' length leaves no room for the minimum or the prompt.
         DataError: no readable sample.
-        ConfigError: as `write_captions`.
     """
-    written, features = Captions(), []
-    for batch in tqdm(batches(samples, scorer.batch_size), desc="captioning", disable=None, leave=False):
-        captions = write_captions(scorer, batch, options)
-        written.chosen += captions.chosen
-        written.beams_alone += captions.beams_alone
-        features.append(scorer.model.encode_image(pixels(scorer, batch))[1])
-    if not features:
-        raise DataError("no readable sample to caption")
-    return written, torch.cat(features)
+
+    gallery = True
+
+    def __init__(self, scorer: Scorer, training: Reader | None, options: CaptionOptions) -> None:
+        self.scorer, self.training, self.options = scorer, training, options
+        _limits(scorer, options)
+
+    def look(self, seen: Encoded) -> Described:
+        references: list[list[str]] = [[] for _ in seen.first]
+        for sample, number in zip(seen.samples, seen.picture, strict=True):
+            references[number].append(sample.caption)
+        written = write_captions(self.scorer, seen, self.options)
+        return Described([one.image_id for one in seen.first], references, written, seen.features.cpu())
+
+    def note(self, entries: Sequence[Entry]) -> Described:
+        return Described([one.image_id for one in entries], [[one.caption] for one in entries])
+
+    def result(self, found: Sequence[Described]) -> dict:
+        if not found:
+            raise DataError("no readable sample to caption")
+        options, training = self.options, self.training
+        written, references, features = _joined(found)
+        given = list(references.values())
+        result: dict[str, Any] = {"samples": len(given), "beams": options.beams}
+        result |= {name: value for name in ("min_length", "prompt") if (value := getattr(options, name))}
+        texts: dict[str, Sequence[str]] = {"chosen": written.chosen}
+        texts |= {"beams_alone": written.beams_alone} if options.beams > 1 else {}
+        if training is not None:
+            numbers = chosen_numbers(len(training.source), options.neighbours)
+            nearest, captions = nearest_captions(self.scorer, features, training, numbers)
+            result["neighbours"] = len(captions)
+            texts |= {"random": Random(options.seed).choices(captions, k=len(given)), "nearest": nearest}
+        ((tokenizer, scores),) = ranks.share_out([texts], lambda some: score_all(some, given), show="scoring")
+        return result | {"tokenizer": tokenizer} | scores.pop("chosen") | scores
 
 
-def write_captions(scorer: Scorer, samples: Sequence[Sample], options: CaptionOptions) -> Captions:
-    """Captions of images, in batches small enough that all their beams fit one batch of the scorer.
+def _joined(found: Sequence[Described]) -> tuple[Captions, dict[int, list[str]], Tensor]:
+    """Captions, references by image_id and features of all images."""
+    written, references = Captions(), dict[int, list[str]]()
+    for one in found:
+        for number, texts in zip(one.image_ids, one.references, strict=True):
+            references.setdefault(number, []).extend(texts)
+        written.add(one.captions)
+    return written, references, torch.cat([one.features for one in found if one.features is not None])
+
+
+def write_captions(scorer: Scorer, seen: Encoded, options: CaptionOptions) -> Captions:
+    """Captions of the pictures, in batches small enough that all their beams fit one batch of the scorer.
 
     Raises:
         ConfigError: the captions' length leaves no room for the minimum or the prompt.
@@ -112,15 +144,13 @@ def write_captions(scorer: Scorer, samples: Sequence[Sample], options: CaptionOp
     model, written, beams = scorer.model, Captions(), options.beams
     if not isinstance(model, SyCoCa):
         raise TypeError(f"captioning: expected a SyCoCa model, got {type(model).__name__}")
-    limits = _limits(scorer, options)
-    for some in batches(samples, max(1, scorer.batch_size // beams)):
-        images = pixels(scorer, some)
+    limits, decode = _limits(scorer, options), scorer.tokenizer.decode
+    for tokens in seen.tokens.split(max(1, scorer.batch_size // beams)):
         if beams == 1:
-            written.chosen += scorer.tokenizer.decode(generate_captions(model, images, **limits))
+            written.add(Captions(decode(generate_captions(model, tokens, **limits))))
             continue
-        found = search_captions(model, images, **limits, num_beams=beams)
-        written.chosen += scorer.tokenizer.decode(found.best())
-        written.beams_alone += scorer.tokenizer.decode(found.captions[:, 0])
+        found = search_captions(model, tokens, **limits, num_beams=beams)
+        written.add(Captions(decode(found.best()), decode(found.captions[:, 0])))
     return written
 
 
@@ -154,9 +184,9 @@ def chosen_numbers(total: int, wanted: int) -> list[int]:
 def nearest_captions(
     scorer: Scorer, features: Tensor, training: Reader, numbers: Sequence[int]
 ) -> tuple[list[str], list[str]]:
-    """The caption of the most similar training image for each normalized feature [B, d].
+    """The caption of the most similar training image, of equal ones the first, for each normalized feature [B, d].
 
-    Training features are compared batch by batch and not kept: there may be millions.
+    Training features are compared piece by piece and not kept: there may be millions.
 
     Returns:
         These captions, and one caption of every training image.
@@ -164,19 +194,33 @@ def nearest_captions(
     Raises:
         DataError: no readable training sample.
     """
-    captions: list[str] = []
-    nearness = features.new_full((len(features),), -torch.inf)
-    nearest = torch.zeros(len(features), dtype=torch.long, device=features.device)
-    found = batches(each_image_once(training.read(numbers), {}), scorer.batch_size)
-    for batch in tqdm(found, desc="training images", disable=None, leave=False):
-        known = scorer.model.encode_image(pixels(scorer, batch))[1]
-        similarity, place = (features @ known.T).max(dim=1)
-        nearest = torch.where(similarity > nearness, place + len(captions), nearest)
-        nearness = torch.maximum(similarity, nearness)
-        captions += [sample.caption for sample in batch]
+    size, features = scorer.batch_size, features.to(scorer.device)
+    similarity = features.new_full((len(features),), -torch.inf)
+    place = torch.zeros(len(features), dtype=torch.long, device=features.device)  # piece * size + row
+
+    def look(numbered: tuple[int, list[int]]) -> tuple[dict[int, str], dict[int, str]]:
+        piece, indices = numbered
+        own = Reader(training.source, training.data)
+        samples = list(own.read(indices))
+        if not samples:
+            return {}, own.skipped
+        known = encode(scorer, samples)
+        found, row = (features @ known.features.T).max(dim=1)
+        place.copy_(torch.where(found > similarity, row + piece * size, place))
+        torch.maximum(found, similarity, out=similarity)
+        return {piece * size + row: one.caption for row, one in enumerate(known.first)}, own.skipped
+
+    told = ranks.share_out(list(enumerate(image_pieces(training.source, numbers, size))), look, show="training images")
+    captions: dict[int, str] = {}
+    for some, skipped in told:
+        captions |= some
+        training.skipped |= skipped
     if not captions:
         raise DataError("no readable training sample to compare captions with")
-    return [captions[number] for number in nearest.tolist()], captions
+    of_ranks = ranks.merge({ranks.rank(): (similarity.cpu(), place.cpu())})
+    similarities, places = (torch.stack(one) for one in zip(*of_ranks, strict=True))
+    first = places.where(similarities == similarities.amax(0), max(captions)).amin(0)
+    return [captions[number] for number in first.tolist()], list(captions.values())
 
 
 # -- scores ----------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ from softmask.evaluation.command import (
     sizes,
     use_answer_list,
 )
-from softmask.evaluation.readers import Pictures, Reader, Scorer
+from softmask.evaluation.readers import Reader, Scorer
 from softmask.evaluation.retrieval import RerankBy
 from softmask.evaluation.sections import Evaluation, Section, evaluate, for_task, sections_of
 from softmask.evaluation.tasks.boxes import BoxScore
@@ -194,9 +194,7 @@ def _training(scorer: Scorer, options: argparse.Namespace) -> Reader | None:
     root = options.training_image_root
     if not options.training:
         return None
-    reader = open_reader(scorer, options.training, root, split="train")
-    reader.pictures = Pictures(left=0)  # they are read once
-    return reader
+    return open_reader(scorer, options.training, root, split="train")
 
 
 def run(options: argparse.Namespace) -> str:

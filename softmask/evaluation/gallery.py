@@ -1,23 +1,22 @@
-"""The gallery of retrieval: images and captions, each read and encoded once, shared over ranks.
+"""The gallery of retrieval: images and captions, shared over ranks.
 
-Whole images are dealt out in pieces that do not depend on the number of ranks. A rank keeps the tokens of the images
-that it encodes, and later matches these; features and captions travel to all. Every rank encodes the captions, which
-costs little.
+A rank keeps the tokens of the images that it encodes, and later matches these; features and captions travel to all.
+Every rank encodes the captions, which costs little.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from itertools import chain
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from softmask.data import DataError, TokenBatch
 from softmask.evaluation import metrics
-from softmask.evaluation.readers import Reader, Sample, Scorer, batches, each_image_once, pixels, share_samples
+from softmask.evaluation.one_pass import Encoded, Measure, measure_one
+from softmask.evaluation.readers import Entry, Reader, Scorer
 from softmask.training.config import ConfigError
 
 HALF = {"fp32": torch.float16, "fp16": torch.float16, "bf16": torch.bfloat16}  # precision of training -> on the host
@@ -112,98 +111,83 @@ class Label:
     unseen: bool
 
 
+def labels(entries: Sequence[Entry]) -> list[Label]:
+    return [Label(one.index, one.caption, one.image_id, one.unseen) for one in entries]
+
+
 @dataclass
-class Encoded:
-    """What a piece tells all ranks: its samples and its new images."""
+class Told:
+    """What a piece tells all ranks: its samples and its images."""
 
     labels: list[Label]
-    image_ids: list[int]  # of the new images
-    first: list[int]  # number of their first samples
-    features: Tensor | None  # [B, d], on the CPU; None without new images
+    image_ids: list[int]
+    first: list[int]  # numbers of the images' first samples
+    features: Tensor | None  # [B, d], on the CPU; None without images
 
 
-@dataclass
-class _Images:
-    """Reads and encodes images until there are enough samples."""
-
-    scorer: Scorer
-    reader: Reader
-    encoded: list[Encoded] = field(default_factory=list)
-    tokens: dict[int, Tensor | None] = field(default_factory=dict)  # of this rank's pieces, by their first image's id
-    samples: int = 0
-
-    def read(self, pairs: int) -> None:
-        """The first `pairs` readable samples, read in turns: as many again as could not be read."""
-        stop, total = 0, len(self.reader.source)
-        while stop < total and self.samples < pairs:
-            start, stop = stop, min(total, stop + pairs - self.samples)
-            self._read_turn(range(start, stop))
-
-    def _read_turn(self, indices: range) -> None:
-        known = {number for one in self.encoded for number in one.image_ids}
-        work = partial(self._encode, known=known)
-        found = share_samples(self.reader, self._pieces(indices), work, show="encoding")
-        self.samples += sum(len(one.labels) for one in found)
-        self.encoded += found
-
-    def _pieces(self, indices: range) -> list[list[int]]:
-        """The samples of `batch_size` images each, in the order of the images' first samples."""
-        by_image: dict[int, list[int]] = {}
-        for index in indices:
-            by_image.setdefault(int(self.reader.source.image_ids[index]), []).append(index)
-        return [list(chain.from_iterable(some)) for some in batches(by_image.values(), self.scorer.batch_size)]
-
-    def _encode(self, samples: list[Sample], *, known: set[int]) -> Encoded:
-        labels = [Label(one.index, one.caption, one.image_id, one.unseen) for one in samples]
-        new = [one for one in each_image_once(samples, {}) if one.image_id not in known]
-        feature = self._encode_images(new) if new else None
-        return Encoded(labels, [one.image_id for one in new], [one.index for one in new], feature)
-
-    @torch.no_grad()
-    def _encode_images(self, samples: list[Sample]) -> Tensor:
-        tokens, feature = self.scorer.model.encode_image(pixels(self.scorer, samples))
-        self.tokens[samples[0].image_id] = kept(self.scorer, tokens)
-        return feature.cpu()
-
-    def pieces(self) -> list[Piece]:
-        """The new images of all pieces, in order."""
-        found, start = [], 0
-        for one in self.encoded:
-            if one.image_ids:
-                stop = start + len(one.image_ids)
-                found.append(Piece(slice(start, stop), self.tokens.get(one.image_ids[0])))
-                start = stop
-        return found
-
-
-def build_gallery(scorer: Scorer, reader: Reader, *, pairs: int = 0) -> Gallery:
-    """Encodes every image of the first `pairs` readable samples (0: all) once, by image_id, and every caption. Keeps no
-    pixels. All ranks call it together; unreadable samples are in every rank's `reader.skipped`.
+class Collect(Measure[Told]):
+    """The gallery: every image once, by image_id, and every caption. Keeps tokens where they are encoded, no pixels.
 
     Raises:
         DataError: no readable sample.
     """
-    images = _Images(scorer, reader)
-    images.read(pairs or len(reader.source))
-    labels = sorted((label for one in images.encoded for label in one.labels), key=lambda label: label.index)
-    if not labels:
-        raise DataError("no readable sample for the retrieval gallery")
-    captions = [label.caption for label in labels]
-    image_ids = [number for one in images.encoded for number in one.image_ids]
-    unseen_ids = {label.image_id for label in labels if label.unseen}
-    features = [one.features for one in images.encoded if one.features is not None]
-    text_tokens, text_features, read = encode_captions(scorer, captions)
-    return Gallery(
-        captions=captions,
-        images=[number for one in images.encoded for number in one.first],
-        image_ids=torch.tensor(image_ids),
-        caption_ids=torch.tensor([label.image_id for label in labels]),
-        pieces=images.pieces(),
-        image_features=torch.cat(features).to(scorer.device),
-        text_tokens=text_tokens,
-        text_features=text_features,
-        attention_mask=read.attention_mask,
-        unseen_images=torch.tensor([number in unseen_ids for number in image_ids]),
-        unseen_captions=torch.tensor([label.unseen for label in labels]),
-        cut=int(read.cut.sum()),
-    )
+
+    gallery = True
+
+    def __init__(self, scorer: Scorer) -> None:
+        self.scorer = scorer
+        self._tokens: dict[int, Tensor | None] = {}  # of this rank's pieces, by their first image's id
+
+    def look(self, seen: Encoded) -> Told:
+        first = seen.first
+        self._tokens[first[0].image_id] = kept(self.scorer, seen.tokens)
+        ids, numbers = [one.image_id for one in first], [one.index for one in first]
+        return Told(labels(seen.samples), ids, numbers, seen.features.cpu())
+
+    def note(self, entries: Sequence[Entry]) -> Told:
+        return Told(labels(entries), [], [], None)
+
+    def result(self, found: Sequence[Told]) -> Any:
+        return self.collected(found)
+
+    def collected(self, found: Sequence[Told]) -> Gallery:
+        known = sorted((label for one in found for label in one.labels), key=lambda label: label.index)
+        if not known:
+            raise DataError("no readable sample for the retrieval gallery")
+        image_ids = [number for one in found for number in one.image_ids]
+        unseen_ids = {label.image_id for label in known if label.unseen}
+        captions = [label.caption for label in known]
+        features = [one.features for one in found if one.features is not None]
+        text_tokens, text_features, read = encode_captions(self.scorer, captions)
+        return Gallery(
+            captions=captions,
+            images=[number for one in found for number in one.first],
+            image_ids=torch.tensor(image_ids),
+            caption_ids=torch.tensor([label.image_id for label in known]),
+            pieces=self._pieces(found),
+            image_features=torch.cat(features).to(self.scorer.device),
+            text_tokens=text_tokens,
+            text_features=text_features,
+            attention_mask=read.attention_mask,
+            unseen_images=torch.tensor([number in unseen_ids for number in image_ids]),
+            unseen_captions=torch.tensor([label.unseen for label in known]),
+            cut=int(read.cut.sum()),
+        )
+
+    def _pieces(self, found: Sequence[Told]) -> list[Piece]:
+        pieces, start = [], 0
+        for one in found:
+            if one.image_ids:
+                stop = start + len(one.image_ids)
+                pieces.append(Piece(slice(start, stop), self._tokens.get(one.image_ids[0])))
+                start = stop
+        return pieces
+
+
+def build_gallery(scorer: Scorer, reader: Reader, *, pairs: int = 0) -> Gallery:
+    """The gallery of the first `pairs` readable samples (0: all). All ranks call it together.
+
+    Raises:
+        DataError: no readable sample.
+    """
+    return measure_one(scorer, reader, Collect(scorer), pairs=pairs)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +11,8 @@ from torch import Tensor
 
 from softmask.data import rle
 from softmask.evaluation import metrics
-from softmask.evaluation.readers import Reader, Sample, Scorer, consecutive, pixels, share_samples
+from softmask.evaluation.one_pass import Encoded, Measure
+from softmask.evaluation.readers import Entry, Sample, Scorer
 
 MAP_KINDS = {"pointing": "gradcam", "attention": "attention"}  # key of metrics.json -> kind of map
 
@@ -70,22 +70,23 @@ def _phrase(sample: Sample, entry: Any, offsets: Tensor) -> Phrase:
 @torch.no_grad()
 def word_maps(
     scorer: Scorer,
-    samples: Sequence[Sample],
+    seen: Encoded,
     words: Sequence[Sequence[Word]],
     *,
     kind: str = "gradcam",
     normalize: str | None = None,
 ) -> list[Tensor]:
     """Maps of each sample's words over the patches: for each sample [W, gh * gw] fp32, on the CPU."""
-    tokens = scorer.tokens([sample.caption for sample in samples])
+    tokens = scorer.tokens([sample.caption for sample in seen.samples])
     index = metrics.stack_words([[word.tokens for word in row] for row in words])
     maps = scorer.word_mapper.word_maps(
-        pixels(scorer, samples),
+        seen.tokens,
         tokens.input_ids.to(scorer.device),
         tokens.attention_mask.to(scorer.device),
         index.to(scorer.device),
         kind=kind,
         normalize=normalize,
+        kv_index=torch.tensor(seen.picture, device=scorer.device),
     )
     return [plane[: len(row)].float().cpu() for plane, row in zip(maps, words, strict=True)]
 
@@ -122,35 +123,36 @@ class Tally:
         return shares | counts
 
 
-def count_hits(scorer: Scorer, samples: list[Sample], words: list[list[Phrase]], tally: Tally) -> None:
-    """Adds the hits of each kind of map to the tally."""
-    for key, kind in MAP_KINDS.items():
-        hits = 0
-        for maps, row in zip(word_maps(scorer, samples, words, kind=kind), words, strict=True):
-            for patches, word in zip(maps, row, strict=True):
-                height, width = word.mask.shape
-                plane = metrics.upsample_maps(patches[None], scorer.model.patch_grid, (height, width))[0]
-                hits += metrics.pointing_hit(plane, word.mask)
-        setattr(tally, key, getattr(tally, key) + hits)
-
-
-def play(scorer: Scorer, samples: list[Sample]) -> Tally:
-    """The pointing game on samples with objects."""
-    tally = Tally()
-    if not samples:
-        return tally
-    offsets = scorer.tokens([sample.caption for sample in samples]).offsets
-    words = [tally.usable(phrases(s, spans)) for s, spans in zip(samples, offsets, strict=True)]
-    played = [(sample, row) for sample, row in zip(samples, words, strict=True) if row]
-    if played:
-        count_hits(scorer, [sample for sample, _ in played], [row for _, row in played], tally)
-    return tally
-
-
-def grounding(scorer: Scorer, reader: Reader) -> dict | None:
+class PointingGame(Measure[Tally]):
     """The metrics.json section: the pointing game over all samples with objects; None if no phrase can be scored."""
-    pieces, work = consecutive(reader, scorer.batch_size), partial(play, scorer)
-    tally = Tally()
-    for one in share_samples(reader, pieces, work, show="grounding", with_objects=True):
-        tally.add(one)
-    return tally.result() if tally.words else None
+
+    def __init__(self, scorer: Scorer) -> None:
+        self.scorer = scorer
+
+    def wants(self, entry: Entry) -> bool:
+        return bool(entry.objects)
+
+    def look(self, seen: Encoded) -> Tally:
+        tally = Tally()
+        offsets = self.scorer.tokens([sample.caption for sample in seen.samples]).offsets
+        words = [tally.usable(phrases(one, spans)) for one, spans in zip(seen.samples, offsets, strict=True)]
+        if played := [place for place, row in enumerate(words) if row]:
+            self._count_hits(seen.select(played), [words[place] for place in played], tally)
+        return tally
+
+    def _count_hits(self, seen: Encoded, words: list[list[Phrase]], tally: Tally) -> None:
+        """Adds the hits of each kind of map to the tally."""
+        for key, kind in MAP_KINDS.items():
+            hits = 0
+            for maps, row in zip(word_maps(self.scorer, seen, words, kind=kind), words, strict=True):
+                for patches, word in zip(maps, row, strict=True):
+                    height, width = word.mask.shape
+                    plane = metrics.upsample_maps(patches[None], self.scorer.model.patch_grid, (height, width))[0]
+                    hits += metrics.pointing_hit(plane, word.mask)
+            setattr(tally, key, getattr(tally, key) + hits)
+
+    def result(self, found: Sequence[Tally]) -> dict | None:
+        tally = Tally()
+        for one in found:
+            tally.add(one)
+        return tally.result() if tally.words else None

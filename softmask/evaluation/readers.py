@@ -5,7 +5,7 @@ Unreadable samples are skipped and named. Batches keep the order of the source.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal, Protocol, TypeGuard, TypeVar
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from softmask.data import DataConfig, Record, SampleError, TokenBatch, decode_image, eval_transform
 from softmask.data.loader import require_words
 from softmask.data.transforms import middle_box
-from softmask.evaluation import ranks
 from softmask.training.config import Config
 
 R = TypeVar("R")
@@ -42,7 +41,7 @@ class Matcher(Protocol):
 
 
 class WordMapper(Protocol):
-    """A model that maps words to image regions."""
+    """A model that maps words to regions of images, or of their tokens."""
 
     def word_maps(
         self,
@@ -58,7 +57,7 @@ class WordMapper(Protocol):
 
 
 class Reconstructor(Protocol):
-    """A model that reconstructs hidden patches from a caption."""
+    """A model that reconstructs hidden patches from a caption; `hidden_patches` reads images, or their tokens."""
 
     @property
     def patch_grid(self) -> tuple[int, int]: ...
@@ -137,25 +136,39 @@ class Scorer:
         return TypeError(f"{type(self.model).__name__} lacks {methods}, which this evaluation section needs")
 
 
-@dataclass
-class Sample:
-    """One caption and its image.
+@dataclass(kw_only=True)
+class Entry:
+    """A sample before its image is decoded.
 
     Attributes:
         index: number in the source.
-        image: RGB, at the stored size.
         objects: from the sample's .json; None if it has none.
         bad_objects: place -> error of all unusable objects, shared by all samples of a reader.
-        crop: the model sees the middle of the image only.
     """
 
     index: int
     name: str
-    image: Image.Image
     caption: str
     image_id: int
     objects: list | None
     bad_objects: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def unseen(self) -> bool:
+        """Whether an object is marked `"unseen": true`: it occurs in test alone."""
+        return any(isinstance(entry, dict) and entry.get("unseen") is True for entry in self.objects or ())
+
+
+@dataclass(kw_only=True)
+class Sample(Entry):
+    """One caption and its image.
+
+    Attributes:
+        image: RGB, at the stored size.
+        crop: the model sees the middle of the image only.
+    """
+
+    image: Image.Image
     crop: bool = False
 
     @property
@@ -164,46 +177,16 @@ class Sample:
         return middle_box(self.image.size) if self.crop else (0, 0, *self.image.size)
 
     @property
-    def unseen(self) -> bool:
-        """Whether an object is marked `"unseen": true`: it occurs in test alone."""
-        return any(isinstance(entry, dict) and entry.get("unseen") is True for entry in self.objects or ())
-
-    @property
     def seen(self) -> Image.Image:
         """The part of the image that the model sees."""
         return self.image.crop(self.box) if self.crop else self.image
 
 
 @dataclass
-class Pictures:
-    """Decoded pictures by image_id, so that the next section does not decode them again: the last one, and the first
-    ones, as many as fit the bytes that are left."""
-
-    left: int = 2**30
-    _first: dict[int, Image.Image] = field(default_factory=dict)
-    _last: tuple[int, Image.Image] | None = None
-
-    def of(self, record: Record) -> Image.Image:
-        """Raises ValueError if the picture cannot be decoded."""
-        number = record.image_id
-        if number in self._first:
-            return self._first[number]
-        if self._last is not None and number == self._last[0]:  # captions of an image follow each other
-            return self._last[1]
-        image = decode_image(record.image_bytes)
-        self._last, taken = (number, image), 3 * image.width * image.height
-        if taken <= self.left:
-            self._first[number] = image
-            self.left -= taken
-        return image
-
-
-@dataclass
 class Reader:
-    """Reads samples of a source in order.
+    """Reads samples of a source.
 
     Attributes:
-        pictures: decoded ones, which readers of the same source may share.
         skipped: number -> error of every unreadable sample.
         bad_objects: place -> error of every unusable object.
     """
@@ -212,11 +195,20 @@ class Reader:
     data: DataConfig = field(default_factory=DataConfig)
     skipped: dict[int, str] = field(default_factory=dict)
     bad_objects: dict[str, str] = field(default_factory=dict)
-    pictures: Pictures = field(default_factory=Pictures)
 
-    def read(self, indices: Iterable[int], *, with_objects: bool = False) -> Iterator[Sample]:
-        """The readable samples among these. `with_objects`: those alone that list some; other pictures stay closed."""
-        crop = self.data.eval_resize == "crop"
+    def read(self, indices: Iterable[int]) -> Iterator[Sample]:
+        """The readable samples among these. Captions of an image that follow each other share its decoded picture."""
+        last: tuple[int, Image.Image] | None = None
+        for entry, encoded in self.entries(indices):
+            if last is None or last[0] != entry.image_id:
+                image = self.decode(entry, encoded)
+                if image is None:
+                    continue
+                last = entry.image_id, image
+            yield self.sample(entry, last[1])
+
+    def entries(self, indices: Iterable[int]) -> Iterator[tuple[Entry, bytes]]:
+        """What is known of these samples before decoding, and their encoded images."""
         for index in indices:
             if index in self.skipped:
                 continue
@@ -224,17 +216,29 @@ class Reader:
                 record = self.source.read(index, extra=True)
                 if self.data.clean_captions:
                     require_words(record)
-                objects = self._objects(record)
-                if with_objects and not objects:
-                    continue
-                image = self.pictures.of(record)
             except SampleError as error:
                 self.skipped[index] = str(error)
                 continue
-            except ValueError as error:
-                self.skipped[index] = f"{record.name}: {error}"
-                continue
-            yield Sample(index, record.name, image, record.caption, record.image_id, objects, self.bad_objects, crop)
+            entry = Entry(
+                index=index,
+                name=record.name,
+                caption=record.caption,
+                image_id=record.image_id,
+                objects=self._objects(record),
+                bad_objects=self.bad_objects,
+            )
+            yield entry, record.image_bytes
+
+    def decode(self, entry: Entry, encoded: bytes) -> Image.Image | None:
+        """The entry's image; None, and an entry of `skipped`, if it cannot be decoded."""
+        try:
+            return decode_image(encoded)
+        except ValueError as error:
+            self.skipped[entry.index] = f"{entry.name}: {error}"
+            return None
+
+    def sample(self, entry: Entry, image: Image.Image) -> Sample:
+        return Sample(**vars(entry), image=image, crop=self.data.eval_resize == "crop")
 
     def _objects(self, record: Record) -> list | None:
         objects = (record.extra or {}).get("objects")
@@ -245,35 +249,6 @@ class Reader:
 
     def all(self) -> Iterator[Sample]:
         return self.read(range(len(self.source)))
-
-
-def share_samples(
-    reader: Reader,
-    pieces: Sequence[Sequence[int]],
-    work: Callable[[list[Sample]], R],
-    *,
-    show: str,
-    with_objects: bool = False,
-) -> list[R]:
-    """`work`'s results for the readable samples of each piece, shared over ranks. All ranks learn what could not be
-    read. `show`: what the work is called; `with_objects`: as in `Reader.read`."""
-
-    def read(piece: Sequence[int]) -> tuple[R, dict[int, str], dict[str, str]]:
-        own = Reader(reader.source, reader.data, pictures=reader.pictures)
-        result = work(list(own.read(piece, with_objects=with_objects)))
-        return result, own.skipped, own.bad_objects
-
-    found = ranks.share_out(pieces, read, show=show)
-    for _, skipped, bad_objects in found:
-        reader.skipped |= skipped
-        reader.bad_objects |= bad_objects
-    return [result for result, _, _ in found]
-
-
-def consecutive(reader: Reader, size: int) -> list[range]:
-    """All samples, in pieces for `share_samples`."""
-    count = len(reader.source)
-    return [range(first, min(first + size, count)) for first in range(0, count, size)]
 
 
 def batches(items: Iterable, size: int) -> Iterator[list]:

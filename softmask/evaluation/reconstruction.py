@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from softmask import ops
-from softmask.evaluation.readers import Sample, Scorer, batches, each_image_once, pixels
+from softmask.evaluation.one_pass import Encoded, Measure
+from softmask.evaluation.readers import Reader, Sample, Scorer, each_image_once
 
 SEED = 0  # of random patches (`masks: random`)
 Z_95 = 1.96  # two-sided 95 % of a normal distribution
@@ -33,15 +35,15 @@ class Reconstructions:
 
 
 @torch.no_grad()
-def reconstruct(scorer: Scorer, samples: Sequence[Sample], wrong_captions: Sequence[str]) -> Reconstructions:
-    """Hides patches of the samples and reconstructs them with either caption."""
-    model, images = scorer.reconstructor, pixels(scorer, samples)
-    tokens = scorer.tokens([*(sample.caption for sample in samples), *wrong_captions])
+def reconstruct(scorer: Scorer, seen: Encoded, wrong_captions: Sequence[str]) -> Reconstructions:
+    """Hides patches of samples with a picture each and reconstructs them with either caption."""
+    model, images, count = scorer.reconstructor, seen.pixels, len(seen.samples)
+    tokens = scorer.tokens([*(sample.caption for sample in seen.samples), *wrong_captions])
     ids, masks = tokens.input_ids.to(scorer.device), tokens.attention_mask.to(scorer.device)
-    right, wrong = ((ids[: len(samples)], masks[: len(samples)]), (ids[len(samples) :], masks[len(samples) :]))
+    right, wrong = ((ids[:count], masks[:count]), (ids[count:], masks[count:]))
     with torch.random.fork_rng(devices=[scorer.device] if scorer.device.type == "cuda" else []):
         torch.manual_seed(SEED)
-        hidden = model.hidden_patches(images, *right)
+        hidden = model.hidden_patches(seen.tokens, *right)
     reconstructed = [model.reconstruct(images, hidden, *caption) for caption in (right, wrong)]
     errors = [error_by_image(scorer, one, images, hidden) for one in reconstructed]
     return Reconstructions(images, hidden, *reconstructed, *errors)
@@ -74,20 +76,54 @@ def _with_next(samples: Iterable[Sample]) -> Iterator[tuple[Sample, str]]:
     yield last, first
 
 
-def reconstruction(scorer: Scorer, samples: Iterable[Sample]) -> dict | None:
+@dataclass
+class Errors:
+    """Errors of a piece's images, on the CPU."""
+
+    right: Tensor  # [I]
+    wrong: Tensor  # [I]
+
+
+class Reconstruction(Measure[Errors]):
     """The metrics.json section: mean errors, and their gap with its 95 % interval over images.
 
-    None without two images whose captions differ.
+    An image's wrong caption is the one of the source's next image, the last one's that of the first. None without two
+    images whose captions differ.
     """
-    gaps, rights = [], []
-    for batch in batches(with_another(samples), scorer.batch_size):
-        one = reconstruct(scorer, [sample for sample, _ in batch], [other for _, other in batch])
-        rights.append(one.right_error)
-        gaps.append(one.wrong_error - one.right_error)
-    if not gaps:
+
+    gallery = True
+
+    def __init__(self, scorer: Scorer, reader: Reader) -> None:
+        self.scorer, self.reader = scorer, reader
+
+    def look(self, seen: Encoded) -> Errors:
+        images = seen.once()
+        others = list(map(self._next_caption, images.samples))
+        differ = [n for n, one in enumerate(images.samples) if others[n] not in (None, one.caption)]
+        if not differ:
+            return Errors(torch.empty(0), torch.empty(0))
+        images = images.select(differ)
+        one = reconstruct(self.scorer, images, [str(others[number]) for number in differ])
+        return Errors(one.right_error.cpu(), one.wrong_error.cpu())
+
+    def _next_caption(self, sample: Sample) -> str | None:
+        """The caption of the next image in the source that has one."""
+        source = self.reader.source
+        own = Reader(source, self.reader.data)
+        for index in chain(range(sample.index + 1, len(source)), range(sample.index)):
+            if source.image_ids[index] != sample.image_id:
+                for entry, _ in own.entries([index]):
+                    return entry.caption
         return None
-    right, gap = torch.cat(rights), torch.cat(gaps)  # two or more: captions that differ come in pairs
-    mean = gap.mean().item()
-    half = Z_95 * gap.std().item() / math.sqrt(len(gap))
-    errors = {"right": right.mean().item(), "wrong": right.mean().item() + mean}
-    return {"samples": len(gap), **errors, "gap": mean, "low": mean - half, "high": mean + half}
+
+    def result(self, found: Sequence[Errors]) -> dict | None:
+        if not found:
+            return None
+        right, wrong = (torch.cat(errors) for errors in zip(*((one.right, one.wrong) for one in found), strict=True))
+        if len(right) < 2:
+            return None
+        gap = wrong - right
+        mean = gap.mean().item()
+        half = Z_95 * gap.std().item() / math.sqrt(len(gap))
+        means = {"right": right.mean().item(), "wrong": right.mean().item() + mean}
+        return {"samples": len(gap), **means, "gap": mean, "low": mean - half, "high": mean + half}

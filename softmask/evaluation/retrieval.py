@@ -12,8 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from softmask.evaluation import metrics, ranks
-from softmask.evaluation.gallery import Gallery, Piece, build_gallery, matches
-from softmask.evaluation.readers import Reader, Scorer
+from softmask.evaluation.gallery import Collect, Gallery, Piece, Told, matches
+from softmask.evaluation.readers import Scorer
 
 RerankBy = Literal["match", "difference", "match+itc"]
 """The score that re-ranks: the logit of a match, as in ALBEF's evaluation; that minus the logit of no match; or that
@@ -117,22 +117,28 @@ def _recalls(ranking: dict[str, Ranking]) -> dict[str, dict]:
     return found | {"itm": itm} if itm else found
 
 
-def retrieval(scorer: Scorer, reader: Reader, *, pairs: int = 0, rerank: int, by: RerankBy = "match") -> dict:
-    """The metrics.json section of the first `pairs` readable samples (0: all): R@1/5/10 in both directions by ITC and
-    by ITM, chance, and the gallery's size.
+class Recalls(Collect):
+    """The metrics.json section: R@1/5/10 in both directions by ITC and by ITM, chance, and the gallery's size.
 
     If the gallery has unseen objects, "unseen" holds the same figures of the queries with one, among all answers.
     """
-    gallery = build_gallery(scorer, reader, pairs=pairs)
-    ranking = rank_both_ways(scorer, gallery, rerank=rerank, by=by)
-    found = _recalls(ranking)
-    itm = {}
-    if "itm" in found:
-        itm = {"rerank": rerank, "rerank_by": by, "gallery": scorer.gallery, "itm": found.pop("itm")}
-    sizes = {"samples": len(gallery.captions), "images": len(gallery.images), "cut": gallery.cut}
-    result = sizes | found | itm
-    if gallery.unseen_captions.any():
-        queries = {"i2t": gallery.unseen_images, "t2i": gallery.unseen_captions}
-        apart = _recalls({way: rank.of(queries[way]) for way, rank in ranking.items()})
-        result["unseen"] = {"samples": int(queries["t2i"].sum()), "images": int(queries["i2t"].sum()), **apart}
-    return result
+
+    def __init__(self, scorer: Scorer, *, rerank: int, by: RerankBy = "match") -> None:
+        super().__init__(scorer)
+        self.rerank, self.by = rerank, by
+
+    def result(self, found: Sequence[Told]) -> dict:
+        gallery, scorer = self.collected(found), self.scorer
+        ranking = rank_both_ways(scorer, gallery, rerank=self.rerank, by=self.by)
+        recalls = _recalls(ranking)
+        itm = {}
+        if "itm" in recalls:
+            options = {"rerank": self.rerank, "rerank_by": self.by, "gallery": scorer.gallery}
+            itm = options | {"itm": recalls.pop("itm")}
+        sizes = {"samples": len(gallery.captions), "images": len(gallery.images), "cut": gallery.cut}
+        result = sizes | recalls | itm
+        if gallery.unseen_captions.any():
+            queries = {"i2t": gallery.unseen_images, "t2i": gallery.unseen_captions}
+            apart = _recalls({way: rank.of(queries[way]) for way, rank in ranking.items()})
+            result["unseen"] = {"samples": int(queries["t2i"].sum()), "images": int(queries["i2t"].sum()), **apart}
+        return result

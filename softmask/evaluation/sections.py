@@ -10,6 +10,7 @@ from typing import Any
 
 from softmask.evaluation import captioning, grounding, reconstruction, retrieval, zero_shot
 from softmask.evaluation.captioning import CaptionOptions
+from softmask.evaluation.one_pass import Measure, measure_all
 from softmask.evaluation.readers import Reader, Sample, Scorer
 from softmask.evaluation.retrieval import RerankBy
 from softmask.evaluation.tasks.boxes import BoxScore
@@ -75,14 +76,24 @@ class Section:
         raise NotImplementedError
 
 
-class Retrieval(Section):
+class MeasuredSection(Section):
+    """A section that shares its pass over the data with others (one_pass.py)."""
+
+    def measure(self, given: Evaluation) -> Measure | None:
+        """What is looked at; None if there is nothing to measure. Its result is the object of metrics.json."""
+        raise NotImplementedError
+
+    def run(self, given: Evaluation) -> dict | None:
+        return evaluate(given, [self]).get(self.name)
+
+
+class Retrieval(MeasuredSection):
     """R@1, R@5 and R@10 in both directions."""
 
     name = "retrieval"
 
-    def run(self, given: Evaluation) -> dict:
-        options = {"pairs": given.pairs, "rerank": given.rerank}
-        return retrieval.retrieval(given.scorer, given.reader, by=given.rerank_by, **options)
+    def measure(self, given: Evaluation) -> Measure:
+        return retrieval.Recalls(given.scorer, rerank=given.rerank, by=given.rerank_by)
 
     def lines(self, result: dict, given: Evaluation) -> list[str]:
         size = f"{result['images']} images and {result['samples']} captions"
@@ -108,26 +119,26 @@ class Retrieval(Section):
         return f"  {queries} alone, R@1 i2t / t2i: {', '.join(stages)}"
 
 
-class Grounding(Section):
+class Grounding(MeasuredSection):
     """The pointing game on samples with object masks; the model has `word_maps`."""
 
     name = "grounding"
 
-    def run(self, given: Evaluation) -> dict | None:
-        return grounding.grounding(given.scorer, given.reader)
+    def measure(self, given: Evaluation) -> Measure:
+        return grounding.PointingGame(given.scorer)
 
     def lines(self, result: dict, given: Evaluation) -> list[str]:
         shares = ", ".join(f"{key} {100 * result[key]:.1f} %" for key in ("pointing", "attention", "random"))
         return [f"pointing game with {result['words']} phrases: {shares}"]
 
 
-class Captioning(Section):
+class Captioning(MeasuredSection):
     """Scores of generated captions; the model is SyCoCa."""
 
     name = "captioning"
 
-    def run(self, given: Evaluation) -> dict:
-        return captioning.captioning(given.scorer, given.first(), given.training, given.captions)
+    def measure(self, given: Evaluation) -> Measure:
+        return captioning.Captioning(given.scorer, given.training, given.captions)
 
     def lines(self, result: dict, given: Evaluation) -> list[str]:
         lines = [f"captions of {result['samples']} images, CIDEr / BLEU-4 / ROUGE-L:"]
@@ -139,26 +150,26 @@ class Captioning(Section):
         return lines
 
 
-class Reconstruction(Section):
+class Reconstruction(MeasuredSection):
     """Error of hidden patches by caption; the model has `patch_size`, `hidden_patches` and `reconstruct`."""
 
     name = "reconstruction"
 
-    def run(self, given: Evaluation) -> dict | None:
-        return reconstruction.reconstruction(given.scorer, given.first())
+    def measure(self, given: Evaluation) -> Measure:
+        return reconstruction.Reconstruction(given.scorer, given.reader)
 
     def lines(self, result: dict, given: Evaluation) -> list[str]:
         interval = f"{result['gap']:.4f} [{result['low']:.4f}, {result['high']:.4f}]"
         return [f"error of hidden patches {result['right']:.4f}, increase with a wrong caption: {interval}"]
 
 
-class ZeroShot(Section):
+class ZeroShot(MeasuredSection):
     """Zero-shot classification of images of a single object."""
 
     name = "zero_shot"
 
-    def run(self, given: Evaluation) -> dict | None:
-        return zero_shot.zero_shot(given.scorer, given.reader, given.classes) if given.classes else None
+    def measure(self, given: Evaluation) -> Measure | None:
+        return zero_shot.ZeroShot(given.scorer, given.classes) if given.classes else None
 
     def lines(self, result: dict, given: Evaluation) -> list[str]:
         shares = f"top-1 {100 * result['top1']:.1f} %, top-5 {100 * result['top5']:.1f} %"
@@ -225,6 +236,11 @@ def for_task(scorer: Scorer, name: str) -> list[Section]:
 
 
 def evaluate(given: Evaluation, sections: list[Section]) -> dict[str, dict]:
-    """The results of all sections that found something to measure, by name."""
-    found = ((section.name, section.run(given)) for section in sections)
-    return {name: result for name, result in found if result}
+    """The results of all sections that found something to measure, by name, from one pass over the data and those of
+    sections that make their own."""
+    asked = [(one.name, one.measure(given)) for one in sections if isinstance(one, MeasuredSection)]
+    measures = {name: measure for name, measure in asked if measure is not None}
+    results = measure_all(given.scorer, given.reader, list(measures.values()), pairs=given.pairs)
+    found = dict(zip(measures, results, strict=True))
+    found |= {one.name: one.run(given) for one in sections if not isinstance(one, MeasuredSection)}
+    return {one.name: result for one in sections if (result := found.get(one.name))}

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from softmask.data import DataError
 from softmask.evaluation.gallery import encode_captions
-from softmask.evaluation.readers import Reader, Sample, Scorer, consecutive, pixels, share_samples
+from softmask.evaluation.one_pass import Encoded, Measure
+from softmask.evaluation.readers import Entry, Scorer
 
 TEMPLATES = ("{}", "there is {}", "a picture of {}", "a drawing of {}")
 TOP = (1, 5)
@@ -52,32 +53,33 @@ def read_classes(path: Path) -> list[Class]:
     return classes
 
 
-def zero_shot(scorer: Scorer, reader: Reader, classes: Sequence[Class]) -> dict | None:
+class ZeroShot(Measure[list[int]]):
     """The metrics.json section; None if no image shows a single object of a class."""
-    number = {one.name: index for index, one in enumerate(classes)}
-    prompts, cut = class_features(scorer, classes)
 
-    def ranked(samples: list[Sample]) -> tuple[int, list[int]]:
-        """Images of a single object, and how many of them have their class among the first k, for each k of TOP."""
-        shown = [(sample, own) for sample in samples if (own := only_class(sample, number)) is not None]
-        if not shown:
-            return 0, [0] * len(TOP)
-        right = torch.tensor([own for _, own in shown])
-        order = similarities(scorer, [sample for sample, _ in shown], prompts).argsort(dim=1, descending=True)
-        return len(shown), [int((order[:, :k] == right[:, None]).any(1).sum()) for k in TOP]
+    def __init__(self, scorer: Scorer, classes: Sequence[Class]) -> None:
+        self._numbers = {one.name: index for index, one in enumerate(classes)}
+        self._prompts, self._cut = class_features(scorer, classes)
 
-    pieces = consecutive(reader, scorer.batch_size)
-    found = share_samples(reader, pieces, ranked, show="zero-shot classes", with_objects=True)
-    total = sum(count for count, _ in found)
-    if not total:
-        return None
-    hits = [sum(own) for own in zip(*(hit for _, hit in found), strict=True)]
-    shares = {f"top{k}": hit / total for k, hit in zip(TOP, hits, strict=True)}
-    result = {"samples": total, "classes": len(classes), **shares, "chance": 1.0 / len(classes)}
-    return result | ({"cut_prompts": cut} if cut else {})
+    def wants(self, entry: Entry) -> bool:
+        return only_class(entry, self._numbers) is not None
+
+    def look(self, seen: Encoded) -> list[int]:
+        """How many samples there are, and how many of them have their class among the first k, for each k of TOP."""
+        right = torch.tensor([only_class(sample, self._numbers) for sample in seen.samples])
+        order = (seen.features @ self._prompts.T).float().cpu()[seen.picture].argsort(dim=1, descending=True)
+        return [len(right), *(int((order[:, :k] == right[:, None]).any(1).sum()) for k in TOP)]
+
+    def result(self, found: Sequence[list[int]]) -> dict | None:
+        if not found:
+            return None
+        total, *hits = (sum(own) for own in zip(*found, strict=True))
+        shares = {f"top{k}": hit / total for k, hit in zip(TOP, hits, strict=True)}
+        count = len(self._numbers)
+        result = {"samples": total, "classes": count, **shares, "chance": 1.0 / count}
+        return result | ({"cut_prompts": self._cut} if self._cut else {})
 
 
-def only_class(sample: Sample, number: dict[str, int]) -> int | None:
+def only_class(sample: Entry, number: dict[str, int]) -> int | None:
     """The class of the image's single object; None if it has no, several or other objects."""
     if not sample.objects or len(sample.objects) > 1:
         return None
@@ -101,10 +103,3 @@ def cut_prompt_lines(result: dict, *, length: int) -> list[str]:
     """A line for the terminal if prompts of class names were truncated to `length` tokens."""
     cut = result.get("cut_prompts")
     return [f"  {cut} prompts of class names were truncated to {length} tokens"] if cut else []
-
-
-@torch.no_grad()
-def similarities(scorer: Scorer, samples: Sequence[Sample], prompts: Tensor) -> Tensor:
-    """Similarities of images and classes [B, C], on the CPU."""
-    _, feature = scorer.model.encode_image(pixels(scorer, samples))
-    return (feature @ prompts.T).float().cpu()

@@ -51,8 +51,8 @@ class Places:
 class AnswerNetwork(Network):
     """Reads questions about images, and predicts their answers' tokens."""
 
-    def read(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Any:
-        """B questions [B, T] with their images, and their number as `len`."""
+    def read(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, *, picture: Tensor | None = None) -> Any:
+        """B questions [B, T] with the images that picture [B] names (None: one each), and their number as `len`."""
         raise NotImplementedError
 
     def start(self, answer_ids: Tensor, packing: Packing) -> Started:
@@ -111,9 +111,11 @@ class AnswerModel(Distilled[A]):
         return AnswerList(input_ids, mask, self.backbone.start(input_ids, Packing.of(mask)))
 
     @torch.no_grad()
-    def read_questions(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Any:
-        """B questions with their images."""
-        return self.backbone.read(images, input_ids, attention_mask)
+    def read_questions(
+        self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, *, picture: Tensor | None = None
+    ) -> Any:
+        """B questions with the images that picture [B] names; None: one each."""
+        return self.backbone.read(images, input_ids, attention_mask, picture=picture)
 
     @torch.no_grad()
     def rank(self, questions: Any, answers: AnswerList, *, k: int) -> tuple[Tensor, Tensor]:
@@ -142,12 +144,20 @@ class AnswerModel(Distilled[A]):
         return at_least_fp32(self._next(questions, begun)).log_softmax(1)
 
     @torch.no_grad()
-    def generate(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, *, max_length: int) -> Tensor:
+    def generate(
+        self,
+        images: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        *,
+        picture: Tensor | None = None,
+        max_length: int,
+    ) -> Tensor:
         """Greedy answers [B, T <= max_length] of token ids from [CLS] to [SEP], then [PAD]."""
-        special = self.special_ids
-        questions = self.backbone.read(images, input_ids, attention_mask)
-        ids = torch.full((len(images), 1), special.cls, device=images.device)
-        ended = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+        special, count = self.special_ids, len(input_ids)
+        questions = self.backbone.read(images, input_ids, attention_mask, picture=picture)
+        ids = torch.full((count, 1), special.cls, device=images.device)
+        ended = torch.zeros(count, dtype=torch.bool, device=images.device)
         while ids.shape[1] < max_length and not ended.all():
             token = self._next(questions, ids).argmax(1)
             ids = torch.cat([ids, token.masked_fill(ended, special.pad)[:, None]], dim=1)

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from softmask.evaluation.captioning import WRITING, CaptionOptions, write_captions
+from softmask.evaluation.one_pass import encode
 from softmask.evaluation.readers import Sample, Scorer, batches
 from softmask.evaluation.reconstruction import Reconstructions, reconstruct, with_another
 from softmask.report.images import data_uri, limited
@@ -55,9 +56,12 @@ def generated(scorer: Scorer, samples: list[Sample], metrics: dict) -> Generated
     found = Generated()
     if "captioning" in metrics:
         given = {name: metrics["captioning"][name] for name in WRITING if name in metrics["captioning"]}
-        captions = write_captions(scorer, samples, CaptionOptions(**given))
-        for sample, text in zip(samples, captions.chosen, strict=True):
-            found.captions.append(CaptionView(data_uri(limited(sample.seen, SHOWN)), text, sample.caption))
+        for batch in batches(samples, scorer.batch_size):
+            seen = encode(scorer, batch)
+            texts = write_captions(scorer, seen, CaptionOptions(**given)).chosen
+            for sample, picture in zip(batch, seen.picture, strict=True):
+                image = data_uri(limited(sample.seen, SHOWN))
+                found.captions.append(CaptionView(image, texts[picture], sample.caption))
     if "reconstruction" in metrics:
         found.reconstructions = reconstruction_views(scorer, samples)
         found.hidden = scorer.config.find_task().hidden_patches(scorer.config.model)
@@ -69,7 +73,7 @@ def reconstruction_views(scorer: Scorer, samples: list[Sample]) -> list[Reconstr
     drawn = []
     for batch in batches(with_another(samples), scorer.batch_size):
         ours, others = [sample for sample, _ in batch], [other for _, other in batch]
-        one = reconstruct(scorer, ours, others)
+        one = reconstruct(scorer, encode(scorer, ours), others)
         errors = zip(one.right_error.tolist(), one.wrong_error.tolist(), strict=True)
         views = zip(*reconstruction_images(scorer, one), strict=True)
         for sample, other, view, error in zip(ours, others, views, errors, strict=True):
@@ -173,11 +177,18 @@ def caption_table(captioning: dict) -> str:
         for name, row in rows.items()
         if row
     )
-    images = f"Captions of {captioning['samples']:,} images"
+    images = f"Captions of {captioning['samples']:,} images{_wanted(captioning)}"
     return (
         f'<div class="scroll apart"><table>\n<thead><tr><th scope="col" rowspan="1">{images}</th>{head}</tr>'
         f"</thead>\n<tbody>{body}</tbody></table></div>\n"
     )
+
+
+def _wanted(captioning: dict) -> str:
+    """How the captions had to begin and how long they had to be, in words of HTML."""
+    prompt, least = captioning.get("prompt"), captioning.get("min_length")
+    parts = [f"after the prompt <q>{escape(prompt)}</q>"] if prompt else []
+    return ", ".join(["", *parts, *([f"of at least {least} tokens"] if least else [])])
 
 
 def reconstruction_note(result: dict) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 from softmask.data import TokenBatch
 from softmask.evaluation import grounding, metrics
 from softmask.evaluation.grounding import Phrase, Word
+from softmask.evaluation.one_pass import encode
 from softmask.evaluation.readers import Sample, Scorer, batches
 from softmask.report.images import data_uri, heat_gradient, heat_overlay, limited, soft_masked
 from softmask.report.page import mark, section
@@ -100,7 +101,7 @@ def scene_views(scorer: Scorer, samples: list[Sample]) -> list[SceneView]:
             known = grounding.phrases(sample, tokens.offsets[row])
             found: Sequence[Word] = known if sample.objects else content_words(sample.caption, tokens, row)
             words.append(sorted((word for word in found if word.tokens), key=lambda word: word.span))
-        maps = grounding.word_maps(scorer, batch, words, normalize=scorer.config.model.normalize)
+        maps = grounding.word_maps(scorer, encode(scorer, batch), words, normalize=scorer.config.model.normalize)
         for sample, own, planes in zip(batch, words, maps, strict=True):
             drawn = [word_view(scorer, sample, word, plane) for word, plane in zip(own, planes, strict=True)]
             seen = sample.seen

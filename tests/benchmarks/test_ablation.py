@@ -24,7 +24,7 @@ from softmask.evaluation import evaluate
 from softmask.training import pretrain
 from softmask.training.config import flatten, load_config
 from tests.support.evaluation_files import write_scenes
-from tests.support.study_fixtures import ALONE, STEPS, Fake, line_of, made_metrics, make_plan
+from tests.support.study_fixtures import ALONE, STEPS, Fake, assert_starts, line_of, made_metrics, make_plan
 from tests.support.train_fixtures import make_config, make_sycoca_config, rows, run_here
 from tests.support.train_fixtures import write_shard as write_training_shard
 
@@ -63,6 +63,13 @@ def test_sycoca_rows_add_one_change_each() -> None:
     assert differences(SYCOCA, "coca", "random_tgmim") == {"model.reconstruct": True, "model.masks": "random"}
     assert differences(SYCOCA, "attentive_ic", "sycoca") == {"model.reconstruct": True}
     assert keys_of(SYCOCA, "sycoca") == flatten(load_config(SYCOCA.config)), "the demo must be the full SyCoCa"
+
+
+@pytest.mark.parametrize("name", [row.name for study in TABLES for row in study.rows])
+def test_rows_can_start_from_their_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = dataclasses.replace(make_plan(tmp_path, name, seeds=1), studies=STUDIES)
+    (run,) = runs.planned_runs(plan)
+    assert_starts(run, tmp_path, monkeypatch)
 
 
 def test_softmask_rows_add_one_change_to_albef_and_the_last_has_all() -> None:

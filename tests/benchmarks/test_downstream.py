@@ -16,7 +16,7 @@ from benchmarks.studies.runs import Plan, Run
 from benchmarks.studies.study import Study
 from benchmarks.studies.table import render
 from softmask.training.config import flatten, load_config
-from tests.support.study_fixtures import Fake
+from tests.support.study_fixtures import Fake, assert_starts
 from tests.support.train_fixtures import ROOT
 
 
@@ -60,6 +60,13 @@ def test_baselines_differ_from_the_task_in_one_thing(study: Study, tmp_path: Pat
     if continued is not None:
         assert continued.script == "pretrain" and continued.config.train.steps == tuned.config.train.steps
         assert continued.base == tuned.base
+
+
+@pytest.mark.parametrize(
+    "name", [row.name for study in STUDIES for row in study.rows if row.init and row.script is not None]
+)
+def test_rows_can_start_from_their_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_starts(run_of(tmp_path, name), tmp_path, monkeypatch)
 
 
 class Commands(Fake):

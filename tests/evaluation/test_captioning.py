@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from pathlib import Path
@@ -15,10 +14,21 @@ from torch import Tensor
 from softmask import reference
 from softmask.data import DataError, open_source
 from softmask.evaluation import captioning, reconstruction, zero_shot
-from softmask.evaluation.readers import Reader, Sample, Scorer, each_image_once, pixels
+from softmask.evaluation.one_pass import Encoded, measure_one
+from softmask.evaluation.readers import Reader, Sample, Scorer, pixels
 from softmask.report import generated as report_generation
 from tests.support.data_files import write_tar
-from tests.support.evaluation_files import ALL, COLOURS, PAIRS, Oracle, Words, scene, small_config, write_scenes
+from tests.support.evaluation_files import (
+    ALL,
+    COLOURS,
+    PAIRS,
+    Oracle,
+    Words,
+    scene,
+    small_config,
+    write_plain,
+    write_scenes,
+)
 
 JAVA = pytest.param(True, marks=pytest.mark.skipif(not captioning.has_java(), reason="no Java"))
 
@@ -98,17 +108,52 @@ def test_rouge_uses_the_longest_common_subsequence(monkeypatch: pytest.MonkeyPat
     assert captioning.score(["the cat sat down"], [["the cat ran"]])["rouge_l"] == pytest.approx(expected)
 
 
-def test_all_captions_of_an_image_are_references(samples: list[Sample]) -> None:
-    samples[3].image_id = samples[0].image_id
-    references: dict[int, list[str]] = {}
-    images = list(each_image_once(samples, references))
-    assert [sample.index for sample in images] == [0, 1, 2, *range(4, 12)]
-    assert list(references.values())[0] == [samples[0].caption, samples[3].caption]
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], list[list[str]]]]:
+    """Captions are the true ones, and the decoder's alone those of the next image. What is scored, with references."""
+    scored: list[tuple[list[str], list[list[str]]]] = []
+
+    def write(_scorer: Scorer, seen: Encoded, options: captioning.CaptionOptions) -> captioning.Captions:
+        true = [sample.caption for sample in seen.first]
+        return captioning.Captions(true, true[1:] + true[:1] if options.beams > 1 else [])
+
+    def score_all(candidates: dict[str, list[str]], references: list[list[str]]) -> tuple[str, dict]:
+        scored.append((candidates["chosen"], references))
+        return score(candidates, references)
+
+    score = captioning.score_all
+    monkeypatch.setattr(captioning, "write_captions", write)
+    monkeypatch.setattr(captioning, "score_all", score_all)
+    monkeypatch.setattr(captioning, "has_java", lambda: False)
+    return scored
 
 
-def test_captioning_without_images_is_an_error(scorer: Scorer) -> None:
+def captioned(scorer: Scorer, reader: Reader, training: Reader | None = None, *, pairs: int = 0, **options) -> dict:
+    measure = captioning.Captioning(scorer, training, captioning.CaptionOptions(**options))
+    return measure_one(scorer, reader, measure, pairs=pairs)
+
+
+@pytest.mark.parametrize("pairs, references", [(0, [2, 2, 2]), (4, [2, 1, 1])])
+def test_all_captions_of_an_image_are_references(scorer, tmp_path, told, pairs, references) -> None:
+    """Two of scene 0 cannot be read, and their places are taken by captions of an image that is captioned already."""
+    numbers, names = [0, 1, 2, 3, 0, 1, 2, 3], [f"{index}" for index in range(8)]
+    members = [
+        (f"{name}{suffix}", data)
+        for name, number in zip(names, numbers, strict=True)
+        for (_, data), suffix in zip(scene(number, broken=number == 0), (".png", ".txt", ".json"), strict=True)
+    ]
+    write_tar(tmp_path / "twice.tar", members)
+    scorer.batch_size = 3
+    section = captioned(scorer, Reader(open_source(str(tmp_path / "twice.tar"))), pairs=pairs)
+    ((written, given),) = told
+    assert [len(texts) for texts in given] == references and section["samples"] == 3
+    assert written == [texts[0] for texts in given]
+
+
+def test_captioning_without_images_is_an_error(scorer: Scorer, tmp_path: Path) -> None:
+    reader = Reader(open_source(write_scenes(tmp_path / "test.tar", broken=ALL)))
     with pytest.raises(DataError, match="no readable sample to caption"):
-        captioning.captioning(scorer, [], None, captioning.CaptionOptions())
+        captioned(scorer, reader)
 
 
 @pytest.mark.parametrize(("total", "wanted", "expected"), [(4, 0, [0, 1, 2, 3]), (3, 9, [0, 1, 2]), (10, 3, [0, 3, 6])])
@@ -125,24 +170,19 @@ def test_nearest_caption_is_that_of_the_nearest_image(scorer, samples, tmp_path)
     assert len(known) == 2 and set(few) == set(known) and few[8] == nearest[8] and few[2] == nearest[2]
 
 
-def test_section_compares_with_training_captions(scorer, samples, tmp_path, monkeypatch) -> None:
-    def write(_scorer: Scorer, found: list[Sample], options: captioning.CaptionOptions) -> captioning.Captions:
-        true = [sample.caption for sample in found]
-        return captioning.Captions(true, true[1:] + true[:1] if options.beams > 1 else [])
-
-    monkeypatch.setattr(captioning, "write_captions", write)
-    monkeypatch.setattr(captioning, "has_java", lambda: False)
+def test_section_compares_with_training_captions(scorer, tmp_path, told) -> None:
+    reader = Reader(open_source(write_scenes(tmp_path / "test.tar")))
     training = Reader(open_source(write_scenes(tmp_path / "train.tar")))
-    section = captioning.captioning(scorer, samples, training, captioning.CaptionOptions(beams=2))
+    section = captioned(scorer, reader, training, beams=2)
     assert (section["samples"], section["beams"], section["tokenizer"]) == (12, 2, "words")
     assert section["nearest"] == {
         key: section[key] for key in ("cider", "bleu4", "rouge_l")
     }  # the oracle finds the right nearest image
     assert section["random"]["cider"] < section["cider"] and section["neighbours"] == 12
     assert section["beams_alone"]["cider"] < section["cider"]
-    few = captioning.captioning(scorer, samples, training, captioning.CaptionOptions(neighbours=3))
+    few = captioned(scorer, reader, training, neighbours=3)
     assert few["neighbours"] == 3 and few["nearest"]["cider"] < section["nearest"]["cider"]
-    alone = captioning.captioning(scorer, samples, None, captioning.CaptionOptions(beams=1))
+    alone = captioned(scorer, reader, beams=1)
     assert not {"random", "nearest", "beams_alone"} & set(alone)
 
 
@@ -155,9 +195,9 @@ class Boxes:
     def __init__(self, oracle: Oracle, swapped: tuple[str, ...] = ()) -> None:
         self.oracle, self.swapped = oracle, swapped
 
-    def encode_image(self, images: Tensor) -> tuple[None, Tensor]:
+    def encode_image(self, images: Tensor) -> tuple[Tensor, Tensor]:
         tokens, _ = self.oracle.encode_image(images)
-        return None, tokens[:, 0].unflatten(1, (4, 4)).sum(2)
+        return tokens, tokens[:, 0].unflatten(1, (4, 4)).sum(2)
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         first = Words.vocabulary.index("red")
@@ -190,10 +230,11 @@ def test_zero_shot_counts_images_of_one_object(scorer, tmp_path, monkeypatch, sw
     objects[7][0]["count"] = 2  # a count, for words whose plural is the same
     objects[0][0]["count"] = 1
     classes = [zero_shot.Class(name, f"a {name} box") for name in COLOURS]
-    section = zero_shot.zero_shot(scorer, with_objects(tmp_path / "objects.tar", objects), classes)
+    measure = zero_shot.ZeroShot(scorer, classes)
+    section = measure_one(scorer, with_objects(tmp_path / "objects.tar", objects), measure)
     expected = {"samples": 7, "classes": 4, "top5": 1.0, "chance": 0.25}
     assert section == expected | {"top1": hits / 7}
-    assert zero_shot.zero_shot(scorer, with_objects(tmp_path / "none.tar", {10: [], 11: []}), classes) is None
+    assert measure_one(scorer, with_objects(tmp_path / "none.tar", {10: [], 11: []}), measure) is None
 
 
 def test_malformed_objects_have_no_class(samples) -> None:
@@ -225,6 +266,7 @@ class Reconstructor:
 
     def __init__(self, oracle: Oracle, *, listens: bool) -> None:
         self.oracle, self.listens = oracle, listens
+        self.encode_image = oracle.encode_image
 
     def hidden_patches(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         return (torch.arange(16) % 4 < 2).expand(len(images), -1)
@@ -237,13 +279,26 @@ class Reconstructor:
         return truth * same[:, None, None] if self.listens else torch.zeros_like(truth)
 
 
+@pytest.fixture
+def scenes(tmp_path: Path) -> Reader:
+    return Reader(open_source(write_scenes(tmp_path / "scenes.tar")))
+
+
+def reconstructed(scorer: Scorer, reader: Reader) -> dict | None:
+    return measure_one(scorer, reader, reconstruction.Reconstruction(scorer, reader))
+
+
 @pytest.mark.parametrize("listens", [True, False])
-def test_gap_is_the_effect_of_the_caption(scorer: Scorer, samples: list[Sample], listens: bool) -> None:
+@pytest.mark.parametrize("batch_size", [5, 64])
+def test_gap_is_the_effect_of_the_caption(
+    scorer: Scorer, scenes: Reader, samples: list[Sample], listens: bool, batch_size: int
+) -> None:
+    scorer.batch_size = batch_size
     scorer.model = Reconstructor(scorer.model, listens=listens)
     scorer.config.model = SimpleNamespace(normalize_pixels=True)
-    section = reconstruction.reconstruction(scorer, samples)
+    section = reconstructed(scorer, scenes)
     assert section["samples"] == 12
-    images = scoring_pixels(scorer, samples)
+    images = pixels(scorer, samples)
     hidden = scorer.model.hidden_patches(images, None, None)
     blind = reference.masked_patch_loss(torch.zeros(12, 16, 192), images, hidden, patch_size=8, reduction="none")
     blind = blind.sum(1) / 8
@@ -256,16 +311,11 @@ def test_gap_is_the_effect_of_the_caption(scorer: Scorer, samples: list[Sample],
     assert section["wrong"] == pytest.approx(section["right"] + section["gap"])
 
 
-def scoring_pixels(scorer: Scorer, samples: list[Sample]) -> Tensor:
-    from softmask.evaluation.readers import pixels
-
-    return pixels(scorer, samples)
-
-
-def test_images_with_equal_captions_are_not_compared(scorer: Scorer, samples: list[Sample]) -> None:
+def test_images_with_equal_captions_are_not_compared(scorer: Scorer, samples: list[Sample], tmp_path: Path) -> None:
     for sample in samples:
         sample.caption = "a red box beside a green one"
-    assert reconstruction.reconstruction(scorer, samples) is None
+    data = write_plain(tmp_path / "equal.tar", [sample.caption for sample in samples])
+    assert reconstructed(scorer, Reader(open_source(data))) is None
     assert report_generation.reconstruction_views(scorer, samples) == []
 
 
@@ -276,18 +326,24 @@ class RandomReconstructor(Reconstructor):
         return torch.rand(len(images), 16).argsort(1) < 8
 
 
-def test_random_patches_are_reproducible(scorer: Scorer, samples: list[Sample]) -> None:
+def test_random_patches_are_reproducible(scorer: Scorer, scenes: Reader) -> None:
     scorer.model = RandomReconstructor(scorer.model, listens=True)
     scorer.config.model = SimpleNamespace(normalize_pixels=True)
     torch.manual_seed(1)
-    first = reconstruction.reconstruction(scorer, samples)
+    first = reconstructed(scorer, scenes)
     state = torch.get_rng_state()
-    assert reconstruction.reconstruction(scorer, samples) == first
+    assert reconstructed(scorer, scenes) == first
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_other_caption_of_the_same_image_is_not_a_wrong_caption(scorer: Scorer, samples: list[Sample]) -> None:
+def test_other_caption_of_the_same_image_is_not_a_wrong_caption(scorer: Scorer, scenes: Reader, tmp_path: Path) -> None:
     scorer.model = Reconstructor(scorer.model, listens=True)
     scorer.config.model = SimpleNamespace(normalize_pixels=True)
-    doubled = [one for s in samples for one in (s, dataclasses.replace(s, caption=f"{s.caption} and a box"))]
-    assert reconstruction.reconstruction(scorer, doubled) == reconstruction.reconstruction(scorer, samples)
+    members = []
+    for number in ALL:
+        (_, image), (_, text), _ = scene(number)
+        for letter, caption in (("a", text), ("b", text + b" and a box")):
+            members += [(f"{number:04d}{letter}.png", image), (f"{number:04d}{letter}.txt", caption)]
+    write_tar(tmp_path / "doubled.tar", members)
+    doubled = Reader(open_source(str(tmp_path / "doubled.tar")))
+    assert reconstructed(scorer, doubled) == reconstructed(scorer, scenes)

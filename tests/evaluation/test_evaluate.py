@@ -15,9 +15,12 @@ import torch
 from PIL import Image
 
 from softmask.data import open_source, rle
-from softmask.evaluation import command, evaluate, grounding, retrieval, sections
+from softmask.evaluation import command, evaluate, retrieval, sections
 from softmask.evaluation.gallery import build_gallery
+from softmask.evaluation.grounding import PointingGame, phrases
+from softmask.evaluation.one_pass import measure_one
 from softmask.evaluation.readers import Reader, Scorer
+from softmask.evaluation.retrieval import Recalls
 from tests.support.data_files import write_tar
 from tests.support.evaluation_files import (
     PAIRS,
@@ -45,6 +48,10 @@ def all_sections(scorer: Scorer, reader: Reader, **options) -> dict:
     return sections.evaluate(sections.Evaluation(scorer, reader, **options), sections.sections_of(scorer))
 
 
+def pointing(scorer: Scorer, reader: Reader) -> dict:
+    return measure_one(scorer, reader, PointingGame(scorer))
+
+
 @pytest.mark.parametrize("batch_size", [1, 5, 64])
 def test_oracle_scores_perfectly_and_its_attention_misses(tmp_path, batch_size):
     reader = Reader(open_source(write_scenes(tmp_path / "test.tar")))
@@ -63,7 +70,7 @@ def test_itm_reranks_the_candidates_of_uninformative_features(tmp_path, rerank):
     """All first-stage scores are equal, so the candidates are the first `rerank` items: only their queries win."""
     scorer = make_scorer(tmp_path, blind=True)
     reader = Reader(open_source(write_scenes(tmp_path / "test.tar")))
-    section = retrieval.retrieval(scorer, reader, rerank=rerank)
+    section = measure_one(scorer, reader, Recalls(scorer, rerank=rerank))
     assert section["itc"] == {"i2t": LOST, "t2i": LOST}
     share = min(rerank, 12) / 12
     assert section["itm"]["i2t"]["r1"] == section["itm"]["t2i"]["r1"] == share
@@ -109,7 +116,7 @@ def test_truncated_phrases_and_hidden_objects_are_counted_not_scored(tmp_path):
     content["objects"][0]["mask"]["counts"] = [1024]
     write_tar(tmp_path / "test.tar", [*members[:2], (members[2][0], json.dumps(content).encode()), *scene(1)])
     reader = Reader(open_source(str(tmp_path / "test.tar")))
-    result = grounding.grounding(make_scorer(tmp_path), reader)
+    result = pointing(make_scorer(tmp_path), reader)
     assert {key: result[key] for key in ("words", "samples", "truncated", "hidden")} == {
         "words": 3,
         "samples": 2,
@@ -117,7 +124,7 @@ def test_truncated_phrases_and_hidden_objects_are_counted_not_scored(tmp_path):
         "hidden": 1,
     }
     # [CLS] a red box beside a green [SEP]: "green one" lost its end
-    result = grounding.grounding(make_scorer(tmp_path, max_length=8), reader)
+    result = pointing(make_scorer(tmp_path, max_length=8), reader)
     assert (result["words"], result["truncated"], result["hidden"], result["pointing"]) == (1, 2, 1, 1.0)
 
 
@@ -143,7 +150,7 @@ def test_malformed_objects_are_named_with_sample_and_entry(tmp_path, change, mes
     change(content["objects"][1])
     write_tar(tmp_path / "test.tar", [*members[:2], (members[2][0], json.dumps(content).encode())])
     (sample,) = Reader(open_source(str(tmp_path / "test.tar"))).all()
-    words = grounding.phrases(sample, Words()([sample.caption], max_length=16).offsets[0])
+    words = phrases(sample, Words()([sample.caption], max_length=16).offsets[0])
     ((where, reason),) = sample.bad_objects.items()
     assert len(words) == 1 and re.match(f"test.tar:0000: .*{message}", f"{where}: {reason}")
 
@@ -170,13 +177,13 @@ def test_masks_are_cropped_like_images(tmp_path):
     scorer = make_scorer(tmp_path)
     scorer.config.data.eval_resize = "crop"
     reader = Reader(open_source(str(tmp_path / "test.tar")), scorer.config.data)
-    assert retrieval.retrieval(scorer, reader, rerank=4)["itc"]["i2t"] == PERFECT
-    result = grounding.grounding(scorer, reader)
+    assert measure_one(scorer, reader, Recalls(scorer, rerank=4))["itc"]["i2t"] == PERFECT
+    result = pointing(scorer, reader)
     assert (result["pointing"], result["words"], result["hidden"]) == (1.0, 24, 0)
     assert result["random"] == pytest.approx(128 / 1024)
     sample = next(reader.all())
     assert sample.seen.size == (32, 32) and sample.image.size == (64, 32)
-    result = grounding.grounding(scorer, Reader(open_source(str(tmp_path / "aside.tar")), scorer.config.data))
+    result = pointing(scorer, Reader(open_source(str(tmp_path / "aside.tar")), scorer.config.data))
     assert (result["words"], result["hidden"]) == (1, 1)  # the left box lies outside, half of the right one inside
 
 

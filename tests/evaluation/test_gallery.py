@@ -12,7 +12,7 @@ from PIL import Image
 from softmask.data import decode_image, open_source
 from softmask.evaluation import command, evaluate, readers, retrieval, sections
 from softmask.evaluation.gallery import build_gallery
-from softmask.evaluation.readers import GalleryPlace, Pictures, Reader, Scorer
+from softmask.evaluation.readers import GalleryPlace, Reader, Scorer
 from softmask.evaluation.sections import Evaluation
 from softmask.training.config import ConfigError
 from tests.support.data_files import write_tar
@@ -85,19 +85,20 @@ def test_an_image_is_decoded_and_encoded_once(tmp_path: Path, decoded: list[byte
     assert torch.equal(gallery.relevant, torch.eye(12, dtype=torch.bool).repeat(1, 2))
 
 
-@pytest.mark.parametrize("room, times", [(2**30, 12), (3 * 3 * 32 * 32, 12 + 18)], ids=["for all", "for three"])
-def test_all_sections_share_decoded_pictures(tmp_path: Path, decoded: list[bytes], room: int, times: int) -> None:
-    """Retrieval decodes each once; grounding, which meets it twice, only those that found no room."""
+@pytest.mark.parametrize("pairs", [0, 7], ids=["all", "seven"])
+def test_all_sections_share_one_pass(tmp_path: Path, decoded: list[bytes], pairs: int) -> None:
+    """Each picture is decoded and encoded once, also where the gallery ends within a piece."""
     scorer = make_scorer(tmp_path, batch_size=5)
-    reader = Reader(open_source(write_twice(tmp_path / "test.tar")), pictures=Pictures(room))
-    result = sections.evaluate(Evaluation(scorer, reader, pairs=0, rerank=4), sections.sections_of(scorer))
-    assert list(result) == ["retrieval", "grounding"] and len(decoded) == times
+    reader = Reader(open_source(write_twice(tmp_path / "test.tar")))
+    result = sections.evaluate(Evaluation(scorer, reader, pairs=pairs, rerank=4), sections.sections_of(scorer))
+    assert list(result) == ["retrieval", "grounding"] and len(decoded) == scorer.model.encoded == 12
+    assert (result["retrieval"]["samples"], result["grounding"]["samples"]) == (pairs or 24, 24)
 
 
 def test_pictures_without_objects_are_not_decoded_for_grounding(tmp_path: Path, decoded: list[bytes]) -> None:
     members = [member for number in ALL for member in scene(number)[: 3 if number == 7 else 2]]
     write_tar(tmp_path / "test.tar", members)
-    reader = Reader(open_source(str(tmp_path / "test.tar")), pictures=Pictures(0))
+    reader = Reader(open_source(str(tmp_path / "test.tar")))
     scorer = make_scorer(tmp_path, batch_size=5)
     result = sections.evaluate(Evaluation(scorer, reader, pairs=4, rerank=4), sections.sections_of(scorer))
     assert result["grounding"]["samples"] == 1 and len(decoded) == 4 + 1

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from softmask.data import open_source
-from softmask.evaluation import command, evaluate, retrieval
+from softmask.evaluation import command, evaluate
 from softmask.evaluation.gallery import build_gallery
+from softmask.evaluation.one_pass import measure_one
 from softmask.evaluation.readers import Reader, Scorer
+from softmask.evaluation.retrieval import Recalls
 from tests.support.data_files import write_tar
 from tests.support.evaluation_files import PAIRS, Oracle, Words, scene, small_config, write_run, write_scenes
 
@@ -34,7 +36,7 @@ def write_marked(path: Path, unseen: tuple[int, ...], *, captions: int = 1) -> s
 def retrieve(tmp_path: Path, data: str, *, blind: bool = True) -> dict:
     config = small_config(tmp_path)
     scorer = Scorer(Oracle(config, blind=blind), Words(), config, batch_size=5)
-    return retrieval.retrieval(scorer, Reader(open_source(data)), rerank=4)
+    return measure_one(scorer, Reader(open_source(data)), Recalls(scorer, rerank=4))
 
 
 def test_unseen_queries_are_ranked_over_the_whole_gallery(tmp_path: Path) -> None:

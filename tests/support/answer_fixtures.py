@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from softmask.batch import AnswerBatch
 from tests.support.model_fixtures import SPECIAL, VOCABULARY, small_batch
@@ -40,3 +43,13 @@ def assert_gradients_equal(ours: dict[str, torch.Tensor], plain: dict[str, torch
     assert ours.keys() == plain.keys()
     for name, value in plain.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-8, atol=1e-10, msg=name)
+
+
+def assert_pictures_are_shared(model: Any, images: Tensor, *texts: Tensor) -> None:
+    """Questions about the same picture equal those about copies of it."""
+    picture = torch.tensor([1, 0, 1, 1, 2])
+    shared = model.read_questions(images[:3], *texts, picture=picture)
+    copies = model.read_questions(images[picture], *texts)
+    torch.testing.assert_close(model.first_token(shared), model.first_token(copies))
+    written = model.generate(images[:3], *texts, picture=picture, max_length=4)
+    assert torch.equal(written, model.generate(images[picture], *texts, max_length=4))

@@ -123,8 +123,9 @@ class Words:
 class Oracle:
     """A model that is always right.
 
-    Features and tokens are one-hot codes of the two colours; `blind` features are all equal, so that ITC must fail and
-    only ITM can rank. Grad-CAM is 1 on the patches of the word's colour, the attention everywhere else.
+    Features and first tokens are one-hot codes of the two colours; `blind` features are all equal, so that ITC must
+    fail and only ITM can rank. An image's other tokens are its patches' colours. Grad-CAM is 1 on the patches of the
+    word's colour, the attention everywhere else.
     """
 
     patch_grid = (4, 4)
@@ -146,7 +147,12 @@ class Oracle:
         palette = torch.tensor(list(COLOURS.values())).float() / 255
         pixels = (images * self.std + self.mean).movedim(1, -1)  # [B, H, W, 3]
         left, right = (torch.cdist(pixels[:, 16, column], palette).argmin(1) for column in (4, 28))
-        return self._code(left, right)
+        code, feature = self._code(left, right)
+        return torch.cat([code, F.pad(self._patches(images), (0, 13))], 1), feature
+
+    def _patches(self, images: Tensor) -> Tensor:
+        """[B, 16, 3]: the mean colour of every patch."""
+        return F.avg_pool2d(images * self.std + self.mean, 8).flatten(2).movedim(1, -1)
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         first = Words.vocabulary.index("red")
@@ -164,9 +170,9 @@ class Oracle:
 
     def word_maps(self, images, input_ids, attention_mask, word_index, *, kind, normalize, kv_index=None):
         self.images_seen += len(images)
-        images = images if kv_index is None else images[kv_index]
+        patches = self._patches(images) if images.ndim == 4 else images[:, 1:, :3]
+        patches = patches if kv_index is None else patches[kv_index]
         first, palette = Words.vocabulary.index("red"), torch.tensor(list(COLOURS.values())).float() / 255
-        patches = F.avg_pool2d(images * self.std + self.mean, 8).flatten(2).movedim(1, -1)  # [B, 16, 3]
         maps = torch.zeros(*word_index.shape[:2], 16)
         for b, w in word_index[..., 0].ge(0).nonzero().tolist():
             tokens = word_index[b, w]

@@ -7,12 +7,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+import torch
+
 from benchmarks.ablation.rows import SEEN, STUDIES, UNSEEN
-from benchmarks.studies.runs import Plan
+from benchmarks.studies.runs import Plan, Run
+from softmask.data import train_wordpiece
+from softmask.training.checkpoint import initial
+from softmask.training.checkpoint.store import build_model
 from softmask.training.config import load_config, save_config
 
 SYCOCA, SOFTMASK_PP = ALONE = tuple(
-    replace(study, rows=tuple(replace(row, init="") for row in study.rows)) for study in STUDIES if study.shown
+    replace(study, rows=tuple(replace(row, init="", init_heads=()) for row in study.rows))
+    for study in STUDIES
+    if study.shown
 )
 """The ablation's tables, whose runs start from random weights here."""
 
@@ -32,6 +40,22 @@ def made_metrics(*, itc: float = 0.5, itm: float = 0.5, pointing: float = 0.5, s
 
 def measured_of(unseen: dict, seen: dict | None = None) -> dict[str, dict]:
     return {UNSEEN: unseen, SEEN: seen or made_metrics()}
+
+
+def assert_starts(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run's model takes the weights of the run that it starts from. Both are built without memory."""
+    assert run.base is not None
+    tokenizer = train_wordpiece(["a box"], folder / "tokenizer", vocab_size=64)
+    models = []
+    for config in (run.base.config, run.config):
+        if hasattr(config.head, "names"):
+            config.head.names = ["box", "owl"]
+        with torch.device("meta"):
+            models.append(build_model(config, tokenizer))
+    monkeypatch.setattr(initial, "find_checkpoint", Path)
+    monkeypatch.setattr(initial, "read_weights", lambda _path: models[0].state_dict())
+    found = initial.start_from(models[1], "start", heads=run.config.init_heads, task=run.config.find_task())
+    assert "tensors of start" in found
 
 
 class Fake:

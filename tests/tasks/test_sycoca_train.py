@@ -14,6 +14,7 @@ import torch
 from softmask import reference
 from softmask.data import open_source
 from softmask.evaluation import captioning, command, evaluate, readers, reconstruction
+from softmask.evaluation.one_pass import encode, measure_one
 from softmask.models import SyCoCa, SyCoCaConfig
 from softmask.models.sycoca import caption_head
 from softmask.report import build as report
@@ -21,7 +22,18 @@ from softmask.report import generated as report_generation
 from softmask.training.checkpoint.store import config_differences, find_checkpoint, load_model
 from softmask.training.config import Config, ConfigError
 from softmask.training.trainer import Trainer
-from tests.support.train_fixtures import different, make_config, make_sycoca_config, rows, run_here, saved_state
+from tests.support.train_fixtures import (
+    ROOT,
+    different,
+    make_config,
+    make_sycoca_config,
+    rows,
+    run_here,
+    run_on_ranks,
+    saved_state,
+)
+
+SECTIONS = ("retrieval", "captioning", "reconstruction")
 
 
 @pytest.mark.parametrize(
@@ -108,6 +120,18 @@ def test_evaluation_ranks_by_itc_alone(run: Config) -> None:
     assert result["retrieval"]["images"] == 16 and "itm" not in result["retrieval"] and "grounding" not in result
 
 
+def test_any_number_of_ranks_finds_the_same(run: Config, tmp_path: Path) -> None:
+    """To the last digit, in pieces of five pictures."""
+    found = []
+    for count in (1, 2, 3):
+        output = tmp_path / f"{count}.json"
+        data = ["--data", run.data.train, "--training", run.data.train, "--pairs", "16", "--batch-size", "5"]
+        options = [*data, "--beams", "2", "--output", str(output)]
+        run_on_ranks(count, ROOT / "train" / "evaluate.py", run.output, *options)
+        found.append({name: json.loads(output.read_text())[name] for name in SECTIONS})
+    assert found[0] == found[1] == found[2] and found[0]["captioning"]["neighbours"] == 64
+
+
 def test_evaluation_uses_torch_attention(run: Config, tmp_path: Path) -> None:
     """Weights are fp32 in evaluation, which flash-attn does not take, and the package may not be installed."""
     checkpoint = shutil.copytree(find_checkpoint(run.output), tmp_path / "step_00000001")
@@ -139,9 +163,9 @@ def test_reconstruction_gap_equals_that_of_the_model_loss(run: Config) -> None:
     with torch.no_grad():
         for weight in model.image_decoder.parameters():  # so large that captions make a difference
             weight.mul_(10.0)
-    samples = list(readers.Reader(open_source(run.data.train)).read(range(16)))
-    section = reconstruction.reconstruction(scorer, samples)
-    pairs = list(reconstruction.with_another(samples))
+    reader = readers.Reader(open_source(run.data.train))
+    section = measure_one(scorer, reader, reconstruction.Reconstruction(scorer, reader), pairs=16)
+    pairs = [pair for pair in reconstruction.with_another(reader.read(range(17))) if pair[0].index < 16]
     images = readers.pixels(scorer, [sample for sample, _ in pairs])
     tokens = [scorer.tokens(texts) for texts in zip(*((sample.caption, other) for sample, other in pairs), strict=True)]
     right, wrong = ((one.input_ids, one.attention_mask) for one in tokens)
@@ -165,14 +189,14 @@ def test_report_shows_captions_and_reconstructions(run: Config) -> None:
 def test_captions_do_not_depend_on_the_batch_size(run: Config) -> None:
     scorer = command.load_scorer(find_checkpoint(run.output), batch_size=5)
     samples = list(readers.Reader(open_source(run.data.train)).read(range(12)))
-    written, features = captioning.describe(scorer, samples, captioning.CaptionOptions(beams=2))
+    seen = encode(scorer, samples)
+    written = captioning.write_captions(scorer, seen, captioning.CaptionOptions(beams=2))
     scorer.batch_size = 12
-    again, once = captioning.describe(scorer, samples, captioning.CaptionOptions(beams=2))
-    assert written == again and len(written.chosen) == len(written.beams_alone) == 12
-    torch.testing.assert_close(features, once)
-    greedy, _ = captioning.describe(scorer, samples, captioning.CaptionOptions(beams=1))
-    assert len(greedy.chosen) == 12 and greedy.beams_alone == []
-    shown = reconstruction.reconstruct(scorer, samples[:3], [sample.caption for sample in samples[1:4]])
+    again = captioning.write_captions(scorer, seen, captioning.CaptionOptions(beams=2))
+    assert written == again and len(written.chosen) == len(written.beams_alone) == len(seen.tokens)
+    greedy = captioning.write_captions(scorer, seen, captioning.CaptionOptions(beams=1))
+    assert len(greedy.chosen) == len(seen.tokens) and greedy.beams_alone == []
+    shown = reconstruction.reconstruct(scorer, encode(scorer, samples[:3]), [sample.caption for sample in samples[1:4]])
     whole = report_generation.to_patches(shown.images, scorer.model.patch_size)
     back = report_generation.from_patches(whole, scorer.model.patch_size, scorer.model.patch_grid)
     assert torch.equal(back, shown.images)

@@ -31,7 +31,7 @@ class Classification(Section):
         count = min(max(TOP), len(scorer.config.head.names))
 
         def predict(batch: ExampleBatch) -> list[list[tuple[int, float]]]:
-            found = model.predict(batch.images).topk(count, dim=1)
+            found = model.predict(batch.images)[batch.pictures[:, 0]].topk(count, dim=1)
             rows = zip(found.indices.tolist(), found.values.tolist(), strict=True)
             return [list(zip(*row, strict=True)) for row in rows]
 

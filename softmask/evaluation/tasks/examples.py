@@ -19,21 +19,21 @@ class ExampleBatch:
     """Examples of a piece that could be read.
 
     Attributes:
-        images: [N, 3, S, S], all pictures of the first example, then those of the second, ...; shared ones once.
-        sizes: (width, height) of the stored pictures, N of them.
-        image_index: the number of each example's first picture.
+        images: different pictures [I, 3, S, S], each once.
+        sizes: (width, height) of the stored pictures, I of them.
+        pictures: [B, n], the numbers of each example's pictures.
     """
 
     images: Tensor
     text: TokenBatch
     records: list[Record]
     sizes: list[tuple[int, int]]
-    image_index: list[int]
+    pictures: Tensor
 
     @property
-    def first_images(self) -> Tensor:
-        """[B, 3, S, S], the first picture of each example."""
-        return self.images[torch.tensor(self.image_index, device=self.images.device)]
+    def own_images(self) -> Tensor:
+        """[n * B, 3, S, S]: all pictures of the first example, then those of the second, ..."""
+        return self.images[self.pictures.flatten()]
 
 
 @dataclass
@@ -66,22 +66,21 @@ def predict_all(
     predict: Predictor,
     *,
     numbers: Sequence[int] | None = None,
-    share_pictures: bool = False,
+    by_picture: bool = False,
 ) -> list[Prediction]:
     """`predict`'s values for all readable examples, in order, on every rank. Others are counted in `reader.skipped`.
     DataError if there are none.
 
     numbers: of the examples; None: all.
-    share_pictures: of examples of one picture each; those of the same picture are predicted together, and it is decoded
-        once.
+    by_picture: examples of the same first picture are predicted together.
     """
     size, asked = scorer.batch_size, range(len(reader.source)) if numbers is None else numbers
-    if share_pictures:
+    if by_picture:
         asked = sorted(asked, key=reader.source.image_ids.__getitem__)
     pieces = [asked[first : first + size] for first in range(0, len(asked), size)]
 
     def work(piece: Sequence[int]) -> tuple[list[Prediction], dict[int, str]]:
-        indices, batch, skipped = read_examples(scorer, reader, piece, share_pictures=share_pictures)
+        indices, batch, skipped = read_examples(scorer, reader, piece)
         if batch is None:
             return [], skipped
         with torch.no_grad():
@@ -100,23 +99,24 @@ def predict_all(
 
 
 def read_examples(
-    scorer: Scorer, reader: Reader, piece: Sequence[int], *, share_pictures: bool = False
+    scorer: Scorer, reader: Reader, piece: Sequence[int]
 ) -> tuple[list[int], ExampleBatch | None, dict[int, str]]:
-    """The numbers of the readable examples among `piece`, their batch, and the errors of the others."""
+    """The numbers of the readable examples among `piece`, their batch, and the errors of the others. A picture of
+    several examples is decoded once."""
     transform = eval_transform(scorer.config.data)
     indices: list[int] = []
     images: list[Tensor] = []
     records: list[Record] = []
     sizes: list[tuple[int, int]] = []
-    image_index: list[int] = []
+    pictures: list[list[int]] = []
     skipped: dict[int, str] = {}
-    numbers: dict[int, int] = {}  # of shared pictures, by image_id
+    numbers: dict[bytes, int] = {}  # of encoded pictures
     for index in piece:
         try:
             record = reader.source.read(index)
-            shown = share_pictures and record.image_id in numbers
-            pictures = [] if shown else list(map(decode_image, (record.image_bytes, *record.more_images)))
-            seen = list(map(transform, pictures))
+            shown = (record.image_bytes, *record.more_images)
+            new = {encoded: decode_image(encoded) for encoded in shown if encoded not in numbers}
+            seen = list(map(transform, new.values()))
         except SampleError as error:
             skipped[index] = str(error)
             continue
@@ -125,13 +125,14 @@ def read_examples(
             continue
         indices.append(index)
         records.append(record)
-        image_index.append(numbers.setdefault(record.image_id, len(images)) if share_pictures else len(images))
-        sizes += [picture.size for picture in pictures]
+        numbers |= {encoded: number for number, encoded in enumerate(new, len(images))}
+        pictures.append([numbers[encoded] for encoded in shown])
+        sizes += [picture.size for picture in new.values()]
         images += seen
     if not indices:
         return [], None, skipped
-    stacked = torch.stack(images).to(scorer.device)
-    return indices, ExampleBatch(stacked, _tokens(scorer, records), records, sizes, image_index), skipped
+    stacked, owners = torch.stack(images).to(scorer.device), torch.tensor(pictures, device=scorer.device)
+    return indices, ExampleBatch(stacked, _tokens(scorer, records), records, sizes, owners), skipped
 
 
 def _tokens(scorer: Scorer, records: Sequence[Record]) -> TokenBatch:

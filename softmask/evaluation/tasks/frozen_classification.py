@@ -63,7 +63,7 @@ def features(scorer: Scorer, reader: Reader) -> Labeled:
     """The normalized image features of all readable images, and their classes."""
 
     def encode(batch: ExampleBatch) -> Sequence[Tensor]:
-        return scorer.model.encode_image(batch.images)[1].float().cpu().unbind()
+        return scorer.model.encode_image(batch.images)[1][batch.pictures[:, 0]].float().cpu().unbind()
 
     predictions = predict_all(scorer, reader, encode)
     stacked = torch.stack([one.value for one in predictions]) if predictions else torch.empty(0, 0)

@@ -47,7 +47,7 @@ class BoxGrounding(Section):
         def predict(batch: ExampleBatch) -> list[Grounded | str]:
             return ground(scorer, batch, by=given.box_score)
 
-        found = predict_all(scorer, reader, predict, share_pictures=True)
+        found = predict_all(scorer, reader, predict, by_picture=True)
         reader.skipped |= {one.index: one.value for one in found if isinstance(one.value, str)}
         found = [one for one in found if one.index not in reader.skipped]
         if not found:
@@ -76,12 +76,12 @@ def ground(scorer: Scorer, batch: ExampleBatch, *, by: BoxScore) -> list[Grounde
         metrics.stack_words([[row] for row in tokens]).to(scorer.device),
         kind="gradcam",
         normalize=None,
-        kv_index=torch.tensor(batch.image_index, device=scorer.device),
+        kv_index=batch.pictures[:, 0],
     )
     crop, found = scorer.config.data.eval_resize == "crop", list[Grounded | str]()
     for row, (record, plane) in enumerate(zip(batch.records, maps.float().cpu(), strict=True)):
         height, width = record.target["size"]
-        if (size := batch.sizes[batch.image_index[row]]) != (width, height):
+        if (size := batch.sizes[int(batch.pictures[row, 0])]) != (width, height):
             found.append(
                 f"{record.name}: {size[0]} x {size[1]} pixels, expected {width} x {height} as in the instances"
             )

@@ -12,21 +12,18 @@ from softmask.evaluation.tasks.examples import ExampleBatch, Prediction, Predict
 
 
 class LabelSection(Section):
-    """A task whose model has `predict(images, input_ids, attention_mask)` -> probabilities [B, classes].
+    """A task whose model has `predict(images, input_ids, attention_mask, pictures=)` -> probabilities [B, classes].
 
     Attributes:
         labels: the classes, in the order of the model's.
         title: the task's name for the terminal.
-        pictures: of an example.
     """
 
     labels: Sequence[str]
     title: str
-    pictures: int = 1
 
     def run(self, given: Evaluation) -> dict:
-        predict, shared = self.predictor(given.scorer), self.pictures == 1
-        predictions = predict_all(given.scorer, given.reader, predict, share_pictures=shared)
+        predictions = predict_all(given.scorer, given.reader, self.predictor(given.scorer), by_picture=True)
         if given.predictions is not None:
             given.predictions.extend(map(self.row, predictions))
         return self.scores(predictions) | cut_count(predictions)
@@ -36,8 +33,8 @@ class LabelSection(Section):
         model: Any = scorer.model
 
         def predict(batch: ExampleBatch) -> list[list[float]]:
-            images = batch.first_images if self.pictures == 1 else batch.images
-            return model.predict(images, batch.text.input_ids, batch.text.attention_mask).tolist()
+            texts = batch.text.input_ids, batch.text.attention_mask
+            return model.predict(batch.images, *texts, pictures=batch.pictures).tolist()
 
         return predict
 

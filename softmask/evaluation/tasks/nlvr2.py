@@ -15,12 +15,11 @@ LABELS = ("False", "True")
 
 
 class Nlvr2(LabelSection):
-    """Accuracy and consistency; the model has `predict(images, input_ids, attention_mask)` -> probabilities [B, 2]."""
+    """Accuracy and consistency; the model as in `LabelSection`, with two probabilities."""
 
     name = "nlvr2"
     labels = LABELS
     title = "NLVR2"
-    pictures = 2
 
     def row(self, one: Prediction) -> dict[str, Any]:
         return {"identifier": one.record.key, "label": LABELS[best(one.value)]}

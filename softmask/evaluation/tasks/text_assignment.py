@@ -29,7 +29,7 @@ class TextAssignment(LabelSection):
             place = torch.arange(len(batch.records), device=batch.images.device) % len(PLACES)
             ids = torch.tensor([record.image_id for record in batch.records], device=batch.images.device)
             text = batch.text
-            found = model.predict(batch.images, text.input_ids, text.attention_mask, ids=ids, place=place)
+            found = model.predict(batch.own_images, text.input_ids, text.attention_mask, ids=ids, place=place)
             return list(zip(place.tolist(), found.tolist(), have_others(ids).tolist(), strict=True))
 
         predictions = []

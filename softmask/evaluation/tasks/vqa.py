@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
 
+from torch import Tensor
+
 from softmask.data import DataError, TokenBatch
 from softmask.data.formats.vqa import read_answer_list
 from softmask.evaluation.readers import Scorer
@@ -32,7 +34,7 @@ class Vqa(Section):
 
     def run(self, given: Evaluation) -> dict:
         predict = self.predictor(given.scorer)
-        predictions = predict_all(given.scorer, given.reader, predict, share_pictures=True)
+        predictions = predict_all(given.scorer, given.reader, predict, by_picture=True)
         if given.predictions is not None:
             rows = {one.index: {"question_id": one.record.key, "answer": one.value[0][0]} for one in predictions}
             for index in given.reader.skipped:  # the server refuses a file that lacks a question
@@ -71,23 +73,25 @@ def _percent(result: dict) -> str:
 def _answerer(scorer: Scorer, *, count: int) -> Callable[[ExampleBatch], list[Answers]]:
     model: Any = scorer.model
     head, device = scorer.config.head, scorer.device
+
+    def questions(batch: ExampleBatch) -> tuple[Tensor, ...]:
+        return batch.images, batch.text.input_ids, batch.text.attention_mask
+
     if not head.answer_list:
-        return lambda batch: [
-            [(text, None)]
-            for text in scorer.tokenizer.decode(
-                model.generate(
-                    batch.first_images, batch.text.input_ids, batch.text.attention_mask, max_length=head.answer_length
-                )
-            )
-        ]
+
+        def write(batch: ExampleBatch) -> list[Answers]:
+            ids = model.generate(*questions(batch), picture=batch.pictures[:, 0], max_length=head.answer_length)
+            return [[(text, None)] for text in scorer.tokenizer.decode(ids)]
+
+        return write
     answers = read_answer_list(head.answer_list)
     tokens = scorer.tokenizer(answers, max_length=head.answer_length)
     _check_answers(answers, tokens, head.answer_list, head.answer_length)
     listed = model.list_answers(tokens.input_ids.to(device), tokens.attention_mask.to(device))
 
     def rank(batch: ExampleBatch) -> list[Answers]:
-        questions = model.read_questions(batch.first_images, batch.text.input_ids, batch.text.attention_mask)
-        numbers, log_probability = model.rank(questions, listed, k=head.k)
+        read = model.read_questions(*questions(batch), picture=batch.pictures[:, 0])
+        numbers, log_probability = model.rank(read, listed, k=head.k)
         best = zip(numbers[:, :count].tolist(), log_probability[:, :count].tolist(), strict=True)
         return [[(answers[number], value) for number, value in zip(*row, strict=True)] for row in best]
 

@@ -207,6 +207,10 @@ class VisionEncoder(nn.Module):
             plane = plane.repeat_interleave(self.patch_size, dim)
         return images.masked_fill(plane, 0.0)
 
+    def tokens(self, images: Tensor) -> Tensor:
+        """Tokens [B, P, D] of images [B, 3, S, S]; tokens are returned as they are."""
+        return images if images.ndim == 3 else self(images)
+
     def pool(self, tokens: Tensor) -> Tensor:
         """tokens [B, P, D] -> [B, D]: CLS, or the mean over the patches."""
         if self.pooling == "cls":

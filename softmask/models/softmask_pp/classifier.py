@@ -50,20 +50,30 @@ class ClassifierNetwork(FusedEncoder):
         for part in (self.text, self.fusion, self.head):
             initialize(part, std=config.text.initializer_range)
 
-    def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Logits [B, classes]. images: all pictures of the first text, then those of the second, ..."""
-        return self.head(self.fused(images, input_ids, attention_mask).states)
+    def forward(
+        self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, *, pictures: Tensor | None = None
+    ) -> Tensor:
+        """Logits [B, classes]. images: all pictures of the first text, then those of the second, ..., or any, of which
+        `pictures` [B, n] names those of each text."""
+        return self.head(self.fused(images, input_ids, attention_mask, pictures=pictures).states)
 
     def fused(
-        self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, *, record_layer: int | None = None
+        self,
+        images: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        *,
+        pictures: Tensor | None = None,
+        record_layer: int | None = None,
     ) -> Fused:
         """The texts' first tokens, and what maps of the words need."""
         packing, copies = Packing.of(attention_mask), self.fusion.copies
         with without_graph(record_layer is not None):
             texts, tokens = self.text(input_ids, packing), self.vision(images)
             prepared = Prepared.of(self.fusion, tokens, texts, packing)
-        turns = torch.arange(len(images), device=images.device).unflatten(0, (-1, copies)).unbind(1)
-        return fused_first_tokens(self.fusion, prepared, turns, record_layer=record_layer)
+        if pictures is None:
+            pictures = torch.arange(len(images), device=images.device).unflatten(0, (-1, copies))
+        return fused_first_tokens(self.fusion, prepared, pictures.unbind(1), record_layer=record_layer)
 
 
 class Classifier(Distilled[ClassifierNetwork]):
@@ -86,9 +96,11 @@ class Classifier(Distilled[ClassifierNetwork]):
         return Loss(loss, {"accuracy": accuracy(logits, batch.labels)})
 
     @torch.no_grad()
-    def predict(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def predict(
+        self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, *, pictures: Tensor | None = None
+    ) -> Tensor:
         """Probabilities [B, classes] fp32."""
-        return at_least_fp32(self.backbone(images, input_ids, attention_mask)).softmax(1)
+        return at_least_fp32(self.backbone(images, input_ids, attention_mask, pictures=pictures)).softmax(1)
 
     def word_maps_by_picture(
         self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, word_index: Tensor, *, normalize: str | None

@@ -366,8 +366,8 @@ class SoftMaskPP(nn.Module):
         normalize: str | None = None,
         kv_index: Tensor | None = None,
     ) -> Tensor:
-        """Maps [N, W, patches] of the words at word_index [N, W, S] (token positions, -1 pads), over the images that
-        kv_index [N] names (None: one each).
+        """Maps [N, W, patches] of the words at word_index [N, W, S] (token positions, -1 pads), over the images, or
+        their tokens [B, P, D], that kv_index [N] names (None: one each).
 
         kind "gradcam": Grad-CAM of the match logit; "attention": the cross-attention alone. Works under no_grad and
         leaves every `.grad` untouched.
@@ -375,7 +375,7 @@ class SoftMaskPP(nn.Module):
         if kind not in ("gradcam", "attention"):
             raise ValueError(f"kind: expected 'gradcam' or 'attention', got {kind!r}")
         with torch.no_grad():
-            keys = self.image_keys(self.backbone.encode_image(images).tokens)
+            keys = self.image_keys(self.backbone.vision.tokens(images))
             text_tokens, _ = self.encode_text(input_ids, attention_mask)
         layer = self.config.cam_layer
         fused = self._fuse_all(keys, text_tokens, attention_mask, kv_index=kv_index, record_layer=layer)

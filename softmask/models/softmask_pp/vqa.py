@@ -68,19 +68,27 @@ class VqaNetwork(FusedEncoder, AnswerNetwork):
         super().set_activation_checkpointing(enable)
         self.decoder.fusion.activation_checkpointing = enable
 
-    def read(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Questions:
-        """B questions with their images."""
-        return self.read_recorded(images, input_ids, attention_mask)[0]
+    def read(
+        self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, *, picture: Tensor | None = None
+    ) -> Questions:
+        return self.read_recorded(images, input_ids, attention_mask, picture=picture)[0]
 
     def read_recorded(
-        self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, *, record_layer: int | None = None
+        self,
+        images: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        *,
+        picture: Tensor | None = None,
+        record_layer: int | None = None,
     ) -> tuple[Questions, Fused]:
-        """B questions with their images, and what maps of their words need."""
+        """Questions with their images, and what maps of their words need."""
         packing = Packing.of(attention_mask)
         with without_graph(record_layer is not None):
             start = self.fusion.start(self.text(input_ids, packing), packing)
             keys = self.fusion.project(self.vision(images))
-        states, record = self.fusion(start, keys, record_layer=record_layer, grad_from=record_layer or 0)
+        pairs = PairIndex(kv_index=picture)
+        states, record = self.fusion(start, keys, pairs, record_layer=record_layer, grad_from=record_layer or 0)
         questions = Questions(self.decoder.fusion.project(packing.pad(states)), ~attention_mask)
         return questions, Fused(states, record, keys)
 

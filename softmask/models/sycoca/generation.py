@@ -76,8 +76,8 @@ def generate_captions(
     top_p: float | None = None,
     rerank: bool = False,
 ) -> Tensor:
-    """images [B, 3, S, S] -> token ids [B, T <= max_length] from [CLS] to [SEP], then [PAD]. `max_length`, `min_length`
-    and `prompt`: see `Lengths`.
+    """images [B, 3, S, S], or their tokens [B, P, D] -> token ids [B, T <= max_length] from [CLS] to [SEP], then [PAD].
+    `max_length`, `min_length` and `prompt`: see `Lengths`.
 
     Greedy by default; with `num_beams` > 1 beam search by the mean log-probability per token; with `top_p` nucleus
     sampling from torch's random numbers; with both, beam sampling. With `rerank` the result is the beam with the
@@ -100,7 +100,7 @@ def generate_captions(
         return _padded(model, beams.best())
     options = {"do_sample": top_p is not None, "top_p": top_p, "top_k": None if top_p is None else 0}
     with evaluating(model):
-        _, tokens = model.backbone.pool(model.backbone.vision(images))
+        _, tokens = model.backbone.pool(model.backbone.vision.tokens(images))
         captions, _ = _generate(model, tokens, lengths, num_beams=num_beams, **options)
     return _padded(model, captions)
 
@@ -115,7 +115,7 @@ def search_captions(
     prompt: Sequence[int] = (),
     num_beams: int,
 ) -> Beams:
-    """images [B, 3, S, S] -> all beams, with their log-probabilities and similarities.
+    """images [B, 3, S, S], or their tokens [B, P, D] -> all beams, with their log-probabilities and similarities.
 
     Raises:
         ValueError: no image; max_length not in [2, text.max_positions]; no room for min_length or prompt;
@@ -127,7 +127,7 @@ def search_captions(
 
 def _search(model: SyCoCa, images: Tensor, lengths: Lengths, *, num_beams: int) -> Beams:
     with evaluating(model):
-        pooled, tokens = model.backbone.pool(model.backbone.vision(images))
+        pooled, tokens = model.backbone.pool(model.backbone.vision.tokens(images))
         options = {"num_return_sequences": num_beams, "output_scores": True}
         found, mean = _generate(model, tokens, lengths, num_beams=num_beams, **options)
         captions = _padded(model, found)

@@ -322,9 +322,10 @@ class SyCoCa(nn.Module):
         return texts.packing.pad(texts.tokens), texts.feature
 
     def hidden_patches(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """bool [B, patches]: the patches that training would hide for these captions [B, T]."""
+        """bool [B, patches]: the patches of images, or of their tokens [B, P, D], that training would hide for these
+        captions [B, T]."""
         texts = self.backbone.encode_texts(input_ids, Packing.of(attention_mask))
-        hidden = self.masks(self.backbone.vision(images), texts).hidden
+        hidden = self.masks(self.backbone.vision.tokens(images), texts).hidden
         if hidden is None:
             raise ValueError("reconstruct: expected true and weights.tgmim > 0, got a model without reconstruction")
         return hidden

@@ -111,8 +111,12 @@ class VqaNetwork(Encoders, AnswerNetwork):
         super().set_activation_checkpointing(enable)
         self.caption_decoder.activation_checkpointing = enable
 
-    def read(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Questions:
-        return Questions(self.pool(self.vision(images))[1], input_ids, Packing.of(attention_mask))
+    def read(
+        self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, *, picture: Tensor | None = None
+    ) -> Questions:
+        context = self.pool(self.vision(images))[1]
+        shown = context if picture is None else context[picture]
+        return Questions(shown, input_ids, Packing.of(attention_mask))
 
     def start(self, answer_ids: Tensor, packing: Packing) -> Answers:
         return Answers(answer_ids, packing)

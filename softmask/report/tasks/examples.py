@@ -160,7 +160,11 @@ def word_maps(scorer: Scorer, batch: ExampleBatch, pictures: Sequence[Sequence[I
     words = [_different(content_words(text, batch.text, row))[:WORDS] for row, text in enumerate(texts)]
     index = metrics.stack_words([[word.tokens for word in row] for row in words]).to(scorer.device)
     maps = model.word_maps_by_picture(
-        batch.images, batch.text.input_ids, batch.text.attention_mask, index, normalize=scorer.config.model.normalize
+        batch.own_images,
+        batch.text.input_ids,
+        batch.text.attention_mask,
+        index,
+        normalize=scorer.config.model.normalize,
     )
     return [
         [_draw(scorer, word, maps[row, :, place].float().cpu(), pictures[row]) for place, word in enumerate(found)]

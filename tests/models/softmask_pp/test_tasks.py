@@ -13,7 +13,13 @@ from softmask.batch import LabeledBatch
 from softmask.models.config import Distillation, VqaHead
 from softmask.models.softmask_pp.classifier import Nlvr2, SnliVe
 from softmask.models.softmask_pp.vqa import Vqa
-from tests.support.answer_fixtures import answer_batch, answers, assert_gradients_equal, gradients
+from tests.support.answer_fixtures import (
+    answer_batch,
+    answers,
+    assert_gradients_equal,
+    assert_pictures_are_shared,
+    gradients,
+)
 from tests.support.model_fixtures import SPECIAL, small_batch, small_config
 
 MODELS = {SnliVe: Distillation(), Nlvr2: Distillation(), Vqa: VqaHead()}
@@ -68,6 +74,17 @@ def test_nlvr2_tells_left_from_right() -> None:
     assert difference.abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("kind", [SnliVe, Nlvr2])
+def test_texts_share_pictures(kind: type) -> None:
+    """Pictures that several texts name equal copies of them."""
+    model, batch = small_task_model(kind).eval(), labeled_batch(kind)
+    given = batch.input_ids, batch.attention_mask
+    pictures = torch.tensor([[2, 0], [0, 2], [1, 1], [3, 0], [3, 1], [0, 3]])[:, : kind.pictures]
+    found = model.predict(batch.images[:4], *given, pictures=pictures)
+    torch.testing.assert_close(found, model.predict(batch.images[pictures.flatten()], *given))
+    assert (found.amax(0) - found.amin(0)).max() > 1e-3, "all predictions are the same: the test shows nothing"
+
+
 def test_answer_loss_equals_albefs() -> None:
     model, batch = small_task_model(Vqa), answer_batch()
     plain_model = copy.deepcopy(model)
@@ -75,6 +92,11 @@ def test_answer_loss_equals_albefs() -> None:
     expected = PlainTasks(plain_model).answer_loss(batch, alpha=0.4)
     torch.testing.assert_close(loss, expected)
     assert_gradients_equal(gradients(loss, model), gradients(expected, plain_model))
+
+
+def test_questions_share_pictures() -> None:
+    batch = small_batch(5, dtype=torch.float64)
+    assert_pictures_are_shared(small_task_model(Vqa).eval(), batch.images, batch.input_ids, batch.attention_mask)
 
 
 @pytest.mark.parametrize("k", [1, 7, 40])

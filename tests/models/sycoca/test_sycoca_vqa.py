@@ -12,7 +12,13 @@ from torch import Tensor
 from benchmarks.step.plain_sycoca import attention
 from softmask.models.config import VqaHead
 from softmask.models.sycoca.vqa import Vqa
-from tests.support.answer_fixtures import answer_batch, answers, assert_gradients_equal, gradients
+from tests.support.answer_fixtures import (
+    answer_batch,
+    answers,
+    assert_gradients_equal,
+    assert_pictures_are_shared,
+    gradients,
+)
 from tests.support.model_fixtures import COCA, POOLED, SPECIAL, small_batch, small_sycoca
 
 STYLES = [{}, COCA | POOLED, {"style": "open_clip"}]
@@ -87,6 +93,12 @@ def test_answer_loss_is_that_of_one_text_for_each_answer(options: dict) -> None:
     torch.testing.assert_close(loss, expected)
     assert_gradients_equal(gradients(loss, model), gradients(expected, plain_model))
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad), "every trained weight has a gradient"
+
+
+@pytest.mark.parametrize("options", STYLES, ids=str)
+def test_questions_share_pictures(options: dict) -> None:
+    model, batch = small_vqa(**options).eval(), small_batch(5, dtype=torch.float64)
+    assert_pictures_are_shared(model, batch.images, batch.input_ids, batch.attention_mask)
 
 
 @pytest.mark.parametrize("options", STYLES, ids=str)
