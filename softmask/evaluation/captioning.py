@@ -27,13 +27,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from softmask.data import DataError
+from softmask.data import CaptionTokenizer, DataError
 from softmask.evaluation import ranks
 from softmask.evaluation.one_pass import Encoded, Measure, encode, image_pieces
 from softmask.evaluation.readers import Entry, Reader, Scorer
 from softmask.models.sycoca.generation import Lengths, generate_captions, search_captions
 from softmask.models.sycoca.model import SyCoCa
-from softmask.training.config import ConfigError
+from softmask.training.config import Config, ConfigError
 
 if TYPE_CHECKING:
     from pycocoevalcap.meteor.meteor import Meteor
@@ -94,7 +94,7 @@ class Captioning(Measure[Described]):
 
     def __init__(self, scorer: Scorer, training: Reader | None, options: CaptionOptions) -> None:
         self.scorer, self.training, self.options = scorer, training, options
-        _limits(scorer, options)
+        caption_limits(scorer.config, scorer.tokenizer, options)
 
     def look(self, seen: Encoded) -> Described:
         references: list[list[str]] = [[] for _ in seen.first]
@@ -144,7 +144,7 @@ def write_captions(scorer: Scorer, seen: Encoded, options: CaptionOptions) -> Ca
     model, written, beams = scorer.model, Captions(), options.beams
     if not isinstance(model, SyCoCa):
         raise TypeError(f"captioning: expected a SyCoCa model, got {type(model).__name__}")
-    limits, decode = _limits(scorer, options), scorer.tokenizer.decode
+    limits, decode = caption_limits(scorer.config, scorer.tokenizer, options), scorer.tokenizer.decode
     for tokens in seen.tokens.split(max(1, scorer.batch_size // beams)):
         if beams == 1:
             written.add(Captions(decode(generate_captions(model, tokens, **limits))))
@@ -154,13 +154,18 @@ def write_captions(scorer: Scorer, seen: Encoded, options: CaptionOptions) -> Ca
     return written
 
 
-def _limits(scorer: Scorer, options: CaptionOptions) -> dict[str, Any]:
-    """max_length, min_length and prompt of the search. Raises ConfigError."""
-    data, prompt = scorer.config.data, ()
+def caption_limits(config: Config, tokenizer: CaptionTokenizer, options: CaptionOptions) -> dict[str, Any]:
+    """max_length, min_length and prompt of the search.
+
+    Raises:
+        ConfigError: the captions' length leaves no room for the minimum or the prompt.
+    """
+    data, prompt = config.data, ()
     if options.prompt:
-        read = {"max_length": 1 + LONGEST_PROMPT, "append_sep": False, "clean": data.clean_captions}
-        prompt = tuple(scorer.tokenizer([options.prompt], **read).input_ids[0, 1:].tolist())
-    lengths = {"most": min(data.max_length, scorer.config.model.text.max_positions), "least": options.min_length}
+        length = 1 + LONGEST_PROMPT
+        read = tokenizer([options.prompt], max_length=length, append_sep=False, clean=data.clean_captions)
+        prompt = tuple(read.input_ids[0, 1:].tolist())
+    lengths = {"most": min(data.max_length, config.model.text.max_positions), "least": options.min_length}
     try:
         if options.prompt and not prompt:
             raise ValueError(f"prompt: expected words, got {options.prompt!r}")

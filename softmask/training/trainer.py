@@ -66,6 +66,8 @@ def train(
         check_resumable(checkpoint, config, world_size=dist.get_world_size())
         check_data(checkpoint, source)
     tokenizer = prepare_run(config, source, checkpoint)
+    if validate is not None:
+        validate.check(tokenizer)
     trainer = Trainer(config, source, tokenizer, checkpoint=checkpoint, validate=validate)
     trainer.run()
     return trainer

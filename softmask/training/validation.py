@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -13,14 +12,21 @@ from torch import nn
 
 from softmask.data import CaptionTokenizer
 from softmask.tasks.downstream import DownstreamTask
-from softmask.training.config_files import ConfigError
-from softmask.training.engine.zero import AUTOCAST
+from softmask.training.checkpoint.store import build_model, without_files
+from softmask.training.engine.zero import AUTOCAST, gathered
 
 if TYPE_CHECKING:
     from softmask.training.config import Config
 
-Validate = Callable[[nn.Module, CaptionTokenizer, torch.device], dict[str, Any]]
-"""Measures a model on held-out data: the task's section of metrics.json. All ranks call it together."""
+
+class Validate(Protocol):
+    """Measures models on held-out data."""
+
+    def check(self, tokenizer: CaptionTokenizer) -> None:
+        """Refuse options that do not fit the tokenizer. Raises ConfigError."""
+
+    def __call__(self, model: nn.Module, tokenizer: CaptionTokenizer, device: torch.device) -> dict[str, Any]:
+        """The task's section of metrics.json. All ranks call it together."""
 
 
 @dataclass
@@ -40,12 +46,7 @@ class Validation:
     """
 
     def __init__(self, validate: Validate | None, config: Config, *, batches_per_epoch: int) -> None:
-        self._validate, options = validate, config.train
-        if validate and config.zero_stage == 3 and dist.get_world_size() > 1:
-            raise ConfigError(
-                "data.val: expected nothing with ZeRO stage 3 on several ranks, which would wait for each other; "
-                "measure the checkpoints with train/evaluate.py"
-            )
+        self._validate, self._config, options = validate, config, config.train
         name = AUTOCAST.get(options.precision)
         self._autocast: torch.dtype | None = getattr(torch, name) if name else None
         steps_per_epoch = max(1, round(batches_per_epoch / options.accumulation))
@@ -65,8 +66,9 @@ class Validation:
         """Measure the engine's model, which is left in evaluation mode, in the precision of training."""
         assert self._validate is not None and isinstance(self._task, DownstreamTask)
         engine.eval()
+        model = whole_model(engine, self._config, tokenizer)
         with torch.autocast(engine.device.type, self._autocast, enabled=self._autocast is not None):
-            score = self._task.score(self._validate(engine.module, tokenizer, engine.device))
+            score = self._task.score(self._validate(model, tokenizer, engine.device))
         score = _of_first_rank(-math.inf if math.isnan(score) else score)
         is_best = not self.best_step or score > self._best_score
         if is_best:
@@ -86,6 +88,21 @@ class Validation:
         if state is not None:
             self.best_step, self._best_score = state["best_step"], state["best_score"]
             self._without_gain = state["without_gain"]
+
+
+def whole_model(engine: Any, config: Config, tokenizer: CaptionTokenizer) -> nn.Module:
+    """The engine's model; at ZeRO stage 3 a copy with whole parameters, since ranks measure different numbers of
+    batches, and would wait for each other's parameters."""
+    if config.zero_stage < 3:
+        return engine.module
+    with torch.random.fork_rng(devices=[]):
+        copy = build_model(without_files(config), tokenizer).to(engine.device).eval()
+    with torch.no_grad():
+        for name, tensor in gathered(engine.module):
+            copy.get_parameter(name).copy_(tensor)
+        for name, tensor in engine.module.named_buffers():
+            copy.get_buffer(name).copy_(tensor)
+    return copy
 
 
 def _of_first_rank(score: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,12 +114,50 @@ def test_figures_are_the_same_on_any_number_of_ranks(task: str, ranks: list[int]
     assert len(found[0][1]) == (24 if task == "vqa" else 23)
 
 
+@pytest.mark.parametrize("task", ["snli_ve", "vqa"])
+def test_partitioned_models_are_measured_whole(task: str, tmp_path: Path, init: Path) -> None:
+    """ZeRO stage 3 on two ranks, of which one measures more batches than the other."""
+    options = ("train.steps=2", "train.batch_size=5", "deepspeed.zero_optimization.stage=3", "train.validate_every=1")
+    kept = "deepspeed.zero_optimization.stage3_param_persistence_threshold=0"
+    validated = f"data.val={tmp_path / 'pictures' / f'{task}.json'}"
+    config = make(tmp_path, task, *options, kept, validated, init=init)
+    save_config(config, tmp_path / "config.yaml")
+    run_on_ranks(2, ROOT / "train" / "finetune.py", "--config", str(tmp_path / "config.yaml"))
+    scores = [event["score"] for event in rows(config.output, "events.jsonl")]
+    last = find_checkpoint(config.output)
+    assert (
+        evaluate.main([str(last), "--data", config.data.val, "--batch-size", "5", "--output", str(tmp_path / "m.json")])
+        == 0
+    )
+    assert len(scores) == 2 and json.loads((tmp_path / "m.json").read_text())[task]["accuracy"] == scores[1]
+    if task == "snli_ve":
+        again = make(
+            tmp_path, task, *options, kept, "train.validate_every=0", f"output={tmp_path / 'other'}", init=init
+        )
+        save_config(again, tmp_path / "again.yaml")
+        run_on_ranks(2, ROOT / "train" / "finetune.py", "--config", str(tmp_path / "again.yaml"))
+        losses = [[row["loss"] for row in rows(one.output)] for one in (config, again)]
+        assert losses[0] == losses[1], "measuring changes training"
+
+
+class Scripted:
+    """Measures scores that are known beforehand."""
+
+    def __init__(self, scores: Iterator[float]) -> None:
+        self.scores = scores
+
+    def check(self, tokenizer: object) -> None: ...
+
+    def __call__(self, *_: object) -> dict[str, float]:
+        return {"accuracy": next(self.scores)}
+
+
 def test_best_checkpoint_is_kept_and_evaluated(tmp_path: Path, init: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = iter((0.4, 0.7, 0.5, 0.6))
     config = make(
         tmp_path, "snli_ve", "train.validate_every=1", "train.keep_checkpoints=1", "data.val=pictures.json", init=init
     )
-    monkeypatch.setattr(finetune, "validator", lambda _config: lambda *_: {"accuracy": next(scores)})
+    monkeypatch.setattr(finetune, "validator", lambda _config: Scripted(scores))
     finetune_here(config)
     states = [json.loads((one / "trainer.json").read_text()) for one in complete_checkpoints(Path(config.output))]
     assert [state["validation"]["best_step"] for state in states] == [2, 2]
@@ -133,7 +172,7 @@ def test_run_ends_early_without_gain(tmp_path: Path, init: Path, monkeypatch: py
     options = ("train.steps=9", "train.validate_every=1", "train.patience=2", "data.val=pictures.json")
     config = make(tmp_path, "snli_ve", *options, init=init)
     scores = iter((0.5, 0.5, 0.4, 0.9))
-    monkeypatch.setattr(finetune, "validator", lambda _config: lambda *_: {"accuracy": next(scores)})
+    monkeypatch.setattr(finetune, "validator", lambda _config: Scripted(scores))
     finetune_here(config)
     assert json.loads((Path(config.output) / "done.json").read_text())["steps"] == 3
 

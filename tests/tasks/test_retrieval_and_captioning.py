@@ -9,6 +9,7 @@ import pytest
 
 from softmask.evaluation import evaluate
 from softmask.training.checkpoint.store import find_checkpoint, load_model
+from softmask.training.config import ConfigError
 from tests.support.task_fixtures import finetune_here, pretrained, task_config
 from tests.support.train_fixtures import rows
 
@@ -87,6 +88,15 @@ def test_captions_have_a_least_length_and_a_prompt(
         assert words in capfd.readouterr().err
     assert evaluate.main([str(runs["softmask_pp"]), "--data", str(data), "--prompt", "a", "--pairs", "8"]) == 0
     assert "not used: --prompt: the model generates no captions" in capfd.readouterr().err
+
+
+def test_a_prompt_that_does_not_fit_is_refused_before_training(tmp_path: Path, runs: dict[str, Path]) -> None:
+    data = runs["sycoca"].parent / "train.tar"
+    head = (f"head.prompt={'a red box ' * 9}", f"data.val={data}", "train.steps=1")
+    config = task_config(tmp_path, "captioning", data, *head, init=runs["sycoca"])
+    with pytest.raises(ConfigError, match="captions: prompt: expected fewer than 15 tokens, got "):
+        finetune_here(config)
+    assert not (Path(config.output) / "log.jsonl").exists()
 
 
 def test_captioning_is_for_sycoca(tmp_path: Path, runs: dict[str, Path]) -> None:

@@ -126,6 +126,15 @@ def _release_after_each_backward(module: Any, _inputs: Any, output: Any) -> None
             tensor.register_hook(count_again)
 
 
+def gathered(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and whole parameters of a model that is partitioned, one gathered at a time. All ranks iterate together."""
+    from deepspeed import zero
+
+    for name, parameter in model.named_parameters():
+        with zero.GatheredParameters([parameter]):
+            yield name, parameter.data
+
+
 def own_range(parameter: Any) -> tuple[int, int]:
     """Start and number of the parameter's elements on this rank at ZeRO stage 3; the rest is padding."""
     width = parameter.ds_tensor.numel()
