@@ -137,8 +137,8 @@ STUDIES = (
             "words, and in every second step the whole image (the paper: half, in every step); TG-MIM with random "
             "masks reconstructs random patches, and the caption decoder sees the whole image. CIDEr scores captions "
             "generated from the whole image in every row, chosen by both heads as in evaluation. All rows "
-            "have weight 2 of ITC, where the paper has 1, and the focal factor gamma 1. The paper's figures are "
-            "zero-shot retrieval on COCO after training on CC3M."
+            "have weight 2 of ITC, where the paper has 1. The paper's figures are zero-shot retrieval on COCO after "
+            "training on CC3M."
         ),
         evaluations=TEST_DATA,
         config=CONFIGS / "sycoca.yaml",
