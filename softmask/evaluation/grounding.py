@@ -12,7 +12,7 @@ from torch import Tensor
 from softmask.data import rle
 from softmask.evaluation import metrics
 from softmask.evaluation.one_pass import Encoded, Measure
-from softmask.evaluation.readers import Entry, Sample, Scorer
+from softmask.evaluation.readers import Entry, Sample, Scorer, batches
 
 MAP_KINDS = {"pointing": "gradcam", "attention": "attention"}  # key of metrics.json -> kind of map
 
@@ -134,11 +134,16 @@ class PointingGame(Measure[Tally]):
 
     def look(self, seen: Encoded) -> Tally:
         tally = Tally()
+        for places in batches(range(len(seen.samples)), self.scorer.batch_size):
+            self._play(seen.select(places), tally)
+        return tally
+
+    def _play(self, seen: Encoded, tally: Tally) -> None:
+        """Adds the samples' phrases to the tally."""
         offsets = self.scorer.tokens([sample.caption for sample in seen.samples]).offsets
         words = [tally.usable(phrases(one, spans)) for one, spans in zip(seen.samples, offsets, strict=True)]
         if played := [place for place, row in enumerate(words) if row]:
             self._count_hits(seen.select(played), [words[place] for place in played], tally)
-        return tally
 
     def _count_hits(self, seen: Encoded, words: list[list[Phrase]], tally: Tally) -> None:
         """Adds the hits of each kind of map to the tally."""

@@ -93,6 +93,7 @@ def test_all_sections_share_one_pass(tmp_path: Path, decoded: list[bytes], pairs
     result = sections.evaluate(Evaluation(scorer, reader, pairs=pairs, rerank=4), sections.sections_of(scorer))
     assert list(result) == ["retrieval", "grounding"] and len(decoded) == scorer.model.encoded == 12
     assert (result["retrieval"]["samples"], result["grounding"]["samples"]) == (pairs or 24, 24)
+    assert scorer.model.mapped == [5] * 8 + [4] * 2, "of twice as many captions as pictures in a piece, and two kinds"
 
 
 def test_pictures_without_objects_are_not_decoded_for_grounding(tmp_path: Path, decoded: list[bytes]) -> None:

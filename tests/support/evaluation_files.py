@@ -137,6 +137,7 @@ class Oracle:
         self.images_seen = 0  # by word_maps
         self.encoded = self.projected = 0  # images
         self.passes: list[int] = []  # pairs of each call of match
+        self.mapped: list[int] = []  # captions of each call of word_maps
 
     def _code(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         code = F.one_hot(4 * left + right, 16).float()
@@ -170,6 +171,7 @@ class Oracle:
 
     def word_maps(self, images, input_ids, attention_mask, word_index, *, kind, normalize, kv_index=None):
         self.images_seen += len(images)
+        self.mapped.append(len(input_ids))
         patches = self._patches(images) if images.ndim == 4 else images[:, 1:, :3]
         patches = patches if kv_index is None else patches[kv_index]
         first, palette = Words.vocabulary.index("red"), torch.tensor(list(COLOURS.values())).float() / 255
