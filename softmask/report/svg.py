@@ -13,6 +13,7 @@ from html import escape
 import numpy as np
 
 MARGIN_LEFT, MARGIN_RIGHT, MARGIN_TOP, MARGIN_BOTTOM = 44, 62, 10, 40
+CHARACTER = 7  # width of a tick's character, at most
 
 
 @dataclass
@@ -80,8 +81,10 @@ def line_chart(series: Series, *, width: int, height: int) -> str:
     if not pairs:
         return f'<p class="muted">{escape(series.title)}: no finite value was logged.</p>'
     steps, values = np.array(pairs, dtype=np.float64).T
-    left, right, top, bottom = MARGIN_LEFT, width - MARGIN_RIGHT, MARGIN_TOP, height - MARGIN_BOTTOM
+    right, top, bottom = width - MARGIN_RIGHT, MARGIN_TOP, height - MARGIN_BOTTOM
     low, high = value_range(values)
+    rows = ticks(low, high, max(2, (bottom - top) // 45))
+    left = max([MARGIN_LEFT, *(10 + CHARACTER * len(label(tick)) for tick in rows)])
     first, last = 0.0, max(float(steps.max()), 1.0)
 
     def across(step):
@@ -93,7 +96,7 @@ def line_chart(series: Series, *, width: int, height: int) -> str:
     parts = [
         f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(describe(series, values))}">'
     ]
-    for tick in ticks(low, high, max(2, (bottom - top) // 45)):
+    for tick in rows:
         y = up(tick)
         parts.append(f'<path class="grid" d="M{left} {y:.1f}H{right}"/>')
         parts.append(f'<text class="tick" x="{left - 8}" y="{y + 3.5:.1f}" text-anchor="end">{label(tick)}</text>')

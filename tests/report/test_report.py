@@ -198,6 +198,13 @@ def test_chart_of_odd_values_is_finite(values):
     Page(chart)
 
 
+def test_long_labels_fit_beside_a_chart() -> None:
+    for values in ([1.0, 9.0], [0.06041, 0.06119], [0.123451, 0.123459]):
+        chart = line_chart(Series("x", "", [1, 2], values, smoothed=False), width=300, height=200)
+        labels = re.findall(r'x="(\d+)" y="[\d.]+" text-anchor="end">([^<]+)<', chart)
+        assert len(labels) > 1 and all(int(x) >= 7 * len(text) for x, text in labels), labels
+
+
 def test_unsmoothed_chart_goes_through_its_values():
     chart = line_chart(Series("x", "", [1, 2, 3], [1.0, 9.0, 2.0], smoothed=False), width=300, height=200)
     assert chart.count('<circle class="end"') == 4 and 'class="raw"' not in chart  # the last once more
