@@ -29,9 +29,8 @@ Tasks after pre-training (docs/finetuning.md) have a section of their own, and t
 classification` measures a pre-trained run on folders of classes without training it, `--task grounding` on RefCOCO's
 files.
 
-Under torchrun, deepspeed, srun or mpirun every process takes its share of the samples, but for captions and
-reconstructions; the figures are the same to the last digit. Unreadable samples are skipped and named on stderr. If the
-command fails, it writes nothing.
+Under torchrun, deepspeed, srun or mpirun every process takes its share of the samples; the figures are the same to the
+last digit. Unreadable samples are skipped and named on stderr. If the command fails, it writes nothing.
 """
 
 from __future__ import annotations
