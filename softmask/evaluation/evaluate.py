@@ -190,10 +190,9 @@ def _caption_options(options: argparse.Namespace, head: object) -> CaptionOption
 
 
 def _training(scorer: Scorer, options: argparse.Namespace) -> Reader | None:
-    root = options.training_image_root
     if not options.training:
         return None
-    return open_reader(scorer, options.training, root, split="train")
+    return open_reader(scorer, options.training, options.training_image_root, split="train")
 
 
 def run(options: argparse.Namespace) -> str:

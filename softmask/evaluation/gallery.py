@@ -148,9 +148,6 @@ class Collect(Measure[Told]):
         return Told(labels(entries), [], [], None)
 
     def result(self, found: Sequence[Told]) -> Any:
-        return self.collected(found)
-
-    def collected(self, found: Sequence[Told]) -> Gallery:
         known = sorted((label for one in found for label in one.labels), key=lambda label: label.index)
         if not known:
             raise DataError("no readable sample for the retrieval gallery")

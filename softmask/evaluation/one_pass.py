@@ -42,9 +42,13 @@ class Encoded:
     features: Tensor
 
     @cached_property
+    def _first_places(self) -> list[int]:
+        return [self.picture.index(number) for number in range(len(self.tokens))]
+
+    @property
     def first(self) -> list[Sample]:
         """The first sample of every picture."""
-        return [self.samples[self.picture.index(number)] for number in range(len(self.tokens))]
+        return [self.samples[place] for place in self._first_places]
 
     def select(self, places: Sequence[int]) -> Encoded:
         """The samples at these places, at least one, and their pictures alone."""
@@ -52,12 +56,14 @@ class Encoded:
             return self
         samples, picture = [self.samples[place] for place in places], [self.picture[place] for place in places]
         used = {number: new for new, number in enumerate(dict.fromkeys(picture))}
-        kept = [one[list(used)] for one in (self.pixels, self.tokens, self.features)]
+        kept = [self.pixels, self.tokens, self.features]
+        if list(used) != list(range(len(self.tokens))):
+            kept = [one[list(used)] for one in kept]
         return Encoded(samples, [used[number] for number in picture], *kept)
 
     def once(self) -> Encoded:
         """The first sample of every picture alone."""
-        return self.select([self.picture.index(number) for number in range(len(self.tokens))])
+        return self.select(self._first_places)
 
 
 @torch.no_grad()
@@ -135,7 +141,7 @@ class _Pass:
     scorer: Scorer
     reader: Reader
     measures: Sequence[Measure]
-    found: list[list[Any]] = field(default_factory=list)
+    found: list[list[Any]] = field(init=False)  # of each measure
     opened: set[int] = field(default_factory=set)  # pieces
     shown: set[int] = field(default_factory=set)  # image_id of the gallery's pictures
 

@@ -257,15 +257,6 @@ def batches(items: Iterable, size: int) -> Iterator[list]:
         yield batch
 
 
-def each_image_once(samples: Iterable[Sample], captions: dict[int, list[str]]) -> Iterator[Sample]:
-    """The first sample of every image. Collects each image's captions in `captions`, by image_id, in this order."""
-    for sample in samples:
-        is_new = sample.image_id not in captions
-        captions.setdefault(sample.image_id, []).append(sample.caption)
-        if is_new:
-            yield sample
-
-
 def pixels(scorer: Scorer, samples: Sequence[Sample]) -> Tensor:
     """Normalized square images [B, 3, S, S] on the scorer's device."""
     transform = eval_transform(scorer.config.data)

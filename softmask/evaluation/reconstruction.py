@@ -16,7 +16,7 @@ from torch import Tensor
 
 from softmask import ops
 from softmask.evaluation.one_pass import Encoded, Measure
-from softmask.evaluation.readers import Reader, Sample, Scorer, each_image_once
+from softmask.evaluation.readers import Reader, Sample, Scorer
 
 SEED = 0  # of random patches (`masks: random`)
 Z_95 = 1.96  # two-sided 95 % of a normal distribution
@@ -64,8 +64,17 @@ def with_another(samples: Iterable[Sample]) -> Iterator[tuple[Sample, str]]:
     return ((sample, other) for sample, other in _with_next(samples) if other != sample.caption)
 
 
+def _each_image_once(samples: Iterable[Sample]) -> Iterator[Sample]:
+    """The first sample of every image."""
+    known: set[int] = set()
+    for sample in samples:
+        if sample.image_id not in known:
+            known.add(sample.image_id)
+            yield sample
+
+
 def _with_next(samples: Iterable[Sample]) -> Iterator[tuple[Sample, str]]:
-    images = each_image_once(samples, {})
+    images = _each_image_once(samples)
     last = next(images, None)
     if last is None:
         return
@@ -98,7 +107,8 @@ class Reconstruction(Measure[Errors]):
 
     def look(self, seen: Encoded) -> Errors:
         images = seen.once()
-        others = list(map(self._next_caption, images.samples))
+        known = {one.index: one.caption for one in seen.samples}
+        others = [self._next_caption(one, known) for one in images.samples]
         differ = [n for n, one in enumerate(images.samples) if others[n] not in (None, one.caption)]
         if not differ:
             return Errors(torch.empty(0), torch.empty(0))
@@ -106,12 +116,14 @@ class Reconstruction(Measure[Errors]):
         one = reconstruct(self.scorer, images, [str(others[number]) for number in differ])
         return Errors(one.right_error.cpu(), one.wrong_error.cpu())
 
-    def _next_caption(self, sample: Sample) -> str | None:
-        """The caption of the next image in the source that has one."""
+    def _next_caption(self, sample: Sample, known: dict[int, str]) -> str | None:
+        """The caption of the next image in the source that has one. known: captions by number, which are not read."""
         source = self.reader.source
         own = Reader(source, self.reader.data)
         for index in chain(range(sample.index + 1, len(source)), range(sample.index)):
             if source.image_ids[index] != sample.image_id:
+                if index in known:
+                    return known[index]
                 for entry, _ in own.entries([index]):
                     return entry.caption
         return None

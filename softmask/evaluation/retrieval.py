@@ -128,7 +128,8 @@ class Recalls(Collect):
         self.rerank, self.by = rerank, by
 
     def result(self, found: Sequence[Told]) -> dict:
-        gallery, scorer = self.collected(found), self.scorer
+        gallery: Gallery = super().result(found)
+        scorer = self.scorer
         ranking = rank_both_ways(scorer, gallery, rerank=self.rerank, by=self.by)
         recalls = _recalls(ranking)
         itm = {}

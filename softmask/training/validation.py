@@ -91,9 +91,9 @@ class Validation:
 
 
 def whole_model(engine: Any, config: Config, tokenizer: CaptionTokenizer) -> nn.Module:
-    """The engine's model; at ZeRO stage 3 a copy with whole parameters, since ranks measure different numbers of
-    batches, and would wait for each other's parameters."""
-    if config.zero_stage < 3:
+    """The engine's model; at ZeRO stage 3 on several ranks a copy with whole parameters, since they measure different
+    numbers of batches, and would wait for each other's parameters."""
+    if config.zero_stage < 3 or dist.get_world_size() == 1:
         return engine.module
     with torch.random.fork_rng(devices=[]):
         copy = build_model(without_files(config), tokenizer).to(engine.device).eval()

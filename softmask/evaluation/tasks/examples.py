@@ -31,6 +31,11 @@ class ExampleBatch:
     pictures: Tensor
 
     @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Pictures, token ids and masks, as models take them together with `pictures`."""
+        return self.images, self.text.input_ids, self.text.attention_mask
+
+    @property
     def own_images(self) -> Tensor:
         """[n * B, 3, S, S]: all pictures of the first example, then those of the second, ..."""
         return self.images[self.pictures.flatten()]

@@ -33,8 +33,7 @@ class LabelSection(Section):
         model: Any = scorer.model
 
         def predict(batch: ExampleBatch) -> list[list[float]]:
-            texts = batch.text.input_ids, batch.text.attention_mask
-            return model.predict(batch.images, *texts, pictures=batch.pictures).tolist()
+            return model.predict(*batch.inputs, pictures=batch.pictures).tolist()
 
         return predict
 

@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
 
-from torch import Tensor
-
 from softmask.data import DataError, TokenBatch
 from softmask.data.formats.vqa import read_answer_list
 from softmask.evaluation.readers import Scorer
@@ -74,13 +72,10 @@ def _answerer(scorer: Scorer, *, count: int) -> Callable[[ExampleBatch], list[An
     model: Any = scorer.model
     head, device = scorer.config.head, scorer.device
 
-    def questions(batch: ExampleBatch) -> tuple[Tensor, ...]:
-        return batch.images, batch.text.input_ids, batch.text.attention_mask
-
     if not head.answer_list:
 
         def write(batch: ExampleBatch) -> list[Answers]:
-            ids = model.generate(*questions(batch), picture=batch.pictures[:, 0], max_length=head.answer_length)
+            ids = model.generate(*batch.inputs, picture=batch.pictures[:, 0], max_length=head.answer_length)
             return [[(text, None)] for text in scorer.tokenizer.decode(ids)]
 
         return write
@@ -90,7 +85,7 @@ def _answerer(scorer: Scorer, *, count: int) -> Callable[[ExampleBatch], list[An
     listed = model.list_answers(tokens.input_ids.to(device), tokens.attention_mask.to(device))
 
     def rank(batch: ExampleBatch) -> list[Answers]:
-        read = model.read_questions(*questions(batch), picture=batch.pictures[:, 0])
+        read = model.read_questions(*batch.inputs, picture=batch.pictures[:, 0])
         numbers, log_probability = model.rank(read, listed, k=head.k)
         best = zip(numbers[:, :count].tolist(), log_probability[:, :count].tolist(), strict=True)
         return [[(answers[number], value) for number, value in zip(*row, strict=True)] for row in best]
