@@ -105,10 +105,10 @@ void for_each(const Problem& problem, const Work& work) {
       const Room room(rooms + at::get_thread_num() * size, depth);
       for (int64_t index = begin; index < end; ++index) {
         const Tile tile = grid.tile(step, index);
-        simd::run<products::Multiply>(
-            products::Product{room.tile, kPitch, /*add=*/false, static_cast<float>(problem.scale),
-                              rows + tile.row * depth, depth, 1, columns + tile.column * depth,
-                              tile.rows, tile.columns, depth});
+        simd::run<products::Multiply>(products::Product<float>{
+            room.tile, kPitch, /*add=*/false, static_cast<float>(problem.scale),
+            rows + tile.row * depth, depth, 1, columns + tile.column * depth, tile.rows,
+            tile.columns, depth});
         work(tile, room);
       }
     });
@@ -341,9 +341,9 @@ inline double gradients(const Problem& problem, const Statistics<float>& statist
     const auto add = [&](float* to, const float* matrix, int64_t by_row, int64_t by_step,
                          int64_t count, int64_t steps) {
       simd::run<products::Pack>(matrix, 1, depth, depth, steps, room.panels);
-      simd::run<products::Multiply>(products::Product{to, depth, /*add=*/true, scale, room.tile,
-                                                      by_row, by_step, room.panels, count, depth,
-                                                      steps});
+      simd::run<products::Multiply>(products::Product<float>{to, depth, /*add=*/true, scale,
+                                                             room.tile, by_row, by_step,
+                                                             room.panels, count, depth, steps});
     };
     add(to_rows + tile.row * depth, column_data + tile.column * depth, kPitch, 1, tile.rows,
         tile.columns);

@@ -138,10 +138,10 @@ class KeyProducts {
     for_each_tile(1, [&](int64_t, const Tile& tile) {
       simd::run<products::Pack>(tile.keys, keys_.stride(0), keys_.stride(1), tile.count, depth(),
                                 tile.panels);
-      simd::run<products::Multiply>(
-          products::Product{logits.mutable_data_ptr<float>() + tile.first, logits.stride(0),
-                            /*add=*/false, 1.0f, rows.const_data_ptr<float>(), rows.stride(0), 1,
-                            tile.panels, rows.size(0), tile.count, depth()});
+      simd::run<products::Multiply>(products::Product<float>{
+          logits.mutable_data_ptr<float>() + tile.first, logits.stride(0),
+          /*add=*/false, 1.0f, rows.const_data_ptr<float>(), rows.stride(0), 1, tile.panels,
+          rows.size(0), tile.count, depth()});
     });
   }
 
@@ -156,10 +156,10 @@ class KeyProducts {
     for_each_tile(kSums, [&](int64_t sum, const Tile& tile) {
       simd::run<products::Pack>(tile.keys, keys_.stride(1), keys_.stride(0), depth(), tile.count,
                                 tile.panels);
-      simd::run<products::Multiply>(
-          products::Product{data + sum * to.numel(), depth(), /*add=*/true, 1.0f,
-                            at_logits.const_data_ptr<float>() + tile.first, at_logits.stride(0), 1,
-                            tile.panels, to.size(0), depth(), tile.count});
+      simd::run<products::Multiply>(products::Product<float>{
+          data + sum * to.numel(), depth(), /*add=*/true, 1.0f,
+          at_logits.const_data_ptr<float>() + tile.first, at_logits.stride(0), 1, tile.panels,
+          to.size(0), depth(), tile.count});
     });
     to.add_(sums.sum(0));
   }
