@@ -30,7 +30,7 @@ PIP := $(IN_VENV) python -m pip install -q --disable-pip-version-check -c constr
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null | sort)
 READY := $(VENV)/.extension
 
-.PHONY: help env pretrain finetune ablation downstream test test-slow bench gpu-report gpu-budgets gpu-matrix sanitize docs lint format clean
+.PHONY: help env pretrain finetune ablation downstream test test-slow bench gpu gpu-report gpu-budgets gpu-matrix sanitize docs lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -163,6 +163,9 @@ $(VENV)/.peers: setup.py constraints.txt | $(READY)
 	@echo "bench: installing the packages with the baselines"
 	@SOFTMASK_SKIP_EXT=1 $(PIP) --no-build-isolation -e '.[$(if $(shell command -v nvidia-smi),bench-gpu,bench)]'
 	@touch $@
+
+gpu: $(READY)  ## test and time everything on a GPU, without network; ARGS="--minutes 10 --phases bench", "--small" on a CPU
+	@$(IN_VENV) python -m benchmarks.gpu.device.run $(ARGS)
 
 gpu-report: $(READY)  ## registers, tensor cores and bytes moved of the Triton kernels, without a GPU
 	@$(IN_VENV) python -m benchmarks.gpu.report

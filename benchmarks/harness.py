@@ -95,13 +95,17 @@ def check_values(bench: Bench) -> None:
 
 
 def seconds(call: Callable[[], object]) -> float:
-    synchronize()
-    start = time.perf_counter()
+    start = now()
     result = call()
-    synchronize()
-    elapsed = time.perf_counter() - start
+    elapsed = now() - start
     del result
     return elapsed
+
+
+def now() -> float:
+    """Seconds on the clock, once the device has done what was launched."""
+    synchronize()
+    return time.perf_counter()
 
 
 def synchronize() -> None:

@@ -38,12 +38,12 @@ def op_names() -> list[str]:
 
 def report() -> str:
     lines = [f"softmask {softmask.__version__}", f"python {platform.python_version()} ({sys.executable})"]
-    lines += [f"{name} {_version(name)}" for name in PACKAGES]
+    lines += [f"{name} {version(name)}" for name in PACKAGES]
     lines += ["", *_machine(), "", *_table()]
     return "\n".join(lines)
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -43,6 +43,7 @@ CASES = {
     "B64 P256 T25 D256": partial(make, 64, 256, 25, 256),
     "B8 P196 T25 D768": partial(make, 8, 196, 25, 768),
 }
+SMALL = {"B2 P16 T5 D8": partial(make, 2, 16, 5, 8)}
 
 
 @pytest.mark.parametrize("size", CASES)

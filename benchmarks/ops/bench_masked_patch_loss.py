@@ -32,6 +32,7 @@ def make(batch: int, side: int, patch_size: int) -> Bench:
 
 
 CASES = {"B64 256 px patch 16": partial(make, 64, 256, 16), "B8 224 px patch 16": partial(make, 8, 224, 16)}
+SMALL = {"B2 16 px patch 4": partial(make, 2, 16, 4)}
 
 
 @pytest.mark.parametrize("size", CASES)

@@ -63,6 +63,7 @@ CASES = {
     "B64 K65536 D256 gamma 2": partial(make, 64, 65536, 256, gamma=2.0),
     "B128 K0 D128 gamma 1": partial(make, 128, 0, 128, gamma=1.0),
 }
+SMALL = {"B4 K16 D8 gamma 0": partial(make, 4, 16, 8, gamma=0.0)}
 
 
 @pytest.mark.parametrize("size", CASES)

@@ -42,6 +42,7 @@ CASES = {
     "64 x 577 x 768, map's gradient": partial(make, 64, 577, 768, to_maps=True),
     "8 x 65 x 128": partial(make, 8, 65, 128, to_maps=False),
 }
+SMALL = {"2 x 17 x 8": partial(make, 2, 17, 8, to_maps=False)}
 
 
 @pytest.mark.parametrize("size", CASES)

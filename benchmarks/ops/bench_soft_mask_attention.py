@@ -65,6 +65,7 @@ CASES = {
     "N8 B8 T25 P257 D768": partial(make, 8, 8, 25, 257, 768, 12),
     "N640 B128 T14 P64 D128": partial(make, 640, 128, 14, 64, 128, 4),
 }
+SMALL = {"N4 B2 T5 P17 D8": partial(make, 4, 2, 5, 17, 8, 2)}
 
 
 @pytest.mark.parametrize("size", CASES)

@@ -44,6 +44,7 @@ CASES = {
     "B8 H12 T30 P577 E64 W1": partial(make, 8, 12, 30, 577, 64, 1),
     "B2 H4 T12 P65 E32 W1": partial(make, 2, 4, 12, 65, 32, 1),
 }
+SMALL = {"B2 H2 T5 P17 E8 W1": partial(make, 2, 2, 5, 17, 8, 1)}
 
 
 @pytest.mark.parametrize("size", CASES)

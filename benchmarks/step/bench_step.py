@@ -146,7 +146,7 @@ def products(side: Side) -> dict[str, float]:
 
 def matrix_rate() -> float:
     """GFLOP/s of a large product, the best of several."""
-    a, b = torch.randn(2, 2048, 2048)
+    a, b = torch.randn(2, 2048, 2048, device=harness.DEVICE)
     times = [harness.seconds(lambda: a @ b) for _ in range(5)]
     return 2 * 2048**3 / min(times) / 1e9
 
@@ -222,7 +222,8 @@ def compare(
     check: bool = True,
 ) -> Iterator[str]:
     """Lines of the report, as soon as they are known."""
-    case = make_case(config, batch_size)
+    with torch.device(harness.DEVICE):
+        case = make_case(config, batch_size)
     mask = case.batch.attention_mask
     yield f"{harness.processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     masked = "" if case.draws is None else f", {int((case.draws.masked.labels >= 0).sum())} masked"

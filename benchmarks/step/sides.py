@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
+from benchmarks import harness
 from benchmarks.step.cases import Case
 from benchmarks.step.plain_softmask_pp import PlainSoftMaskPP
 from benchmarks.step.plain_sycoca import PlainSyCoCa
@@ -30,11 +30,11 @@ class Clock:
     """Seconds, or another count, by part. Time in a nested part does not count for the outer one."""
 
     def __init__(self) -> None:
-        self._now: Callable[[], float] = time.perf_counter
+        self._now: Callable[[], float] = harness.now
         self._taken: dict[str, float] = defaultdict(float)
         self._running: list[tuple[str, float]] = []
 
-    def measure(self, call: Callable[[], object], *, now: Callable[[], float] = time.perf_counter) -> dict[str, float]:
+    def measure(self, call: Callable[[], object], *, now: Callable[[], float] = harness.now) -> dict[str, float]:
         """How much each part of the call adds to `now()`. The models' named ranges are parts too."""
         self._now = now
         self._taken.clear()
@@ -108,7 +108,7 @@ class Side:
     clock: Clock
 
     def add_gradients(self, *, bf16: bool = False) -> None:
-        with self.clock.part("other"), torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext():
+        with self.clock.part("other"), torch.autocast(harness.DEVICE, torch.bfloat16) if bf16 else nullcontext():
             loss = self.losses()["total"]
         with self.clock.part(BACKWARD):
             loss.backward()

@@ -40,6 +40,38 @@ def test_errors_at_ragged_sizes(size: int, dtype: torch.dtype) -> None:
         check_errors("triton", dtype, case.to("cuda"))
 
 
+@pytest.mark.parametrize("name", cases.SMALL)
+def test_small_case(name: str) -> None:
+    """Short enough for compute-sanitizer."""
+    check_errors("triton", torch.float32, cases.SMALL[name].to("cuda"), upstreams=1)
+
+
+@for_each_op
+def test_every_element_is_written(name: str, poisoned_memory) -> None:
+    case = cases.ALL[name].cast(torch.float32).to("cuda")
+    for key, value in outcome("triton", case).items():
+        assert value.isfinite().all(), key
+
+
+@for_each_op
+def test_another_stream(name: str) -> None:
+    """The kernels run on the current stream: inputs that it has not written yet would be read too early on another."""
+    case = cases.ALL[name].cast(torch.float32).to("cuda")
+    expected = outcome("triton", case)
+    late = case.cast(torch.float32)
+    late.leaves = {key: leaf.clone() for key, leaf in case.leaves.items()}
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)
+        for key, leaf in late.leaves.items():
+            leaf.zero_().add_(case.leaves[key])
+        got = outcome("triton", late)
+    torch.cuda.current_stream().wait_stream(side)
+    for key, value in expected.items():
+        assert torch.equal(got[key], value), key
+
+
 @for_each_op
 def test_auto_takes_triton_and_bits_repeat(name: str) -> None:
     case = cases.ALL[name].cast(torch.float32).to("cuda")
@@ -98,6 +130,20 @@ def test_compiles_to_one_graph(name: str) -> None:
     plain, got = outcome("triton", case), outcome("triton", compiled)
     for key, value in plain.items():
         torch.testing.assert_close(got[key], value)
+
+
+def test_more_elements_than_32_bits_count() -> None:
+    """The last image of 2 ** 31 elements and more: an offset of 32 bits would have become negative."""
+    if torch.cuda.mem_get_info()[0] < 24 * 2**30:
+        pytest.skip("needs 24 GiB of free memory")
+    images, tokens, width = 2100, 1025, 1024
+    features = torch.ones(images, tokens, width, dtype=torch.bfloat16, device="cuda")
+    maps = torch.zeros(images, tokens - 1, device="cuda")
+    maps[-1] = 1.0
+    with softmask.backend("triton"):
+        masked = ops.soft_mask(features, maps, normalize=None)
+    assert features.numel() > 2**31
+    assert masked[-1, 1:].eq(0).all() and masked[-1, 0].eq(1).all() and masked[-2].eq(1).all()
 
 
 def peak(call) -> float:

@@ -1,0 +1,115 @@
+"""The GPU's tests in several processes with a time limit each, and one small case of every op under compute-sanitizer.
+
+python -m benchmarks.gpu.device.correct OUT SECONDS SIZE
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from xml.etree import ElementTree
+
+from benchmarks.gpu.device.jobs import Job, main
+from benchmarks.gpu.device.record import LONGEST, NO_TIME, Row
+
+ROOT = Path(__file__).resolve().parents[3]
+TESTS = "tests/kernels/test_gpu.py"
+SMALL_CASE = "test_small_case"  # of each op; compute-sanitizer slows others down too much
+PROCESSES = 4  # that share the device
+LIMIT = 150.0  # seconds of a process
+PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+SANITIZER = "compute-sanitizer"
+
+
+def measure(job: Job) -> None:
+    groups = list(test_groups()) if job.size == "real" else [("all", [TESTS])]
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        started = [pool.submit(run_group, job, name, tests) for name, tests in groups]
+        for finished in as_completed(started):
+            for row in finished.result():
+                job.record.add(row)
+    for test in tests_named(SMALL_CASE) if job.size == "real" else ():
+        job.record.add(sanitized(job, test))
+
+
+def collected() -> list[str]:
+    """The names of all tests."""
+    done = subprocess.run([*PYTEST, "--collect-only", TESTS], cwd=ROOT, capture_output=True, text=True, check=False)
+    return [line for line in done.stdout.splitlines() if "::" in line]
+
+
+def tests_named(function: str) -> list[str]:
+    return [test for test in collected() if test.split("::")[1].partition("[")[0] == function]
+
+
+def test_groups() -> Iterator[tuple[str, list[str]]]:
+    """The tests of every function."""
+    tests = collected()
+    for function in dict.fromkeys(test.split("::")[1].partition("[")[0] for test in tests):
+        yield function, [test for test in tests if test.split("::")[1].partition("[")[0] == function]
+
+
+def run_group(job: Job, name: str, tests: Sequence[str]) -> list[Row]:
+    """A row for each test, or one for the group if its process did not end."""
+    seconds = min(LIMIT, job.deadline.left())
+    if seconds <= 0:
+        return [{"test": name, "skipped": NO_TIME}]
+    results = job.folder / f"{name}.xml"
+    try:
+        done = run([*PYTEST, f"--junitxml={results}", *tests], seconds=seconds)
+        return list(rows_of(results)) or [{"test": name, "error": last_lines(done.stdout)}]
+    except subprocess.TimeoutExpired:
+        return [{"test": name, "error": f"stopped after {seconds:.0f} s"}]
+    finally:
+        results.unlink(missing_ok=True)
+
+
+def rows_of(results: Path) -> Iterator[Row]:
+    """The tests of a JUnit file; none if there is no whole one."""
+    try:
+        cases = list(ElementTree.parse(results).iter("testcase"))
+    except (OSError, ElementTree.ParseError):
+        return
+    for case in cases:
+        row: Row = {"test": case.get("name"), "seconds": float(case.get("time", "nan"))}
+        for kind in ("failure", "error"):
+            if (found := case.find(kind)) is not None:
+                row["error"] = (found.get("message") or kind)[:LONGEST]
+        if (skipped := case.find("skipped")) is not None:
+            row["skipped"] = (skipped.get("message") or "")[:LONGEST]
+        yield row
+
+
+def sanitized(job: Job, test: str) -> Row:
+    """One test under compute-sanitizer's memory check."""
+    row: Row = {"test": f"{SANITIZER} {test.partition('::')[2]}"}
+    seconds = min(LIMIT, job.deadline.left())
+    if shutil.which(SANITIZER) is None:
+        return row | {"skipped": f"{SANITIZER} is not installed"}
+    if seconds <= 0:
+        return row | {"skipped": NO_TIME}
+    try:
+        done = run([SANITIZER, "--error-exitcode", "9", *PYTEST, test], seconds=seconds)
+    except subprocess.TimeoutExpired:
+        return row | {"error": f"stopped after {seconds:.0f} s"}
+    return row | ({"error": last_lines(done.stdout)} if done.returncode else {})
+
+
+def run(command: Sequence[str], *, seconds: float) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, cwd=ROOT, timeout=seconds, text=True, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def last_lines(output: str) -> str:
+    return " ".join(output.split())[-LONGEST:]
+
+
+if __name__ == "__main__":
+    main(measure)
