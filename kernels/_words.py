@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from softmask.kernels._launch import Configs, config
+from softmask.kernels._launch import Configs, config, next_power_of_2
 
 BLOCK_ROWS = MIN_WIDTH = 16  # the smallest operand of tl.dot
 
@@ -91,7 +91,7 @@ def options(table: Configs, key: Tensor, value: Tensor | None) -> dict[str, Any]
     chosen, width = config(table, key), key.shape[3]
     size = max(one.element_size() for one in (key, value) if one is not None)
     value_width = 0 if value is None else value.shape[3]
-    block, block_value = (max(MIN_WIDTH, triton.next_power_of_2(one)) for one in (width, value_width))
+    block, block_value = (max(MIN_WIDTH, next_power_of_2(one)) for one in (width, value_width))
     fit = chosen.pop("TILE_BYTES") // (max(block, block_value) * size)
     chosen["BLOCK_KEYS"] = max(16, min(chosen["BLOCK_KEYS"], fit))
     sizes = {"WIDTH": width, "VALUE_WIDTH": value_width, "BLOCK_WIDTH": block, "BLOCK_VALUE": block_value}

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from softmask.kernels._launch import Configs, config, dots, last_contiguous, launch, strides
+from softmask.kernels._launch import Configs, cdiv, config, dots, last_contiguous, launch, next_power_of_2, strides
 
 EPS: tl.constexpr = tl.constexpr(1e-12)  # as in F.normalize
 MIN_BLOCK_TOKENS, MAX_BLOCK_TOKENS = 16, 128
@@ -121,7 +121,7 @@ def forward(patches: Tensor, tokens: Tensor, token_padding_mask: Tensor | None, 
     num_tokens = tokens.shape[1]
     score = patches.new_empty((batch, num_patches), dtype=torch.float32)
     selected = patches.new_empty((batch, num_patches), dtype=torch.bool)
-    block_tokens = max(triton.next_power_of_2(num_tokens), MIN_BLOCK_TOKENS)
+    block_tokens = max(next_power_of_2(num_tokens), MIN_BLOCK_TOKENS)
     types, table = dots(patches, tokens), SCORE
     if types["DOT"] == tl.float32 and types["PRECISION"] == "ieee":
         if block_tokens == MAX_BLOCK_TOKENS:
@@ -134,16 +134,16 @@ def forward(patches: Tensor, tokens: Tensor, token_padding_mask: Tensor | None, 
         block_tokens = MAX_BLOCK_TOKENS // 2
         options["BLOCK_PATCHES"] //= 2
     launch(
-        _fwd_score_kernel, (batch * triton.cdiv(num_patches, options["BLOCK_PATCHES"]),),
+        _fwd_score_kernel, (batch * cdiv(num_patches, options["BLOCK_PATCHES"]),),
         patches, tokens, token_padding_mask, score,
         num_patches, num_tokens, width,
         strides(patches, 2), strides(tokens, 2), strides(token_padding_mask, 2),
         HIGH=high, **types,
-        TOKEN_BLOCKS=triton.cdiv(num_tokens, block_tokens), BLOCK_TOKENS=block_tokens,
+        TOKEN_BLOCKS=cdiv(num_tokens, block_tokens), BLOCK_TOKENS=block_tokens,
         BLOCK_WIDTH=row_bytes // max(patches.element_size(), tokens.element_size()),
         num_warps=max(warps, block_tokens // 8), **options,
     )  # fmt: skip
     options = config(SELECT, patches)
-    tiles = triton.cdiv(num_patches, options["BLOCK_PATCHES"])
+    tiles = cdiv(num_patches, options["BLOCK_PATCHES"])
     launch(_fwd_select_kernel, (batch * tiles,), score, selected, num_patches, count, **options)
     return selected

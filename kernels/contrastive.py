@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from softmask.kernels._focal import focal
-from softmask.kernels._launch import Configs, config, dots, factor_dots, launch
+from softmask.kernels._launch import Configs, cdiv, config, dots, factor_dots, launch, next_power_of_2
 from softmask.kernels._similarity import as_read, multiply, same_ids, steepness
 from softmask.kernels.contrastive_backward import backward_config, bwd_kernel
 
@@ -262,7 +262,7 @@ def forward(
     options = _config(table, rows, width, with_ids=row_ids is not None)
     if exact:
         options.setdefault("maxnreg", REGISTERS)
-    row_tiles, column_tiles = triton.cdiv(height, options["BLOCK_M"]), triton.cdiv(width, options["BLOCK_N"])
+    row_tiles, column_tiles = cdiv(height, options["BLOCK_M"]), cdiv(width, options["BLOCK_N"])
     per_sample = rows.new_empty((height,), dtype=torch.float32)
     positives = torch.empty_like(per_sample) if row_ids is None else None
     numbers = 2 if row_ids is None else 4
@@ -277,7 +277,7 @@ def forward(
     statistics = per_sample.new_empty(((6 if both else 3) + (row_ids is not None), height))
     options = _config(FINISH, rows, width, with_ids=row_ids is not None)
     launch(
-        _fwd_finish_kernel, (triton.cdiv(height, options["BLOCK_M"]),),
+        _fwd_finish_kernel, (cdiv(height, options["BLOCK_M"]),),
         *sides, scale, gamma, row_sums, column_sums, positives, loss, statistics,
         height, width, depth, *(side.stride(0) for side in sides[:2]), row_tiles, column_tiles, **options,
     )  # fmt: skip
@@ -300,7 +300,7 @@ def backward(
     sides = as_read(rows, columns, row_ids, column_ids)
     (height, depth), width = rows.shape, len(columns)
     options = backward_config(rows, width, with_ids=row_ids is not None, atomics=ATOMICS) | dots(rows)
-    row_tiles, column_tiles = triton.cdiv(height, options["BLOCK_M"]), triton.cdiv(width, options["BLOCK_M"])
+    row_tiles, column_tiles = cdiv(height, options["BLOCK_M"]), cdiv(width, options["BLOCK_M"])
     at_rows, at_scale = rows.new_empty(rows.shape), grad.new_empty((row_tiles,))
     at_columns = columns.new_zeros(columns.shape, dtype=torch.float32) if ATOMICS else columns.new_empty(columns.shape)
     of_grad = factor_dots(rows)
@@ -308,7 +308,7 @@ def backward(
         bwd_kernel, (row_tiles if ATOMICS else row_tiles + column_tiles,),
         *sides, statistics, grad.contiguous(), scale, gamma, at_rows, at_columns, at_scale,
         height, width, depth, first_row, *(side.stride(0) for side in sides[:2]), both, ATOMICS,
-        BLOCK_D=max(16, triton.next_power_of_2(depth)), **options,
+        BLOCK_D=max(16, next_power_of_2(depth)), **options,
         GRAD_DOT=of_grad["DOT"], GRAD_PRECISION=of_grad["PRECISION"], updates=ATOMICS,
     )  # fmt: skip
     return at_rows, at_columns.to(columns.dtype), at_scale.sum(dtype=scale.dtype)

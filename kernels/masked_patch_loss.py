@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from softmask.kernels._launch import Configs, config, last_contiguous, launch, strides
+from softmask.kernels._launch import Configs, cdiv, config, last_contiguous, launch, next_power_of_2, strides
 
 EPS: tl.constexpr = tl.constexpr(1e-6)  # reference.PATCH_VARIANCE_EPS
 # ELEMENTS: of a program's block, which holds as many patches as fit, at least one.
@@ -105,11 +105,11 @@ def _bwd_kernel(
 def _blocks(prediction: Tensor, total: int, side: int, normalize: bool) -> tuple[int, dict[str, int]]:
     """Number of programs for all patches, and the constants of both kernels."""
     options = config(TABLE, prediction)
-    pixels = triton.next_power_of_2(3 * side**2)
+    pixels = next_power_of_2(3 * side**2)
     patches = max(options.pop("ELEMENTS") // pixels, 1)
     warps = min(max(patches * pixels // ELEMENTS_PER_WARP, MIN_WARPS), MAX_WARPS)
     options |= {"NORMALIZE": normalize, "SIDE": side, "BLOCK_PATCHES": patches, "BLOCK_PIXELS": pixels}
-    return triton.cdiv(total, patches), {"num_warps": warps, **options}
+    return cdiv(total, patches), {"num_warps": warps, **options}
 
 
 def forward(prediction: Tensor, images: Tensor, mask: Tensor, patch_size: int, normalize: bool) -> Tensor:

@@ -18,7 +18,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from softmask.kernels._launch import Configs, config, dots, factor_dots, last_contiguous, launch, strides
+from softmask.kernels._launch import (
+    Configs,
+    cdiv,
+    config,
+    dots,
+    factor_dots,
+    last_contiguous,
+    launch,
+    next_power_of_2,
+    strides,
+)
 from softmask.kernels.momentum_contrastive_streams import (
     STATISTICS,
     TERMS,
@@ -185,7 +195,7 @@ def _constants(width: int, queued: bool, *tensors: Tensor) -> tuple[int, int, di
     """(programs wanted, fewest tiles for each, constants, num_warps and num_stages of both streams)."""
     options = config(STREAM, tensors[0]) | _types(*tensors)
     options["WIDTH"], options["WIDE"] = width, width > options.pop("WIDEST")
-    options["BLOCK_WIDTH"] = PART if options["WIDE"] else max(triton.next_power_of_2(width), MIN_BLOCK)
+    options["BLOCK_WIDTH"] = PART if options["WIDE"] else max(next_power_of_2(width), MIN_BLOCK)
     if options["BLOCK_WIDTH"] > PART:
         options |= {"BLOCK_ROWS": options["BLOCK_ROWS"] // 2, "BLOCK_KEYS": options["BLOCK_KEYS"] // 2, "num_warps": 16}
     if {tensor.dtype for tensor in tensors} not in ({torch.float16}, {torch.bfloat16}):
@@ -204,8 +214,8 @@ def _constants(width: int, queued: bool, *tensors: Tensor) -> tuple[int, int, di
 
 def _splits(tiles: int, blocks: int, programs: int, fewest_tiles: int) -> tuple[int, int]:
     """(tiles of keys per split, number of splits), for about `programs` programs in all."""
-    tiles_of_split = max(triton.cdiv(tiles, max(programs // max(2 * blocks, 1), 1)), fewest_tiles)
-    return tiles_of_split, max(triton.cdiv(tiles, tiles_of_split), 1)
+    tiles_of_split = max(cdiv(tiles, max(programs // max(2 * blocks, 1), 1)), fewest_tiles)
+    return tiles_of_split, max(cdiv(tiles, tiles_of_split), 1)
 
 
 def _finish_options(image: Tensor, width: int, block_splits: int) -> dict[str, int]:
@@ -214,7 +224,7 @@ def _finish_options(image: Tensor, width: int, block_splits: int) -> dict[str, i
     if width % 4:  # no vector loads: every load has its pointer and mask in registers
         options["num_warps"] = 8
     elements = options.pop("ELEMENTS") // (block_splits * options["BLOCK_ROWS"])
-    return {**options, "BLOCK_COLUMNS": min(triton.next_power_of_2(width), elements), "BLOCK_SPLITS": block_splits}
+    return {**options, "BLOCK_COLUMNS": min(next_power_of_2(width), elements), "BLOCK_SPLITS": block_splits}
 
 
 def forward(
@@ -245,10 +255,10 @@ def forward(
     count, queue_count = (0 if one is None else len(one) for one in keys[::2])
     typed = (image, *(one for one in keys[::2] if one is not None))
     programs, fewest_tiles, options = _constants(width, keys[2] is not None, *typed)
-    blocks = triton.cdiv(rows, options["BLOCK_ROWS"])
-    tiles = sum(triton.cdiv(number, options["BLOCK_KEYS"]) for number in (count, queue_count))
+    blocks = cdiv(rows, options["BLOCK_ROWS"])
+    tiles = sum(cdiv(number, options["BLOCK_KEYS"]) for number in (count, queue_count))
     tiles_of_split, splits = _splits(tiles, blocks, programs, fewest_tiles)
-    block_splits = triton.next_power_of_2(splits)
+    block_splits = next_power_of_2(splits)
     statistics = _fp32(image, STATISTICS.value, splits, 2, rows)
     terms = _fp32(image, TERMS.value, splits, 2, rows)
     sums = [_fp32(image, splits, 2, rows, width) if gradient else None for _ in range(3)]
@@ -258,7 +268,7 @@ def forward(
     sizes = (rows, count, queue_count, first_row, tiles, tiles_of_split)
     all_strides = (image.stride(0), image_teacher.stride(0), *(strides(one, 2) for one in keys[::2]))
     options["GRADIENT"] = gradient
-    grid = (splits * 2 * blocks, triton.cdiv(width, options["BLOCK_WIDTH"]) if gradient else 1)
+    grid = (splits * 2 * blocks, cdiv(width, options["BLOCK_WIDTH"]) if gradient else 1)
     launch(
         fwd_first_stream_kernel, grid, *tensors, scale, gamma, ids, key_ids, queue_ids,
         statistics, sums[0], sums[1], *sizes, *all_strides, **options,
@@ -268,8 +278,8 @@ def forward(
         statistics, terms, sums[2], *sizes, *all_strides, BLOCK_SPLITS=block_splits, **options,
     )  # fmt: skip
     options = _finish_options(image, width, block_splits)
-    columns = triton.cdiv(width, options["BLOCK_COLUMNS"]) if gradient else 1
-    grid = (triton.cdiv(rows, options["BLOCK_ROWS"]), columns)
+    columns = cdiv(width, options["BLOCK_COLUMNS"]) if gradient else 1
+    grid = (cdiv(rows, options["BLOCK_ROWS"]), columns)
     launch(
         _fwd_finish_kernel, grid,
         statistics, terms, *sums, scale, alpha, gamma, loss, at_scale, *gradients, rows, width, splits, **options,
@@ -298,9 +308,9 @@ def backward(
     image_grad, text_grad, scale_grad = image.new_empty(image.shape), image.new_empty(image.shape), _fp32(image, rows)
     options = config(BACKWARD, image)
     launch(
-        _bwd_kernel, (triton.cdiv(rows, options["BLOCK_ROWS"]),),
+        _bwd_kernel, (cdiv(rows, options["BLOCK_ROWS"]),),
         grad, scale, at_scale, image_gradients, text_gradients, image_grad, text_grad, scale_grad,
-        rows, width, grad.stride(0), BLOCK_WIDTH=triton.next_power_of_2(width), **options,
+        rows, width, grad.stride(0), BLOCK_WIDTH=next_power_of_2(width), **options,
     )  # fmt: skip
     return image_grad, text_grad, scale_grad.sum().to(scale.dtype)
 

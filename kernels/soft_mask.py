@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from softmask.kernels._launch import Configs, config, last_contiguous, launch, strides
+from softmask.kernels._launch import Configs, cdiv, config, last_contiguous, launch, next_power_of_2, strides
 from softmask.kernels._normalize import extent, gradient
 
 MAX_BLOCK_WIDTH = 1024
@@ -120,7 +120,7 @@ def _tile(table: Configs, features: Tensor) -> dict[str, int]:
 
 
 def _block_width(width: int) -> int:
-    return min(triton.next_power_of_2(max(width, 1)), MAX_BLOCK_WIDTH)
+    return min(next_power_of_2(max(width, 1)), MAX_BLOCK_WIDTH)
 
 
 def _by_word(maps: Tensor) -> Tensor:
@@ -138,11 +138,11 @@ def forward(features: Tensor, maps: Tensor, strength: float, normalize: str, num
     block_width = _block_width(width)
     launch(
         _fwd_kernel,
-        (batch * triton.cdiv(tokens, options["BLOCK_TOKENS"]), triton.cdiv(width, block_width)),
+        (batch * cdiv(tokens, options["BLOCK_TOKENS"]), cdiv(width, block_width)),
         features, by_word, out,
         words, tokens, width, patches, num_prefix_tokens, strength,
         strides(features, 2), strides(by_word, 2),
-        NORMALIZE=normalize, BLOCK_WIDTH=block_width, BLOCK_PATCHES=triton.next_power_of_2(patches), **options,
+        NORMALIZE=normalize, BLOCK_WIDTH=block_width, BLOCK_PATCHES=next_power_of_2(patches), **options,
     )  # fmt: skip
     return out
 
@@ -164,14 +164,14 @@ def backward(
     d_maps = maps.new_empty(maps.shape if features is not None else (0,))
     options = _tile(BACKWARD, grad)
     block_width = _block_width(width)
-    chunks, block_patches = triton.cdiv(width, block_width), triton.next_power_of_2(patches)
+    chunks, block_patches = cdiv(width, block_width), next_power_of_2(patches)
     d_norm_parts = None
     if features is not None:
         features = last_contiguous(features)
         d_norm_parts = grad.new_empty((chunks, batch, words, patches), dtype=torch.float32)
     launch(
         _bwd_kernel,
-        (batch * triton.cdiv(tokens, options["BLOCK_TOKENS"]), chunks),
+        (batch * cdiv(tokens, options["BLOCK_TOKENS"]), chunks),
         grad, features, by_word, d_features if features_grad else None, d_norm_parts,
         batch, words, tokens, width, patches, num_prefix_tokens, strength,
         strides(features, 2), strides(by_word, 2),

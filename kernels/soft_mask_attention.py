@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from softmask.kernels._attention import load_rows, logits, place, softmax_step, store_rows, tokens_first
-from softmask.kernels._launch import launch, readable, strides
+from softmask.kernels._launch import cdiv, launch, readable, strides
 from softmask.kernels.soft_mask_attention_backward import backward
 from softmask.kernels.soft_mask_attention_tables import FORWARD, FORWARD_SINGLE, options_of
 
@@ -87,7 +87,7 @@ def forward(
     (pairs, heads, tokens, _), (images, _, keys, _) = query.shape, key.shape
     options = options_of(FORWARD, FORWARD_SINGLE, query, key, value)
     launch(
-        _fwd_kernel, (heads * pairs * triton.cdiv(tokens, options["BLOCK_TOKENS"]),),
+        _fwd_kernel, (heads * pairs * cdiv(tokens, options["BLOCK_TOKENS"]),),
         query, key, value, weight, index, bias, padding, out,
         images, pairs, heads, tokens, keys, scale,
         *(strides(tensor, 3) for tensor in (query, key, value)),

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from softmask.kernels._attention import LOG2E, load_rows, logits, place, softmax_step, store_rows, tokens_first
-from softmask.kernels._launch import launch, readable, strides
+from softmask.kernels._launch import cdiv, launch, next_power_of_2, readable, strides
 from softmask.kernels._words import kept_keys
 from softmask.kernels.soft_mask_attention_tables import (
     factors_of,
@@ -260,7 +260,7 @@ def backward(
     (pairs, heads, tokens, _), (images, _, keys, value_width) = query.shape, value.shape
     tables = query_backward_tables(query, value, padded=padding is not None)
     options = options_of(*tables, query, key, value, d_out) | factors_of(query, key)
-    tiles = triton.cdiv(tokens, options["BLOCK_TOKENS"])
+    tiles = cdiv(tokens, options["BLOCK_TOKENS"])
     biased = value_bias is not None
     statistics = [query.new_empty(query.shape[:3], dtype=torch.float32) for _ in range(3)]
     d_bias_parts = query.new_empty((pairs * tiles if biased else 0, heads, value_width), dtype=torch.float32)
@@ -277,14 +277,14 @@ def backward(
     options = options_of(*tables, query, key, value, d_out) | factors_of(query, key)
     options |= factors_of(d_out, factor="VALUE_FACTOR", precision="VALUE_PRECISION")
     launch(
-        _bwd_key_value_kernel, (images * heads * triton.cdiv(keys, options["BLOCK_KEYS"]),),
+        _bwd_key_value_kernel, (images * heads * cdiv(keys, options["BLOCK_KEYS"]),),
         d_out, query, key, value, weight, index, padding, *statistics, d_key, d_value,
         pairs, heads, tokens, keys, scale, *all_strides,
-        BLOCK_PAIRS=min(MAX_BLOCK_PAIRS, triton.next_power_of_2(max(1, pairs))), **options,
+        BLOCK_PAIRS=min(MAX_BLOCK_PAIRS, next_power_of_2(max(1, pairs))), **options,
     )  # fmt: skip
     if not biased:
         return d_query, d_key, d_value, d_bias_parts
     d_bias, width = value_bias.new_empty(value_bias.shape), heads * value_width
-    programs = triton.cdiv(width, BIAS["BLOCK_WIDTH"])
+    programs = cdiv(width, BIAS["BLOCK_WIDTH"])
     launch(_bwd_bias_kernel, (programs,), d_bias_parts, d_bias, len(d_bias_parts), width, **BIAS)
     return d_query, d_key, d_value, d_bias

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from softmask.kernels._launch import Configs, config, dots, factor_dots
+from softmask.kernels._launch import Configs, config, dots, factor_dots, next_power_of_2
 
 # For heads up to 64 wide; wider heads use MANY_WARPS, and smaller tiles if the tables' would not fit registers.
 HEAD_WIDTH, MANY_WARPS = 64, 8
@@ -85,4 +84,4 @@ def factors_of(*tensors: Tensor, factor: str = "FACTOR", precision: str = "FACTO
 
 def _block(size: int) -> int:
     """The next power of two, at least the smallest operand of tl.dot."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, next_power_of_2(size))

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from softmask.kernels._launch import Configs, config, dots, launch, readable, strides
+from softmask.kernels._launch import Configs, cdiv, config, dots, launch, next_power_of_2, readable, strides
 from softmask.kernels._normalize import extent
 from softmask.kernels._words import (
     BLOCK_ROWS,
@@ -170,7 +170,7 @@ def forward(
     rows = words * subtokens
     maps = query.new_empty((batch, words, keys - num_prefix_tokens), dtype=torch.float32)
     raw = maps.new_empty(maps.shape if keep and normalize != "none" else (0,))
-    pitch = 16 * triton.cdiv(keys, 16)  # so that rows are whole vector stores
+    pitch = 16 * cdiv(keys, 16)  # so that rows are whole vector stores
     both = keep and value is not None
     by_row = maps.new_empty((2 if both else 1, batch, heads, rows, pitch))
     kept = by_row if keep else maps.new_empty((0,))
@@ -182,7 +182,7 @@ def forward(
     pair = None if value is None else (grad_output, value)
     chosen = options(FORWARD, key, value) | types(dots, (query, key), pair)
     block_keys = chosen["BLOCK_KEYS"]
-    tiles = triton.cdiv(keys, block_keys)
+    tiles = cdiv(keys, block_keys)
     rows_of = (by_row[0], by_row[1] if both else None)
     tile_max, tile_sum = (maps.new_empty((batch, heads, rows, tiles)) for _ in range(2))
     floating = {one.dtype for one in (query, key, value, grad_output) if one is not None}
@@ -195,13 +195,13 @@ def forward(
         0 if padding is None else padding.stride(0),
         BLOCK_ROWS=1 if one_row else BLOCK_ROWS, **chosen,
     )  # fmt: skip
-    combine, block_tiles = config(COMBINE, key), triton.next_power_of_2(tiles)
+    combine, block_tiles = config(COMBINE, key), next_power_of_2(tiles)
     at_once = max(1, combine.pop("ELEMENTS") // (block_tiles * block_keys * len(by_row)))
     launch(
         _fwd_combine_kernel, (batch * words,),
         *rows_of, tile_max, tile_sum, index, maps, raw if raw.numel() else None,
         heads, words, subtokens, keys, num_prefix_tokens, tiles, pitch,
-        NORMALIZE=normalize, KEEP=keep, updates=keep, BLOCK_HEADS=min(at_once, triton.next_power_of_2(max(1, heads))),
+        NORMALIZE=normalize, KEEP=keep, updates=keep, BLOCK_HEADS=min(at_once, next_power_of_2(max(1, heads))),
         BLOCK_TILES=block_tiles, BLOCK_KEYS=block_keys, **combine,
     )  # fmt: skip
     return maps, raw, kept

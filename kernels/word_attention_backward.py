@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from softmask.kernels._launch import Configs, config, factor_dots, launch, readable, strides
+from softmask.kernels._launch import Configs, cdiv, config, factor_dots, launch, next_power_of_2, readable, strides
 from softmask.kernels._normalize import gradient
 from softmask.kernels._words import (
     BLOCK_ROWS,
@@ -270,7 +270,7 @@ def backward(
     table = KEYS_BACKWARD_OF_MANY if rows > 1 else KEYS_BACKWARD
     pair = None if value is None else (grad_output, value)
     chosen = options(table, key, value) | types(factor_dots, (query, key), pair)
-    tiles = triton.cdiv(keys, chosen["BLOCK_KEYS"])
+    tiles = cdiv(keys, chosen["BLOCK_KEYS"])
     query_parts = means.new_empty((batch, heads, rows, tiles, width))
     grad_output_parts = None if value is None else means.new_empty((batch, heads, rows, tiles, value.shape[3]))
     bias_parts = None if bias is None else means.new_empty((heads, batch * tiles, bias.shape[1]))
@@ -285,7 +285,7 @@ def backward(
     )  # fmt: skip
     widths = ("WIDTH", "VALUE_WIDTH", "BLOCK_WIDTH", "BLOCK_VALUE")
     launch(
-        _bwd_sum_kernel, (batch * triton.cdiv(tokens, BLOCK_TOKENS), heads),
+        _bwd_sum_kernel, (batch * cdiv(tokens, BLOCK_TOKENS), heads),
         index, query_parts, grad_output_parts, bias_parts, d_query, d_grad_output, d_bias,
         rows, tokens, tiles, batch * tiles,
         BLOCK_TOKENS=BLOCK_TOKENS, **{name: chosen[name] for name in widths}, **config(ADD_UP, key),
@@ -300,11 +300,11 @@ def _through_maps(
     H, rows]."""
     (batch, words, size), (_, heads, _, pitch), subtokens = grad.shape, weighted.shape, index.shape[2]
     d_rows, means = grad.new_empty(grad.shape), weighted.new_empty(weighted.shape[:3])
-    chosen, block = config(MAPS_BACKWARD, grad), triton.next_power_of_2(size)
+    chosen, block = config(MAPS_BACKWARD, grad), next_power_of_2(size)
     at_once = max(1, chosen.pop("ELEMENTS") // block)
     launch(
         _bwd_maps_kernel, (batch * words,),
         grad, raw, index, weighted, d_rows, means, heads, words, subtokens, size, prefix, pitch,
-        NORMALIZE=normalize, BLOCK_ROWS=min(at_once, triton.next_power_of_2(heads * subtokens)), BLOCK=block, **chosen,
+        NORMALIZE=normalize, BLOCK_ROWS=min(at_once, next_power_of_2(heads * subtokens)), BLOCK=block, **chosen,
     )  # fmt: skip
     return d_rows, means
