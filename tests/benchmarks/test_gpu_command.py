@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,27 @@ def test_failures_are_rows(tmp_path: Path) -> None:
         "part": "ops_unknown",
         "error": "exit status 1",
     }
+
+
+def test_a_part_that_takes_too_long_is_killed_with_what_it_started(tmp_path: Path) -> None:
+    from benchmarks.gpu.device.jobs import run_bounded
+
+    late = tmp_path / "late"
+    with pytest.raises(subprocess.TimeoutExpired):
+        run_bounded(["bash", "-c", f"(sleep 3; touch {late}) & sleep 60"], seconds=0.5)
+    time.sleep(4)
+    assert not late.exists()
+
+
+def test_real_sizes_need_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmarks import harness
+    from benchmarks.gpu.device.run import main
+
+    if harness.DEVICE == "cuda":
+        pytest.skip("there is one")
+    with pytest.raises(SystemExit):
+        main([])
+    assert "no CUDA device; --small runs tiny sizes on the CPU" in capsys.readouterr().err
 
 
 def test_page_compares_measured_with_predicted(tmp_path: Path) -> None:

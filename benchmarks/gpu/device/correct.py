@@ -5,7 +5,6 @@ python -m benchmarks.gpu.device.correct OUT SECONDS SIZE
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -14,10 +13,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from xml.etree import ElementTree
 
-from benchmarks.gpu.device.jobs import Job, main
+from benchmarks.gpu.device.jobs import Job, main, run_bounded
 from benchmarks.gpu.device.record import LONGEST, NO_TIME, Row
 
-ROOT = Path(__file__).resolve().parents[3]
 TESTS = "tests/kernels/test_gpu.py"
 SMALL_CASE = "test_small_case"  # of each op; compute-sanitizer slows others down too much
 PROCESSES = 4  # that share the device
@@ -39,8 +37,8 @@ def measure(job: Job) -> None:
 
 def collected() -> list[str]:
     """The names of all tests."""
-    done = subprocess.run([*PYTEST, "--collect-only", TESTS], cwd=ROOT, capture_output=True, text=True, check=False)
-    return [line for line in done.stdout.splitlines() if "::" in line]
+    _, printed = run_bounded([*PYTEST, "--collect-only", TESTS], seconds=LIMIT, quiet=True)
+    return [line for line in printed.splitlines() if "::" in line]
 
 
 def tests_named(function: str) -> list[str]:
@@ -61,8 +59,8 @@ def run_group(job: Job, name: str, tests: Sequence[str]) -> list[Row]:
         return [{"test": name, "skipped": NO_TIME}]
     results = job.folder / f"{name}.xml"
     try:
-        done = run([*PYTEST, f"--junitxml={results}", *tests], seconds=seconds)
-        return list(rows_of(results)) or [{"test": name, "error": last_lines(done.stdout)}]
+        _, printed = run_bounded([*PYTEST, f"--junitxml={results}", *tests], seconds=seconds, quiet=True)
+        return list(rows_of(results)) or [{"test": name, "error": last_lines(printed)}]
     except subprocess.TimeoutExpired:
         return [{"test": name, "error": f"stopped after {seconds:.0f} s"}]
     finally:
@@ -94,17 +92,11 @@ def sanitized(job: Job, test: str) -> Row:
     if seconds <= 0:
         return row | {"skipped": NO_TIME}
     try:
-        done = run([SANITIZER, "--error-exitcode", "9", *PYTEST, test], seconds=seconds)
+        command = [SANITIZER, "--error-exitcode", "9", *PYTEST, test]
+        status, printed = run_bounded(command, seconds=seconds, quiet=True)
     except subprocess.TimeoutExpired:
         return row | {"error": f"stopped after {seconds:.0f} s"}
-    return row | ({"error": last_lines(done.stdout)} if done.returncode else {})
-
-
-def run(command: Sequence[str], *, seconds: float) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command, cwd=ROOT, timeout=seconds, text=True, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    return row | ({"error": last_lines(printed)} if status else {})
 
 
 def last_lines(output: str) -> str:

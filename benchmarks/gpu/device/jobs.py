@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from benchmarks.gpu.device.record import Deadline, Record, Row
 
+ROOT = Path(__file__).resolve().parents[3]
 GRACE = 30.0  # seconds that a case may take beyond its job's time
 Size = Literal["small", "real"]
 
@@ -54,9 +57,28 @@ class Part:
 
     def run(self, folder: Path, *, seconds: float, size: Size) -> Row | None:
         """Runs the part to its end, at most GRACE beyond its time. Returns how it failed, else None."""
-        command = [sys.executable, "-m", f"benchmarks.gpu.device.{self.module}", str(folder / f"{self.name}.json")]
+        rows = folder / f"{self.name}.json"
+        rows.unlink(missing_ok=True)  # of an earlier run
+        module = f"benchmarks.gpu.device.{self.module}"
+        command = [sys.executable, "-m", module, str(rows), f"{seconds:.0f}", size, self.only]
         try:
-            done = subprocess.run([*command, f"{seconds:.0f}", size, self.only], timeout=seconds + GRACE, check=False)
+            status, _ = run_bounded(command, seconds=seconds + GRACE)
         except subprocess.TimeoutExpired:
             return {"part": self.name, "error": f"stopped after {seconds + GRACE:.0f} s"}
-        return {"part": self.name, "error": f"exit status {done.returncode}"} if done.returncode else None
+        return {"part": self.name, "error": f"exit status {status}"} if status else None
+
+
+def run_bounded(command: Sequence[str], *, seconds: float, quiet: bool = False) -> tuple[int, str]:
+    """Runs a command at the root of the repository. Returns its exit status and, if `quiet`, what it printed.
+
+    Raises:
+        TimeoutExpired: it took longer; it and the processes that it started are killed.
+    """
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} if quiet else {}
+    with subprocess.Popen(command, cwd=ROOT, text=True, start_new_session=True, **output) as process:
+        try:
+            printed, _ = process.communicate(timeout=seconds)
+        except BaseException:  # Ctrl-C does not reach another session
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return process.returncode, printed or ""

@@ -15,13 +15,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.gpu.device.jobs import Part, Size
+from benchmarks import harness
+from benchmarks.gpu.device.jobs import ROOT, Part, Size
 from benchmarks.gpu.device.ops import OPS
 from benchmarks.gpu.device.page import failures, write_page
 from benchmarks.gpu.device.record import Deadline, Record
 from benchmarks.step.bench_step import METHODS
 
-ROOT = Path(__file__).resolve().parents[3]
 PHASES = {
     "correct": (Part("environment"), Part("correct")),
     "bench": (Part("kernels"), *(Part("ops", op) for op in OPS)),
@@ -46,13 +46,15 @@ def run_phases(folder: Path, phases: Sequence[str], *, minutes: float, size: Siz
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns 1 if a part or a case failed."""
+    """The command line. Returns the exit status: 1 if a part or a case failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=float(sum(SHARES.values())), help="of all phases together")
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu", help="folder of the files")
     parser.add_argument("--small", action="store_true", help="tiny sizes, also on a CPU")
     chosen = parser.parse_args(argv)
+    if harness.DEVICE != "cuda" and not chosen.small:
+        parser.error("no CUDA device; --small runs tiny sizes on the CPU")
     chosen.out.mkdir(parents=True, exist_ok=True)
     run_phases(chosen.out, chosen.phases, minutes=chosen.minutes, size="small" if chosen.small else "real")
     failed = failures(chosen.out)
