@@ -95,6 +95,17 @@ def test_failures_are_rows(tmp_path: Path) -> None:
     }
 
 
+def test_tests_that_cannot_be_collected_are_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.gpu.device import correct
+    from benchmarks.gpu.device.jobs import Job
+
+    monkeypatch.setattr(correct, "TESTS", "tests/kernels/no_such_file.py")
+    record = Record(tmp_path / "correct.json")
+    correct.measure(Job(record, Deadline(60.0), "real", ""))
+    (row,) = rows(record.path)
+    assert row["test"] == "all" and "no_such_file.py" in row["error"]
+
+
 def test_a_part_that_takes_too_long_is_killed_with_what_it_started(tmp_path: Path) -> None:
     from benchmarks.gpu.device.jobs import run_bounded
 
@@ -105,12 +116,11 @@ def test_a_part_that_takes_too_long_is_killed_with_what_it_started(tmp_path: Pat
     assert not late.exists()
 
 
-def test_real_sizes_need_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+def test_real_sizes_need_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks import harness
     from benchmarks.gpu.device.run import main
 
-    if harness.DEVICE == "cuda":
-        pytest.skip("there is one")
+    monkeypatch.setattr(harness, "DEVICE", "cpu")
     with pytest.raises(SystemExit):
         main([])
     assert "no CUDA device; --small runs tiny sizes on the CPU" in capsys.readouterr().err

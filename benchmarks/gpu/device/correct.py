@@ -25,31 +25,23 @@ SANITIZER = "compute-sanitizer"
 
 
 def measure(job: Job) -> None:
-    groups = list(test_groups()) if job.size == "real" else [("all", [TESTS])]
-    with ThreadPoolExecutor(PROCESSES) as pool:
-        started = [pool.submit(run_group, job, name, tests) for name, tests in groups]
+    groups = collected() if job.size == "real" else {}
+    with ThreadPoolExecutor(PROCESSES) as pool:  # where none could be collected, one process says why
+        started = [pool.submit(run_group, job, name, tests) for name, tests in (groups or {"all": [TESTS]}).items()]
         for finished in as_completed(started):
             for row in finished.result():
                 job.record.add(row)
-    for test in tests_named(SMALL_CASE) if job.size == "real" else ():
+    for test in groups.get(SMALL_CASE, ()):
         job.record.add(sanitized(job, test))
 
 
-def collected() -> list[str]:
-    """The names of all tests."""
-    _, printed = run_bounded([*PYTEST, "--collect-only", TESTS], seconds=LIMIT, quiet=True)
-    return [line for line in printed.splitlines() if "::" in line]
-
-
-def tests_named(function: str) -> list[str]:
-    return [test for test in collected() if test.split("::")[1].partition("[")[0] == function]
-
-
-def test_groups() -> Iterator[tuple[str, list[str]]]:
+def collected() -> dict[str, list[str]]:
     """The tests of every function."""
-    tests = collected()
-    for function in dict.fromkeys(test.split("::")[1].partition("[")[0] for test in tests):
-        yield function, [test for test in tests if test.split("::")[1].partition("[")[0] == function]
+    _, printed = run_bounded([*PYTEST, "--collect-only", TESTS], seconds=LIMIT, quiet=True)
+    groups: dict[str, list[str]] = {}
+    for test in filter(lambda line: "::" in line, printed.splitlines()):
+        groups.setdefault(test.split("::")[1].partition("[")[0], []).append(test)
+    return groups
 
 
 def run_group(job: Job, name: str, tests: Sequence[str]) -> list[Row]:
