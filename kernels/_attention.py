@@ -6,9 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from softmask.kernels._focal import LOG2E
 from softmask.kernels._words import kept_keys
-
-LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit

@@ -5,8 +5,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 SMALLEST: tl.constexpr = tl.constexpr(1.1754943508222875e-38)  # smallest normal fp32
 LIKELY: tl.constexpr = tl.constexpr(-0.5)  # log p above which 1 - p is computed by a series
+
+
+@triton.jit
+def number(given):
+    """An fp32 scalar, given as a number or as a pointer to one."""
+    given = tl.to_tensor(given)  # the interpreter passes a Python number
+    if given.dtype.is_ptr():
+        given = tl.load(given)
+    return given.to(tl.float32)
+
+
+@triton.jit
+def fast_exp(exponent):
+    """exp, without tl.exp's five instructions for results below the normal numbers, which become 0."""
+    return tl.exp2(exponent * LOG2E)
 
 
 @triton.jit
@@ -26,7 +42,7 @@ def focal(log_p, gamma):
     gamma = 0 gives exactly (-log p, 1). log p must be finite; values that rounding puts above 0 count as 0.
     """
     log_p = tl.where(log_p > 0.0, 0.0, log_p)
-    p = tl.exp(log_p)
+    p = fast_exp(log_p)
     miss = _miss(log_p, p)
-    power = tl.exp(gamma * tl.log(miss))
+    power = tl.exp2(gamma * tl.log2(miss))
     return -power * log_p, power - gamma * p * (power / miss) * log_p

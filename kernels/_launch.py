@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -29,17 +29,22 @@ the assembler spills a few to fit one more block; with a limit that fits the sam
 not."""
 
 
-@dataclass(frozen=True)
-class Launch:
-    """One launch, as a hook sees it. Arguments, including constants, are keyed by the kernel's parameter names."""
+class Launch(NamedTuple):
+    """One launch, as a hook sees it."""
 
     kernel: Any
     grid: tuple[int, ...]
-    arguments: dict[str, Any]
+    given: tuple[Any, ...]  # arguments by position
+    constants: dict[str, Any]  # those by name
     num_warps: int
     num_stages: int
     maxnreg: int | None = None
     updates: bool = False  # changes what it reads, so a second run would write something else
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """All arguments by the names of the kernel's parameters."""
+        return dict(zip(self.kernel.arg_names[: len(self.given)], self.given, strict=True)) | self.constants
 
     @property
     def options(self) -> dict[str, Any]:
@@ -47,7 +52,7 @@ class Launch:
 
     def with_warps(self, num_warps: int) -> Launch:
         """A register limit applies only to the number of warps for which it was chosen."""
-        return self if num_warps == self.num_warps else replace(self, num_warps=num_warps, maxnreg=None)
+        return self if num_warps == self.num_warps else self._replace(num_warps=num_warps, maxnreg=None)
 
     @property
     def device(self) -> torch.device:
@@ -55,7 +60,7 @@ class Launch:
 
     def run(self) -> None:
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
-            self.kernel[self.grid](**self.arguments, **self.options)
+            self.kernel[self.grid](*self.given, **self.constants, **self.options)
 
 
 _hook: Callable[[Launch], None] | None = None
@@ -75,10 +80,9 @@ def launch(
 ) -> None:
     """Run kernel over grid, unless the grid is empty. A launch that `updates` must run only once, so it is not
     tuned."""
-    arguments = dict(zip(kernel.arg_names[: len(given)], given, strict=True)) | constants
-    one = Launch(kernel, grid, arguments, num_warps, num_stages, maxnreg, updates)
     if 0 in grid:
         return
+    one = Launch(kernel, grid, given, constants, num_warps, num_stages, maxnreg, updates)
     if _hook is not None:
         _hook(one)
     elif AUTOTUNE and not updates and not INTERPRETED and not torch.cuda.is_current_stream_capturing():
@@ -106,12 +110,13 @@ def config(table: Configs, tensor: Tensor) -> dict[str, int]:
     if _architecture is None and tensor.is_cuda:
         major, minor = torch.cuda.get_device_capability(tensor.device)
         capability = 10 * major + minor
-    return dict(table[_nearest(table, capability)])
+    return dict(table[_nearest(tuple(table), capability)])
 
 
-def _nearest(table: Configs, capability: int) -> int:
+@cache
+def _nearest(entries: tuple[int, ...], capability: int) -> int:
     """The entry for a GPU: the newest of its family that is not newer than the GPU, else the oldest."""
-    alike = [known for known in table if (known in SMALL) == (capability in SMALL) and OLDEST <= known <= capability]
+    alike = [known for known in entries if (known in SMALL) == (capability in SMALL) and OLDEST <= known <= capability]
     return max(alike, default=OLDEST)
 
 
@@ -149,6 +154,11 @@ def factor_dots(*tensors: Tensor) -> dict[str, Any]:
     logits. It may be too small for fp16; tf32 holds fp16 values exactly."""
     chosen = dots(*tensors)
     return {"DOT": tl.float32, "PRECISION": "tf32"} if chosen["DOT"] == tl.float16 else chosen
+
+
+def type_of(number: Tensor | float) -> torch.dtype:
+    """The type of a gradient with respect to a number, which nobody reads if it is none of a tensor."""
+    return number.dtype if isinstance(number, Tensor) else torch.float32
 
 
 def readable(*tensors: Tensor | None) -> list[Tensor | None]:

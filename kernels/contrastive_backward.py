@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from softmask.kernels._focal import focal
+from softmask.kernels._focal import LOG2E, fast_exp, focal, number
 from softmask.kernels._launch import Configs, config
 from softmask.kernels._similarity import load_features, multiply, same_ids, steepness
 
@@ -32,6 +32,10 @@ CONFIGS: dict[int, Configs] = {
     },
     1024: {80: {"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_K": 64, "RESIDENT": False, "num_warps": 8, "num_stages": 3}},
     2048: {80: {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 64, "RESIDENT": False, "num_warps": 8, "num_stages": 3}},
+}
+# A warpgroup's product has 64 rows, so a second one would share its elements' work; fp16's factors need its registers.
+BF16: dict[int, Configs] = CONFIGS | {
+    256: {80: CONFIGS[256][80], 90: CONFIGS[256][90] | {"num_warps": 4}},
 }
 FP32: dict[int, Configs] = {
     256: {
@@ -82,6 +86,17 @@ def _numbers(statistics_ptr, shares_ptr, d_loss_ptr, weight, index, size, AXIS: 
 
 
 @triton.jit
+def _probability(similarity, numbers, steep, FOLDED: tl.constexpr):
+    """exp of a log-probability. FOLDED: the factor of fast_exp multiplies numbers of rows and columns instead of
+    logits, which takes registers."""
+    if FOLDED:
+        p = tl.exp2((steep * LOG2E) * (similarity - numbers[0]) - numbers[1] * LOG2E)
+    else:
+        p = fast_exp(steep * (similarity - numbers[0]) - numbers[1])
+    return p
+
+
+@triton.jit
 def _at_positives(similarity, same, numbers, steep, gamma):
     """What one direction's focal terms subtract from the gradient at the positives."""
     highest, rest, _, at_positive = numbers
@@ -90,24 +105,45 @@ def _at_positives(similarity, same, numbers, steep, gamma):
 
 
 @triton.jit
-def _at_logits(similarity, same, own, other, terms, steep, gamma, WITH_IDS: tl.constexpr):
-    """The gradient with respect to logits [BLOCK_M, BLOCK_N], still without the factor scale, from the numbers of one
-    or both directions. With `terms`, the focal terms of several positives, each positive has its own."""
-    d_similarity, hit = tl.zeros_like(similarity), tl.zeros_like(similarity)
+def _at_softmax(similarity, own, other, steep, FOLDED: tl.constexpr):
+    """What the softmax of one or both directions adds to the gradient with respect to logits [BLOCK_M, BLOCK_N], still
+    without the factor scale."""
+    d_similarity = tl.zeros_like(similarity)
     if own is not None:
-        d_similarity += own[2] * tl.exp(steep * (similarity - own[0]) - own[1])
+        d_similarity += own[2] * _probability(similarity, own, steep, FOLDED)
+    if other is not None:
+        d_similarity += other[2] * _probability(similarity, other, steep, FOLDED)
+    return d_similarity
+
+
+@triton.jit
+def _at_hits(similarity, same, own, other, terms, steep, gamma):
+    """What the positives subtract from it. With `terms`, the focal terms of several positives, each has its own."""
+    hit = tl.zeros_like(similarity)
+    if own is not None:
         hit += own[3]
     if other is not None:
-        d_similarity += other[2] * tl.exp(steep * (similarity - other[0]) - other[1])
         hit += other[3]
-    if WITH_IDS:
+    if terms:
+        hit = tl.zeros_like(similarity)
+        if own is not None:
+            hit += _at_positives(similarity, same, own, steep, gamma)
+        if other is not None:
+            hit += _at_positives(similarity, same, other, steep, gamma)
+    return tl.where(same, hit, 0.0)
+
+
+@triton.jit
+def _positives(own, other, own_ids_ptr, other_ids_ptr, sample, other_sample, shift, gamma):
+    """(which samples are positives of each other, whether this tile has focal terms of several positives)."""
+    if own_ids_ptr is None:
+        same, terms = sample[:, None] + shift == other_sample[None, :], False
+    else:
+        same = same_ids(own_ids_ptr, other_ids_ptr, sample, other_sample, own[1], other[1])
+        terms = gamma != 0.0
         if terms:
-            hit = tl.zeros_like(similarity)
-            if own is not None:
-                hit += _at_positives(similarity, same, own, steep, gamma)
-            if other is not None:
-                hit += _at_positives(similarity, same, other, steep, gamma)
-    return d_similarity - tl.where(same, hit, 0.0)
+            terms = tl.max(same.to(tl.int32)) > 0
+    return same, terms
 
 
 @triton.jit
@@ -123,6 +159,8 @@ def _owner(
     sample = first + tl.arange(0, BLOCK_M)
     feature = tl.arange(0, BLOCK_D)
     sign, steep = steepness(scale)
+    # Comparisons of ids and IEEE products leave no registers for branches and for factors folded into numbers.
+    SPARE: tl.constexpr = own_ids_ptr is None and tl.float32 != DOT
     if RESIDENT or d_other_ptr is not None:
         features = load_features(own, sample, feature, depth)
     own_numbers = None
@@ -139,20 +177,20 @@ def _owner(
             products = multiply(own, other, sample, other_sample, depth, BLOCK_K, DOT, PRECISION)
             others = load_features(other, other_sample, feature, depth)
         similarity = sign * products
-        terms = gamma != 0.0
-        if own_ids_ptr is None:
-            same = sample[:, None] + shift == other_sample[None, :]
-        else:
-            same = same_ids(own_ids_ptr, other_ids_ptr, sample, other_sample, own[1], other[1])
-            if terms:
-                terms = tl.max(same.to(tl.int32)) > 0
+        same, terms = _positives(own, other, own_ids_ptr, other_ids_ptr, sample, other_sample, shift, gamma)
         other_numbers = None
         if other_statistics_ptr is not None:
             other_numbers = _numbers(other_statistics_ptr, shares_ptr, d_loss_ptr, weight, other_sample, other[1], 0)
-        d_similarity = _at_logits(
-            similarity, same, own_numbers, other_numbers, terms, steep, gamma, own_ids_ptr is not None
-        )
-        d_similarity = tl.where((sample < own[1])[:, None] & (other_sample < other[1])[None, :], d_similarity, 0.0)
+        d_similarity = _at_softmax(similarity, own_numbers, other_numbers, steep, SPARE)
+        live = (sample < own[1])[:, None] & (other_sample < other[1])[None, :]
+        if SPARE:
+            if (other_first < first + BLOCK_M + shift) & (first + shift < other_first + BLOCK_N):
+                d_similarity -= _at_hits(similarity, same, own_numbers, other_numbers, terms, steep, gamma)
+            if (first + BLOCK_M > own[1]) | (other_first + BLOCK_N > other[1]):
+                d_similarity = tl.where(live, d_similarity, 0.0)
+        else:
+            d_similarity -= _at_hits(similarity, same, own_numbers, other_numbers, terms, steep, gamma)
+            d_similarity = tl.where(live, d_similarity, 0.0)
         if d_scale_parts_ptr is not None:
             d_scale += tl.sum(d_similarity * similarity, 1)
         d_own = tl.dot(d_similarity.to(GRAD_DOT), others.to(GRAD_DOT), d_own, input_precision=GRAD_PRECISION)
@@ -169,7 +207,7 @@ def _owner(
 
 @triton.jit
 def bwd_kernel(
-    rows_ptr, columns_ptr, row_ids_ptr, column_ids_ptr, statistics_ptr, d_loss_ptr, scale_ptr, gamma_ptr,
+    rows_ptr, columns_ptr, row_ids_ptr, column_ids_ptr, statistics_ptr, d_loss_ptr, scale, gamma,
     d_rows_ptr, d_columns_ptr, d_scale_parts_ptr,
     height, width, depth, first_row, stride_rn, stride_cn, BOTH: tl.constexpr, ATOMIC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, RESIDENT: tl.constexpr,
@@ -178,7 +216,7 @@ def bwd_kernel(
     """The first programs own rows, the others own columns."""
     tile = tl.program_id(0)
     row_tiles = tl.cdiv(height, BLOCK_M)
-    scale, gamma = tl.load(scale_ptr).to(tl.float32), tl.load(gamma_ptr).to(tl.float32)
+    scale, gamma = number(scale), number(gamma)
     left, right = (rows_ptr, height, stride_rn), (columns_ptr, width, stride_cn)
     column_statistics_ptr = statistics_ptr + 3 * height if BOTH else None
     shares_ptr = None if row_ids_ptr is None else statistics_ptr + (6 if BOTH else 3) * height
@@ -207,6 +245,6 @@ def backward_config(rows: Tensor, width: int, *, with_ids: bool, atomics: bool) 
     elif atomics:
         table = WITH_ATOMICS
     else:
-        table = NARROW if narrow else CONFIGS
+        table = NARROW if narrow else BF16 if rows.dtype == torch.bfloat16 else CONFIGS
     of_width = table[min((known for known in table if known >= depth), default=max(table))]
     return config(of_width | {0: INTERPRETED | {"RESIDENT": not fp32}}, rows)

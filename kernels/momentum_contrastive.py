@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from softmask.kernels._focal import number
 from softmask.kernels._launch import (
     Configs,
     cdiv,
@@ -28,6 +29,7 @@ from softmask.kernels._launch import (
     launch,
     next_power_of_2,
     strides,
+    type_of,
 )
 from softmask.kernels.momentum_contrastive_streams import (
     STATISTICS,
@@ -44,13 +46,15 @@ REGISTERS = 2048  # of a multiprocessor per lane, shared by its warps
 MAX_REGISTERS = 255  # per thread
 MIN_BLOCK = 16  # the smallest operand of tl.dot
 
-# BLOCK_KEYS: for types of two bytes; larger types have half as many, and one stage fewer. WIDEST: features that a
-# program holds at once; 86 and 120 have less shared memory. PROGRAMS: one per multiprocessor, whose registers it fills.
-# FEWEST: tiles per program, so that it reads more keys than it writes sums.
+# BLOCK_KEYS: for fp16; types of four bytes have half as many, and one stage fewer. BF16_KEYS: for bf16, whose factors
+# need fewer registers than fp16's, with up to PART features; one stage fewer, too. WIDEST: features that a program
+# holds at once; 86 and 120 have less shared memory. PROGRAMS: one per multiprocessor, whose registers it fills. FEWEST:
+# tiles per program, so that it reads more keys than it writes sums.
 STREAM: Configs = {
     0: {
         "BLOCK_ROWS": 64,
         "BLOCK_KEYS": 512,
+        "BF16_KEYS": 512,
         "WIDEST": 512,
         "PROGRAMS": 4,
         "FEWEST": 1,
@@ -60,6 +64,7 @@ STREAM: Configs = {
     80: {
         "BLOCK_ROWS": 32,
         "BLOCK_KEYS": 32,
+        "BF16_KEYS": 64,
         "WIDEST": 512,
         "PROGRAMS": 108,
         "FEWEST": 4,
@@ -69,6 +74,7 @@ STREAM: Configs = {
     86: {
         "BLOCK_ROWS": 16,
         "BLOCK_KEYS": 32,
+        "BF16_KEYS": 32,
         "WIDEST": 256,
         "PROGRAMS": 84,
         "FEWEST": 4,
@@ -96,15 +102,15 @@ def _sum_of_splits(sums_ptr, weights, at, live, column, width):
 
 @triton.jit
 def _fwd_finish_kernel(
-    statistics_ptr, terms_ptr, mean_ptr, teacher_mean_ptr, targets_ptr, scale_ptr, alpha_ptr, gamma_ptr,
+    statistics_ptr, terms_ptr, mean_ptr, teacher_mean_ptr, targets_ptr, scale, alpha, gamma,
     loss_ptr, d_scale_ptr, image_gradients_ptr, text_gradients_ptr,
     num_rows, width, num_splits,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    scale = load_scale(scale_ptr)
-    alpha, gamma = tl.load(alpha_ptr).to(tl.float32), tl.load(gamma_ptr).to(tl.float32)
+    scale = load_scale(scale)
+    alpha, gamma = number(alpha), number(gamma)
     of_row = tl.zeros([BLOCK_ROWS], tl.float32)
     slope_of_row = of_row
     for side in tl.static_range(2):
@@ -141,7 +147,7 @@ def _fwd_finish_kernel(
 
 @triton.jit
 def _bwd_kernel(
-    d_loss_ptr, scale_ptr, at_scale_ptr, image_gradients_ptr, text_gradients_ptr,
+    d_loss_ptr, scale, at_scale_ptr, image_gradients_ptr, text_gradients_ptr,
     d_image_ptr, d_text_ptr, d_scale_ptr,
     num_rows, width, stride_lb,
     BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
@@ -153,7 +159,7 @@ def _bwd_kernel(
     tl.store(
         d_scale_ptr + row, upstream * tl.load(at_scale_ptr + row, mask=row < num_rows, other=0.0), mask=row < num_rows
     )
-    upstream *= tl.load(scale_ptr).to(tl.float32)
+    upstream *= number(scale)
     tl.store(
         d_image_ptr + place, tl.load(image_gradients_ptr + place, mask=live, other=0.0) * upstream[:, None], mask=live
     )
@@ -196,6 +202,9 @@ def _constants(width: int, queued: bool, *tensors: Tensor) -> tuple[int, int, di
     options = config(STREAM, tensors[0]) | _types(*tensors)
     options["WIDTH"], options["WIDE"] = width, width > options.pop("WIDEST")
     options["BLOCK_WIDTH"] = PART if options["WIDE"] else max(next_power_of_2(width), MIN_BLOCK)
+    bf16_keys = options.pop("BF16_KEYS")
+    if {tensor.dtype for tensor in tensors} == {torch.bfloat16} and width <= PART and bf16_keys > options["BLOCK_KEYS"]:
+        options |= {"BLOCK_KEYS": bf16_keys, "num_stages": options["num_stages"] - 1}
     if options["BLOCK_WIDTH"] > PART:
         options |= {"BLOCK_ROWS": options["BLOCK_ROWS"] // 2, "BLOCK_KEYS": options["BLOCK_KEYS"] // 2, "num_warps": 16}
     if {tensor.dtype for tensor in tensors} not in ({torch.float16}, {torch.bfloat16}):
@@ -236,9 +245,9 @@ def forward(
     text_keys: Tensor,
     image_queue: Tensor | None,
     text_queue: Tensor | None,
-    scale: Tensor,
-    alpha: Tensor,
-    gamma: Tensor,
+    scale: Tensor | float,
+    alpha: Tensor | float,
+    gamma: Tensor | float,
     ids: Tensor | None,
     key_ids: Tensor | None,
     queue_ids: Tensor | None,
@@ -292,7 +301,7 @@ def backward(
     grad: Tensor,
     image: Tensor,
     text: Tensor,
-    scale: Tensor,
+    scale: Tensor | float,
     at_scale: Tensor,
     image_gradients: Tensor,
     text_gradients: Tensor,
@@ -312,7 +321,7 @@ def backward(
         grad, scale, at_scale, image_gradients, text_gradients, image_grad, text_grad, scale_grad,
         rows, width, grad.stride(0), BLOCK_WIDTH=next_power_of_2(width), **options,
     )  # fmt: skip
-    return image_grad, text_grad, scale_grad.sum().to(scale.dtype)
+    return image_grad, text_grad, scale_grad.sum(dtype=type_of(scale))
 
 
 def _fp32(like: Tensor, *shape: int) -> Tensor:

@@ -9,21 +9,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from softmask.kernels._focal import focal
+from softmask.kernels._focal import fast_exp, focal, number
 
 STATISTICS: tl.constexpr = tl.constexpr(8)  # per row and split, from the first stream
 TERMS: tl.constexpr = tl.constexpr(3)  # per row and split, from the second stream if gamma is not 0
 LOWEST: tl.constexpr = tl.constexpr(-1e38)  # logit without key, maximum of an empty set: differences are finite
 LEAST: tl.constexpr = tl.constexpr(1e-30)  # maximum weight of an empty set, by which others can be divided
-
-
 LEAST_SCALE: tl.constexpr = tl.constexpr(1e-7)  # changes no logit by more than a rounding error
 
 
 @triton.jit
-def load_scale(scale_ptr):
+def load_scale(given):
     """The scale, kept away from 0: its gradient is computed from sums of logits, divided by it."""
-    scale = tl.load(scale_ptr).to(tl.float32)
+    scale = number(given)
     return tl.where(tl.abs(scale) < LEAST_SCALE, LEAST_SCALE, scale)
 
 
@@ -161,9 +159,9 @@ def _add_tile(sums, logit, teacher_logit):
         tl.maximum(before, tl.max(logit, 1)),
         tl.maximum(teacher_before, tl.max(teacher_logit, 1)),
     )
-    shrink, teacher_shrink = tl.exp(before - highest), tl.exp(teacher_before - teacher_highest)
+    shrink, teacher_shrink = fast_exp(before - highest), fast_exp(teacher_before - teacher_highest)
     logit -= highest[:, None]
-    exponential, teacher_exponential = tl.exp(logit), tl.exp(teacher_logit - teacher_highest[:, None])
+    exponential, teacher_exponential = fast_exp(logit), fast_exp(teacher_logit - teacher_highest[:, None])
     spread = shrink * (spread + total * (before - highest)) + tl.sum(exponential * logit, 1)
     cross = teacher_shrink * (cross + teacher_total * (before - highest)) + tl.sum(teacher_exponential * logit, 1)
     total = total * shrink + tl.sum(exponential, 1)
@@ -175,15 +173,15 @@ def _add_tile(sums, logit, teacher_logit):
 @triton.jit
 def _store_state(pointer, state, at, row, rows, splits, first_column):
     """Stores the numbers of each row, each in a plane of `pointer`; only the programs of the first columns do."""
-    for number in tl.static_range(len(state)):
-        tl.store(pointer + number * splits * 2 * rows + at, state[number], mask=(row < rows) & (first_column == 0))
+    for place in tl.static_range(len(state)):
+        tl.store(pointer + place * splits * 2 * rows + at, state[place], mask=(row < rows) & (first_column == 0))
 
 
 @triton.jit
 def fwd_first_stream_kernel(
     image_ptr, text_ptr, image_teacher_ptr, text_teacher_ptr,
     image_keys_ptr, text_keys_ptr, image_queue_ptr, text_queue_ptr,
-    scale_ptr, gamma_ptr, ids_ptr, key_ids_ptr, queue_ids_ptr, statistics_ptr, mean_ptr, teacher_mean_ptr,
+    scale, gamma, ids_ptr, key_ids_ptr, queue_ids_ptr, statistics_ptr, mean_ptr, teacher_mean_ptr,
     num_rows, num_keys, num_queued, first_row, num_tiles, tiles_of_split,
     stride_qn, stride_tn, keys_strides, queue_strides,
     GRADIENT: tl.constexpr, WIDE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
@@ -193,7 +191,7 @@ def fwd_first_stream_kernel(
     """Statistics of rows in one split, and the sums of keys weighted by the exponentials of both softmaxes."""
     split, splits, side, first_of_rows, first, last = _place(num_rows, num_tiles, tiles_of_split, BLOCK_ROWS)
     first_column = tl.program_id(1) * BLOCK_WIDTH if WIDE else 0
-    scale, gamma = load_scale(scale_ptr), tl.load(gamma_ptr).to(tl.float32)
+    scale, gamma = load_scale(scale), number(gamma)
     student = (_of_side(image_ptr, text_ptr, side), first_of_rows, num_rows, stride_qn)
     teacher = (_of_side(image_teacher_ptr, text_teacher_ptr, side), first_of_rows, num_rows, stride_tn)
     students = _row_tile(student, 0, WIDTH, BLOCK_ROWS, BLOCK_WIDTH).to(DOT)
@@ -324,7 +322,8 @@ def _focal_targets(
             WIDE, DOT, PRECISION, WIDTH, BLOCK_ROWS, BLOCK_KEYS, BLOCK_WIDTH,
         )  # fmt: skip
         target = (
-            tl.exp(tl.where(live[None, :], teacher_logit, LOWEST) - teacher[0][:, None]) * (alpha / teacher[1])[:, None]
+            fast_exp(tl.where(live[None, :], teacher_logit, LOWEST) - teacher[0][:, None])
+            * (alpha / teacher[1])[:, None]
         )
         target += tl.where(_positives(own, key_ids_ptr, queue_ids_ptr, key, live, in_batch), share[:, None], 0.0)
         logit -= student[0][:, None]
@@ -346,7 +345,7 @@ def _focal_targets(
 def fwd_second_stream_kernel(
     image_ptr, text_ptr, image_teacher_ptr, text_teacher_ptr,
     image_keys_ptr, text_keys_ptr, image_queue_ptr, text_queue_ptr,
-    scale_ptr, alpha_ptr, gamma_ptr, ids_ptr, key_ids_ptr, queue_ids_ptr, statistics_ptr, terms_ptr, targets_ptr,
+    scale, alpha, gamma, ids_ptr, key_ids_ptr, queue_ids_ptr, statistics_ptr, terms_ptr, targets_ptr,
     num_rows, num_keys, num_queued, first_row, num_tiles, tiles_of_split,
     stride_qn, stride_tn, keys_strides, queue_strides,
     GRADIENT: tl.constexpr, WIDE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
@@ -357,8 +356,8 @@ def fwd_second_stream_kernel(
     """For rows in one split: at gamma 0, its part of the mean positive key, if it has any; at other gammas, the focal
     terms, their slopes, and the sum of keys weighted by the focal targets."""
     split, splits, side, first_of_rows, first, last = _place(num_rows, num_tiles, tiles_of_split, BLOCK_ROWS)
-    scale = load_scale(scale_ptr)
-    alpha, gamma = tl.load(alpha_ptr).to(tl.float32), tl.load(gamma_ptr).to(tl.float32)
+    scale = load_scale(scale)
+    alpha, gamma = number(alpha), number(gamma)
     first_column = tl.program_id(1) * BLOCK_WIDTH if WIDE else 0
     row = first_of_rows + tl.arange(0, BLOCK_ROWS)
     keys_ptr = _of_side(text_keys_ptr, image_keys_ptr, side)

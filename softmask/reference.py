@@ -360,6 +360,9 @@ def _focal_cross_entropy(logits: Tensor, target: Tensor, gamma: Tensor | float) 
 
 def reduce(loss: Tensor, reduction: str, *, count: Tensor | None = None) -> Tensor:
     """loss by "none", "sum" or "mean", over its rows or over the 0-dim count; the mean of nothing is 0."""
-    if reduction == "mean":
-        return loss.sum() / (max(len(loss), 1) if count is None else count.clamp_min(1))
-    return loss if reduction == "none" else loss.sum()
+    if reduction == "none":
+        return loss
+    if reduction == "mean" and count is None and len(loss):
+        return loss.mean()
+    total = loss.sum()
+    return total if reduction == "sum" or count is None else total / count.clamp_min(1)

@@ -56,8 +56,9 @@ def _specialized(one: Launch) -> tuple[dict[str, Any], dict[Path, Any], list[Pat
     signature: dict[str, Any] = {}
     constants: dict[Path, Any] = {}
     divisible: list[Path] = []
+    arguments = one.arguments
     for index, parameter in enumerate(one.kernel.params):
-        value = one.arguments[parameter.name]
+        value = arguments[parameter.name]
         if isinstance(value, tuple):
             parts = [_specialize(part, (index, i), False, constants, divisible) for i, part in enumerate(value)]
             signature[parameter.name] = tuple(parts)
@@ -83,9 +84,9 @@ def _source_of_3_2(one: Launch, signature: dict, constants: dict[Path, Any], div
 
     if any(isinstance(one_type, tuple) for one_type in signature.values()):
         raise TypeError(f"{one.kernel.__name__}: Triton 3.2 takes no tuples as arguments of kernels")
-    names = [parameter.name for parameter in one.kernel.params]
+    names, arguments = [parameter.name for parameter in one.kernel.params], one.arguments
     types = {
-        parameter.name: {"constexpr": "*i8" if one.arguments[parameter.name] is None else "i32"}.get(
+        parameter.name: {"constexpr": "*i8" if arguments[parameter.name] is None else "i32"}.get(
             signature[parameter.name], signature[parameter.name]
         )
         for parameter in one.kernel.params

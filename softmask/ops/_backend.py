@@ -87,8 +87,8 @@ def run(
     if name != "reference":
         return by_kernels(name, *arguments, **options)
     if torch.is_grad_enabled():  # kernels handle the tensors they save themselves
-        arguments = tuple(_transforms.saveable(one) for one in arguments)
-        options = {name: _transforms.saveable(one) for name, one in options.items()}
+        arguments = tuple(_transforms.saveable(arguments))
+        options = dict(zip(options, _transforms.saveable(options.values()), strict=True))
     return plain(*arguments, **options)
 
 

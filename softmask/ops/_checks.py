@@ -28,9 +28,12 @@ def shape(name: str, tensor: object, dims: Sequence[int | str], **least_one: str
     """
     if not isinstance(tensor, Tensor):
         fail(name, "a tensor", type(tensor).__name__)
-    sizes = tuple(tensor.shape)
+    sizes = tensor.shape
     fits = len(sizes) == len(dims)
-    if not fits or any(isinstance(want, int) and want != size for want, size in zip(dims, sizes, strict=True)):
+    for want, size in zip(dims, sizes, strict=False):
+        if not isinstance(want, str) and want != size:
+            fits = False
+    if not fits:
         fail(name, "shape [" + ", ".join(map(str, dims)) + "]", list(sizes))
     for letter, what in least_one.items():
         if sizes[dims.index(letter)] == 0:
@@ -91,11 +94,12 @@ def scalar(
     """
     if not isinstance(value, Tensor):
         number(name, value, least=least, most=most)
-        return value
+        return float(value)
     if value.dim() != 0 and not (or_one_element and value.numel() == 1):
         expected = "a float or a tensor of one element" if or_one_element else "a float or a 0-dim tensor"
         fail(name, expected, f"shape {list(value.shape)}")
-    value = value.reshape(())
+    if value.dim():
+        value = value.reshape(())
     if (least, most) == (-math.inf, math.inf):
         return value
     if has_values(value):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -41,11 +41,9 @@ def common_dtype(first: Tensor, *others: Tensor | None) -> torch.dtype:
     return first.dtype if alike else compute_dtype(first, *others)
 
 
-def scalar(value: Tensor | float, *, like: Tensor) -> Tensor:
-    """A number as a 0-dim tensor, which keeps its value out of compiled graphs."""
-    if isinstance(value, Tensor):
-        return value.to(like.device)
-    return torch.full((), value, dtype=torch.float64, device=like.device)
+def scalar(value: Tensor | float, *, like: Tensor) -> Tensor | float:
+    """A number, or a 0-dim tensor on the device of `like`."""
+    return value.to(like.device) if isinstance(value, Tensor) else value
 
 
 OTHERWISE = "softmask.backend('reference') has PyTorch's"
@@ -53,6 +51,8 @@ OTHERWISE = "softmask.backend('reference') has PyTorch's"
 
 MISSING = _load()
 """Why there are no C++ kernels, or None if they are loaded."""
+
+_LIBRARY = torch.library.Library("softmask", "FRAGMENT")  # what Python registers
 
 
 class Context(Protocol):
@@ -66,32 +66,68 @@ class Context(Protocol):
     def __setattr__(self, name: str, value: Any) -> None: ...
 
 
-Kernels = dict[str, OpOverload]
+class Op:
+    """One pass of an op on one backend.
+
+    Called with plain tensors in eager mode, it runs the kernel under autograd, without PyTorch's dispatcher, whose
+    Python registrations take longer than all else on the host. What has to see the op itself gets it from the
+    dispatcher: torch.compile, modes, the profiler, tensor subclasses.
+
+    Attributes:
+        numbers: positions of 0-dim tensors that may be given as numbers. The schema has no such type, so a number
+            becomes a tensor on its way to the dispatcher, which keeps its value out of compiled graphs.
+    """
+
+    def __init__(self, overload: OpOverload, kernel: Callable[..., Any], numbers: Sequence[str]) -> None:
+        self.overload, self.kernel = overload, kernel
+        names = [argument.name for argument in overload._schema.arguments]
+        self.numbers = tuple(names.index(name) for name in numbers if name in names)
+        self.function: type[torch.autograd.Function] | None = None  # None: without gradient
+
+    def dispatch(self, *inputs: Any) -> Any:
+        """Calls the op through PyTorch's dispatcher."""
+        given = list(inputs)
+        for place in self.numbers:
+            if not isinstance(given[place], Tensor):
+                given[place] = torch.full((), given[place], dtype=torch.float64, device=given[0].device)
+        return self.overload(*given)
+
+    def __call__(self, *inputs: Any) -> Any:
+        if not _transforms.are_plain(inputs):
+            return self.dispatch(*inputs)
+        if self.function is not None and _transforms.need_gradient(inputs):
+            return self.function.apply(*inputs, None)
+        return self.kernel(*inputs)
+
+
+Kernels = dict[str, Op]
 """An op's implementations by backend."""
 
 
 class Kernel(NamedTuple):
     """A differentiable op of one backend, and the op of its gradient."""
 
-    forward: OpOverload
-    backward: OpOverload
+    forward: Op
+    backward: Op
 
 
 Gradients = tuple[Tensor | None, ...]
 """One gradient per input of an op, None for inputs without one."""
+
+Setup = Callable[[Context, tuple, Any], None]
+"""``setup(ctx, inputs, output)`` saves what the backward pass needs."""
 
 
 @dataclass(frozen=True)
 class Gradient:
     """How an op is differentiated.
 
-    setup: ``setup(ctx, inputs, output)`` saves what the backward pass needs.
     backward: ``backward(ctx, kernel, *grads)`` returns the gradients of all inputs by the same backend's kernel.
     fake: the signature and output shapes of the op ``name_backward``.
     flops: as in :func:`register`, for ``name_backward``.
     """
 
-    setup: Callable[[Context, tuple, Any], None]
+    setup: Setup
     backward: Callable[..., Gradients]
     fake: Callable
     flops: Callable[..., int] | None = None
@@ -103,6 +139,7 @@ def register(
     fake: Callable,
     gradient: Gradient | None = None,
     flops: Callable[..., int] | None = None,
+    numbers: Sequence[str] = (),
     public_name: str | None = None,
 ) -> Kernels:
     """Register the op ``name``, and ``name_backward`` if it has a gradient, for every backend.
@@ -116,45 +153,58 @@ def register(
         fake: returns empty outputs; fully annotated, since Triton's schema is inferred from it.
         flops: floating-point operations of the op's products, given its arguments with shapes for tensors. A
             multiplication and an addition count as 2. torch.utils.flop_counter calls it.
+        numbers: arguments that are 0-dim tensors in the schema, and may be given as numbers.
         public_name: the public function's name, for error messages; default: name.
     """
     kernels = {}
-    for backend, prefix in (("cpp", ""), ("triton", "triton_")):
+    for backend, define in (("cpp", _define_cpp), ("triton", _define_triton)):
         if backend == "cpp" and MISSING is not None:
             continue
-        define = _define_triton if backend == "triton" else _define_cpp
-        kernels[backend] = define(name, prefix, "forward", fake, flops)
+        kernels[backend] = _counted(define(name, "forward", fake, numbers), flops)
         if gradient is not None:
-            backward = define(name, prefix, "backward", gradient.fake, gradient.flops)
+            backward = _counted(define(name, "backward", gradient.fake, numbers), gradient.flops)
             _register_gradient(Kernel(kernels[backend], backward), gradient, public_name or name, backend)
     return kernels
 
 
-def _define_cpp(name: str, prefix: str, direction: str, fake: Callable, flops: Callable[..., int] | None) -> OpOverload:
-    op = _op(f"{prefix}{name}", direction, flops)
-    torch.library.register_fake(op.name())(fake)
+def _counted(op: Op, flops: Callable[..., int] | None) -> Op:
+    if flops is not None:
+        register_flop_formula(op.overload.overloadpacket)(_of_shapes(flops))
     return op
 
 
-def _define_triton(
-    name: str, prefix: str, direction: str, fake: Callable, flops: Callable[..., int] | None
-) -> OpOverload:
+def _define_cpp(name: str, direction: str, fake: Callable, numbers: Sequence[str]) -> Op:
+    full = _full_name(name, direction)
+    torch.library.register_fake(f"softmask::{full}")(fake)
+    overload = getattr(torch.ops.softmask, full).default
+
+    def run(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.dispatch(*args)
+
+    op = Op(overload, run, numbers)
+    return op
+
+
+def _define_triton(name: str, direction: str, fake: Callable, numbers: Sequence[str]) -> Op:
     """Kernels are imported when they first run, so nothing before needs Triton."""
 
-    def run(*args: object) -> object:
-        return getattr(importlib.import_module(f"softmask.kernels.{name}"), direction)(*args)
+    def run(*args: Any) -> Any:
+        if not launcher:
+            launcher.append(getattr(importlib.import_module(f"softmask.kernels.{name}"), direction))
+        return launcher[0](*args)
 
-    full = f"softmask::{prefix}{name}" + ("_backward" if direction == "backward" else "")
+    launcher: list[Callable] = []
+    full = f"triton_{_full_name(name, direction)}"
     schema = torch.library.infer_schema(fake, mutates_args=())
-    torch.library.custom_op(full, run, mutates_args=(), schema=schema).register_fake(fake)
-    return _op(f"{prefix}{name}", direction, flops)
+    _LIBRARY.define(f"{full}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(full, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"softmask::{full}")(fake)
+    return Op(getattr(torch.ops.softmask, full).default, run, numbers)
 
 
-def _op(name: str, direction: str, flops: Callable[..., int] | None) -> OpOverload:
-    op = getattr(torch.ops.softmask, name + ("_backward" if direction == "backward" else "")).default
-    if flops is not None:
-        register_flop_formula(op.overloadpacket)(_of_shapes(flops))
-    return op
+def _full_name(name: str, direction: str) -> str:
+    return f"{name}_backward" if direction == "backward" else name
 
 
 def _of_shapes(count: Callable[..., int]) -> Callable[..., int]:
@@ -171,18 +221,53 @@ def _register_gradient(kernel: Kernel, gradient: Gradient, public_name: str, bac
             raise RuntimeError(f"{public_name}: the {backend} kernel's gradient has no rule for {acting}; {OTHERWISE}")
         return gradient.backward(ctx, kernel, *grads)
 
-    def refuse(ctx: Context, *grads: Tensor) -> None:
+    def refuse(ctx: Context, *grads: Tensor) -> NoReturn:
         raise RuntimeError(f"{public_name}: the {backend} kernel has no second derivative; {OTHERWISE}")
 
-    torch.library.register_autograd(kernel.forward, run_backward, setup_context=gradient.setup)
-    torch.library.register_autograd(kernel.backward, refuse)
+    _register_autograd(kernel.forward, gradient.setup, run_backward)
+    _register_autograd(kernel.backward, None, refuse)
 
 
-def keep(ctx: Context, *tensors: Tensor | None) -> None:
-    """Save tensors for the backward pass, including those created in inference mode."""
-    ctx.save_for_backward(*(None if tensor is None else _transforms.saveable(tensor) for tensor in tensors))
+def _register_autograd(op: Op, setup: Setup | None, backward: Callable[..., Gradients]) -> None:
+    """torch.library.register_autograd for ops without defaults and keyword arguments, in half its time per call."""
+
+    def dispatch(keyset: torch._C.DispatchKeySet, *inputs: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.overload.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+
+    class Differentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            *given, keyset = inputs  # last, so that the positions in needs_input_grad are the op's
+            output = op.kernel(*given) if keyset is None else dispatch(keyset, *given)
+            if setup is not None:
+                setup(ctx, tuple(given), output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return (*backward(ctx, *grads), None)
+
+    def run(keyset: torch._C.DispatchKeySet, *inputs: Any) -> Any:
+        return Differentiable.apply(*inputs, keyset) if _transforms.need_gradient(inputs) else dispatch(keyset, *inputs)
+
+    op.function = Differentiable
+    _LIBRARY.impl(op.overload.name().removeprefix("softmask::"), run, "Autograd", with_keyset=True)
+
+
+def keep(ctx: Context, *values: Tensor | float | None) -> None:
+    """Save tensors and numbers for the backward pass, including tensors created in inference mode."""
+    ctx.numbers = tuple(None if isinstance(one, Tensor) else one for one in values)
+    ctx.save_for_backward(*_transforms.saveable(one if isinstance(one, Tensor) else None for one in values))
+
+
+def kept(ctx: Context) -> tuple[Any, ...]:
+    """What `keep` saved."""
+    saved = zip(ctx.saved_tensors, ctx.numbers, strict=True)
+    return tuple(number if tensor is None else tensor for tensor, number in saved)
 
 
 def wanted(ctx: Context, *by_input: Tensor | None) -> Gradients:
     """The gradients of an op's inputs, in order, with None for those that are not needed."""
-    return tuple(gradient if asked else None for gradient, asked in zip(by_input, ctx.needs_input_grad, strict=True))
+    needed = ctx.needs_input_grad[:-1]  # the last belongs to no input of the op
+    return tuple(gradient if asked else None for gradient, asked in zip(by_input, needed, strict=True))

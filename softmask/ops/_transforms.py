@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -35,21 +35,42 @@ def _of(tensor: Tensor) -> str | None:
     return None
 
 
+def are_plain(values: tuple) -> bool:
+    """Whether only autograd has to see an op on these values: nothing traces, counts or profiles ops, no functorch
+    transform is active, and no tensor is of a subclass."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return False
+    if torch._C._get_tracing_state() is not None or torch.autograd._profiler_enabled():
+        return False
+    if _functorch.peek_interpreter_stack() is not None:
+        return False
+    for one in values:  # a loop, because this is on the way of every call
+        kind = type(one)
+        if kind is not Tensor and kind is not torch.nn.Parameter and isinstance(one, Tensor):
+            return False
+    return True
+
+
+def need_gradient(values: tuple) -> bool:
+    """Whether autograd has to record an op on these values."""
+    if torch.is_grad_enabled():
+        for one in values:
+            if isinstance(one, Tensor) and one.requires_grad:
+                return True
+    return False
+
+
 def has_values(tensor: Tensor) -> bool:
     """Whether reading its values is free: on the CPU, and not traced, fake or wrapped."""
     plain = type(tensor) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
     return plain and tensor.device.type == "cpu" and not _functorch.is_functorch_wrapped_tensor(tensor)
 
 
-@overload
-def saveable(value: Tensor) -> Tensor: ...
-@overload
-def saveable(value: object) -> object: ...
-def saveable(value: object) -> object:
-    """The value, or a copy of a tensor from inference mode, which autograd refuses to save for the backward pass."""
-    if not isinstance(value, Tensor) or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
-        return value
-    return value.clone() if value.is_inference() else value
+def saveable(values: Iterable[Any]) -> list[Any]:
+    """The values, with copies of tensors from inference mode, which autograd refuses to save for the backward pass."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return list(values)
+    return [one.clone() if isinstance(one, Tensor) and one.is_inference() else one for one in values]
 
 
 @overload
@@ -60,4 +81,6 @@ def constant(value: float) -> float: ...
 def constant(value: None) -> None: ...
 def constant(value: Tensor | float | None) -> Tensor | float | None:
     """A value without gradient or tangent."""
-    return value.detach() if isinstance(value, Tensor) else value
+    if not isinstance(value, Tensor) or not (value.requires_grad or forward_ad._current_level >= 0):
+        return value
+    return value.detach()

@@ -74,6 +74,36 @@ def test_errors_with_gpu_tiles_for_many_samples(monkeypatch: pytest.MonkeyPatch)
         check_errors("triton", torch.float32, *given)
 
 
+@for_each_type
+def test_contrastive_sums_by_regions(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for so many samples that the sums of single tiles would take much memory: regions of several tiles each way,
+    the last ones smaller."""
+    from softmask.kernels import _launch, contrastive
+
+    monkeypatch.setattr(contrastive, "MOST_SUMS", 0)
+    monkeypatch.setitem(contrastive.REGIONS, 0, contrastive.REGIONS[0] | {"BLOCK_M": 16, "BLOCK_N": 32, "PROGRAMS": 5})
+    given = [cases.contrastive(150, gamma=gamma, with_ids=ids) for gamma in (0.0, 2.0) for ids in FLAGS]
+    check_errors("triton", dtype, *given)
+    seen: list[_launch.Launch] = []
+    with _launch.hooked(seen.append), softmask.backend("triton"):
+        given[0].cast(dtype).call(**given[0].cast(dtype).leaves)
+    arguments = seen[0].arguments
+    assert not arguments["SINGLE"] and arguments["tiles_down"] > 1 and arguments["tiles_across"] > 1
+    assert seen[0].grid[0] > 1 and 10 % arguments["tiles_down"] and 5 % arguments["tiles_across"]
+
+
+@pytest.mark.parametrize("count", [1024, 8192, 65536, 262144])
+def test_contrastive_sums_take_little_memory(count: int) -> None:
+    from softmask.kernels import contrastive
+    from softmask.kernels._launch import hooked
+
+    rows = torch.empty(count, 256, dtype=torch.bfloat16, device="meta")
+    with hooked(lambda one: None, architecture=90):
+        options, (tiles_down, tiles_across), (down, across) = contrastive._tiles(rows, count, exact=False, numbers=2)
+    assert down * tiles_down * options["BLOCK_M"] >= count and across * tiles_across * options["BLOCK_N"] >= count
+    assert 4 * 2 * count * (down + across) <= contrastive.MOST_SUMS * 2 * count * 256 * 2
+
+
 @pytest.mark.parametrize(("name", "atomics"), [*((name, False) for name in cases.ALL), ("contrastive", True)])
 def test_repeated_launches_write_the_same(name: str, atomics: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tuning repeats a launch on its real tensors; one that updates its inputs must say so, and is left out."""

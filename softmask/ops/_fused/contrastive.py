@@ -74,7 +74,7 @@ def _setup(ctx: Context, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 
 
 def _backward(ctx: Context, kernel: _library.Kernel, grad: Tensor, _grad_statistics: Tensor) -> Gradients:
-    gradients = kernel.backward(grad, *ctx.saved_tensors, ctx.first_row, ctx.both)
+    gradients = kernel.backward(grad, *_library.kept(ctx), ctx.first_row, ctx.both)
     return _library.wanted(ctx, *gradients, None, None, None, None, None)
 
 
@@ -92,5 +92,6 @@ _KERNELS = _library.register(
     fake=_fake,
     gradient=_library.Gradient(_setup, _backward, _backward_fake, _backward_flops),
     flops=_flops,
+    numbers=("scale", "gamma"),
     public_name="focal_contrastive_loss",
 )

@@ -32,7 +32,7 @@ def _setup(ctx: Context, inputs: tuple, output: Tensor) -> None:
 
 
 def _backward(ctx: Context, kernel: _library.Kernel, grad: Tensor) -> Gradients:
-    gradient = kernel.backward(grad, *ctx.saved_tensors, ctx.patch_size, ctx.normalize)
+    gradient = kernel.backward(grad, *_library.kept(ctx), ctx.patch_size, ctx.normalize)
     return gradient, None, None, None, None
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from softmask import reference
-from softmask.ops import _library
+from softmask.ops import _library, _transforms
 from softmask.ops._library import Context, Gradients
 
 
@@ -50,7 +50,7 @@ def momentum_contrastive_loss(
         ids if all_ids is None else all_ids,
         queue_ids,
         first_row,
-        torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (image, text, scale)),
+        _transforms.need_gradient((image, text, scale)),
     )
     return reference.reduce(loss, reduction)
 
@@ -107,7 +107,7 @@ def _for_backward(inputs: tuple, output: tuple[Tensor, ...]) -> tuple[Tensor, ..
 
 
 def _backward(ctx: Context, kernel: _library.Kernel, grad: Tensor, *_grad_gradients: Tensor) -> Gradients:
-    tensors = ctx.saved_tensors
+    tensors = _library.kept(ctx)
     if not ctx.has_gradients:
         tensors = _for_backward(tensors, kernel.forward(*tensors, ctx.first_row, True))
     image_grad, text_grad, scale_grad = kernel.backward(grad, *tensors)
@@ -135,5 +135,6 @@ _KERNELS = _library.register(
     fake=_fake,
     gradient=_library.Gradient(_setup, _backward, _backward_fake),
     flops=_flops,
+    numbers=("scale", "alpha", "gamma"),
     public_name="momentum_contrastive_loss",
 )

@@ -40,7 +40,7 @@ def _setup(ctx: Context, inputs: tuple, output: Tensor) -> None:
 
 
 def _backward(ctx: Context, kernel: _library.Kernel, grad: Tensor) -> Gradients:
-    features, maps = ctx.saved_tensors
+    features, maps = _library.kept(ctx)
     features_grad, maps_grad = kernel.backward(
         grad, features, maps, ctx.strength, ctx.normalize, ctx.num_prefix_tokens, ctx.needs_input_grad[0]
     )

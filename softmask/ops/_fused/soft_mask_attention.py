@@ -70,7 +70,7 @@ def _setup(ctx: Context, inputs: tuple, output: Tensor) -> None:
 
 
 def _backward(ctx: Context, kernel: _library.Kernel, grad: Tensor) -> Gradients:
-    query, key, value, value_bias = kernel.backward(grad, *ctx.saved_tensors, ctx.scale)
+    query, key, value, value_bias = kernel.backward(grad, *_library.kept(ctx), ctx.scale)
     return _library.wanted(ctx, query, key, value, None, None, value_bias, None, None)
 
 

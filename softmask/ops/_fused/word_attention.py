@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from softmask.ops import _library
+from softmask.ops import _library, _transforms
 from softmask.ops._library import Context, Gradients
 
 
@@ -23,7 +23,6 @@ def word_attention(
     num_prefix_tokens: int,
     normalize: str | None,
 ) -> Tensor:
-    floating = (query, key, value, grad_output, value_bias)
     maps, *_ = _KERNELS[backend](
         query,
         key,
@@ -35,7 +34,7 @@ def word_attention(
         query.shape[-1] ** -0.5 if scale is None else scale,
         num_prefix_tokens,
         normalize or "none",
-        torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in floating),
+        _transforms.need_gradient((query, key, value, grad_output, value_bias)),
     )
     return maps
 
@@ -91,7 +90,8 @@ def _setup(ctx: Context, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 
 
 def _backward(ctx: Context, kernel: _library.Kernel, grad: Tensor, *_grad_kept: Tensor) -> Gradients:
-    inputs, kept = (*ctx.saved_tensors[:7], ctx.scale, ctx.num_prefix_tokens, ctx.normalize), ctx.saved_tensors[7:]
+    saved = _library.kept(ctx)
+    inputs, kept = (*saved[:7], ctx.scale, ctx.num_prefix_tokens, ctx.normalize), saved[7:]
     if not ctx.kept:
         _, *kept = kernel.forward(*inputs, True)
     query, key, value, grad_output, value_bias = kernel.backward(grad, *kept, *inputs)
