@@ -119,7 +119,7 @@ SOFT_MASK_SMALL = SOFT_MASK | {"B": 1}
 
 def _pairs(size: Size, dtype: torch.dtype, device: str) -> tuple:
     image, text = (_random(size["N"], size["D"], dtype=dtype, device=device) for _ in range(2))
-    options = (_number(10.0, device), _number(2.0, device), None, None, 0, True)
+    options = (_number(10.0, device), 2.0, None, None, 0, True)
     return (F.normalize(image, dim=-1), F.normalize(text, dim=-1), *options)
 
 
@@ -145,7 +145,7 @@ def _queued(size: Size, dtype: torch.dtype, device: str) -> tuple:
     rows = [_random(size["B"], size["D"], dtype=dtype, device=device) for _ in range(4)]
     queues = [_random(size["K"], size["D"], dtype=dtype, device=device) for _ in range(2)]
     image, text, image_teacher, text_teacher = (F.normalize(one, dim=-1) for one in rows)
-    numbers = (_number(10.0, device), _number(0.4, device), _number(0.0, device))
+    numbers = (_number(10.0, device), 0.4, 0.0)
     keys = (image_teacher, text_teacher, *(F.normalize(one, dim=-1) for one in queues))
     return (image, text, image_teacher, text_teacher, *keys, *numbers, None, None, None, 0, True)
 

@@ -132,7 +132,7 @@ def floor_rows() -> Iterator[dict]:
 def broken(row: dict, budget: dict) -> list[str]:
     """How a compiled kernel exceeds its budget."""
     found = [f"{row[name]} {what}" for name, what in FORBIDDEN.items() if row[name]]
-    for name in ("registers", "shared"):
+    for name in ("registers", "shared", "instructions", "loop"):
         if row[name] > budget[name]:
             found.append(f"{row[name]} of {budget[name]} {name}")
     if row["occupancy"] < budget["occupancy"]:
@@ -189,7 +189,7 @@ def _json(results: dict) -> str:
 
 
 def _tables(results: dict) -> Iterator[str]:
-    head = f"{'kernel':<58}{'type':<6}{'sm':>4}{'regs':>6}{'local':>6}{'shared':>8}{'occ.':>6}"
+    head = f"{'kernel':<58}{'type':<6}{'sm':>4}{'regs':>6}{'local':>6}{'shared':>8}{'instr.':>7}{'loop':>6}{'occ.':>6}"
     yield f"{head}  widest load/store, tensor cores"
     for row in results["static"]:
         widths = "/".join(str(max(map(int, row[name]), default=0)) for name in ("load_widths", "store_widths"))
@@ -198,7 +198,8 @@ def _tables(results: dict) -> Iterator[str]:
         label = f"{row['call']}: {row['kernel'].lstrip('_')}"
         yield (
             f"{label:<58}{row['precision']:<6}{row['architecture']:>4}{row['registers']:>6}{row['local']:>6}"
-            f"{row['shared']:>8}{row['occupancy']:>6.2f}  {widths} B{copies} {cores}"
+            f"{row['shared']:>8}{row['instructions']:>7}{row['loop']:>6}{row['occupancy']:>6.2f}"
+            f"  {widths} B{copies} {cores}"
         )
     yield f"\n{'traffic, by the interpreter':<40}{'type':<6}{'launches':>9}{'bytes x fewest':>16}{'flops x fewest':>16}"
     for row in results["traffic"]:

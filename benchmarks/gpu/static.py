@@ -12,6 +12,7 @@ from pathlib import Path
 import triton
 
 from benchmarks.gpu.compile import compiled
+from benchmarks.gpu.instructions import counts
 from softmask.kernels._launch import Launch
 
 ARCHITECTURES = (80, 90, 100)  # of the report; budgets.py covers all
@@ -34,6 +35,8 @@ class Static:
     registers: int  # per thread
     local: int  # bytes of local memory per thread: spilled registers
     shared: int  # bytes per block
+    instructions: int  # of the whole kernel
+    loop: int  # of its longest loop with products; 0 without one
     occupancy: float  # share of the warps that a multiprocessor can hold
     load_widths: dict[int, int]  # width -> number of instructions, including asynchronous copies
     store_widths: dict[int, int]
@@ -46,6 +49,7 @@ class Static:
 def compile_launch(one: Launch, architecture: int) -> Static:
     kernel = compiled(one, architecture)
     registers, local = _resources(kernel.asm["cubin"])
+    instructions, loop = counts(kernel.asm["cubin"])
     ptx, shared = kernel.asm["ptx"], kernel.metadata.shared
     copies = [int(width, 0) for width in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, (0x[0-9a-f]+|\d+)", ptx)]
     loads = Counter(_width(*found) for found in _global_accesses("ld", ptx))
@@ -56,6 +60,8 @@ def compile_launch(one: Launch, architecture: int) -> Static:
         registers=registers,
         local=local,
         shared=shared,
+        instructions=instructions,
+        loop=loop,
         occupancy=_occupancy(architecture, registers, shared, one.num_warps),
         load_widths=dict(sorted((loads + Counter(copies)).items())),
         store_widths=dict(sorted(Counter(_width(*found) for found in _global_accesses("st", ptx)).items())),

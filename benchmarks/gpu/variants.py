@@ -135,7 +135,11 @@ def _pairs_backward(dtype, atomics=False, N=4096, **options) -> None:
         contrastive.ATOMICS = before
 
 
-PAIRS = [*({"ids": ids, "both": both} for ids in (False, True) for both in (True, False)), {"D": 257}]
+PAIRS = [
+    *({"ids": ids, "both": both} for ids in (False, True) for both in (True, False)),
+    {"D": 257},
+    *({"N": 65536, "D": width, "ids": ids} for width in (64, 256, 257) for ids in (False, True)),
+]
 PAIRS_BACKWARD = [
     *({"D": width, "N": 4096} for width in (64, 256, 257, 512, 768)),
     *({"D": width, "N": 256} for width in (32, 256)),

@@ -38,6 +38,8 @@ ROW = {
     "registers": 100,
     "local": 0,
     "shared": 4096,
+    "instructions": 900,
+    "loop": 500,
     "occupancy": 0.5,
     "load_widths": {"4": 1, "16": 2},
     "store_widths": {"16": 1},
@@ -52,6 +54,8 @@ ROW = {
     [
         ({"registers": 101}, "101 of 100 registers"),
         ({"shared": 5000}, "5000 of 4096 shared"),
+        ({"instructions": 901}, "901 of 900 instructions"),
+        ({"loop": 510}, "510 of 500 loop"),
         ({"local": 8}, "8 bytes of local memory"),
         ({"occupancy": 0.25}, "occupancy 0.25, not 0.5"),
         ({"load_widths": {"8": 3}}, "load_widths {'8': 3}"),
