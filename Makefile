@@ -27,8 +27,10 @@ VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 IN_VENV := PATH="$(BIN):$$PATH"
 PIP := $(IN_VENV) python -m pip install -q --disable-pip-version-check -c constraints.txt
-CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null | sort)
-READY := $(VENV)/.extension
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' 2>/dev/null | sort)
+# With SOFTMASK_CUDA=1, the CUDA C++ kernels are built, too.
+CUDA := $(filter-out 0,$(SOFTMASK_CUDA))
+READY := $(VENV)/.extension$(if $(CUDA),-cuda)
 
 .PHONY: help env pretrain finetune ablation downstream test test-slow bench gpu gpu-report gpu-budgets gpu-matrix sanitize docs lint format clean
 
@@ -51,8 +53,8 @@ $(VENV)/.package: setup.py pyproject.toml constraints.txt $(VENV)/.torch
 	@touch $@
 
 # Without a built library there is no stamp, so the next call tries again.
-$(READY): $(CPP) $(VENV)/.package
-	@rm -f softmask/_C*.so
+$(READY): $(if $(CUDA),$(CPP),$(filter-out csrc/cuda/%,$(CPP))) $(VENV)/.package
+	@rm -f softmask/_C*.so $(if $(CUDA),softmask/_cuda*.so)
 	@mkdir -p build
 	@echo "env: building the C++ kernels"
 	@$(IN_VENV) python setup.py -q build_ext --inplace > build/extension.log 2>&1 \
@@ -177,17 +179,18 @@ gpu-matrix: $(READY)  ## compile the kernels with Triton 3.2 to 3.8, each instal
 	@$(IN_VENV) python -m benchmarks.gpu.matrix $(ARGS)
 
 # The interpreter is not instrumented: its leaks are ignored, and the sanitizers' libraries are loaded first.
-sanitize: $(READY)  ## test the C++ kernels under the address and undefined-behaviour sanitizers
+sanitize: $(READY)  ## test the C++ kernels, and the CUDA C++ kernels on the host, under the address and undefined-behaviour sanitizers
 	@rm -rf build/sanitize/softmask
 	@mkdir -p build/sanitize/objects
 	@SOFTMASK_SANITIZE=1 SOFTMASK_FORCE_BUILD=1 $(IN_VENV) python setup.py -q build_ext \
 	  --build-temp build/sanitize/objects --build-lib build/sanitize > build/sanitize/build.log 2>&1 \
 	  || { cat build/sanitize/build.log >&2; exit 1; }
 	@cp -rL $(filter-out $(wildcard softmask/_C*),$(wildcard softmask/*)) build/sanitize/softmask
-	@OMP_NUM_THREADS=2 ASAN_OPTIONS=detect_leaks=0 \
+	@OMP_NUM_THREADS=2 ASAN_OPTIONS=detect_leaks=0 SOFTMASK_SANITIZE=1 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  PYTHONPATH=build/sanitize:. $(BIN)/pytest -q -o pythonpath= -p no:cacheprovider -p no:xdist \
-	  tests/kernels/test_cpp_kernels.py tests/ops/test_soft_mask.py -k "not compile and not opcheck"
+	  tests/kernels/test_cpp_kernels.py tests/kernels/test_cuda_*.py tests/ops/test_soft_mask.py \
+	  -k "not compile and not opcheck and not fault"
 
 docs: $(VENV)/.docs  ## build the documentation site, build/site/index.html
 	@$(IN_VENV) NO_MKDOCS_2_WARNING=1 python -m mkdocs build -q --strict
@@ -210,4 +213,4 @@ format: $(READY)  ## format Python and C++
 	@if [ -n "$(CPP)" ]; then $(IN_VENV) clang-format -i $(CPP); fi
 
 clean:  ## remove build products; keeps .venv, data and runs
-	@rm -rf build dist *.egg-info softmask/_C*.so $(READY) .pytest_cache .ruff_cache
+	@rm -rf build dist *.egg-info softmask/_C*.so softmask/_cuda*.so $(VENV)/.extension* .pytest_cache .ruff_cache

@@ -2,15 +2,18 @@
 
 SOFTMASK_SKIP_EXT=1     does not build the C++ kernels;
 SOFTMASK_FORCE_BUILD=1  fails if they cannot be built, instead of continuing without them;
-SOFTMASK_SANITIZE=1     builds them with the address and undefined-behaviour sanitizers (`make sanitize`).
+SOFTMASK_SANITIZE=1     builds them with the address and undefined-behaviour sanitizers (`make sanitize`);
+SOFTMASK_CUDA=1         also builds the CUDA C++ kernels, and fails if they cannot be built.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -21,6 +24,7 @@ VERSION = runpy.run_path(str(ROOT / "softmask" / "_version.py"))["__version__"]
 FOLDERS = {"softmask": "softmask", "softmask.kernels": "kernels", "softmask.configs": "train/configs"}
 LIMITED_API = "cp310"
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all", "-O1", "-g1"]
+ARCHITECTURES = (80, 90, 100)  # the newest also as PTX, for later GPUs
 
 TRAIN = [
     "braceexpand>=0.1.7",
@@ -53,7 +57,7 @@ DEV = [*TEST, "clang-format>=18", "mypy>=1.15", "ruff>=0.9", "types-PyYAML", "ty
 
 
 class CannotBuildError(Exception):
-    """Why the C++ kernels cannot be built here, in one line."""
+    """Why kernels cannot be built here, in one line."""
 
 
 def switched_on(name: str) -> bool:
@@ -70,7 +74,11 @@ def packages() -> list[str]:
     return sorted({*FOLDERS, *inner})  # softmask/kernels, a link, is one of both
 
 
-def cpp_extension(sources: list[str]):
+def sources(*patterns: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in (ROOT / "csrc").glob(pattern))
+
+
+def cpp_extension():
     """The extension and the command that builds it. Raises CannotBuildError."""
     try:
         from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler
@@ -83,15 +91,47 @@ def cpp_extension(sources: list[str]):
     if shutil.which(compiler) is None:
         raise CannotBuildError(f"no C++ compiler: {compiler!r} is not an executable (set CXX)")
     sanitizers = SANITIZERS if switched_on("SOFTMASK_SANITIZE") else []
+    files = sources("*.cpp", "cpu/*.cpp")
+    if not files:
+        raise CannotBuildError("csrc holds no .cpp file")
     extension = CppExtension(
         name="softmask._C",
-        sources=sources,
+        sources=files,
         include_dirs=[str(ROOT / "csrc")],
         extra_compile_args=["-O3", "-g0", "-fopenmp", *sanitizers],
         extra_link_args=["-fopenmp", *sanitizers],
         py_limited_api=True,
     )
     return extension, tolerant(BuildExtension)
+
+
+def cuda_extension():
+    """The extension of the CUDA C++ kernels. Raises CannotBuildError."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME, CUDAExtension
+
+    nvcc = shutil.which("nvcc", path=os.path.join(CUDA_HOME, "bin")) if CUDA_HOME else None
+    if torch.version.cuda is None:
+        raise CannotBuildError(f"torch {torch.__version__} is built without CUDA; install a torch for CUDA")
+    needed = torch.version.cuda.split(".")[0]
+    if nvcc is None:
+        raise CannotBuildError(f"there is no nvcc; install CUDA {needed} or set CUDA_HOME to its folder")
+    printed = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release (\d+)\.", printed)
+    if found is None or found[1] != needed:
+        version = f"is of CUDA {found[1]}" if found else "does not print its version"
+        raise CannotBuildError(f"{nvcc} {version}, expected CUDA {needed}, torch's; set CUDA_HOME to such a folder")
+    machine = [f"-gencode=arch=compute_{one},code=sm_{one}" for one in ARCHITECTURES]
+    newest = ARCHITECTURES[-1]
+    return CUDAExtension(
+        name="softmask._cuda",
+        sources=sources("cuda/*.cpp", "cuda/*.cu"),
+        extra_compile_args={
+            "cxx": ["-O3", "-g0"],
+            "nvcc": ["-O3", *machine, f"-gencode=arch=compute_{newest},code=compute_{newest}"],
+        },
+        py_limited_api=True,
+    )
 
 
 def tolerant(build_extension):
@@ -103,32 +143,36 @@ def tolerant(build_extension):
                 super().run()
             except Exception as error:  # compilers, linkers and ninja raise errors of many unrelated types
                 reason = f"compiling csrc failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-                if switched_on("SOFTMASK_FORCE_BUILD"):
-                    raise SystemExit(f"softmask: SOFTMASK_FORCE_BUILD=1, but {reason}") from error
+                if forcing():
+                    raise SystemExit(f"softmask: {forcing()}=1, but {reason}") from error
                 say(f"installed without C++ kernels: {reason}")
                 self.extensions = []
 
     return Build
 
 
+def forcing() -> str | None:
+    """The variable that makes a build that fails an error."""
+    return next((name for name in ("SOFTMASK_FORCE_BUILD", "SOFTMASK_CUDA") if switched_on(name)), None)
+
+
 def extension_arguments() -> dict:
-    """Arguments of `setup` for the C++ kernels, none without them."""
-    forced = switched_on("SOFTMASK_FORCE_BUILD")
+    """Arguments of `setup` for the kernels, none without them."""
     if switched_on("SOFTMASK_SKIP_EXT"):
+        if switched_on("SOFTMASK_CUDA"):
+            raise SystemExit("softmask: SOFTMASK_CUDA=1, but SOFTMASK_SKIP_EXT=1 builds no kernels; unset one of them")
         say("installed without C++ kernels: SOFTMASK_SKIP_EXT=1")
         return {}
-    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp"))
     try:
-        if not sources:
-            raise CannotBuildError("csrc holds no .cpp file")
-        extension, command = cpp_extension(sources)
+        extension, command = cpp_extension()
+        extensions = [extension, *([cuda_extension()] if switched_on("SOFTMASK_CUDA") else [])]
     except CannotBuildError as error:
-        if forced:
-            raise SystemExit(f"softmask: SOFTMASK_FORCE_BUILD=1, but {error}") from error
+        if forcing():
+            raise SystemExit(f"softmask: {forcing()}=1, but {error}") from error
         say(f"installed without C++ kernels: {error}")
         return {}
     return {
-        "ext_modules": [extension],
+        "ext_modules": extensions,
         "cmdclass": {"build_ext": command},
         "options": {"bdist_wheel": {"py_limited_api": LIMITED_API}},
     }

@@ -61,6 +61,7 @@ def _machine() -> Iterator[str]:
     else:
         yield f"CUDA: no device (torch is built for CUDA {torch.version.cuda or 'not at all'})"
     yield f"C++ extension: {_library.MISSING or 'loaded'}"
+    yield f"CUDA extension: {_library.CUDA_MISSING or 'loaded'}"
     chosen = os.environ.get(_backend.ENVIRONMENT_VARIABLE)
     yield f"{_backend.ENVIRONMENT_VARIABLE}: {chosen or 'not set (auto)'}"
 
@@ -80,29 +81,29 @@ def _table() -> Iterator[str]:
     yield "{:<28}{:<8}{:<12}{}".format("op", "on", "backend", "why")
     for op in op_names():
         for device in DEVICES:
-            backend, reason = taken(op, device) if named == "auto" else demanded(named, device)
+            backend, reason = taken(op, device) if named == "auto" else demanded(op, named, device)
             yield f"{op:<28}{device:<8}{backend:<12}{reason}"
 
 
-def demanded(name: str, device: str) -> tuple[str, str]:
-    """The named backend, or "none", with the reason why ops raise."""
-    reason = _backend.why_not(name, device)
+def demanded(op: str, name: str, device: str) -> tuple[str, str]:
+    """The named backend, or "none", with the reason why the op raises."""
+    reason = _backend.why_not(name, device, op=op)
     return (name, "named") if reason is None else ("none", f"{name}: {reason}")
 
 
 def taken(op: str, device: str) -> tuple[str, str]:
     """The backend that "auto" takes for fp32, and the reasons why those preferred to it cannot run."""
-    backend = _backend.choose(device)
+    backend = _backend.choose(device, op=op)
     left = LEFT_TO_PYTORCH.get((op, backend))
-    return backend, why(device, backend) + (f"; {left} is left to the reference" if left else "")
+    return backend, why(op, device, backend) + (f"; {left} is left to the reference" if left else "")
 
 
-def why(device: str, backend: str) -> str:
+def why(op: str, device: str, backend: str) -> str:
     reasons = []
     for name in _backend.preferred(device):
         if name == backend:
             break
-        reasons.append(f"{name}: {_backend.why_not(name, device)}")
+        reasons.append(f"{name}: {_backend.why_not(name, device, op=op)}")
     return "; ".join(reasons) or "the first choice on this device"
 
 

@@ -103,8 +103,8 @@ def resolve(op: str, *tensors: Tensor | None, kernel_pays: bool = True, acting: 
     device, double = given[0].device, any(tensor.dtype == torch.float64 for tensor in given)
     dtype = torch.float64 if double else given[0].dtype
     if name == "auto":
-        return choose(device, dtype) if kernel_pays and acting is None else "reference"
-    reason = why_not(name, device, dtype)
+        return choose(device, dtype, op=op) if kernel_pays and acting is None else "reference"
+    reason = why_not(name, device, dtype, op=op)
     if reason is None and acting is not None and name != "reference":
         reason = f"its kernels have no rule for {acting}; {_library.OTHERWISE}"
     if reason is not None:
@@ -121,9 +121,9 @@ def named() -> str:
     return _chosen.get() or _from_environment()
 
 
-def choose(device: Device, dtype: torch.dtype = torch.float32) -> str:
-    """The backend that "auto" selects."""
-    return next(name for name in preferred(device) if why_not(name, device, dtype) is None)
+def choose(device: Device, dtype: torch.dtype = torch.float32, *, op: str) -> str:
+    """The backend that "auto" selects for an op."""
+    return next(name for name in preferred(device) if why_not(name, device, dtype, op=op) is None)
 
 
 def preferred(device: Device) -> tuple[str, ...]:
@@ -131,15 +131,15 @@ def preferred(device: Device) -> tuple[str, ...]:
     return (*_KERNELS.get(torch.device(device).type, ()), "reference")
 
 
-def why_not(name: str, device: Device, dtype: torch.dtype = torch.float32) -> str | None:
-    """Why a backend cannot run ops on a device for a dtype, or None if it can."""
+def why_not(name: str, device: Device, dtype: torch.dtype = torch.float32, *, op: str) -> str | None:
+    """Why a backend cannot run an op on a device for a dtype, or None if it can."""
     if name == "reference":
         return None
     if name == "cpp":
         return _why_not_cpp(device)
     if name == "triton":
         return kernels.why_not(torch.device(device), dtype)
-    return "there are no CUDA C++ kernels"
+    return _why_not_cuda(torch.device(device), dtype, op)
 
 
 def _why_not_cpp(device: Device) -> str | None:
@@ -147,3 +147,17 @@ def _why_not_cpp(device: Device) -> str | None:
     if kind != "cpu":
         return f"C++ kernels take CPU tensors, the inputs are on {kind}"
     return _library.MISSING
+
+
+def _why_not_cuda(device: torch.device, dtype: torch.dtype, op: str) -> str | None:
+    if op not in _library.CUDA_OPS:
+        return f"only {' and '.join(_library.CUDA_OPS)} have CUDA C++ kernels"
+    if device.type != "cuda":
+        return f"CUDA C++ kernels take CUDA tensors, the inputs are on {device.type}"
+    if dtype not in kernels.DTYPES:
+        return f"CUDA C++ kernels take fp32, fp16 and bf16, the inputs are {str(dtype).removeprefix('torch.')}"
+    if _library.CUDA_MISSING is None and torch.cuda.is_available():
+        major = torch.cuda.get_device_properties(device).major
+        if major < 8:
+            return f"CUDA C++ kernels need a GPU of compute capability 8.0 or later, this one has {major}.x"
+    return _library.CUDA_MISSING

@@ -1,4 +1,4 @@
-"""Kernels as PyTorch ops: loads the C++ extension and registers each op's schema, shapes and gradient."""
+"""Kernels as PyTorch ops: loads the C++ and CUDA extensions and registers each op's schema, shapes and gradient."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from torch.utils.flop_counter import register_flop_formula
 from softmask.ops import _transforms
 
 
-def _load() -> str | None:
-    """Load the extension. Returns why it is missing, or None once it is loaded."""
-    if importlib.util.find_spec("softmask._C") is None:
-        return "the C++ extension softmask._C is not built (installing with a C++ compiler builds it)"
+def _load(language: str, module: str, remedy: str) -> str | None:
+    """Load an extension. Returns why it is missing, or None once it is loaded."""
+    if importlib.util.find_spec(module) is None:
+        return f"the {language} extension {module} is not built ({remedy} builds it)"
     try:
-        importlib.import_module("softmask._C")
+        importlib.import_module(module)
     except ImportError as error:  # built for another torch: warn and continue without it
-        warnings.warn(f"softmask's C++ extension does not load, PyTorch is used instead: {error}", stacklevel=2)
-        return f"the C++ extension softmask._C does not load: {error}"
+        warnings.warn(f"softmask's {language} extension does not load, its kernels are not used: {error}", stacklevel=2)
+        return f"the {language} extension {module} does not load: {error}"
     return None
 
 
@@ -49,8 +49,14 @@ def scalar(value: Tensor | float, *, like: Tensor) -> Tensor | float:
 OTHERWISE = "softmask.backend('reference') has PyTorch's"
 """The advice at the end of kernels' error messages."""
 
-MISSING = _load()
+MISSING = _load("C++", "softmask._C", "installing with a C++ compiler")
 """Why there are no C++ kernels, or None if they are loaded."""
+
+CUDA_MISSING = _load("CUDA", "softmask._cuda", "installing with SOFTMASK_CUDA=1 and nvcc")
+"""Why there are no CUDA C++ kernels, or None if they are loaded."""
+
+CUDA_OPS: list[str] = []
+"""Public names of the ops that have CUDA C++ kernels, whether these are built or not."""
 
 _LIBRARY = torch.library.Library("softmask", "FRAGMENT")  # what Python registers
 
@@ -141,25 +147,31 @@ def register(
     flops: Callable[..., int] | None = None,
     numbers: Sequence[str] = (),
     public_name: str | None = None,
+    in_cuda: bool = False,
 ) -> Kernels:
     """Register the op ``name``, and ``name_backward`` if it has a gradient, for every backend.
 
     All backends share one signature, that of fake, and one autograd formula. The C++ extension defines
     ``softmask::name``. Triton's op is ``softmask::triton_name``: it runs `forward` of kernels/name.py, and
-    ``softmask::triton_name_backward`` runs `backward`. Second derivatives raise an error; without it autograd would
-    return wrong values.
+    ``softmask::triton_name_backward`` runs `backward`. ``softmask::cuda_name`` is defined here and implemented by the
+    CUDA extension. Second derivatives raise an error; without it autograd would return wrong values.
 
     Args:
-        fake: returns empty outputs; fully annotated, since Triton's schema is inferred from it.
+        fake: returns empty outputs; fully annotated, since the schemas of Triton and CUDA are inferred from it.
         flops: floating-point operations of the op's products, given its arguments with shapes for tensors. A
             multiplication and an addition count as 2. torch.utils.flop_counter calls it.
         numbers: arguments that are 0-dim tensors in the schema, and may be given as numbers.
         public_name: the public function's name, for error messages; default: name.
+        in_cuda: whether csrc/cuda has kernels of this op.
     """
     kernels = {}
-    for backend, define in (("cpp", _define_cpp), ("triton", _define_triton)):
-        if backend == "cpp" and MISSING is not None:
-            continue
+    defined = [("triton", _define_triton)]
+    if MISSING is None:
+        defined.append(("cpp", _define_cpp))
+    if in_cuda:
+        CUDA_OPS.append(public_name or name)
+        defined.append(("cuda", _define_cuda))
+    for backend, define in defined:
         kernels[backend] = _counted(define(name, "forward", fake, numbers), flops)
         if gradient is not None:
             backward = _counted(define(name, "backward", gradient.fake, numbers), gradient.flops)
@@ -176,13 +188,22 @@ def _counted(op: Op, flops: Callable[..., int] | None) -> Op:
 def _define_cpp(name: str, direction: str, fake: Callable, numbers: Sequence[str]) -> Op:
     full = _full_name(name, direction)
     torch.library.register_fake(f"softmask::{full}")(fake)
-    overload = getattr(torch.ops.softmask, full).default
+    return _of_extension(full, numbers)
 
+
+def _define_cuda(name: str, direction: str, fake: Callable, numbers: Sequence[str]) -> Op:
+    """Without the extension the op has no implementation, but compiles on fake tensors."""
+    full = f"cuda_{_full_name(name, direction)}"
+    _define(full, fake)
+    return _of_extension(full, numbers)
+
+
+def _of_extension(full: str, numbers: Sequence[str]) -> Op:
     def run(*args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             return op.dispatch(*args)
 
-    op = Op(overload, run, numbers)
+    op = Op(_overload(full), run, numbers)
     return op
 
 
@@ -196,11 +217,18 @@ def _define_triton(name: str, direction: str, fake: Callable, numbers: Sequence[
 
     launcher: list[Callable] = []
     full = f"triton_{_full_name(name, direction)}"
-    schema = torch.library.infer_schema(fake, mutates_args=())
-    _LIBRARY.define(f"{full}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    _define(full, fake)
     _LIBRARY.impl(full, run, "CompositeExplicitAutograd")
+    return Op(_overload(full), run, numbers)
+
+
+def _define(full: str, fake: Callable) -> None:
+    _LIBRARY.define(f"{full}{torch.library.infer_schema(fake, mutates_args=())}", tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"softmask::{full}")(fake)
-    return Op(getattr(torch.ops.softmask, full).default, run, numbers)
+
+
+def _overload(full: str) -> OpOverload:
+    return getattr(torch.ops.softmask, full).default
 
 
 def _full_name(name: str, direction: str) -> str:

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -71,7 +72,7 @@ def test_auto_uses_pytorch_where_it_is_as_fast(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("triton", "Triton kernels take fp32, fp16 and bf16, .* float64"), ("cuda", "there are no CUDA")],
+    [("triton", "Triton kernels take fp32, fp16 and bf16, .* float64"), ("cuda", "CUDA C.. kernels take CUDA tensors")],
 )
 def test_named_backend_that_cannot_run_raises(name: str, reason: str) -> None:
     with (
@@ -88,10 +89,9 @@ def test_every_op_obeys_the_backend_switch() -> None:
         calls[getattr(case.call, "func", case.call).__name__] = partial(case.call, **case.leaves, **case.fixed)
     assert sorted(calls) == [name for name in sorted(ops.__all__) if name.islower()]
     for op, call in calls.items():
-        with (
-            softmask.backend("cuda"),
-            pytest.raises(softmask.BackendError, match=f"cannot run {op}: there are no CUDA"),
-        ):
+        of_op = "CUDA C.. kernels take CUDA tensors, the inputs are on cpu"
+        reason = of_op if op in _library.CUDA_OPS else f"only {' and '.join(_library.CUDA_OPS)} have CUDA"
+        with softmask.backend("cuda"), pytest.raises(softmask.BackendError, match=f"cannot run {op}: {reason}"):
             call()
         with softmask.backend("reference"):
             call()
@@ -114,8 +114,8 @@ def test_cpp_refuses_other_devices() -> None:
         pytest.raises(softmask.BackendError, match="CPU tensors, the inputs are on meta"),
     ):
         ops.soft_mask(*on_meta)
-    assert _backend.choose("cuda") == "triton" and _backend.choose("meta") == "reference"
-    assert _backend.choose("cuda", torch.float64) == "reference"
+    assert _backend.choose("cuda", op="soft_mask") == "triton" and _backend.choose("meta", op="x") == "reference"
+    assert _backend.choose("cuda", torch.float64, op="soft_mask") == "reference"
 
 
 def test_shapes_on_meta() -> None:
@@ -125,9 +125,36 @@ def test_shapes_on_meta() -> None:
 
 def test_auto_falls_back_and_triton_raises_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "INSTALLED", False)
-    assert _backend.choose("cuda") == "reference"
+    monkeypatch.setattr(_library, "CUDA_MISSING", "not built here")
+    assert _backend.choose("cuda", op="soft_mask") == "reference"
     with softmask.backend("triton"), pytest.raises(softmask.BackendError, match="Triton is not installed"):
         ops.soft_mask(*inputs())
+
+
+def test_auto_takes_cuda_where_it_is_built_and_triton_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_library, "CUDA_MISSING", None)
+    assert _backend.choose("cuda", op="soft_mask") == "triton"
+    monkeypatch.setattr(kernels, "INSTALLED", False)
+    assert _backend.choose("cuda", op="soft_mask") == "cuda"
+    assert _backend.choose("cuda", torch.float64, op="soft_mask") == "reference"
+    assert _backend.choose("cuda", op="attentive_mask") == "reference"
+
+
+def test_cuda_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    why_not = partial(_backend.why_not, "cuda", op="soft_mask")
+    monkeypatch.setattr(_library, "CUDA_MISSING", "not built here")
+    assert why_not("cuda") == "not built here"
+    assert why_not("cpu") == "CUDA C++ kernels take CUDA tensors, the inputs are on cpu"
+    monkeypatch.setattr(_library, "CUDA_MISSING", None)
+    assert why_not("cuda", torch.float64) == "CUDA C++ kernels take fp32, fp16 and bf16, the inputs are float64"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for major, reason in (
+        (7, "CUDA C++ kernels need a GPU of compute capability 8.0 or later, this one has 7.x"),
+        (8, None),
+    ):
+        properties = SimpleNamespace(major=major)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, found=properties: found)
+        assert why_not("cuda") == reason
 
 
 def test_unknown_backend_is_refused() -> None:
@@ -214,5 +241,5 @@ def test_extension_that_does_not_load_warns(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(_library.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(_library.importlib, "import_module", undefined_symbol)
     with pytest.warns(UserWarning, match="does not load.*undefined symbol: c10"):
-        reason = _library._load()
+        reason = _library._load("C++", "softmask._C", "a compiler")
     assert reason == "the C++ extension softmask._C does not load: undefined symbol: c10"

@@ -82,7 +82,7 @@ def test_folders_files_and_functions_are_small() -> None:
         counts = {one: len([p for p in one.glob("*.py") if p.name != "__init__.py"]) for one in folders}
         assert {one: count for one, count in counts.items() if count > MAX_FILES} == {}
     sources = [path for folder in ("softmask", "kernels", "train", "benchmarks", "tests") for path in modules(folder)]
-    sources += [path for kind in ("*.cpp", "*.h") for path in (ROOT / "csrc").rglob(kind)]
+    sources += [path for kind in ("*.cpp", "*.h", "*.cu") for path in (ROOT / "csrc").rglob(kind)]
     lengths = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in sources}
     assert {name: length for name, length in lengths.items() if length > MAX_LINES} == {}
     trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sources if path.suffix == ".py"}

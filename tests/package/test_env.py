@@ -34,19 +34,24 @@ def test_table_says_what_auto_takes() -> None:
     for op in OPS:
         for device in env.DEVICES:
             (row,) = [row for row in rows if row[:2] == [op, device]]
-            assert row[2] == _backend.choose(device)
+            assert row[2] == _backend.choose(device, op=op)
     (row,) = [row for row in rows if row[:2] == ["word_attention", "cuda"]]
     assert row[2:] == ["triton", "the first choice on this device"]
 
 
-def test_table_says_what_a_named_backend_does() -> None:
+def test_table_says_what_a_named_backend_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_library, "CUDA_MISSING", "not built here")
     with softmask.backend("reference"):
         report = env.report()
     assert re.search(r"^word_attention +cpu +reference +named$", report, re.MULTILINE)
     with softmask.backend("cuda"):
         report = env.report()
     assert "What each op takes, 'cuda' being named:" in report
-    assert re.search(r"^soft_mask +cuda +none +cuda: there are no CUDA C\+\+ kernels$", report, re.MULTILINE)
+    assert "CUDA extension: not built here" in report
+    assert re.search(r"^soft_mask +cuda +none +cuda: not built here$", report, re.MULTILINE)
+    assert re.search(
+        r"^attentive_mask +cuda +none +cuda: only .*soft_mask.* have CUDA C\+\+ kernels$", report, re.MULTILINE
+    )
 
 
 @needs_cpp

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ from email import message_from_string
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -152,6 +154,50 @@ def test_build_without_torch_names_the_remedy(tree: Path) -> None:
     assert forced.returncode != 0
     assert re.search("torch is not importable .* --no-build-isolation", forced.stderr)
     assert python("-c", run_setup, cwd=tree).returncode == 0
+
+
+EXTENSIONS = """
+import runpy, sys, setuptools
+setuptools.setup = lambda **given: print({one.name: one.sources for one in given["ext_modules"]})
+sys.argv = ["setup.py"]
+runpy.run_path("setup.py")
+"""
+
+
+def test_cpp_extension_is_built_without_cuda_sources(tree: Path) -> None:
+    done = python("-c", EXTENSIONS, cwd=tree, CUDA_HOME="/nonexistent")
+    assert done.returncode == 0, done.stderr
+    ((name, files),) = ast.literal_eval(done.stdout).items()
+    assert name == "softmask._C" and {Path(file).parent.name for file in files} == {"csrc", "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("release", "reason"),
+    [
+        (None, "there is no nvcc; install CUDA"),
+        ("1.0", ".*/nvcc is of CUDA 1, expected CUDA .*, torch's; set CUDA_HOME"),
+        ("", ".*/nvcc does not print its version, expected CUDA"),
+    ],
+)
+def test_cuda_build_without_its_compiler_fails_and_names_it(
+    release: str | None, reason: str, tree: Path, tmp_path: Path
+) -> None:
+    if torch.version.cuda is None:
+        reason = "torch .* is built without CUDA"
+    if release is not None:
+        nvcc = tmp_path / "bin" / "nvcc"
+        nvcc.parent.mkdir()
+        nvcc.write_text(f"#!/bin/sh\necho release {release}\n")
+        nvcc.chmod(0o755)
+    done = python("setup.py", "-q", "build_ext", cwd=tree, SOFTMASK_CUDA="1", CUDA_HOME=str(tmp_path))
+    assert done.returncode != 0
+    assert re.search(f"^softmask: SOFTMASK_CUDA=1, but {reason}", done.stderr, re.MULTILINE), done.stderr
+
+
+def test_cuda_build_that_builds_nothing_is_refused(tree: Path) -> None:
+    done = python("setup.py", "-q", "build_ext", cwd=tree, SOFTMASK_CUDA="1", SOFTMASK_SKIP_EXT="1")
+    assert done.returncode != 0
+    assert "SOFTMASK_CUDA=1, but SOFTMASK_SKIP_EXT=1 builds no kernels; unset one of them" in done.stderr
 
 
 def test_broken_source_fails_the_forced_build_only(tree: Path, tmp_path: Path) -> None:

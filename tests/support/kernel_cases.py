@@ -122,10 +122,12 @@ def word_attention(size: int, *, gradcam: bool = True, normalize: str | None = N
     return Case(leaves, partial(ops.word_attention, **options), fixed=fixed)
 
 
-def soft_mask(size: int, *, normalize: str | None = "minmax", words: int | None = None, prefix: int = 1) -> Case:
+def soft_mask(
+    size: int, *, normalize: str | None = "minmax", words: int | None = None, prefix: int = 1, width: int = 37
+) -> Case:
     shape = (2, size) if words is None else (2, words, size)
     maps = torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    leaves = {"features": normal(2, size + prefix, 37, seed=1), "maps": maps}
+    leaves = {"features": normal(2, size + prefix, width, seed=1), "maps": maps}
     options = {"normalize": normalize, "num_prefix_tokens": prefix, "strength": 0.7}
     return Case(leaves, partial(ops.soft_mask, **options))
 

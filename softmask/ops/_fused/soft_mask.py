@@ -1,4 +1,4 @@
-"""soft_mask by kernels: csrc/cpu/soft_mask.cpp and kernels/soft_mask.py."""
+"""soft_mask by kernels: csrc/cpu/soft_mask.cpp, kernels/soft_mask.py and csrc/cuda/soft_mask.cu."""
 
 from __future__ import annotations
 
@@ -47,4 +47,6 @@ def _backward(ctx: Context, kernel: _library.Kernel, grad: Tensor) -> Gradients:
     return _library.wanted(ctx, features_grad, maps_grad, None, None, None)
 
 
-_KERNELS = _library.register("soft_mask", fake=_fake, gradient=_library.Gradient(_setup, _backward, _backward_fake))
+_KERNELS = _library.register(
+    "soft_mask", fake=_fake, gradient=_library.Gradient(_setup, _backward, _backward_fake), in_cuda=True
+)
