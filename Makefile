@@ -171,6 +171,7 @@ gpu: $(READY)  ## test and time everything on a GPU, without network; ARGS="--mi
 
 gpu-report: $(READY)  ## registers, tensor cores and bytes moved of the Triton kernels, without a GPU
 	@$(IN_VENV) python -m benchmarks.gpu.report
+	@if command -v nvcc > /dev/null; then $(IN_VENV) python -m benchmarks.gpu.cuda; fi
 
 gpu-budgets: $(READY)  ## check all variants of the Triton kernels against the limits of six GPUs; ARGS="attention"
 	@$(IN_VENV) python -m benchmarks.gpu.budgets $(ARGS)

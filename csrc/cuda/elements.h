@@ -77,6 +77,15 @@ __device__ __forceinline__ void store(T* to, const Pack<T, N>& values) {
   *reinterpret_cast<Pack<T, N>*>(to) = values;
 }
 
+// The pointer, of which the compiler then knows that it is not to shared memory.
+template <typename T>
+__device__ __forceinline__ T* global(T* pointer) {
+#ifndef SOFTMASK_ON_HOST
+  __builtin_assume(__isGlobal(pointer));
+#endif
+  return pointer;
+}
+
 // Whether rows of a tensor can be read in packs of 16 bytes: its address, its strides and its width
 // are multiples of a pack.
 template <size_t Dimensions>

@@ -40,6 +40,10 @@ template <typename Map, typename Gradient, typename Write>
 __device__ __forceinline__ void normalize_backward(const Map& map, const Gradient& gradient,
                                                    int64_t size, Normalize mode,
                                                    const Write& write) {
+  if (mode == Normalize::kNone) {  // the map need not exist
+    for (int64_t i = lane_of(); i < size; i += kWarp) write(i, gradient(i));
+    return;
+  }
   const Extent extent = extent_of(map, size, mode);
   float high = -INFINITY, sum = 0.0f, weighted = 0.0f;  // of the gradient, and times norm(map)
   for (int64_t i = lane_of(); i < size; i += kWarp) {
@@ -59,9 +63,7 @@ __device__ __forceinline__ void normalize_backward(const Map& map, const Gradien
     const float value = map(i);
     float total = gradient(i);
     if (mode == Normalize::kSum) total -= weighted;
-    if (mode == Normalize::kMinmax || mode == Normalize::kMax) {
-      if (value == high) total -= weighted / highest;
-    }
+    if (mode != Normalize::kSum && value == high) total -= weighted / highest;
     if (mode == Normalize::kMinmax && value == extent.low) total += (weighted - sum) / lowest;
     write(i, total / extent.divisor);
   }

@@ -15,9 +15,10 @@ namespace softmask::cuda {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
+constexpr int kBlocks = 2;  // on a multiprocessor: to fit more, the assembler would spill registers
 constexpr int kForwardTokens = 16, kBackwardTokens = kWarps;  // of a block
 constexpr int kWords = 32;                                    // maps whose weights a block holds
-constexpr int kLaneElements = 32;  // of a row, that a lane holds in the backward pass
+constexpr int kLaneElements = 24;  // of a row, that a lane holds in the backward pass
 constexpr int kChunk = kWarp * kLaneElements;
 constexpr int64_t kMaxWidth = 1 << 26;  // so that packs of a tile are counted in 32 bits
 
@@ -60,7 +61,7 @@ __device__ __forceinline__ void load_weights(const SoftMask& problem, int64_t im
 }
 
 template <typename T, int N>
-__global__ void __launch_bounds__(kThreads) forward_kernel(const SoftMask problem) {
+__global__ void __launch_bounds__(kThreads, kBlocks) forward_kernel(const SoftMask problem) {
   float* weights = shared_memory();  // [kWords, kForwardTokens]
   const int64_t tiles = cdiv(problem.tokens, kForwardTokens);
   const int64_t image = blockIdx.x / tiles, first = blockIdx.x % tiles * kForwardTokens;
@@ -139,7 +140,7 @@ __device__ __forceinline__ void add_words(const SoftMask& problem, int64_t image
 }
 
 template <typename T, int N>
-__global__ void __launch_bounds__(kThreads) backward_kernel(const SoftMask problem) {
+__global__ void __launch_bounds__(kThreads, kBlocks) backward_kernel(const SoftMask problem) {
   float* weights = shared_memory();  // [kWords, kBackwardTokens]
   const int64_t tiles = cdiv(problem.tokens, kBackwardTokens);
   const int64_t image = blockIdx.x / tiles, first = blockIdx.x % tiles * kBackwardTokens;
@@ -180,7 +181,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const SoftMask probl
 
 // Turns the gradients of normalized maps into those of the maps, one warp per map.
 template <typename M>
-__global__ void __launch_bounds__(kThreads) maps_backward_kernel(const SoftMask problem) {
+__global__ void __launch_bounds__(kThreads, kBlocks) maps_backward_kernel(const SoftMask problem) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kWarps + warp_of();
   if (index >= problem.images * problem.words) return;
   const int64_t patches = problem.tokens - problem.prefix;

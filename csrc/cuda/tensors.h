@@ -6,6 +6,8 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include <initializer_list>
+#include <optional>
 #include <string_view>
 
 #include "types.h"
@@ -20,6 +22,8 @@
 #endif
 
 namespace softmask::cuda {
+
+using OptionalTensor = std::optional<at::Tensor>;
 
 // Makes a tensor's device the current one while it lives.
 class OnDevice {
@@ -45,6 +49,17 @@ inline Type type_of(at::ScalarType type) {
   return Type::kBFloat16;
 }
 
+// The type that all tensors share, fp32 if they differ.
+inline at::ScalarType common_type(const std::initializer_list<OptionalTensor>& tensors) {
+  std::optional<at::ScalarType> type;
+  for (const OptionalTensor& tensor : tensors) {
+    if (!tensor.has_value()) continue;
+    if (type.has_value() && *type != tensor->scalar_type()) return at::kFloat;
+    type = tensor->scalar_type();
+  }
+  return *type;
+}
+
 inline Normalize normalize_of(std::string_view name) {
   if (name == "none") return Normalize::kNone;
   if (name == "minmax") return Normalize::kMinmax;
@@ -56,6 +71,10 @@ inline Normalize normalize_of(std::string_view name) {
 // The tensor itself if its last dimension is contiguous in memory, else a copy.
 inline at::Tensor dense_rows(const at::Tensor& tensor) {
   return tensor.stride(-1) == 1 || tensor.size(-1) <= 1 ? tensor : tensor.contiguous();
+}
+
+inline Rows rows_of(const at::Tensor& tensor) {
+  return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
 }  // namespace softmask::cuda

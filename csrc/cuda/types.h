@@ -20,4 +20,12 @@ enum class Type : int { kFloat, kHalf, kBFloat16 };
 
 enum class Normalize : int { kNone, kMinmax, kMax, kSum };
 
+// A tensor [B, H, N, E] with a contiguous last dimension and any other strides, in elements.
+struct Rows {
+  const void* data;
+  int64_t batch;
+  int64_t head;
+  int64_t row;
+};
+
 }  // namespace softmask::cuda

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,12 +20,12 @@ from tests.support.kernel_cases import Case, check_errors, outcome
 pytestmark = [cuda_host.needs_compiler, pytest.mark.usefixtures("poisoned_memory")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NORMALIZATIONS = ["minmax", "max", "sum", None]
-# Rows of 37 elements are read one by one, those of 40 in packs of 16 bytes. A warp holds 1024 elements of a row, and a
+# Rows of 37 elements are read one by one, those of 40 in packs of 16 bytes. A warp holds 768 elements of a row, and a
 # block the weights of 32 words.
 EDGES = [
     cases.soft_mask(9, words=67, normalize=None, width=40),
-    cases.soft_mask(9, words=2, width=2056),
-    cases.soft_mask(9, words=2, width=1025),
+    cases.soft_mask(9, words=2, width=1544),
+    cases.soft_mask(9, words=2, width=769),
     cases.soft_mask(17, prefix=0, normalize="sum"),
     cases.soft_mask(7, prefix=19, words=3, width=8),
 ]
@@ -131,22 +131,30 @@ def test_opcheck(on_host: None) -> None:
 
 
 FAULTS = {
-    "barrier after the weights": ("__syncthreads();  // weights of the tile are written", ""),
-    "barrier before the next weights": ("__syncthreads();  // weights of the tile are read", ""),
-    "backward barrier after the weights": ("__syncthreads();  // weights are written", ""),
-    "backward barrier before the next weights": ("__syncthreads();  // weights are read", ""),
-    "tail tile": (
-        "left < kForwardTokens ? static_cast<int>(left)",
-        "left < kForwardTokens ? static_cast<int>(left - 1)",
-    ),
-    "mask of prefix tokens": ("float weight = 1.0f;", "float weight = 0.0f;"),
-    "split over the width": ("chunk == 0 ? product : *place + product", "product"),
+    "no barrier after the weights": ("__syncthreads();  // weights of the tile are written", ""),
+    "no barrier before the next weights": ("__syncthreads();  // weights of the tile are read", ""),
+    "no backward barrier after the weights": ("__syncthreads();  // weights are written", ""),
+    "no backward barrier before the next weights": ("__syncthreads();  // weights are read", ""),
+    "tail tile one short": ("problem.tokens - first", "problem.tokens - first - 1"),
+    "prefix tokens masked": ("token >= problem.prefix && token < problem.tokens", "token < problem.tokens"),
+    "parts of the width not added": ("chunk == 0 ? product : *place + product", "product"),
 }
 
 
-@pytest.mark.parametrize("name", FAULTS)
-def test_fault_is_found(name: str, tmp_path: Path) -> None:
-    """The tests above turn red: here, one of their cases."""
-    library = cuda_host.planted("soft_mask", *FAULTS[name], tmp_path)
-    with backend_on_host(Kernels("soft_mask", library)), pytest.raises(AssertionError, match="error"):
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return cuda_host.planted("soft_mask", FAULTS, tmp_path_factory.mktemp("planted"))
+
+
+def test_sound_without_a_fault(faulty: ctypes.CDLL) -> None:
+    faulty.set_fault(0)
+    with backend_on_host(Kernels("soft_mask", faulty)):
+        check_errors("cuda", torch.float32, *EDGES)
+
+
+@pytest.mark.parametrize("number", range(1, len(FAULTS) + 1), ids=list(FAULTS))
+def test_fault_is_found(number: int, faulty: ctypes.CDLL) -> None:
+    """A check of the tests above fails."""
+    faulty.set_fault(number)
+    with backend_on_host(Kernels("soft_mask", faulty)), pytest.raises(AssertionError, match="error"):
         check_errors("cuda", torch.float32, *EDGES)

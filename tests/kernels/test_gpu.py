@@ -1,4 +1,5 @@
-"""The Triton kernels on a real GPU: values, bits, CUDA graphs, torch.compile, memory. Skipped without a device."""
+"""Triton and CUDA C++ kernels on a real GPU: values, bits, CUDA graphs, torch.compile, memory. Skipped without a
+device; those of CUDA C++ also where they are not built."""
 
 from __future__ import annotations
 
@@ -11,19 +12,25 @@ from torch import Tensor
 
 import softmask
 from softmask import ops
+from softmask.ops import _library
 from tests.support import kernel_cases as cases
 from tests.support.kernel_cases import Case, check_errors, outcome
 
 pytestmark = pytest.mark.gpu
 MIB = 2**20
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+IN_CUDA = ("soft_mask", "word_attention")
+needs_cuda = pytest.mark.skipif(_library.CUDA_MISSING is not None, reason=str(_library.CUDA_MISSING))
+KERNELS = [("triton", name) for name in cases.ALL]
+KERNELS += [pytest.param("cuda", name, marks=needs_cuda) for name in IN_CUDA]
+for_each_kernel = pytest.mark.parametrize(("backend", "name"), KERNELS)
 for_each_op = pytest.mark.parametrize("name", cases.ALL)
 
 
-@for_each_op
+@for_each_kernel
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_errors_against_fp64(name: str, dtype: torch.dtype) -> None:
-    check_errors("triton", dtype, cases.ALL[name].to("cuda"))
+def test_errors_against_fp64(backend: str, name: str, dtype: torch.dtype) -> None:
+    check_errors(backend, dtype, cases.ALL[name].to("cuda"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -40,24 +47,34 @@ def test_errors_at_ragged_sizes(size: int, dtype: torch.dtype) -> None:
         check_errors("triton", dtype, case.to("cuda"))
 
 
-@pytest.mark.parametrize("name", cases.SMALL)
-def test_small_case(name: str) -> None:
+@needs_cuda
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", cases.SIZES)
+def test_errors_of_cuda_at_ragged_sizes(size: int, dtype: torch.dtype) -> None:
+    given = [cases.word_attention(size, masked=masked) for masked in (True, False)]
+    given += [cases.soft_mask(size, words=words, width=width) for words in (3, 40) for width in (37, 40, 800)]
+    for case in given:
+        check_errors("cuda", dtype, case.to("cuda"))
+
+
+@for_each_kernel
+def test_small_case(backend: str, name: str) -> None:
     """Short enough for compute-sanitizer."""
-    check_errors("triton", torch.float32, cases.SMALL[name].to("cuda"), upstreams=1)
+    check_errors(backend, torch.float32, cases.SMALL[name].to("cuda"), upstreams=1)
 
 
-@for_each_op
-def test_every_element_is_written(name: str, poisoned_memory) -> None:
+@for_each_kernel
+def test_every_element_is_written(backend: str, name: str, poisoned_memory) -> None:
     case = cases.ALL[name].cast(torch.float32).to("cuda")
-    for key, value in outcome("triton", case).items():
+    for key, value in outcome(backend, case).items():
         assert value.isfinite().all(), key
 
 
-@for_each_op
-def test_another_stream(name: str) -> None:
+@for_each_kernel
+def test_another_stream(backend: str, name: str) -> None:
     """The kernels run on the current stream: inputs that it has not written yet would be read too early on another."""
     case = cases.ALL[name].cast(torch.float32).to("cuda")
-    expected = outcome("triton", case)
+    expected = outcome(backend, case)
     late = case.cast(torch.float32)
     late.leaves = {key: leaf.clone() for key, leaf in case.leaves.items()}
     side = torch.cuda.Stream()
@@ -66,7 +83,7 @@ def test_another_stream(name: str) -> None:
         torch.cuda._sleep(50_000_000)
         for key, leaf in late.leaves.items():
             leaf.zero_().add_(case.leaves[key])
-        got = outcome("triton", late)
+        got = outcome(backend, late)
     torch.cuda.current_stream().wait_stream(side)
     for key, value in expected.items():
         assert torch.equal(got[key], value), key
@@ -78,6 +95,15 @@ def test_auto_takes_triton_and_bits_repeat(name: str) -> None:
     outcomes = [outcome(backend, case) for backend in ("auto", "triton", "triton")]
     for key, value in outcomes[0].items():
         assert all(torch.equal(value, other[key]) for other in outcomes[1:]), key
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", IN_CUDA)
+def test_bits_of_cuda_repeat(name: str) -> None:
+    case = cases.ALL[name].cast(torch.float32).to("cuda")
+    first, second = (outcome("cuda", case) for _ in range(2))
+    for key, value in first.items():
+        assert torch.equal(value, second[key]), key
 
 
 @pytest.mark.parametrize("select", ["high", "low"])
@@ -97,10 +123,14 @@ def step(case: Case, leaves: dict[str, Tensor], upstream: Tensor) -> dict[str, T
     return {"out": out.detach(), **dict(zip(wanted, gradients, strict=True))}
 
 
-@for_each_op
-def test_cuda_graph_replays_on_other_values(name: str) -> None:
+@for_each_kernel
+def test_cuda_graph_replays_on_other_values(backend: str, name: str) -> None:
     """Fails if forward or backward synchronizes or keeps a value of the captured call."""
-    case = cases.ALL[name].cast(torch.float32).to("cuda")
+    with softmask.backend(backend):
+        check_graph(cases.ALL[name].cast(torch.float32).to("cuda"))
+
+
+def check_graph(case: Case) -> None:
     leaves = {key: leaf.clone().requires_grad_(key not in case.constants) for key, leaf in case.leaves.items()}
     upstream = torch.ones_like(case.call(**case.leaves, **case.fixed))
     side = torch.cuda.Stream()
@@ -122,12 +152,12 @@ def test_cuda_graph_replays_on_other_values(name: str) -> None:
         assert torch.equal(captured[key], value), key
 
 
-@for_each_op
-def test_compiles_to_one_graph(name: str) -> None:
+@for_each_kernel
+def test_compiles_to_one_graph(backend: str, name: str) -> None:
     torch.compiler.reset()
     case = cases.ALL[name].cast(torch.float32).to("cuda")
     compiled = replace(case, call=torch.compile(case.call, fullgraph=True))
-    plain, got = outcome("triton", case), outcome("triton", compiled)
+    plain, got = outcome(backend, case), outcome(backend, compiled)
     for key, value in plain.items():
         torch.testing.assert_close(got[key], value)
 

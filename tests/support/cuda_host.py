@@ -34,7 +34,8 @@ if SANITIZED:
 ORDERS = ("ascending", "descending", "random")
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 NORMALIZATIONS = {"none": 0, "minmax": 1, "max": 2, "sum": 3}
-C_TYPES = {"int64_t": ctypes.c_int64, "float": ctypes.c_float, "Type": ctypes.c_int, "Normalize": ctypes.c_int}
+C_TYPES = {"int64_t": ctypes.c_int64, "float": ctypes.c_float, "bool": ctypes.c_bool}
+C_TYPES |= {"Type": ctypes.c_int, "Normalize": ctypes.c_int}
 
 needs_compiler = pytest.mark.skipif(shutil.which(COMPILER[0]) is None, reason=f"needs a C++ compiler, {COMPILER[0]}")
 
@@ -45,16 +46,25 @@ class HostError(RuntimeError):
 
 def build(op: str, folder: Path = CSRC) -> ctypes.CDLL:
     """The library of an op's kernels; the same sources are compiled once."""
-    return compiled(folder, f"{op}.cu", f"host/{op}.cpp")
+    passes = [f"{op}{suffix}.cu" for suffix in ("", "_backward") if (folder / f"{op}{suffix}.cu").exists()]
+    return compiled(folder, *passes, f"host/{op}.cpp")
 
 
-def planted(op: str, line: str, fault: str, folder: Path) -> ctypes.CDLL:
-    """The library of an op's kernels with a fault in place of the one occurrence of a line."""
+def planted(op: str, faults: dict[str, tuple[str, str]], folder: Path) -> ctypes.CDLL:
+    """The library of an op's kernels in which set_fault(i) turns on the i-th of the named faults, counted from 1.
+
+    A fault is an expression in place of the one occurrence of another or, if empty, of a statement.
+    """
     shutil.copytree(CSRC, folder, dirs_exist_ok=True)
-    source = folder / f"{op}.cu"
-    text = source.read_text()
-    assert text.count(line) == 1, f"{op}.cu holds {line!r} {text.count(line)} times"
-    source.write_text(text.replace(line, fault))
+    for number, (text, fault) in enumerate(faults.values(), start=1):
+        found = [path for path in folder.glob(f"{op}*") if text in path.read_text()]
+        assert len(found) == 1 and found[0].read_text().count(text) == 1, f"{op}*: {text!r} is not there once"
+        with_fault = f"(planted == {number} ? {fault} : {text})" if fault else f"if (planted != {number}) {text}"
+        found[0].write_text(found[0].read_text().replace(text, with_fault))
+    with (folder / "types.h").open("a") as types:
+        types.write("inline int planted = 0;\n")
+    with (folder / "host" / "interface.h").open("a") as interface:
+        interface.write("SOFTMASK_EXPORT void set_fault(int number) { planted = number; }\n")
     return build(op, folder)
 
 
@@ -88,7 +98,8 @@ def structure(name: str, header: str) -> type[ctypes.Structure]:
     body = re.sub("//.*", "", body)
     fields = re.findall(r"^ +(?:const )?(\w+)(\*?) (\w+);", body, re.MULTILINE)
     assert len(fields) == body.count(";")
-    typed = [(field, ctypes.c_void_p if star else C_TYPES[kind]) for kind, star, field in fields]
+    known = C_TYPES if name == "Rows" else C_TYPES | {"Rows": structure("Rows", "types.h")}
+    typed = [(field, ctypes.c_void_p if star else known[kind]) for kind, star, field in fields]
     return type(name, (ctypes.Structure,), {"_fields_": typed})
 
 
@@ -100,7 +111,12 @@ class Kernels:
 
     def run(self, launcher: str, struct: str, **given: Any) -> None:
         kind = structure(struct, f"{self.op}.h")
-        values = {key: one.data_ptr() if isinstance(one, Tensor) else one for key, one in given.items()}
+        rows = dict(kind._fields_)
+        values = {
+            key: _rows_of(one) if rows[key] is structure("Rows", "types.h") else _address(one)
+            for key, one in given.items()
+            if key in rows
+        }
         call(self.library, launcher, ctypes.byref(kind(**values)), order=self.order)
 
     def soft_mask(self, features: Tensor, maps: Tensor, strength: float, normalize: str, prefix: int) -> Tensor:
@@ -128,6 +144,51 @@ class Kernels:
         self.run("soft_mask_backward", "SoftMask", **given)
         return d_features, d_maps
 
+    def word_attention(self, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *inputs, keep = inputs
+        given, index, normalize = _word_attention(*inputs), inputs[2], inputs[-1]
+        rows = _rows(given, 2 if inputs[3] is not None else 1, given["pitch"])
+        maps = rows.new_empty((*index.shape[:2], given["keys"] - given["prefix"]))
+        raw = maps.new_empty(maps.shape if keep and normalize != "none" else (0,))
+        kept = rows if keep else rows.new_empty((0,))
+        if index.numel() == 0:
+            return maps.zero_(), raw.zero_(), kept.zero_()
+        given |= {"attention": rows[0], "gates": rows[1] if len(rows) == 2 else None, "maps": maps, "keep": keep}
+        self.run("word_attention", "WordAttention", **given, raw=raw if raw.numel() else None)
+        return maps, raw, kept
+
+    def word_attention_backward(self, grad: Tensor, raw: Tensor, kept: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+        given, tensors = _word_attention(*inputs), (*inputs[:2], *inputs[3:6])
+        dtypes = [given["dtype"]] * 4 + [torch.float32]
+        gradients = [
+            inputs[0].new_empty(0 if tensor is None else tensor.shape, dtype=dtype)
+            for tensor, dtype in zip(tensors, dtypes, strict=True)
+        ]
+        names = ("d_query", "d_key", "d_value", "d_grad_output", "d_bias")
+        given |= {name: one for name, one, tensor in zip(names, gradients, tensors, strict=True) if tensor is not None}
+        d_rows, gates = _rows(given, len(kept), given["pitch"]), len(kept) == 2
+        given |= {"attention": kept[0], "d_logits": d_rows[0], "query_parts": _rows(given, 1, given["width"])}
+        if gates:
+            given |= {"gates": kept[1], "d_gates": d_rows[1], "d_gate_sums": _rows(given, 1, 1)}
+            given["grad_output_parts"] = _rows(given, 1, given["value_width"])
+        given |= {"d_maps": grad.contiguous(), "d_raw": torch.empty_like(grad, memory_format=torch.contiguous_format)}
+        if inputs[2].numel():
+            self.run("word_attention_backward", "WordAttention", **given, raw=raw if raw.numel() else None)
+        else:
+            gradients = [one.zero_() for one in gradients]
+        return tuple(
+            one.to((inputs[0] if tensor is None else tensor).dtype)
+            for one, tensor in zip(gradients, tensors, strict=True)
+        )
+
+
+def _address(value: Any) -> Any:
+    return value.data_ptr() if isinstance(value, Tensor) else value
+
+
+def _rows_of(tensor: Tensor) -> ctypes.Structure:
+    return structure("Rows", "types.h")(tensor.data_ptr(), *tensor.stride()[:3])
+
 
 def _dense(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
@@ -151,6 +212,35 @@ def _soft_mask(
         "type": TYPES[dtype], "map_type": TYPES[maps.dtype], "normalize": NORMALIZATIONS[normalize],
         "strength": strength, "maps": maps, "maps_image": maps.stride(0), "maps_word": maps.stride(1),
     }  # fmt: skip
+
+
+def _word_attention(
+    query: Tensor, key: Tensor, index: Tensor, value: Tensor | None, grad_output: Tensor | None, bias: Tensor | None,
+    ignored: Tensor | None, scale: float, prefix: int, normalize: str,
+) -> dict[str, Any]:  # fmt: skip
+    """What both passes take."""
+    named = {"query": query, "key": key, "value": value, "grad_output": grad_output}
+    types = {one.dtype for one in named.values() if one is not None}
+    dtype = types.pop() if len(types) == 1 else torch.float32
+    captions, heads, tokens, width = query.shape
+    given: dict[str, Any] = {
+        "captions": captions, "heads": heads, "tokens": tokens, "keys": key.shape[2], "width": width,
+        "value_width": 0 if value is None else value.shape[3], "words": index.shape[1], "subtokens": index.shape[2],
+        "prefix": prefix, "pitch": -(-key.shape[2] // 16) * 16, "type": TYPES[dtype], "dtype": dtype,
+        "normalize": NORMALIZATIONS[normalize], "scale": scale, "index": index.contiguous(),
+    }  # fmt: skip
+    given |= {name: _dense(one.to(dtype)) for name, one in named.items() if one is not None}
+    if bias is not None:
+        given["bias"] = bias.float().contiguous()
+    if ignored is not None:
+        given["ignored"] = _dense(ignored)
+        given["ignored_caption"] = given["ignored"].stride(0)
+    return given
+
+
+def _rows(given: dict[str, Any], sides: int, width: int) -> Tensor:
+    rows = given["words"] * given["subtokens"]
+    return torch.empty((sides, given["captions"], given["heads"], rows, width))
 
 
 @contextmanager

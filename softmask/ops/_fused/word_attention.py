@@ -1,4 +1,4 @@
-"""word_attention by kernels: csrc/cpu/word_attention.cpp and kernels/word_attention.py."""
+"""word_attention by kernels: csrc/cpu/word_attention.cpp, kernels/word_attention.py, csrc/cuda/word_attention.cu."""
 
 from __future__ import annotations
 
@@ -122,4 +122,5 @@ _KERNELS = _library.register(
     fake=_fake,
     gradient=_library.Gradient(_setup, _backward, _backward_fake, _backward_flops),
     flops=_flops,
+    in_cuda=True,
 )
