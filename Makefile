@@ -180,7 +180,7 @@ gpu-matrix: $(READY)  ## compile the kernels with Triton 3.2 to 3.8, each instal
 	@$(IN_VENV) python -m benchmarks.gpu.matrix $(ARGS)
 
 # The interpreter is not instrumented: its leaks are ignored, and the sanitizers' libraries are loaded first.
-sanitize: $(READY)  ## test the C++ kernels, and the CUDA C++ kernels on the host, under the address and undefined-behaviour sanitizers
+sanitize: $(READY)  ## test the C++ kernels, and CUDA C++ on the host, under the address and undefined-behaviour sanitizers
 	@rm -rf build/sanitize/softmask
 	@mkdir -p build/sanitize/objects
 	@SOFTMASK_SANITIZE=1 SOFTMASK_FORCE_BUILD=1 $(IN_VENV) python setup.py -q build_ext \
@@ -190,7 +190,8 @@ sanitize: $(READY)  ## test the C++ kernels, and the CUDA C++ kernels on the hos
 	@OMP_NUM_THREADS=2 ASAN_OPTIONS=detect_leaks=0 SOFTMASK_SANITIZE=1 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  PYTHONPATH=build/sanitize:. $(BIN)/pytest -q -o pythonpath= -p no:cacheprovider -p no:xdist \
-	  tests/kernels/test_cpp_kernels.py tests/kernels/test_cuda_*.py tests/ops/test_soft_mask.py \
+	  tests/kernels/test_cpp_kernels.py $(patsubst %,tests/kernels/test_cuda_%.py,host soft_mask word_attention) \
+	  tests/ops/test_soft_mask.py \
 	  -k "not compile and not opcheck and not fault"
 
 docs: $(VENV)/.docs  ## build the documentation site, build/site/index.html

@@ -1,4 +1,4 @@
-"""The emulation that runs CUDA C++ kernels on the host finds what a GPU would not forgive."""
+"""What the emulation of a GPU on the host finds in CUDA C++ kernels, and that ops on it keep every backend's contract."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import ctypes
 from pathlib import Path
 
 import pytest
+import torch
 
+from softmask.ops import _library
+from tests.kernels import test_kernel_contract as contract
 from tests.support import cuda_host
-from tests.support.cuda_host import CSRC, ORDERS, HostError, call
+from tests.support.cuda_host import CSRC, ORDERS, HostError, Kernels, backend_on_host, call
 
 pytestmark = cuda_host.needs_compiler
 PROBE = """
@@ -96,3 +99,12 @@ def test_shuffles_exchange_values_of_lanes(probe: ctypes.CDLL, order: str) -> No
 def test_refused(probe: ctypes.CDLL, function: str, arguments: list, message: str, order: str) -> None:
     with pytest.raises(HostError, match=message):
         call(probe, function, *arguments, order=order)
+
+
+@pytest.mark.parametrize("op", ["soft_mask", "word_attention"])
+def test_autocast_second_derivative_and_compile(op: str) -> None:
+    assert op in _library.CUDA_OPS
+    with backend_on_host(Kernels(op)):
+        contract.test_autocast_changes_nothing(op, torch.bfloat16, "cuda")
+        contract.test_second_derivative_raises(op, "cuda")
+        contract.test_compiles_to_one_graph(op, "aot_eager", "cuda")

@@ -69,7 +69,8 @@ def planted(op: str, faults: dict[str, tuple[str, str]], folder: Path) -> ctypes
 
 
 def compiled(folder: Path, *sources: str) -> ctypes.CDLL:
-    text = b"".join(path.read_bytes() for path in sorted(folder.rglob("*.*")))
+    """The library of some of a folder's files, which may include those of csrc/cuda."""
+    text = b"".join(path.read_bytes() for root in (CSRC, folder) for path in sorted(root.rglob("*.*")))
     key = hashlib.sha256(text + " ".join([*COMPILER, *FLAGS, *sources]).encode()).hexdigest()[:16]
     library = Path(tempfile.gettempdir()) / f"softmask-cuda-host-{getpass.getuser()}-{key}.so"
     if not library.exists():

@@ -73,6 +73,7 @@ struct Place {
 inline constexpr char kBarrier[] = "barrier", kShuffle[] = "shuffle";
 
 struct Fiber {
+  ucontext_t begins;  // not a local variable: its frame would never be left
   jmp_buf resumes;
   bool started = false;
   void* fake_stack = nullptr;  // the address sanitizer's
@@ -168,14 +169,13 @@ class Block {
   // ucontext gives a thread its stack. Later switches are setjmp's, which are ten times as fast,
   // because they do not ask the operating system for the signal mask.
   static void start(Fiber& fiber) {
-    ucontext_t context;
-    getcontext(&context);
-    context.uc_stack.ss_sp = fiber.stack.get();
-    context.uc_stack.ss_size = kStackBytes;
-    context.uc_link = nullptr;
-    makecontext(&context, &Block::enter, 0);
+    getcontext(&fiber.begins);
+    fiber.begins.uc_stack.ss_sp = fiber.stack.get();
+    fiber.begins.uc_stack.ss_size = kStackBytes;
+    fiber.begins.uc_link = nullptr;
+    makecontext(&fiber.begins, &Block::enter, 0);
     fiber.started = true;
-    setcontext(&context);
+    setcontext(&fiber.begins);
   }
 
   static void enter();
@@ -207,8 +207,10 @@ class Block {
   bool release() {
     const auto first = fibers_.begin(), last = first + threads_;
     if (std::all_of(first, last, [](const Fiber& one) { return one.ended; })) return false;
-    if (!let_go(0, threads_, kBarrier)) throw std::logic_error(stuck());
-    return true;
+    if (let_go(0, threads_, kBarrier)) return true;
+    const std::string reason = stuck();
+    fibers_.clear();  // with their stacks, whose frames are never left
+    throw std::logic_error(reason);
   }
 
   bool let_go(unsigned first, unsigned last, const char* kind) {
