@@ -57,9 +57,9 @@ T from_float(float value) {
 
 #endif
 
-// N elements that one instruction loads or stores.
+// N elements that are loaded or stored together, up to 16 bytes by one instruction.
 template <typename T, int N>
-struct alignas(sizeof(T) * N) Pack {
+struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {
   T element[N];
 
   __device__ __forceinline__ float operator[](int i) const { return to_float(element[i]); }

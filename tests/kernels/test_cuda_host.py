@@ -1,4 +1,4 @@
-"""What the emulation of a GPU on the host finds in CUDA C++ kernels, and that ops on it keep every backend's contract."""
+"""What the emulation of a GPU on the host finds in CUDA C++ kernels, and every backend's contract for ops on it."""
 
 from __future__ import annotations
 
