@@ -49,7 +49,7 @@ $(VENV)/.torch: constraints.txt
 
 $(VENV)/.package: setup.py pyproject.toml constraints.txt $(VENV)/.torch
 	@echo "env: installing softmask and its requirements"
-	@SOFTMASK_SKIP_EXT=1 $(PIP) --no-build-isolation -e '.[dev]'
+	@SOFTMASK_SKIP_EXT=1 SOFTMASK_CUDA=0 $(PIP) --no-build-isolation -e '.[dev]'
 	@touch $@
 
 # Without a built library there is no stamp, so the next call tries again.
@@ -163,7 +163,7 @@ bench: $(VENV)/.peers  ## time every op beside its baselines; ARGS="--compare ma
 
 $(VENV)/.peers: setup.py constraints.txt | $(READY)
 	@echo "bench: installing the packages with the baselines"
-	@SOFTMASK_SKIP_EXT=1 $(PIP) --no-build-isolation -e '.[$(if $(shell command -v nvidia-smi),bench-gpu,bench)]'
+	@SOFTMASK_SKIP_EXT=1 SOFTMASK_CUDA=0 $(PIP) --no-build-isolation -e '.[$(if $(shell command -v nvidia-smi),bench-gpu,bench)]'
 	@touch $@
 
 gpu: $(READY)  ## test and time everything on a GPU, without network; ARGS="--minutes 10 --phases bench", "--small" on a CPU
@@ -200,7 +200,7 @@ docs: $(VENV)/.docs  ## build the documentation site, build/site/index.html
 
 $(VENV)/.docs: setup.py constraints.txt | $(READY)
 	@echo "docs: installing mkdocs"
-	@SOFTMASK_SKIP_EXT=1 $(PIP) --no-build-isolation -e '.[docs]'
+	@SOFTMASK_SKIP_EXT=1 SOFTMASK_CUDA=0 $(PIP) --no-build-isolation -e '.[docs]'
 	@touch $@
 
 lint: $(READY)  ## check the style of Python and C++, and types
