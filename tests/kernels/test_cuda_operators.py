@@ -13,10 +13,9 @@ import torch
 from torch.utils import cpp_extension
 
 from tests.support import cuda_host
-from tests.support.cuda_host import COMPILER, CSRC, FLAGS
+from tests.support.cuda_host import COMPILER, CSRC, FLAGS, ROOT
 
 pytestmark = [cuda_host.needs_compiler, pytest.mark.slow]
-ROOT = CSRC.parents[1]
 OPS = ("soft_mask", "word_attention")
 CHECKS = """
 import sys

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import getpass
 import hashlib
 import os
 import re
 import shlex
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -23,7 +21,8 @@ from torch import Tensor
 
 from softmask.ops import _backend
 
-CSRC = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
+ROOT = Path(__file__).resolve().parents[2]
+CSRC, BUILT = ROOT / "csrc" / "cuda", ROOT / "build" / "cuda_host"
 COMPILER = shlex.split(os.environ.get("CXX", "g++"))
 FLAGS = ["-DSOFTMASK_ON_HOST", "-std=c++17", "-O1", "-g1", "-fPIC", "-shared", "-fvisibility=hidden"]
 FLAGS += ["-U_FORTIFY_SOURCE", "-fno-strict-aliasing"]  # threads switch by longjmp; packs are read as other types
@@ -72,8 +71,9 @@ def compiled(folder: Path, *sources: str) -> ctypes.CDLL:
     """The library of some of a folder's files, which may include those of csrc/cuda."""
     text = b"".join(path.read_bytes() for root in (CSRC, folder) for path in sorted(root.rglob("*.*")))
     key = hashlib.sha256(text + " ".join([*COMPILER, *FLAGS, *sources]).encode()).hexdigest()[:16]
-    library = Path(tempfile.gettempdir()) / f"softmask-cuda-host-{getpass.getuser()}-{key}.so"
+    library = BUILT / f"{key}.so"
     if not library.exists():
+        BUILT.mkdir(parents=True, exist_ok=True)
         part = f"{library}.{os.getpid()}"
         command = [*COMPILER, *FLAGS, "-x", "c++", *(str(folder / source) for source in sources), "-o", part]
         done = subprocess.run(command, capture_output=True, text=True)
