@@ -28,6 +28,7 @@ ATOMICS = os.environ.get("SOFTMASK_ATOMICS", "0") not in ("", "0")  # one produc
 GROUP: tl.constexpr = tl.constexpr(8)  # regions with neighbouring programs, which share columns in the cache
 JOINED: tl.constexpr = tl.constexpr(32)  # regions whose sums are joined at a time
 REGISTERS = 128  # per thread in fp32: with one more, one block fewer fits
+REGION_REGISTERS = 255  # the same for regions: all that a thread can have
 MOST_SUMS = 4  # times the features' bytes: the sums of single tiles if they take no more memory than this
 LOWEST: tl.constexpr = tl.constexpr(-1e30)  # maximum of an empty set: finite, because inf - inf is NaN
 
@@ -296,6 +297,8 @@ def _tiles(
     if bytes_of_sums <= MOST_SUMS * (height + width) * depth * rows.element_size():
         return options, (1, 1), (down, across)
     options = _config(REGIONS, rows, width, with_ids=with_ids)
+    if exact:
+        options |= {"maxnreg": REGION_REGISTERS, "num_stages": 2}
     down, across = cdiv(height, options["BLOCK_M"]), cdiv(width, options["BLOCK_N"])
     tiles = cdiv(down * across, options.pop("PROGRAMS"))
     tiles_down = max(min(isqrt(tiles), down), 1)
