@@ -20,9 +20,10 @@ def number(given):
 
 
 @triton.jit
-def fast_exp(exponent):
-    """exp, without tl.exp's five instructions for results below the normal numbers, which become 0."""
-    return tl.exp2(exponent * LOG2E)
+def exp(exponent, FAST: tl.constexpr = True):
+    """FAST: without tl.exp's five instructions for results below the normal numbers, which become 0. It may take
+    registers, of which IEEE products leave few."""
+    return tl.exp2(exponent * LOG2E) if FAST else tl.exp(exponent)
 
 
 @triton.jit
@@ -42,7 +43,7 @@ def focal(log_p, gamma):
     gamma = 0 gives exactly (-log p, 1). log p must be finite; values that rounding puts above 0 count as 0.
     """
     log_p = tl.where(log_p > 0.0, 0.0, log_p)
-    p = fast_exp(log_p)
+    p = exp(log_p)
     miss = _miss(log_p, p)
     power = tl.exp2(gamma * tl.log2(miss))
     return -power * log_p, power - gamma * p * (power / miss) * log_p

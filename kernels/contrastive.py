@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from softmask.kernels._focal import LOG2E, fast_exp, focal, number
+from softmask.kernels._focal import LOG2E, exp, focal, number
 from softmask.kernels._launch import Configs, cdiv, config, dots, factor_dots, launch, next_power_of_2, type_of
 from softmask.kernels._similarity import as_read, multiply, same_ids, steepness
 from softmask.kernels.contrastive_backward import backward_config, bwd_kernel
@@ -28,7 +28,8 @@ ATOMICS = os.environ.get("SOFTMASK_ATOMICS", "0") not in ("", "0")  # one produc
 GROUP: tl.constexpr = tl.constexpr(8)  # regions with neighbouring programs, which share columns in the cache
 JOINED: tl.constexpr = tl.constexpr(32)  # regions whose sums are joined at a time
 REGISTERS = 128  # per thread in fp32: with one more, one block fewer fits
-REGION_REGISTERS = 255  # the same for regions: all that a thread can have
+MORE_REGISTERS = 168  # the same where that is not enough
+MOST_REGISTERS = 255  # that a thread can have
 MOST_SUMS = 4  # times the features' bytes: the sums of single tiles if they take no more memory than this
 LOWEST: tl.constexpr = tl.constexpr(-1e30)  # maximum of an empty set: finite, because inf - inf is NaN
 
@@ -73,7 +74,7 @@ def _add_sums(sums_ptr, similarity, steep, sums_of, AXIS: tl.constexpr, NUMBERS:
         highest = tl.maximum(highest, before)
     total = tl.sum(tl.exp2((steep * LOG2E) * (similarity - tl.expand_dims(highest, AXIS))), AXIS)
     if not SINGLE:
-        total += before_total * fast_exp(steep * (before - highest))
+        total += before_total * exp(steep * (before - highest))
     tl.store(place_ptrs, highest, mask=index < size)
     tl.store(place_ptrs + size, total, mask=index < size)
 
@@ -113,11 +114,15 @@ def _add_tile(
     height, width = left[1], right[1]
     row, column = row_tile * BLOCK_M + tl.arange(0, BLOCK_M), column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     similarity = sign * multiply(left, right, row, column, depth, BLOCK_K, DOT, PRECISION)
-    if ((row_tile + 1) * BLOCK_M > height) | ((column_tile + 1) * BLOCK_N > width):
-        similarity = tl.where((row < height)[:, None] & (column < width)[None, :], similarity, float("-inf"))
+    live = (row < height)[:, None] & (column < width)[None, :]
+    # IEEE products leave few registers for what follows. With them, a branch needs too many, and computing the sums
+    # before the positives needs fewer; otherwise the other order does.
+    if SUMS_FIRST:
+        similarity = tl.where(live, similarity, float("-inf"))
+    else:
+        if ((row_tile + 1) * BLOCK_M > height) | ((column_tile + 1) * BLOCK_N > width):
+            similarity = tl.where(live, similarity, float("-inf"))
     rows_of, columns_of = (row_part, fresh_rows, row, height), (column_part, fresh_columns, column, width)
-    # IEEE products leave few registers for what follows. With them, computing the sums before the positives needs
-    # fewer; otherwise the other order does.
     NUMBERS: tl.constexpr = 2 if row_ids_ptr is None else 4
     if SUMS_FIRST:
         _add_both(row_sums_ptr, column_sums_ptr, similarity, steep, rows_of, columns_of, NUMBERS, SINGLE)
@@ -182,8 +187,8 @@ def _join(sums_ptr, steep, parts, index, size, NUMBERS: tl.constexpr):
         live = (part < parts)[:, None]
         tops = tl.load(place_ptrs, mask=live, other=LOWEST)  # [JOINED, BLOCK_M]
         before, highest = highest, tl.maximum(highest, tl.max(tops, 0))
-        totals = tl.load(place_ptrs + size, mask=live, other=0.0) * fast_exp(steep * (tops - highest[None, :]))
-        total = total * fast_exp(steep * (before - highest)) + tl.sum(totals, 0)
+        totals = tl.load(place_ptrs + size, mask=live, other=0.0) * exp(steep * (tops - highest[None, :]))
+        total = total * exp(steep * (before - highest)) + tl.sum(totals, 0)
         if NUMBERS == 4:
             hits += tl.sum(tl.load(place_ptrs + 2 * size, mask=live, other=0.0), 0)
             count += tl.sum(tl.load(place_ptrs + 3 * size, mask=live, other=0.0), 0)
@@ -291,14 +296,14 @@ def _tiles(
     (height, depth), with_ids = rows.shape, numbers == 4
     options = _config(TILES_WITH_IDS if exact and with_ids else TILES, rows, width, with_ids=with_ids)
     if exact:
-        options.setdefault("maxnreg", REGISTERS)
+        options["maxnreg"] = MORE_REGISTERS if depth % 4 else options.get("maxnreg", REGISTERS)
     down, across = cdiv(height, options["BLOCK_M"]), cdiv(width, options["BLOCK_N"])
     bytes_of_sums = 4 * numbers * (across * height + down * width)
     if bytes_of_sums <= MOST_SUMS * (height + width) * depth * rows.element_size():
         return options, (1, 1), (down, across)
     options = _config(REGIONS, rows, width, with_ids=with_ids)
     if exact:
-        options |= {"maxnreg": REGION_REGISTERS, "num_stages": 2}
+        options |= {"maxnreg": MOST_REGISTERS, "num_stages": 2}
     down, across = cdiv(height, options["BLOCK_M"]), cdiv(width, options["BLOCK_N"])
     tiles = cdiv(down * across, options.pop("PROGRAMS"))
     tiles_down = max(min(isqrt(tiles), down), 1)
@@ -337,6 +342,8 @@ def forward(
     loss = torch.empty_like(per_sample)
     statistics = per_sample.new_empty(((6 if both else 3) + (row_ids is not None), height))
     options = _config(FINISH, rows, width, with_ids=row_ids is not None)
+    if exact and row_ids is not None:
+        options["maxnreg"] = MOST_REGISTERS
     launch(
         _fwd_finish_kernel, (cdiv(height, options["BLOCK_M"]),),
         *sides, scale, gamma, row_sums, column_sums, positives, loss, statistics,

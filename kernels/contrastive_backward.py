@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from softmask.kernels._focal import LOG2E, fast_exp, focal, number
+from softmask.kernels._focal import LOG2E, exp, focal, number
 from softmask.kernels._launch import Configs, config
 from softmask.kernels._similarity import load_features, multiply, same_ids, steepness
 
@@ -87,12 +87,12 @@ def _numbers(statistics_ptr, shares_ptr, d_loss_ptr, weight, index, size, AXIS: 
 
 @triton.jit
 def _probability(similarity, numbers, steep, FOLDED: tl.constexpr):
-    """exp of a log-probability. FOLDED: the factor of fast_exp multiplies numbers of rows and columns instead of
+    """exp of a log-probability. FOLDED: the factor of exp multiplies numbers of rows and columns instead of
     logits, which takes registers."""
     if FOLDED:
         p = tl.exp2((steep * LOG2E) * (similarity - numbers[0]) - numbers[1] * LOG2E)
     else:
-        p = fast_exp(steep * (similarity - numbers[0]) - numbers[1])
+        p = exp(steep * (similarity - numbers[0]) - numbers[1])
     return p
 
 

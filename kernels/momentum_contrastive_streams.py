@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from softmask.kernels._focal import fast_exp, focal, number
+from softmask.kernels._focal import exp, focal, number
 
 STATISTICS: tl.constexpr = tl.constexpr(8)  # per row and split, from the first stream
 TERMS: tl.constexpr = tl.constexpr(3)  # per row and split, from the second stream if gamma is not 0
@@ -150,18 +150,17 @@ def _store_sums(out_ptr, sums, at, live, first_column, WIDTH: tl.constexpr, BLOC
 
 
 @triton.jit
-def _add_tile(sums, logit, teacher_logit):
+def _add_tile(sums, logit, teacher_logit, DOT: tl.constexpr):
     """(sums of both softmaxes after a tile, both exponentials [BLOCK_ROWS, BLOCK_KEYS], both factors for earlier
     sums)."""
+    FAST: tl.constexpr = tl.float32 != DOT
     highest, total, teacher_highest, teacher_total, spread, cross = sums
     before, teacher_before = highest, teacher_highest
-    highest, teacher_highest = (
-        tl.maximum(before, tl.max(logit, 1)),
-        tl.maximum(teacher_before, tl.max(teacher_logit, 1)),
-    )
-    shrink, teacher_shrink = fast_exp(before - highest), fast_exp(teacher_before - teacher_highest)
+    highest = tl.maximum(before, tl.max(logit, 1))
+    teacher_highest = tl.maximum(teacher_before, tl.max(teacher_logit, 1))
+    shrink, teacher_shrink = exp(before - highest, FAST), exp(teacher_before - teacher_highest, FAST)
     logit -= highest[:, None]
-    exponential, teacher_exponential = fast_exp(logit), fast_exp(teacher_logit - teacher_highest[:, None])
+    exponential, teacher_exponential = exp(logit, FAST), exp(teacher_logit - teacher_highest[:, None], FAST)
     spread = shrink * (spread + total * (before - highest)) + tl.sum(exponential * logit, 1)
     cross = teacher_shrink * (cross + teacher_total * (before - highest)) + tl.sum(teacher_exponential * logit, 1)
     total = total * shrink + tl.sum(exponential, 1)
@@ -220,7 +219,7 @@ def fwd_first_stream_kernel(
             positive += tl.sum(tl.where(same, logit, 0.0), 1)
             positives += tl.sum(same.to(tl.float32), 1)
         sums = (highest, total, teacher_highest, teacher_total, spread, cross)
-        sums, exponential, teacher_exponential, shrink, teacher_shrink = _add_tile(sums, logit, teacher_logit)
+        sums, exponential, teacher_exponential, shrink, teacher_shrink = _add_tile(sums, logit, teacher_logit, DOT)
         highest, total, teacher_highest, teacher_total, spread, cross = sums
         if GRADIENT:
             key_tile = key_tile.to(FACTOR)
@@ -322,8 +321,7 @@ def _focal_targets(
             WIDE, DOT, PRECISION, WIDTH, BLOCK_ROWS, BLOCK_KEYS, BLOCK_WIDTH,
         )  # fmt: skip
         target = (
-            fast_exp(tl.where(live[None, :], teacher_logit, LOWEST) - teacher[0][:, None])
-            * (alpha / teacher[1])[:, None]
+            exp(tl.where(live[None, :], teacher_logit, LOWEST) - teacher[0][:, None]) * (alpha / teacher[1])[:, None]
         )
         target += tl.where(_positives(own, key_ids_ptr, queue_ids_ptr, key, live, in_batch), share[:, None], 0.0)
         logit -= student[0][:, None]

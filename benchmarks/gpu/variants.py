@@ -137,7 +137,7 @@ def _pairs_backward(dtype, atomics=False, N=4096, **options) -> None:
 
 PAIRS = [
     *({"ids": ids, "both": both} for ids in (False, True) for both in (True, False)),
-    {"D": 257},
+    *({"D": 257, "ids": ids} for ids in (False, True)),
     *({"N": 65536, "D": width, "ids": ids} for width in (64, 256, 257) for ids in (False, True)),
 ]
 PAIRS_BACKWARD = [

@@ -36,7 +36,18 @@ NORMALIZATIONS = {"none": 0, "minmax": 1, "max": 2, "sum": 3}
 C_TYPES = {"int64_t": ctypes.c_int64, "float": ctypes.c_float, "bool": ctypes.c_bool}
 C_TYPES |= {"Type": ctypes.c_int, "Normalize": ctypes.c_int}
 
-needs_compiler = pytest.mark.skipif(shutil.which(COMPILER[0]) is None, reason=f"needs a C++ compiler, {COMPILER[0]}")
+
+def _why_not() -> str | None:
+    """Why the host libraries cannot be compiled here."""
+    if shutil.which(COMPILER[0]) is None:
+        return f"needs a C++ compiler, {COMPILER[0]}"
+    probe = [*COMPILER, "-std=c++17", "-fsyntax-only", "-x", "c++", "-"]
+    done = subprocess.run(probe, input="_Float16 half = 1;", text=True, capture_output=True)
+    return None if done.returncode == 0 else f"{COMPILER[0]} has no _Float16 in C++, as g++ 12 has"
+
+
+_REASON = _why_not()
+needs_compiler = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
 
 
 class HostError(RuntimeError):
