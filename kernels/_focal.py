@@ -13,8 +13,9 @@ LIKELY: tl.constexpr = tl.constexpr(-0.5)  # log p above which 1 - p is computed
 @triton.jit
 def number(given):
     """An fp32 scalar, given as a number or as a pointer to one."""
-    given = tl.to_tensor(given)  # the interpreter passes a Python number
-    if given.dtype.is_ptr():
+    if isinstance(given, float):  # in the interpreter
+        given = tl.full([], given, tl.float32)
+    elif given.dtype.is_ptr():
         given = tl.load(given)
     return given.to(tl.float32)
 

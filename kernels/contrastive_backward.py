@@ -160,7 +160,7 @@ def _owner(
     feature = tl.arange(0, BLOCK_D)
     sign, steep = steepness(scale)
     # Comparisons of ids and IEEE products leave no registers for branches and for factors folded into numbers.
-    SPARE: tl.constexpr = own_ids_ptr is None and tl.float32 != DOT
+    SPARE: tl.constexpr = tl.float32 != DOT if own_ids_ptr is None else False
     if RESIDENT or d_other_ptr is not None:
         features = load_features(own, sample, feature, depth)
     own_numbers = None
