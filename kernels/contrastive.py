@@ -67,10 +67,8 @@ def _add_sums(sums_ptr, similarity, steep, sums_of, AXIS: tl.constexpr, NUMBERS:
     highest = tl.maximum(tl.max(similarity, AXIS), LOWEST)
     if not SINGLE:
         kept = (index < size) & (fresh == 0)
-        before, before_total = (
-            tl.load(place_ptrs, mask=kept, other=LOWEST),
-            tl.load(place_ptrs + size, mask=kept, other=0.0),
-        )
+        before = tl.load(place_ptrs, mask=kept, other=LOWEST)
+        before_total = tl.load(place_ptrs + size, mask=kept, other=0.0)
         highest = tl.maximum(highest, before)
     total = tl.sum(tl.exp2((steep * LOG2E) * (similarity - tl.expand_dims(highest, AXIS))), AXIS)
     if not SINGLE:
