@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from softmask.kernels._focal import LOG2E
+from softmask.kernels._math import LOG2E
 from softmask.kernels._words import kept_keys
 
 

@@ -19,8 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from softmask.kernels._focal import LOG2E, exp, focal, number
+from softmask.kernels._focal import focal
 from softmask.kernels._launch import Configs, cdiv, config, dots, factor_dots, launch, next_power_of_2, type_of
+from softmask.kernels._math import LOG2E, exp, number
 from softmask.kernels._similarity import as_read, multiply, same_ids, steepness
 from softmask.kernels.contrastive_backward import backward_config, bwd_kernel
 

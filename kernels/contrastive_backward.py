@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from softmask.kernels._focal import LOG2E, exp, focal, number
+from softmask.kernels._focal import focal
 from softmask.kernels._launch import Configs, config
+from softmask.kernels._math import LOG2E, exp, number
 from softmask.kernels._similarity import load_features, multiply, same_ids, steepness
 
 # By the width of features, the last for all greater widths: a gradient [BLOCK_M, width] stays in registers and, if

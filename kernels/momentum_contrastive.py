@@ -18,7 +18,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from softmask.kernels._focal import number
 from softmask.kernels._launch import (
     Configs,
     cdiv,
@@ -31,6 +30,7 @@ from softmask.kernels._launch import (
     strides,
     type_of,
 )
+from softmask.kernels._math import number
 from softmask.kernels.momentum_contrastive_streams import (
     STATISTICS,
     TERMS,

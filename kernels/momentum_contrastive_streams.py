@@ -9,7 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from softmask.kernels._focal import exp, focal, number
+from softmask.kernels._focal import focal
+from softmask.kernels._math import exp, number
 
 STATISTICS: tl.constexpr = tl.constexpr(8)  # per row and split, from the first stream
 TERMS: tl.constexpr = tl.constexpr(3)  # per row and split, from the second stream if gamma is not 0

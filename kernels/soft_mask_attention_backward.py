@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from softmask.kernels._attention import load_rows, logits, place, softmax_step, store_rows, tokens_first
-from softmask.kernels._focal import LOG2E
 from softmask.kernels._launch import cdiv, launch, next_power_of_2, readable, strides
+from softmask.kernels._math import LOG2E
 from softmask.kernels._words import kept_keys
 from softmask.kernels.soft_mask_attention_tables import (
     factors_of,

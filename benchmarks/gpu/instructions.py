@@ -9,7 +9,7 @@ from pathlib import Path
 
 import triton
 
-NVDISASM = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 PRODUCTS = ("HMMA", "HGMMA", "UTCHMMA")  # tensor-core instructions of sm_80, sm_90 and sm_100
 
 
@@ -23,14 +23,10 @@ def counts(cubin: bytes) -> tuple[int, int]:
 
 def disassembled(cubin: bytes) -> tuple[list[str], list[tuple[int, int]]]:
     """(the names of all instructions, the loops as [start, end) of their positions)."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run([str(NVDISASM), "-c", file.name], check=True, capture_output=True, text=True).stdout
     names: list[str] = []
     labels: dict[str, int] = {}
     branches: list[tuple[str, int]] = []
-    for line in text.splitlines():
+    for line in printed("nvdisasm", "-c", cubin=cubin).splitlines():
         if label := re.match(r"\s*(\.L_\w+):", line):
             labels[label[1]] = len(names)
         elif found := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?(\S+)(.*)", line):
@@ -38,6 +34,15 @@ def disassembled(cubin: bytes) -> tuple[list[str], list[tuple[int, int]]]:
             if found[1].startswith("BRA") and (target := re.search(r"`\((\.L_\w+)\)", found[2])):
                 branches.append((target[1], len(names)))
     return names, [(labels[target], end) for target, end in branches if labels.get(target, end) < end]
+
+
+def printed(tool: str, *options: str, cubin: bytes) -> str:
+    """What a tool that comes with Triton prints of a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(TOOLS / tool), *options, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def _multiplies(code: list[str]) -> bool:

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import tempfile
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
-
-import triton
 
 from benchmarks.gpu.compile import compiled
-from benchmarks.gpu.instructions import counts
+from benchmarks.gpu.instructions import counts, printed
 from softmask.kernels._launch import Launch
 
 ARCHITECTURES = (80, 90, 100)  # of the report; budgets.py covers all
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 REGISTERS = 65536  # per multiprocessor
 WARPS = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
 BLOCKS = {80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}
@@ -74,11 +68,7 @@ def compile_launch(one: Launch, architecture: int) -> Static:
 
 def _resources(cubin: bytes) -> tuple[int, int]:
     """Registers and bytes of local memory per thread."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(CUOBJDUMP), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    text = printed("cuobjdump", "--dump-resource-usage", cubin=cubin)
     (found,) = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
     registers, stack, local = map(int, found)
     return registers, stack + local

@@ -119,6 +119,14 @@ def _tests_none(node: ast.AST) -> bool:
     return isinstance(node, ast.Compare) and _is_none(node.comparators[0])
 
 
+# Of triton.language in 3.8, and not in 3.3.
+NEWER = {
+    "aggregate_replace", "bitonic_merge", "condition", "load_tensor_descriptor", "make_tensor_descriptor",
+    "map_elementwise", "mul", "reduce_or", "squeeze", "store_tensor_descriptor", "sub", "target_info",
+    "tensor_descriptor", "to_tensor", "topk", "unsqueeze",
+}  # fmt: skip
+
+
 def refused_by_old_tritons(function: ast.FunctionDef) -> Iterator[str]:
     """Patterns that Triton 3.3 to 3.6 cannot compile but the current release can."""
     nodes = list(ast.walk(function))
@@ -129,6 +137,8 @@ def refused_by_old_tritons(function: ast.FunctionDef) -> Iterator[str]:
             names = {one.id for one in node.elts if isinstance(one, ast.Name)}
             if names & optional or any(map(_is_none, node.elts)):
                 yield f"line {node.lineno}: a tuple that may hold None"
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "tl" and node.attr in NEWER:
+            yield f"line {node.lineno}: tl.{node.attr} is newer"
         if isinstance(node, ast.BoolOp) and isinstance(node.op, ast.And) and any(map(_tests_none, node.values)):
             yield f"line {node.lineno}: a test for None beside another condition"
     for node in function.body[:-1]:
@@ -154,6 +164,7 @@ def test_kernels_avoid_patterns_that_old_tritons_refuse(path: Path) -> None:
         ("x = helper((a, b))\n if b is None:\n  x += 1\n return x", "may hold None"),
         ("if b is not None and a > 0:\n  a += b\n return a", "beside another condition"),
         ("if a.shape[0] == 1:\n  return a\n return b", "before the end"),
+        ("return tl.to_tensor(a) + b", "tl.to_tensor is newer"),
         ("if b is not None:\n  a += b\n return a", None),
     ],
 )

@@ -7,29 +7,16 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import softmask
 from softmask import ops
 from softmask.ops import _library
+from tests.kernels.test_kernel_contract import Record
 from tests.support import kernel_cases as cases
 
 pytestmark = pytest.mark.usefixtures("fast_interpreter")
 BACKENDS = [pytest.param("cpp", marks=cases.needs_cpp), pytest.param("triton", marks=cases.needs_triton)]
 for_each_backend = pytest.mark.parametrize("backend", BACKENDS)
-
-
-class Seen(TorchDispatchMode):
-    """Records the names of our ops."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "softmask":
-            self.names.append(func.name().removeprefix("softmask::"))
-        return func(*args, **(kwargs or {}))
 
 
 class Nothing(TorchFunctionMode):
@@ -46,11 +33,12 @@ class OwnTensor(Tensor):
 def test_a_mode_sees_the_op_and_changes_nothing(backend: str, name: str) -> None:
     case = cases.SMALL[name].cast(torch.float32)
     plain = cases.outcome(backend, case)
-    with Seen() as seen:
+    with Record() as record:
         watched = cases.outcome(backend, case)
+    names = [op.name().removeprefix("softmask::") for op, _ in record.seen]
     prefix = "triton_" if backend == "triton" else ""
-    assert seen.names and all(one.startswith(prefix) for one in seen.names)
-    assert any(one.endswith("_backward") for one in seen.names) == (len(plain) > 1)
+    assert names and all(one.startswith(prefix) for one in names)
+    assert any(one.endswith("_backward") for one in names) == (len(plain) > 1)
     assert plain.keys() == watched.keys()
     assert all(torch.equal(plain[key], watched[key]) for key in plain)
 
